@@ -21,6 +21,7 @@ mod orphans;
 mod presence;
 pub mod publish;
 pub mod queue;
+mod resize;
 mod resolve;
 mod services;
 pub mod status;

@@ -26,8 +26,14 @@ pub const RESTART_RULES: &str = "restart-rules";
 /// The agent adds ephemeral containers to running pods.
 pub const EPHEMERAL: &str = "ephemeral-containers";
 
+/// The agent's shims let containers share their processes.
+pub const SHARED_PROCESSES: &str = "share-process-namespace";
+
+/// The agent's shims send the `stopSignal` of a container.
+pub const STOP_SIGNAL: &str = "container-stop-signal";
+
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 10] = [
+pub const OF_PODS: [&str; 12] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -38,6 +44,8 @@ pub const OF_PODS: [&str; 10] = [
     SIDECARS,
     RESTART_RULES,
     EPHEMERAL,
+    SHARED_PROCESSES,
+    STOP_SIGNAL,
 ];
 
 /// The capabilities that this pod needs.
@@ -71,6 +79,11 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         ),
         (RESTART_RULES, has_restart_rule(spec)),
         (EPHEMERAL, !spec.ephemeral_containers.is_empty()),
+        (SHARED_PROCESSES, spec.share_process_namespace),
+        (
+            STOP_SIGNAL,
+            containers().any(|container| !container.stop_signal.is_empty()),
+        ),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -124,6 +137,8 @@ mod tests {
         spec.init_containers[0].restart_policy = pb::RestartPolicy::Always.into();
         spec.containers[0].restart_policy = pb::RestartPolicy::Never.into();
         spec.ephemeral_containers = vec![pb::Container::default()];
+        spec.share_process_namespace = true;
+        spec.containers[0].stop_signal = "SIGINT".to_owned();
         assert_eq!(needed(&spec), OF_PODS);
     }
 

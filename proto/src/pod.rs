@@ -15,6 +15,7 @@ mod ephemeral;
 mod network;
 mod probe;
 mod restart;
+mod stop;
 
 pub use ephemeral::MAX_EPHEMERAL;
 pub use network::{Hostname, MAX_HOSTNAME};
@@ -287,6 +288,7 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
     check_mounts(spec, container, problems);
     probe::check(container, problems);
     restart::check(container, problems);
+    stop::check(container, problems);
 }
 
 fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Vec<String>) {

@@ -40,6 +40,7 @@ mod plan;
 mod pod;
 mod probes;
 mod proc;
+mod processes;
 mod report;
 mod resolver;
 mod role;

@@ -25,6 +25,7 @@ use super::{
     gpus,
     mounts::Mounting,
     oom::OomCounter,
+    processes::Holder,
     role::Role,
     scratch::{Fallback, Scratch},
     volumes::Volumes,
@@ -52,6 +53,8 @@ pub(crate) struct Pod {
     pub(crate) scratch: Scratch,
     pub(crate) children: Children,
     pub(crate) mounting: Mounting,
+    /// Of the PID namespace that the containers share, if they share one.
+    pub(crate) holder: Holder,
 }
 
 impl Pod {
@@ -89,6 +92,7 @@ impl Pod {
             scratch,
             children: Children::default(),
             mounting: Mounting::of(&job),
+            holder: Holder::default(),
             jobdir,
             claim,
             job,

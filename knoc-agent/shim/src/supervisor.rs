@@ -322,9 +322,9 @@ impl Supervisor {
     }
 
     fn stop_container(&mut self, id: SlotId, stage: StopStage) {
-        let (isolated, now) = (self.pod.runtime.isolates(), self.now());
+        let now = self.now();
         if let Some(slot) = self.slots.get_mut(id) {
-            slot.stop(stage, isolated, now);
+            slot.stop(stage, now);
         }
         if stage == StopStage::PreStop {
             self.run_pre_stop(id);
@@ -335,7 +335,7 @@ impl Supervisor {
         let Some(values) = self.values.clone() else {
             return;
         };
-        let Ok(_target) = self.target_of(id) else {
+        let Ok(target) = self.target_of(id) else {
             // The status says so; the start of the target wakes the supervisor.
             return;
         };
@@ -350,6 +350,7 @@ impl Supervisor {
             written,
             abort: slot.abort.clone(),
             events: self.events.0.clone(),
+            target,
         };
         let pod = Arc::clone(&self.pod);
         self.attempts

@@ -33,8 +33,7 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
     {
         let last = spec.init_containers.last();
         let last_is_sidecar = last.is_some_and(pb::Container::is_sidecar);
-        let initialized =
-            is_initialized(&init, last_is_sidecar) || regular.iter().any(was_begun);
+        let initialized = is_initialized(&init, last_is_sidecar) || regular.iter().any(was_begun);
         settle(
             &mut init,
             if initialized { &mut regular } else { &mut [] },

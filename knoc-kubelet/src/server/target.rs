@@ -170,4 +170,3 @@ pub(super) fn container_status<'a>(
         .chain(&observed.ephemeral_containers)
         .find(|status| status.name == container)
 }
-

@@ -86,6 +86,7 @@ carried! {
             security_context: Option<core::PodSecurityContext>,
             service_account_name: Option<String>,
             set_hostname_as_fqdn: Option<bool>,
+            share_process_namespace: Option<bool>,
             subdomain: Option<String>,
             termination_grace_period_seconds: Option<i64>,
             volumes: Option<Vec<core::Volume>>,
@@ -97,7 +98,7 @@ carried! {
         left {
             eviction_responders, host_ipc, host_network, host_pid, host_users, image_pull_secrets, os, overhead, preemption_policy, priority, priority_class_name,
             resource_claims, resources, runtime_class_name, scheduler_name, scheduling_gates, scheduling_group,
-            share_process_namespace, topology_spread_constraints,
+            topology_spread_constraints,
         }
     }
 
@@ -235,9 +236,13 @@ carried! {
 
     /// The hooks of a container.
     Lifecycle of core::Lifecycle, judged as "Lifecycle" {
-        taken { post_start: Option<core::LifecycleHandler>, pre_stop: Option<core::LifecycleHandler> }
+        taken {
+            post_start: Option<core::LifecycleHandler>,
+            pre_stop: Option<core::LifecycleHandler>,
+            stop_signal: Option<String>,
+        }
         elsewhere {}
-        left { stop_signal }
+        left {}
     }
 
     /// A hook.

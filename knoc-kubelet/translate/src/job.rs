@@ -252,9 +252,7 @@ mod tests {
         let init = |cpu| container(cpu, pb::RestartPolicy::Unspecified);
         let sidecar = |cpu| container(cpu, pb::RestartPolicy::Always);
         let total = |init: &[pb::Container], cpu| {
-            over_containers(init, &[regular(cpu)], |requests, _| {
-                requests.cpu_millis
-            })
+            over_containers(init, &[regular(cpu)], |requests, _| requests.cpu_millis)
         };
         assert_eq!(total(&[init(5), init(3)], 4), 5);
         assert_eq!(total(&[sidecar(2), init(5)], 4), 7);

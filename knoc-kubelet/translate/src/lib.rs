@@ -159,6 +159,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         init_containers,
         containers: regular,
         ephemeral_containers,
+        share_process_namespace: *spec.share_process_namespace == Some(true),
         restart_policy: restart_policy(spec).into(),
         termination_grace_period_seconds: Grace::of_field(*spec.termination_grace_period_seconds)
             .in_seconds(),
@@ -408,6 +409,7 @@ fn shape_container(
         readiness_probe: probes.readiness,
         post_start: probes.post_start,
         pre_stop: probes.pre_stop,
+        stop_signal: probes.stop_signal,
         run_as_non_root: run_as_non_root(spec, security),
         privileged: security.is_some_and(|context| *context.privileged == Some(true)),
         restart_policy: own_restart_policy(container).into(),

@@ -309,6 +309,11 @@ volumes and network; one with a target waits with `CreateContainerConfigError` w
 pod have ended, they are stopped with it. They reach only pods whose job was started by a KNoC that knows them, and need Kubernetes 1.33,
 where adding one raises `metadata.generation`.
 
+**Shared processes.** With `shareProcessNamespace`, and in an ephemeral container with a target, the containers see each other's processes
+and may signal them, and PID 1 is not theirs. They run as one user, but each in a user namespace of its own, so one cannot read the files
+(`/proc/PID/root`) or the memory of another's processes. This needs user namespaces: with a setuid runtime such a container fails with
+`CreateContainerError`.
+
 ## Probes and hooks
 
 They run inside the job, also while the agent or the kubelet is away, by Kubernetes' rules for delays, thresholds, the startup probe,

@@ -25,7 +25,9 @@ impl Supervisor {
             return Ok(());
         }
         if self.stop.is_some() {
-            return Err("the pod is being ended, and no container is started in it any more".to_owned());
+            return Err(
+                "the pod is being ended, and no container is started in it any more".to_owned(),
+            );
         }
         let count = self.ephemeral().count();
         if count >= MAX_EPHEMERAL {
@@ -54,7 +56,8 @@ impl Supervisor {
         let mut all = self.slots.iter();
         let slot = all.find(|slot| slot.spec.name() == target);
         let program = slot.and_then(|slot| slot.program.as_ref());
-        let program = program.ok_or_else(|| format!("unable to find target container {target:?}"))?;
+        let program =
+            program.ok_or_else(|| format!("unable to find target container {target:?}"))?;
         Ok(Some(program.identity))
     }
 }

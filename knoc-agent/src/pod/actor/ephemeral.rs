@@ -263,7 +263,9 @@ impl Actor {
         let written = tokio::task::spawn_blocking(move || {
             let mut job = dir.spec()?;
             let new = |known: &pb::ResolvedImage| {
-                images.iter().all(|image| image.container != known.container)
+                images
+                    .iter()
+                    .all(|image| image.container != known.container)
             };
             job.images.retain(new);
             job.images.extend(images);
@@ -308,7 +310,11 @@ async fn give(
         None => site.shim_steps.reach(uid).await.map_err(text)?,
     };
     let able = site.shim_links.able(uid, capability::EPHEMERAL);
-    let no_link = || Err(tonic::Status::unavailable("the shim has no link to the agent now"));
+    let no_link = || {
+        Err(tonic::Status::unavailable(
+            "the shim has no link to the agent now",
+        ))
+    };
     let mut client = able.unwrap_or_else(no_link).map_err(text)?;
     let mut request = Request::new(request);
     request.set_timeout(DEADLINE);
@@ -398,7 +404,8 @@ mod tests {
             ..report(&[])
         };
         let mut adding = Adding::default();
-        let shown = |adding: &Adding, report| adding.statuses(&pod(report), &spec()).remove(0).state;
+        let shown =
+            |adding: &Adding, report| adding.statuses(&pod(report), &spec()).remove(0).state;
         match shown(&adding, Some(old)) {
             Some(State::Terminated(ended)) => {
                 assert!(ended.message.contains("1.2.3"), "{ended:?}");

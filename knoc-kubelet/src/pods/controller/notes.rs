@@ -12,6 +12,7 @@ use knoc_proto::pb::{self, container_status::State};
 use super::worker::Worker;
 use crate::pods::{
     events::{Note, about_pod},
+    resize,
     store::PodView,
 };
 
@@ -166,6 +167,14 @@ impl Worker<'_> {
     pub(super) fn record_once(&mut self, pod: &Pod, reason: &str, message: &str) {
         if self.memory.events.once.insert(hash(&(reason, message))) {
             self.record(pod, true, reason, message);
+        }
+    }
+
+    /// Somebody asks for other resources than the pod has.
+    pub(super) fn record_resize(&mut self, pod: &Pod) {
+        if resize::is_asked(pod) {
+            let message = format!("Pod resize infeasible: {}", resize::INFEASIBLE);
+            self.record_once(pod, "ResizeInfeasible", &message);
         }
     }
 

@@ -20,6 +20,7 @@ use crate::{
         decide::{self, AgentSide, Decision, Desired, Done, Present},
         events::{Note, about_pod},
         publish::{self, PublishError},
+        resize,
         status::{self, Hold, Input, Rejection},
         store::PodView,
     },
@@ -72,6 +73,7 @@ impl Worker<'_> {
                 return true;
             }
             self.record_notes(view);
+            self.record_resize(&view.pod);
             self.record_containers(view);
             self.plan_refresh(view, now);
         }
@@ -83,7 +85,7 @@ impl Worker<'_> {
                 self.context.pods.store.forget(self.uid);
                 return false;
             }
-            (Decision::Ensure, Some(view)) => self.ensure(&view.pod).await,
+            (Decision::Ensure, Some(view)) => self.ensure(&resize::as_accepted(&view.pod)).await,
             (Decision::MarkLost, _) => self.memory.agent.lost = true,
             (_, _) => {}
         }
@@ -101,7 +103,7 @@ impl Worker<'_> {
             self.go_on_when_terminal();
         }
         match (decision, &view) {
-            (Decision::Refresh, Some(view)) => self.refresh(&view.pod).await,
+            (Decision::Refresh, Some(view)) => self.refresh(&resize::as_accepted(&view.pod)).await,
             (Decision::Stop(grace), _) => {
                 if let Some(view) = &view {
                     self.record_killing(view);
@@ -280,8 +282,8 @@ impl Worker<'_> {
                 let ended = status::is_terminal(&view.pod)
                     || observed_phase(&view) == Some(pb::PodPhase::Finished);
                 if !ended && (view.observed.is_some() || ran(&view.pod)) {
-                    let amounts =
-                        knoc_translate::shape(&view.pod).map(|shape| allocations::requests(&shape));
+                    let amounts = knoc_translate::shape(&resize::as_accepted(&view.pod))
+                        .map(|shape| allocations::requests(&shape));
                     allocations.hold(&view.uid, amounts.unwrap_or_default());
                 }
             }

@@ -4,6 +4,7 @@ use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition};
 use knoc_proto::pb::{self, PodPhase};
 
 use super::{Input, containers::Statuses, observed_generation, phase::Phase, seconds};
+use crate::pods::resize::{self, RESIZE_PENDING};
 
 /// Status, reason and message of a condition; None means True without a reason.
 type Why = Option<(bool, &'static str, String)>;
@@ -30,6 +31,10 @@ pub(super) fn conditions(
         condition(input, "ContainersReady", containers_ready),
         condition(input, "PodScheduled", None),
     ];
+    if !matches!(phase, Phase::Succeeded | Phase::Failed) && resize::is_asked(input.pod) {
+        let why = Some((true, "Infeasible", resize::INFEASIBLE.to_owned()));
+        list.push(condition(input, RESIZE_PENDING, why));
+    }
     let outcome = input
         .observed
         .and_then(|observed| observed.outcome.as_ref());

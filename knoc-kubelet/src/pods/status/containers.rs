@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::{
 use knoc_proto::pb::{self, PodPhase, container_status::State};
 
 use super::{Input, nanoseconds, refused, seconds, waiting_message};
+use crate::pods::resize;
 
 /// The statuses of a pod's containers, in the order of the spec.
 pub(super) struct Statuses {
@@ -96,6 +97,11 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
             .map(|one| one.name.clone())
             .collect(),
     };
+    for (containers, statuses) in [(init, &mut statuses.init), (regular, &mut statuses.regular)] {
+        for (container, status) in containers.iter().zip(statuses) {
+            status.resources = Some(resize::shown(input.pod, container));
+        }
+    }
     if input
         .observed
         .is_some_and(|observed| observed.phase() == PodPhase::Finished)

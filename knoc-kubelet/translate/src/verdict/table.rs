@@ -104,7 +104,8 @@ pub(super) const TABLE: &[Type] = &[
     ]),
     of("Lifecycle", "`lifecycle`", &[
         row("postStart preStop", Any, Inside("LifecycleHandler"), ""),
-        row("stopSignal", Any, Rejected, LATER),
+        row("stopSignal", Starts(&["SIGRT"]), Rejected, "real-time signals are not supported; use another one, such as `SIGUSR1`"),
+        row("stopSignal", Any, Honoured, "instead of `SIGTERM`"),
     ]),
     of("LifecycleHandler", "`lifecycle.postStart`, `lifecycle.preStop`", &[
         row("exec", Any, Inside("ExecAction"), ""),
@@ -284,8 +285,7 @@ const POD: &[Row] = &[
     row("hostPID hostIPC", Any, Rejected, "namespaces of the compute node are not shared with pods"),
     row("hostUsers", Is(&["true"]), Satisfied, ""),
     row("hostUsers", Any, Rejected, LATER),
-    row("shareProcessNamespace", Is(&["false"]), Satisfied, ""),
-    row("shareProcessNamespace", Any, Rejected, LATER),
+    row("shareProcessNamespace", Any, Honoured, "see [containers](#containers)"),
     row("imagePullSecrets", Empty, Satisfied, ""),
     row("imagePullSecrets", Any, Rejected, "credentials for registries are not supported yet (also if they come from the ServiceAccount)"),
     row("os", Any, Inside("PodOS"), ""),
@@ -317,7 +317,7 @@ const CONTAINER: &[Row] = &[
     row("env", Any, Inside("EnvVar"), ""),
     row("envFrom", Any, Inside("EnvFromSource"), ""),
     row("resources", Any, Inside("ResourceRequirements"), ""),
-    row("resizePolicy", Any, Satisfied, "a job cannot be resized"),
+    row("resizePolicy", Any, Satisfied, "a job cannot be resized: a request to resize a pod is answered with the condition `PodResizePending`, reason `Infeasible`"),
     row("volumeMounts", Any, Inside("VolumeMount"), ""),
     row("volumeDevices", Empty, Satisfied, ""),
     row("volumeDevices", Any, Rejected, "block devices cannot be given to a job"),

@@ -12,7 +12,7 @@ use knoc_contract::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::nofollow;
+use crate::{launch::beside::Beside, nofollow};
 
 /// The message to the helper. Both ends are the same binary, so it needs no version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +25,9 @@ pub(crate) struct ContainSpec {
     pub root: bool,
     /// In the order of mounting.
     pub mounts: Vec<MountSpec>,
+    /// The process whose PID namespace the container shares. The helper enters that process's user namespace instead of one of
+    /// its own.
+    pub beside: Option<Beside>,
 }
 
 /// One mount.

@@ -27,7 +27,10 @@ fn said(pod: &Pod, ephemeral: Option<State>, change: fn(&mut Input<'_>)) -> Cont
         now: at(100),
     };
     change(&mut input);
-    let statuses = status(&input).unwrap().ephemeral_container_statuses.unwrap();
+    let statuses = status(&input)
+        .unwrap()
+        .ephemeral_container_statuses
+        .unwrap();
     let [debugger] = &statuses[..] else {
         panic!("{statuses:?}");
     };
@@ -57,7 +60,7 @@ fn a_rejected_ephemeral_container_is_terminated_with_the_reason_and_one_that_lac
     assert_eq!(refused(&rejected, "debugger").as_ref(), rejected.first());
     let over = said(&pod, None, |input| {
         input.refused = Box::leak(Box::new([
-            "spec.ephemeralContainers[debugger].ports: none".to_owned(),
+            "spec.ephemeralContainers[debugger].ports: none".to_owned()
         ]));
     });
     let over = over.state.unwrap().terminated.unwrap();
