@@ -175,7 +175,14 @@ async fn debug_runs_a_shell_beside_the_program_and_sees_its_processes() -> anyho
 async fn an_ephemeral_container_with_a_rejected_field_is_rejected_alone() -> anyhow::Result<()> {
     let world = target("kubectl-refused").await?;
     let image = format!("--image={}", PodBuilder::image_name());
-    let debug = ["debug", "-i", "target", "-c", "helper", "--profile=netadmin"];
+    let debug = [
+        "debug",
+        "-i",
+        "target",
+        "-c",
+        "helper",
+        "--profile=netadmin",
+    ];
     let run = world.kubectl(debug).arg(&image).args(["--", "true"]);
     let refused = run.stdin("").output().await?;
     let message = "spec.ephemeralContainers[helper].securityContext.capabilities.add";

@@ -3,7 +3,7 @@
 use crate::{pb, text::quote};
 
 /// The names that Kubernetes knows, with Linux' numbers. It knows the real-time signals too, which are not supported.
-pub const SIGNALS: [(&str, i32); 34] = [
+const SIGNALS: [(&str, i32); 34] = [
     ("SIGABRT", 6),
     ("SIGALRM", 14),
     ("SIGBUS", 7),

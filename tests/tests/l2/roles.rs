@@ -311,3 +311,36 @@ async fn an_ephemeral_container_waits_for_its_target_and_ends_with_the_pod() -> 
     ensure!(ended(&pod, &client, "debug").await? != 0);
     Ok(())
 }
+
+#[tokio::test]
+async fn a_container_chooses_its_stop_signal_and_a_grace_period_is_lowered_while_it_stops()
+-> anyhow::Result<()> {
+    let (site, _agent, client) = Site::start(Options::default()).await?;
+    let (up, told) = (site.path("up"), site.path("told"));
+    let script = format!(
+        "trap 'touch {}' USR1; trap '' TERM; touch {}; while :; do sleep 0.1; done",
+        told.display(),
+        up.display()
+    );
+    let mut main = shell("main", &script);
+    main.stop_signal = "SIGUSR1".to_owned();
+    let pod = Pod::new("signal", vec![main]);
+    pod.ensure(&client).await?;
+    pod.running(&client, SOON).await?;
+    let there = async |path: &Path| {
+        wait_for("the file", SOON, async || {
+            ensure!(path.exists(), "{:?}", pod.state(&client).await?);
+            Ok(())
+        })
+        .await
+    };
+    there(&up).await?;
+    pod.delete(&client, 600).await?;
+    there(&told).await?;
+    let state = pod.state(&client).await?;
+    ensure!(status(&state, "main").is_some_and(runs), "{state:?}");
+    pod.delete(&client, 1).await?;
+    pod.finished(&client, SOON).await?;
+    ensure!(pod.terminated(&client, "main").await?.exit_code == 137);
+    Ok(())
+}

@@ -3,6 +3,7 @@ use serde_json::{Value, json};
 use super::*;
 
 mod ephemeral;
+mod gates;
 mod sidecars;
 
 fn at(second: i64) -> Timestamp {
