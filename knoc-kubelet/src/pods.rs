@@ -11,7 +11,7 @@
 //!                                                              ├─ Forget    ForgetPod
 //!                                                              ├─ Drop      nothing is left: forget the pod here
 //!                                                              └─ Wait
-//!                     every round: status (pure) ► publish (PATCH iff changed)
+//!                     every round: status (pure) ► urgency (pure) ► publish (PATCH iff changed and due)
 //! ```
 
 mod controller;
@@ -25,6 +25,7 @@ mod resolve;
 mod services;
 pub mod status;
 pub(crate) mod store;
+mod urgency;
 pub mod watch;
 
 pub(crate) use controller::UNREACHABLE_AFTER;

@@ -65,13 +65,17 @@ pub(super) struct Status {
     pub(super) hold: Option<Hold>,
     /// The last status patch, and the resourceVersion that it led to.
     pub(super) sent: Option<(serde_json::Value, Option<String>)>,
+    /// Since when the status differs from the published one.
+    pub(super) differs_since: Option<Instant>,
 }
 
 /// Which Events were recorded.
 #[derive(Debug, Default)]
 pub(super) struct SentEvents {
-    /// Sequence number of the newest note of the agent that was recorded.
+    /// Sequence number of the newest note of the agent that was recorded or replaced by a later one.
     pub(super) note: Option<i64>,
+    /// Since when a note about the queue is held that may be replaced by a later one.
+    pub(super) held_since: Option<Instant>,
     /// Hashes of Events that are recorded only once: starts and failures of containers, and warnings.
     pub(super) once: HashSet<u64>,
 }

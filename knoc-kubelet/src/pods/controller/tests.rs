@@ -4,6 +4,7 @@ mod agent;
 mod api;
 mod capabilities;
 mod changes;
+mod cost;
 mod extended;
 mod predicates;
 mod vanish;
