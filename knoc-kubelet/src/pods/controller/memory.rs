@@ -52,6 +52,12 @@ pub(super) struct Values {
     /// Hash of the values that the agent accepted last.
     pub(super) sent: Option<u64>,
     pub(super) refresh_at: Option<Timestamp>,
+    /// When to read objects again that nothing watches.
+    pub(super) look_at: Option<Timestamp>,
+    /// Whether the pod refers to objects that are never watched.
+    pub(super) unwatched: bool,
+    /// When the objects were read last, and the level of their changes then.
+    pub(super) read: Option<(Timestamp, u64)>,
     /// When values that the agent asked for were last sent again.
     pub(super) resent_at: Option<Timestamp>,
     /// Hash of the labels and annotations from which the values were made.

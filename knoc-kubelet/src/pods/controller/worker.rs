@@ -76,6 +76,7 @@ impl Worker<'_> {
             (Decision::Drop, _) => {
                 self.context.node.allocations().release(self.uid);
                 self.context.pods.store.forget(self.uid);
+                self.context.api.references.forget(self.uid);
                 return false;
             }
             (Decision::Ensure, Some(view)) => self.ensure(&view.pod).await,
