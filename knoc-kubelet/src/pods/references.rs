@@ -4,7 +4,7 @@
 //! A watch brings metadata only, so no Secret is kept here: the worker of a pod GETs its objects again. What is kept is
 //! a level for each object, which grows with each change; a worker compares it with the level at which it last read.
 //!
-//! Objects that nothing watches are read again from time to time (see [`super::resolve::refresh_at`]): those beyond
+//! Objects that nothing watches are read again from time to time (see [`super::resolve::look_at`]): those beyond
 //! [`WATCHES`], and all of them if the API server denies the watch.
 
 use std::{
@@ -396,10 +396,15 @@ impl Watch {
 }
 
 fn failed(error: &kube::Error) -> End {
-    match error {
-        kube::Error::Api(status) if status.code == 410 => End::TooOld,
-        kube::Error::Api(status) if matches!(status.code, 401 | 403) => End::Denied,
-        other => End::Failed(knoc_proto::error::chain(other)),
+    let code = if let kube::Error::Api(status) = error {
+        status.code
+    } else {
+        0
+    };
+    match code {
+        410 => End::TooOld,
+        401 | 403 => End::Denied,
+        _ => End::Failed(knoc_proto::error::chain(error)),
     }
 }
 

@@ -46,7 +46,7 @@ pub(super) async fn get_all(
     client: &Client,
     keys: &[TrustBundleKey],
 ) -> Result<BTreeMap<TrustBundleKey, String>, ResolveError> {
-    let gets = keys.iter().map(async |key| {
+    let gets = keys.iter().map(|key| async move {
         let mut found = get::<v1::ClusterTrustBundle>(client, key).await?;
         if found.is_empty() {
             found = get::<v1beta1::ClusterTrustBundle>(client, key).await?;
@@ -54,7 +54,7 @@ pub(super) async fn get_all(
         let certificates = Some(together(&found)).filter(|_| !found.is_empty());
         Ok(certificates.map(|certificates| (key.clone(), certificates)))
     });
-    let found: Result<Vec<_>, _> = join_all(gets).await.into_iter().collect();
+    let found: Result<Vec<_>, ResolveError> = join_all(gets).await.into_iter().collect();
     Ok(found?.into_iter().flatten().collect())
 }
 
@@ -63,28 +63,7 @@ async fn get<K: Bundle>(
     client: &Client,
     key: &TrustBundleKey,
 ) -> Result<Vec<String>, ResolveError> {
-    let api: Api<K> = Api::all(client.clone());
-    let answer = async {
-        match key {
-            TrustBundleKey::Named(name) => Ok(api.get_opt(name).await?.into_iter().collect()),
-            TrustBundleKey::Signed { labels: None, .. } => Ok(Vec::new()),
-            TrustBundleKey::Signed {
-                signer,
-                labels: Some(labels),
-            } => {
-                let only = ListParams::default()
-                    .fields(&format!("spec.signerName={signer}"))
-                    .labels(labels)
-                    .limit(BUNDLES);
-                match api.list(&only).await {
-                    Ok(list) => Ok(list.items),
-                    Err(kube::Error::Api(status)) if status.code == 404 => Ok(Vec::new()),
-                    Err(error) => Err(error),
-                }
-            }
-        }
-    };
-    match tokio::time::timeout(DEADLINE, answer).await {
+    match tokio::time::timeout(DEADLINE, select::<K>(client, key)).await {
         Err(_) => Err(ResolveError::Late {
             what: format!("get {key}"),
         }),
@@ -94,9 +73,33 @@ async fn get<K: Bundle>(
             source,
         }),
         Ok(Ok(found)) => {
-            let found: Vec<K> = found;
             let certificates = found.iter().map(|one| one.certificates().to_owned());
             Ok(certificates.collect())
+        }
+    }
+}
+
+async fn select<K: Bundle>(client: &Client, key: &TrustBundleKey) -> kube::Result<Vec<K>> {
+    let api: Api<K> = Api::all(client.clone());
+    match key {
+        TrustBundleKey::Named(name) => {
+            let found = api.get_opt(name).await?;
+            Ok(found.into_iter().collect())
+        }
+        TrustBundleKey::Signed { labels: None, .. } => Ok(Vec::new()),
+        TrustBundleKey::Signed {
+            signer,
+            labels: Some(labels),
+        } => {
+            let only = ListParams::default()
+                .fields(&format!("spec.signerName={signer}"))
+                .labels(labels)
+                .limit(BUNDLES);
+            match api.list(&only).await {
+                Ok(list) => Ok(list.items),
+                Err(kube::Error::Api(status)) if status.code == 404 => Ok(Vec::new()),
+                Err(error) => Err(error),
+            }
         }
     }
 }
