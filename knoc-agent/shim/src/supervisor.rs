@@ -50,6 +50,9 @@ const VALUES_WAIT: Duration = Duration::from_mins(10);
 const VALUES_EXPIRED: &str =
     "the values have expired; the container waits for new ones from the agent";
 
+/// The reason of a pod that exceeds the size limit of a volume, as in Kubernetes.
+const EVICTED: &str = "Evicted";
+
 /// Used if there is nothing to wake up for: so far away that it never comes.
 const NEVER: Duration = Duration::from_hours(24 * 365);
 
@@ -247,7 +250,12 @@ impl Supervisor {
 
     fn execute(&mut self, command: Command) {
         match command {
-            Command::Stop { grace, by, reason } => self.order_stop(grace, by, reason),
+            Command::Stop { grace, by, reason } => {
+                if by == EndedBy::Evicted && self.stop.is_none() {
+                    self.publisher.note(EVICTED, reason.clone(), "");
+                }
+                self.order_stop(grace, by, reason);
+            }
             Command::Stats(samples, answer) => {
                 // The caller may have gone away.
                 answer.send(self.stats(&samples)).ok();
@@ -486,6 +494,7 @@ impl Supervisor {
                 EndedBy::Deadline => "DeadlineExceeded".clone_into(&mut report.reason),
                 EndedBy::NoValues => no_values.clone_into(&mut report.reason),
                 EndedBy::TimeLimit => "SlurmTimeLimit".clone_into(&mut report.reason),
+                EndedBy::Evicted => EVICTED.clone_into(&mut report.reason),
                 EndedBy::Unspecified | EndedBy::Themselves | EndedBy::Stop | EndedBy::Signal => {}
             }
             report.message = message;

@@ -80,6 +80,14 @@ pub(crate) struct Mounted {
     pub(crate) point: Option<Point>,
 }
 
+/// A volume with a size limit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Limit {
+    pub(crate) volume: String,
+    pub(crate) path: PathBuf,
+    pub(crate) bytes: u64,
+}
+
 /// The volumes of one pod.
 #[derive(Debug)]
 pub(crate) struct Volumes {
@@ -94,6 +102,8 @@ struct Root {
     files: bool,
     /// Whether it is a folder of the host, in which the shim creates nothing.
     foreign: bool,
+    /// How many bytes it may take at most.
+    limit: Option<u64>,
 }
 
 impl Volumes {
@@ -137,9 +147,25 @@ impl Volumes {
                 path,
                 files,
                 foreign,
+                limit: limit(volume),
             });
         }
         Ok(Self { roots })
+    }
+
+    /// The `emptyDir` volumes with a size limit.
+    pub(crate) fn limits(&self) -> Vec<Limit> {
+        let limited = self
+            .roots
+            .iter()
+            .filter_map(|root| Some((root, root.limit?)));
+        limited
+            .map(|(root, bytes)| Limit {
+                volume: root.name.clone(),
+                path: root.path.clone(),
+                bytes,
+            })
+            .collect()
     }
 
     /// Writes the files that `values` has into their volumes.
@@ -281,6 +307,17 @@ fn relink(folder: &Path, target: &str, name: &str) -> Result<(), FileError> {
     symlink(target, &temporary).map_err(FileError::on("link", &temporary))?;
     let name = folder.join(name);
     fs::rename(&temporary, &name).map_err(FileError::on("rename over", &name))
+}
+
+/// The size limit of an `emptyDir`; as in Kubernetes, 0 is none.
+fn limit(volume: &pb::Volume) -> Option<u64> {
+    match &volume.source {
+        Some(Source::EmptyDir(empty)) => {
+            let limit = u64::try_from(empty.size_limit_bytes).ok();
+            limit.filter(|bytes| *bytes > 0)
+        }
+        Some(Source::Files(_) | Source::HostPath(_)) | None => None,
+    }
 }
 
 #[cfg(test)]

@@ -204,6 +204,7 @@ fn check_needs(pod: &Pod, path: &Path) -> Result<(), ManifestError> {
             .map(|name| format!("ConfigMap {name}")),
     );
     list.extend(needs.secrets.iter().map(|name| format!("Secret {name}")));
+    list.extend(needs.trust_bundles.iter().map(ToString::to_string));
     if !needs.tokens.is_empty() {
         list.push("a service account token".to_owned());
     }

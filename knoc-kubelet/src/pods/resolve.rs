@@ -4,9 +4,11 @@
 //! start of a pod costs one round trip. A missing object is simply absent from the result; [`knoc_translate::values`]
 //! decides whether that matters. Secrets are not kept; tokens are, until they are due to be renewed.
 
+mod trust;
+
 use std::{collections::BTreeMap, time::Duration};
 
-use futures::future::{join_all, try_join, try_join3};
+use futures::future::{join_all, try_join3};
 use jiff::Timestamp;
 use k8s_openapi::{
     NamespaceResourceScope,
@@ -20,7 +22,10 @@ use knoc_translate::{Needs, Resolved, Token, TokenRequestKey};
 use kube::{Api, Client, Resource, api::PostParams};
 use serde::de::DeserializeOwned;
 
-use super::services::Services;
+use super::{
+    references::{Key, Kind, Version},
+    services::Services,
+};
 
 /// The deadline of each request to the API server.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -93,13 +98,14 @@ pub(crate) async fn resolve(
         .as_ref()
         .and_then(|spec| spec.enable_service_links)
         .unwrap_or(true);
-    let (objects, issued) = try_join(
+    let (objects, issued, trust_bundles) = try_join3(
         try_join3(
             get_all::<ConfigMap>(client, "configmap", namespace, &needs.config_maps),
             get_all::<Secret>(client, "secret", namespace, &needs.secrets),
             async { Ok(services.variables(namespace, links).await) },
         ),
         issue_all(client, pod, due, now),
+        trust::get_all(client, &needs.trust_bundles),
     )
     .await?;
     tokens.extend(issued);
@@ -111,6 +117,7 @@ pub(crate) async fn resolve(
             .iter()
             .map(|(ask, kept)| (ask.clone(), kept.token.clone()))
             .collect(),
+        trust_bundles,
         services,
         allocatable: allocatable.clone(),
     })
@@ -227,22 +234,41 @@ fn renewal(now: Timestamp, expires: Timestamp) -> Timestamp {
         .unwrap_or(expires)
 }
 
-/// When the values are to be resolved again; None if nothing in them can change.
-pub(crate) fn refresh_at(needs: &Needs, tokens: &Tokens, now: Timestamp) -> Option<Timestamp> {
-    let renewal = tokens.values().map(|kept| kept.renew_at).min();
-    // The cluster's CA changes only with the cluster, so it is refreshed together with the token.
-    let changes = needs
-        .config_maps
-        .iter()
-        .any(|name| name != "kube-root-ca.crt")
-        || !needs.secrets.is_empty();
-    let jittered = rand::random_range(50..=70i64);
-    let look = changes.then(|| {
-        now.checked_add(jiff::SignedDuration::from_secs(jittered))
-            .ok()
+/// When the tokens are due to be renewed; None if there are none.
+pub(crate) fn renew_at(tokens: &Tokens) -> Option<Timestamp> {
+    tokens.values().map(|kept| kept.renew_at).min()
+}
+
+/// When to read objects again that nothing watches.
+pub(crate) fn look_at(now: Timestamp) -> Option<Timestamp> {
+    let jittered = jiff::SignedDuration::from_secs(rand::random_range(50..=70i64));
+    now.checked_add(jittered).ok()
+}
+
+/// The objects that may change, with the versions that were read. The cluster's CA changes only with the cluster, so it
+/// is read again together with the token.
+pub(crate) fn versions(
+    namespace: &str,
+    needs: &Needs,
+    resolved: &Resolved,
+) -> BTreeMap<Key, Version> {
+    let key = |kind, name: &String| Key {
+        kind,
+        namespace: namespace.to_owned(),
+        name: name.clone(),
+    };
+    let maps = needs.config_maps.iter().filter_map(|name| {
+        let found = resolved.config_maps.get(name);
+        let fixed = found.is_some_and(|map| map.immutable == Some(true));
+        let version = found.and_then(|map| map.metadata.resource_version.clone());
+        let changes = !fixed && name != "kube-root-ca.crt";
+        changes.then(|| (key(Kind::ConfigMap, name), version))
     });
-    match (renewal, look.flatten()) {
-        (Some(renewal), Some(look)) => Some(renewal.min(look)),
-        (renewal, look) => renewal.or(look),
-    }
+    let secrets = needs.secrets.iter().filter_map(|name| {
+        let found = resolved.secrets.get(name);
+        let fixed = found.is_some_and(|secret| secret.immutable == Some(true));
+        let version = found.and_then(|secret| secret.metadata.resource_version.clone());
+        (!fixed).then(|| (key(Kind::Secret, name), version))
+    });
+    maps.chain(secrets).collect()
 }

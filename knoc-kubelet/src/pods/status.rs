@@ -116,6 +116,8 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
     let (reason, message) = reason_and_message(input);
     let host_ip = input.observed.map(|observed| observed.host_ip.clone());
     let host_ip = host_ip.filter(|ip| !ip.is_empty());
+    // The address stays while it is not known, for example after a restart.
+    let host_ip = host_ip.or_else(|| input.pod.status.as_ref()?.host_ip.clone());
     Some(sanitized(PodStatus {
         phase: Some(phase.as_str().to_owned()),
         reason,
@@ -232,7 +234,9 @@ fn reason_and_message(input: &Input<'_>) -> (Option<String>, Option<String>) {
         return (None, some(&hold.message));
     }
     let Some(observed) = input.observed else {
-        return (None, None);
+        // Nothing is known (yet), for example after a restart: what was published stays.
+        let published = input.pod.status.as_ref();
+        return (None, published.and_then(|status| status.message.clone()));
     };
     match observed.phase() {
         PodPhase::Finished => {

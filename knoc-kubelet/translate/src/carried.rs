@@ -15,7 +15,9 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::{
     api::core::v1 as core,
-    apimachinery::pkg::{api::resource::Quantity, util::intstr::IntOrString},
+    apimachinery::pkg::{
+        api::resource::Quantity, apis::meta::v1::LabelSelector, util::intstr::IntOrString,
+    },
 };
 
 use crate::verdict::fields::{has_verdict, is_admitted, is_honoured};
@@ -498,13 +500,27 @@ carried! {
     /// One source of a projected volume.
     VolumeProjection of core::VolumeProjection, judged as "VolumeProjection" {
         taken {
+            cluster_trust_bundle: Option<core::ClusterTrustBundleProjection>,
             config_map: Option<core::ConfigMapProjection>,
             downward_api: Option<core::DownwardAPIProjection>,
             secret: Option<core::SecretProjection>,
             service_account_token: Option<core::ServiceAccountTokenProjection>,
         }
         elsewhere {}
-        left { cluster_trust_bundle, pod_certificate }
+        left { pod_certificate }
+    }
+
+    /// Certificates of trust anchors in a projected volume.
+    TrustBundleProjection of core::ClusterTrustBundleProjection, judged as "ClusterTrustBundleProjection" {
+        taken {
+            label_selector: Option<LabelSelector>,
+            name: Option<String>,
+            optional: Option<bool>,
+            path: String,
+            signer_name: Option<String>,
+        }
+        elsewhere {}
+        left { user }
     }
 
     /// A ConfigMap in a projected volume.

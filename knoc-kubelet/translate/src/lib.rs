@@ -16,6 +16,7 @@ mod grace;
 mod job;
 mod probe;
 pub mod quantity;
+mod trust;
 pub mod verdict;
 mod volume;
 
@@ -37,6 +38,7 @@ use volume::Source;
 pub use env::service_variables;
 pub use grace::Grace;
 pub use job::over_containers;
+pub use trust::TrustBundleKey;
 
 /// Annotations that are not sent, because they repeat the whole pod.
 const NOT_SENT: &str = "kubectl.kubernetes.io/last-applied-configuration";
@@ -50,6 +52,8 @@ pub struct Resolved {
     pub secrets: BTreeMap<String, Secret>,
     /// The service account tokens, by their request.
     pub tokens: BTreeMap<TokenRequestKey, Token>,
+    /// The certificates of the trust anchors, in PEM, by what selects them; absent if there are none.
+    pub trust_bundles: BTreeMap<TrustBundleKey, String>,
     /// The variables of Services (see [`service_variables`]).
     pub services: Vec<(String, String)>,
     /// The allocatable resources of the node, which are the limits of a container that sets none.
@@ -91,6 +95,8 @@ pub struct Needs {
     pub secrets: Vec<String>,
     /// The requests for tokens.
     pub tokens: Vec<TokenRequestKey>,
+    /// What selects trust anchors.
+    pub trust_bundles: Vec<TrustBundleKey>,
 }
 
 /// Required objects that do not exist (yet), with one message for each. Problems of volumes are reported first, as by
@@ -278,6 +284,8 @@ pub fn needs(pod: &Pod) -> Needs {
     needs.secrets.dedup();
     needs.tokens.sort();
     needs.tokens.dedup();
+    needs.trust_bundles.sort();
+    needs.trust_bundles.dedup();
     needs
 }
 

@@ -481,3 +481,38 @@ fn a_containers_word_about_root_comes_before_the_pods() {
     assert!(!said(yes, no));
     assert!(!said(json!({}), json!({})));
 }
+
+#[test]
+fn trust_anchors_are_a_file_and_optional_ones_may_be_missing() {
+    let volumes = |optional: bool| {
+        json!([{"name": "trust", "projected": {"sources": [
+            {"clusterTrustBundle": {"name": "site", "path": "site.pem"}},
+            {"clusterTrustBundle": {
+                "signerName": "example.org/ca", "labelSelector": {"matchLabels": {"live": "true"}},
+                "path": "signed.pem", "optional": optional,
+            }},
+        ]}}])
+    };
+    let signed = TrustBundleKey::Signed {
+        signer: "example.org/ca".to_owned(),
+        labels: Some("live=true".to_owned()),
+    };
+    let site = TrustBundleKey::Named("site".to_owned());
+    let (pod, mut resolved) = with_volumes(volumes(true));
+    assert_eq!(needs(&pod).trust_bundles, [site.clone(), signed.clone()]);
+    resolved.trust_bundles.insert(site, "SITE".to_owned());
+    let found = |pod: &Pod, resolved: &Resolved| {
+        let files = values(pod, resolved)?.values.files;
+        let files = files.into_iter().flat_map(|volume| volume.files);
+        Ok::<_, Missing>(files.map(|file| file.data.to_vec()).collect::<Vec<_>>())
+    };
+    let empty = Vec::new();
+    assert_eq!(found(&pod, &resolved), Ok(vec![empty, b"SITE".to_vec()]));
+    let (required, _) = with_volumes(volumes(false));
+    let missing = "MountVolume.SetUp failed for volume \"trust\" : clustertrustbundles of signer \"example.org/ca\" with labels \"live=true\" not found";
+    let error = Missing::Mounts(vec![missing.to_owned()]);
+    assert_eq!(found(&required, &resolved), Err(error));
+    resolved.trust_bundles.insert(signed, "CA".to_owned());
+    let both = vec![b"CA".to_vec(), b"SITE".to_vec()];
+    assert_eq!(found(&required, &resolved), Ok(both));
+}

@@ -281,8 +281,11 @@ them (mode 1777); files that are written go to the node's disk. If the site's ru
 overlay), they are empty directories on the node's disk, and the image's files in them are hidden.
 
 **`/dev/shm`.** A tmpfs that the containers of one pod share, and no other pod can see. It has no size limit of its own (other
-runtimes limit it to 64 MiB): its contents count against the memory of the job. The same holds for an `emptyDir` in memory, even with
-a `sizeLimit`.
+runtimes limit it to 64 MiB): its contents count against the memory of the job. The same holds for an `emptyDir` in memory.
+
+**`sizeLimit`.** What an `emptyDir` takes on disk or in memory is measured every 10 s. If it is more than the `sizeLimit`, the pod fails
+with the reason `Evicted`, as on any node. Folders more than 64 levels down are not measured, and a volume with so many files that
+measuring takes more than 5 s is not measured either.
 
 **The user.** Every program runs as the HPC user. If neither the pod nor the image sets `HOME`, it is the home directory, according to
 the image's `/etc/passwd`, of the user that the pod (`runAsUser`) or the image names: root if neither names one, and `/` if the image

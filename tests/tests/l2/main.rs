@@ -21,6 +21,7 @@ mod logs;
 mod old_kernel;
 mod packages;
 mod probes;
+mod restarts;
 mod roles;
 mod secrets;
 mod socket;

@@ -51,7 +51,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "knoc.podRules" -}}
 - apiGroups: [""]
   resources: [configmaps, secrets]
-  verbs: [get]
+  verbs: [get, watch]
 - apiGroups: [""]
   resources: [serviceaccounts/token]
   verbs: [create]

@@ -21,6 +21,15 @@ use crate::pods::{
 
 /// How long to wait before values are sent again that the agent asked for.
 const RESEND_PAUSE: SignedDuration = SignedDuration::from_secs(5);
+/// How soon the values of a pod are resolved again at the earliest, however often its objects change.
+const SOONEST: Duration = Duration::from_secs(1);
+/// When to try again if a refresh is due that could not be done.
+const NOT_DONE: Duration = Duration::from_secs(5);
+/// After a restart the values of all pods are resolved again, within this time for each of them.
+const AFTER_RESTART: Duration = Duration::from_millis(10);
+
+/// The beginning of an Event about values that are not applied.
+const STALE: &str = "The pod keeps its present files and variables";
 
 /// Why the values of a pod could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -164,8 +173,7 @@ impl Worker<'_> {
             // The ephemeral containers that lack something are not at the agent yet.
             Ok((values, _lacking)) => values,
             Err(error) => {
-                let error = knoc_proto::error::chain(&error);
-                tracing::warn!(uid = %self.uid, %error, "could not refresh the values of a pod, its old ones stay");
+                self.record_stale(pod, &error);
                 self.refresh_later(Duration::from_mins(1));
                 return;
             }
@@ -183,9 +191,32 @@ impl Worker<'_> {
         {
             Ok(()) => self.memory.values.sent = Some(hash),
             Err(status) => {
+                if ErrorReason::of(&status) == Some(ErrorReason::InvalidSpec) {
+                    let message = format!("{STALE}: {}", status.message());
+                    self.record_once(pod, "FailedMount", &message);
+                    // The same values would be rejected again.
+                    self.memory.values.sent = Some(hash);
+                    return;
+                }
                 self.refresh_later(Duration::from_secs(10));
                 self.failed("UpdateValues", &status);
             }
+        }
+    }
+
+    /// The values of an accepted pod cannot be made any more: it keeps those that it has.
+    fn record_stale(&mut self, pod: &Pod, error: &NoValues) {
+        let messages = match error {
+            NoValues::Missing(Missing::Mounts(mounts)) => mounts.clone(),
+            NoValues::Missing(Missing::Variables(variables)) => variables.clone(),
+            NoValues::Resolve(_) => {
+                let error = knoc_proto::error::chain(error);
+                tracing::warn!(uid = %self.uid, %error, "could not refresh the values of a pod, its old ones stay");
+                return;
+            }
+        };
+        for message in messages {
+            self.record_once(pod, "FailedMount", &format!("{STALE}: {message}"));
         }
     }
 
@@ -193,6 +224,8 @@ impl Worker<'_> {
     async fn values(&mut self, pod: &Pod) -> Result<(pb::PodValues, Vec<String>), NoValues> {
         let now = Timestamp::now();
         let needs = knoc_translate::needs(pod);
+        let references = &self.context.api.references;
+        self.memory.values.read = Some((now, references.level()));
         let allocatable = self.context.allocatable();
         let resolved = resolve::resolve(
             &self.context.api.client,
@@ -204,6 +237,14 @@ impl Worker<'_> {
             now,
         )
         .await?;
+        let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
+        let objects = resolve::versions(namespace, &needs, &resolved);
+        self.memory.values.look_at = Some(now)
+            .filter(|_| !objects.is_empty() || !needs.trust_bundles.is_empty())
+            .and_then(resolve::look_at);
+        self.memory.values.unwatched = !needs.trust_bundles.is_empty();
+        // What is missing is watched too: the pod goes on as soon as it appears.
+        references.follow(self.uid, objects);
         let knoc_translate::Values {
             mut values,
             skipped,
@@ -218,21 +259,22 @@ impl Worker<'_> {
         }
         self.memory.values.revision = self.memory.values.revision.max(now.as_millisecond() - 1) + 1;
         values.revision = self.memory.values.revision;
-        self.memory.values.refresh_at =
-            resolve::refresh_at(&needs, &self.memory.values.tokens, now);
+        self.memory.values.refresh_at = resolve::renew_at(&self.memory.values.tokens);
         self.memory.values.metadata = Some(metadata(pod));
         self.plan(now);
         Ok((values, lacking))
     }
 
-    /// Plans when to resolve the values again: as planned before; within a minute if an earlier process sent them; at
-    /// once if labels or annotations changed that the pod reads.
+    /// Plans when to resolve the values again: when a token is due; soon if an earlier process sent them, or if an object
+    /// changed to which the pod refers; at once if labels or annotations changed that the pod reads.
     pub(super) fn plan_refresh(&mut self, view: &PodView, now: Timestamp) {
         let Some(observed) = &view.observed else {
             return;
         };
         if observed.phase() == pb::PodPhase::Finished {
             self.memory.values.refresh_at = None;
+            self.memory.values.look_at = None;
+            self.context.api.references.forget(self.uid);
             return;
         }
         if observed.values_wanted {
@@ -244,7 +286,10 @@ impl Worker<'_> {
             None => {
                 let needs = knoc_translate::needs(&view.pod);
                 if needs != knoc_translate::Needs::default() {
-                    self.refresh_later(Duration::from_millis(rand::random_range(1000..60_000)));
+                    let pods = self.context.pods.store.count().try_into();
+                    let most = AFTER_RESTART.saturating_mul(pods.unwrap_or(u32::MAX));
+                    let most = most.clamp(SOONEST, Duration::from_mins(1));
+                    self.refresh_later(most.mul_f64(rand::random_range(0.0..1.0)));
                 }
                 self.memory.values.metadata = Some(metadata(&view.pod));
             }
@@ -253,7 +298,30 @@ impl Worker<'_> {
             }
             Some(_) => {}
         }
+        self.refresh_changed(now);
         self.plan(now);
+    }
+
+    /// Plans a refresh if an object has changed since it was read, or if it was not watched for a while.
+    fn refresh_changed(&mut self, now: Timestamp) {
+        let Some((read_at, level)) = self.memory.values.read else {
+            return;
+        };
+        let references = &self.context.api.references;
+        let values = &mut self.memory.values;
+        if let Some(pause) = references.changed_since(self.uid, level) {
+            let soonest = read_at.checked_add(SOONEST).unwrap_or(now);
+            let at = now.checked_add(pause).unwrap_or(now).max(soonest);
+            values.refresh_at = Some(values.refresh_at.map_or(at, |before| before.min(at)));
+        }
+        if values.look_at.is_some_and(|at| at <= now) {
+            if references.all_watched(self.uid) && !values.unwatched {
+                values.look_at = resolve::look_at(now);
+            } else {
+                values.look_at = None;
+                values.refresh_at = Some(now);
+            }
+        }
     }
 
     /// The agent has lost the values (it keeps them in memory, or the job was requeued). They are sent again even if
@@ -287,9 +355,11 @@ impl Worker<'_> {
 
     /// Schedules the next round for when the refresh is due.
     fn plan(&mut self, now: Timestamp) {
-        if let Some(at) = self.memory.values.refresh_at {
-            let wait = at.duration_since(now).max(SignedDuration::ZERO);
-            self.revisit_in(Duration::try_from(wait).unwrap_or_default());
+        let values = &self.memory.values;
+        if let Some(at) = values.refresh_at.into_iter().chain(values.look_at).min() {
+            let wait = Duration::try_from(at.duration_since(now)).unwrap_or_default();
+            // What is due is done in this round, unless the link is down or the pod is being ended.
+            self.revisit_in(if wait.is_zero() { NOT_DONE } else { wait });
         }
     }
 }

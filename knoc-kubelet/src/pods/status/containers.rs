@@ -226,9 +226,14 @@ fn status(
     match (seen, before) {
         (Some(seen), before) => of(container, seen, before),
         // Nothing new is known, so the published status stays.
-        (None, Some(before)) if started(before) => before.clone(),
+        (None, Some(before)) if started(before) || nothing_known(input) => before.clone(),
         (None, _) => waiting(input, container),
     }
+}
+
+/// Is neither known what the agent has of the pod nor why the agent does not have it, as after a restart?
+fn nothing_known(input: &Input<'_>) -> bool {
+    input.observed.is_none() && input.hold.is_none()
 }
 
 fn started(status: &ContainerStatus) -> bool {

@@ -128,6 +128,44 @@ fn pending_says_why_and_until_when() {
     assert_eq!(waiting.message.as_deref(), Some(text));
 }
 
+/// A new process that does not know yet what the agent has, or why the agent does not have the pod.
+#[test]
+fn a_process_that_knows_nothing_changes_nothing() {
+    let mut running = observed(PodPhase::Running, vec![container("a", running())]);
+    running.host_ip = "10.0.0.7".to_owned();
+    let queued = observed(PodPhase::Queued, vec![]);
+    let hold = Hold {
+        reason: "CreateContainerConfigError".to_owned(),
+        message: "configmap \"later\" not found".to_owned(),
+    };
+    let new = pod("Always", true, &json!({"phase": "Pending"}));
+    for (observed, hold) in [
+        (Some(&running), None),
+        (Some(&queued), None),
+        (None, Some(&hold)),
+    ] {
+        let input = |pod, observed, hold, now| Input {
+            pod,
+            observed,
+            hold,
+            rejection: None,
+            unreachable: false,
+            judged: Some(2),
+            now: at(now),
+        };
+        let first = status(&input(&new, observed, hold, 1000)).unwrap();
+        let mut published = new.clone();
+        published.status = Some(first.clone());
+        let second = Input {
+            judged: None,
+            ..input(&published, None, None, 2000)
+        };
+        assert_eq!(status(&second).unwrap(), first);
+        let again = input(&published, observed, hold, 2000);
+        assert_eq!(status(&again).unwrap(), first);
+    }
+}
+
 #[test]
 fn an_image_that_cannot_be_pulled_is_the_containers_reason() {
     let mut observed = observed(PodPhase::Staging, vec![]);

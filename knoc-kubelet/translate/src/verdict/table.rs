@@ -195,12 +195,7 @@ pub(super) const TABLE: &[Type] = &[
     of("EmptyDirVolumeSource", "`emptyDir`", &[
         row("medium", Is(&["", "Memory"]), Honoured, ""),
         row("medium", Any, Rejected, "only the default medium and `Memory` are supported"),
-        row(
-            "sizeLimit",
-            Any,
-            Mapped,
-            "not enforced: the limits of the job and of the node's disk apply",
-        ),
+        row("sizeLimit", Any, Honoured, "measured every 10 s; the pod is evicted if the volume exceeds it"),
         row("mode", Any, Rejected, LATER),
     ]),
     of("ConfigMapVolumeSource", "`configMap`", &[
@@ -244,7 +239,12 @@ pub(super) const TABLE: &[Type] = &[
         row("secret", Any, Inside("SecretProjection"), ""),
         row("downwardAPI", Any, Inside("DownwardAPIVolumeSource"), ""),
         row("serviceAccountToken", Any, Inside("ServiceAccountTokenProjection"), ""),
-        row("clusterTrustBundle podCertificate", Any, Rejected, LATER),
+        row("clusterTrustBundle", Any, Inside("ClusterTrustBundleProjection"), ""),
+        row("podCertificate", Any, Rejected, LATER),
+    ]),
+    of("ClusterTrustBundleProjection", "`projected.sources[].clusterTrustBundle`", &[
+        row("labelSelector name optional path signerName", Any, Honoured, "if the cluster has ClusterTrustBundles; a change arrives within 70 s"),
+        row("user", Any, Mapped, OWNER),
     ]),
     of("SecretProjection", "`projected.sources[].secret`", &[
         row("name optional", Any, Honoured, ""),

@@ -249,9 +249,11 @@ impl Service for Fake {
 
     async fn update_values(
         &self,
-        _: Request<pb::UpdateValuesRequest>,
+        request: Request<pb::UpdateValuesRequest>,
     ) -> Result<Response<pb::UpdateValuesResponse>, Status> {
-        self.state().called("UpdateValues".to_owned())?;
+        let mut state = self.state();
+        state.called("UpdateValues".to_owned())?;
+        state.values = request.into_inner().values;
         Ok(Response::new(pb::UpdateValuesResponse {}))
     }
 
