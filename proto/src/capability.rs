@@ -14,18 +14,21 @@ pub const RUN_AS_NON_ROOT: &str = "run-as-non-root";
 /// The agent applies the site's policy to `privileged`.
 pub const PRIVILEGED: &str = "privileged";
 
+/// The agent pulls images with the credentials that come with a pod.
+pub const PULL_CREDENTIALS: &str = "pull-credentials";
 /// The agent's shims run probes.
 pub const PROBES: &str = "probes";
 /// The agent's shims run the hooks of containers.
 pub const HOOKS: &str = "hooks";
 
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 7] = [
+pub const OF_PODS: [&str; 8] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
     RUN_AS_NON_ROOT,
     PRIVILEGED,
+    PULL_CREDENTIALS,
     PROBES,
     HOOKS,
 ];
@@ -53,6 +56,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             PRIVILEGED,
             containers().any(|container| container.privileged),
         ),
+        (PULL_CREDENTIALS, !spec.image_pull_secrets.is_empty()),
         (PROBES, containers().any(has_probe)),
         (HOOKS, containers().any(has_hook)),
     ];
@@ -91,6 +95,7 @@ mod tests {
         spec.resolver = Some(pb::Resolver::default());
         spec.init_containers[0].run_as_non_root = true;
         spec.init_containers[0].privileged = true;
+        spec.image_pull_secrets = vec!["s".to_owned()];
         spec.containers[0].readiness_probe = Some(pb::Probe::default());
         spec.containers[0].pre_stop = Some(pb::Hook::default());
         assert_eq!(needed(&spec), OF_PODS);

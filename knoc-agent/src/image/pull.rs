@@ -20,7 +20,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Settings,
-    cache::Cache,
+    access::Access,
+    cache::{Cache, Entry},
     download::{Download, Layout},
     reference::Source,
     registry::{Found, RegistryClient, describe},
@@ -54,8 +55,13 @@ pub(super) struct Puller {
 }
 
 impl Puller {
-    /// Pulls the image that was found at `source`.
-    pub(super) async fn pull(self, source: Source, found: Found) -> Result<(), String> {
+    /// Pulls the image that was found at `source`, for pods that may use it by `access`.
+    pub(super) async fn pull(
+        self,
+        source: Source,
+        found: Found,
+        access: Access,
+    ) -> Result<(), String> {
         let size = found.image.size();
         let limit = self.settings.limits.size;
         if size > limit {
@@ -86,6 +92,12 @@ impl Puller {
         let _converting = self.conversions.acquire(registry).await;
         let checked = self.check(layout, &found, config.text).await;
         checked.map_err(|text| describe(&source, &text))?;
+        let digest = found.digest.to_string();
+        // What was downloaded proves that the source has the image, if it is cached already.
+        let (cache, cached, also) = (Arc::clone(&self.cache), digest.clone(), access.clone());
+        if blocking(move || cache.join(&cached, also).map_err(|err| chain(&err))).await? {
+            return Ok(());
+        }
         self.convert(&temporary).await?;
         let image = source.reference.at(&found.digest);
         tracing::info!(%image, bytes = size, ?fetched, elapsed = ?begin.elapsed(), "pulled");
@@ -97,7 +109,11 @@ impl Puller {
             let about = about.map_err(|error| format!("{}: {error}", sif.display()))?;
             reserved.at_least(about.len());
             cache.make_room(room)?;
-            let put = cache.put(&found.digest.to_string(), &config.file, &sif);
+            let entry = Entry {
+                file: config.file,
+                access,
+            };
+            let put = cache.put(&digest, &entry, &sif);
             put.map_err(|err| chain(&err))?;
             temporary.remove();
             Ok(())

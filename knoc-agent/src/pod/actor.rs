@@ -7,6 +7,7 @@
 //! shim's final report is published at once, since the report itself is on disk already.
 
 mod create;
+mod credentials;
 mod effects;
 mod values;
 
@@ -28,7 +29,7 @@ use super::{
     stage::{self, StageError},
     state::{Effect, Event, Facts, Pod, State, Timeouts, step},
 };
-use crate::{config::Config, site::Site};
+use crate::{config::Config, image::Credentials, site::Site};
 
 /// A pod that was found on disk.
 #[derive(Debug)]
@@ -69,6 +70,8 @@ struct Actor {
     /// The version that its job execs, as its job directory states it.
     version: String,
     values: values::Held,
+    /// The credentials for its images: from the request that brought them until the images are there.
+    credentials: Option<Arc<Credentials>>,
     effects: JoinSet<Event>,
     /// The effects that are ending a job.
     cancels: Vec<AbortHandle>,
@@ -179,6 +182,7 @@ impl NewActor {
             own,
             wants,
             values: values::Held::default(),
+            credentials: None,
             unsaved: None,
             effects: JoinSet::new(),
             cancels: Vec::new(),
@@ -252,6 +256,7 @@ impl Actor {
             Input::Ensure {
                 spec,
                 values,
+                credentials,
                 cluster_id,
                 reply,
             } => {
@@ -260,11 +265,18 @@ impl Actor {
                     Ok(()) => self.update_values(&pod, *values).await,
                     Err(error) => Err(error),
                 };
+                let credentials = credentials.filter(|_| answer.is_ok());
+                let pod = self.take_credentials(pod, credentials).await;
                 drop(reply.send(answer.map(|()| (self.observed(&pod), false))));
                 pod
             }
-            Input::Values { values, reply } => {
+            Input::Values {
+                values,
+                credentials,
+                reply,
+            } => {
                 let result = self.check_and_update_values(&pod, *values).await;
+                let pod = self.take_credentials(pod, credentials).await;
                 drop(reply.send(result));
                 pod
             }
@@ -380,7 +392,7 @@ impl Actor {
 
     fn observed(&self, pod: &Pod) -> pb::PodObserved {
         let mut observed = observed(pod, &self.spec, &self.cluster_id);
-        observed.values_wanted = self.wants_values(pod);
+        observed.values_wanted = self.wants_values(pod) || self.wants_credentials(pod);
         observed
     }
 

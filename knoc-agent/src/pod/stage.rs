@@ -22,13 +22,19 @@ use super::{
     record::Record,
     state::{Event, Note},
 };
-use crate::{config::MemoryFallback, image::Hold, site::Site};
+use crate::{
+    config::MemoryFallback,
+    image::{Credentials, Hold},
+    site::Site,
+};
 
 /// Why staging cannot continue, with Kubernetes' reasons where they exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StageError {
     /// The container that failed; empty for the pod as a whole.
     pub container: String,
+    /// The container's image, if that is what failed; otherwise empty.
+    pub image: String,
     /// `ErrImagePull`, `StagingFailed` …
     pub reason: String,
     /// The message for users.
@@ -41,6 +47,7 @@ impl StageError {
         let reason = "StagingFailed".to_owned();
         Self {
             container: String::new(),
+            image: String::new(),
             reason,
             message: chain(error),
         }
@@ -83,13 +90,16 @@ async fn image(
     site: &Site,
     spec: &PodSpec,
     container: pb::Container,
+    credentials: &Credentials,
     own: &mpsc::WeakSender<Input>,
 ) -> Result<(pb::ResolvedImage, Option<Hold>), StageError> {
     let container = &container;
     let began = Instant::now();
-    let resolving = site
-        .images
-        .resolve(&container.image, container.pull_policy());
+    let resolving = site.images.resolve(
+        &container.image,
+        container.pull_policy(),
+        credentials.of(&container.image),
+    );
     tokio::pin!(resolving);
     let mut pulling = false;
     let resolved = loop {
@@ -105,8 +115,9 @@ async fn image(
     };
     let resolved = resolved.map_err(|error| StageError {
         container: container.name.clone(),
+        image: container.image.clone(),
         reason: error.reason().to_owned(),
-        message: error.to_string(),
+        message: error.waiting(),
     })?;
     if pulling {
         let seconds = began.elapsed().as_secs_f64();
@@ -120,6 +131,7 @@ async fn image(
     }
     answer(spec, container, resolved).map_err(|message| StageError {
         container: container.name.clone(),
+        image: String::new(),
         reason: "CreateContainerConfigError".to_owned(),
         message,
     })
@@ -157,7 +169,7 @@ pub(crate) fn present(container: &pb::Container) -> Note {
         warning: false,
         reason: "Pulled",
         message: format!(
-            "Container image {:?} already present on machine",
+            "Container image {:?} already present on machine and can be accessed by the pod",
             container.image
         ),
         container: container.name.clone(),
@@ -169,18 +181,24 @@ async fn image_without_note(
     site: &Site,
     spec: &PodSpec,
     container: pb::Container,
+    credentials: &Credentials,
 ) -> Option<(pb::ResolvedImage, Option<Hold>)> {
-    let policy = container.pull_policy();
-    let resolved = site.images.resolve(&container.image, policy).await.ok()?;
+    let (policy, credentials) = (container.pull_policy(), credentials.of(&container.image));
+    let resolved = site.images.resolve(&container.image, policy, credentials);
+    let resolved = resolved.await.ok()?;
     answer(spec, &container, resolved).ok()
 }
 
 /// The images of a pod if all of them are found within [`CACHE_LOOKUP`]. Otherwise the pod is staged as
 /// usual.
-pub(crate) async fn cached_images(site: &Site, spec: &PodSpec) -> Option<Found> {
+pub(crate) async fn cached_images(
+    site: &Site,
+    spec: &PodSpec,
+    credentials: Arc<Credentials>,
+) -> Option<Found> {
     let resolving = spec
         .all_containers()
-        .map(|container| image_without_note(site, spec, container.clone()));
+        .map(|container| image_without_note(site, spec, container.clone(), &credentials));
     let resolving: Vec<_> = resolving.collect();
     let resolving = stream::iter(resolving).buffered(IMAGES_AT_ONCE);
     let found = tokio::time::timeout(CACHE_LOOKUP, resolving.collect::<Vec<_>>());
@@ -279,11 +297,12 @@ pub(crate) fn link_pin(dir: &JobDir) -> Result<String, StageError> {
 pub(crate) async fn resolve(
     site: Arc<Site>,
     spec: Arc<PodSpec>,
+    credentials: Arc<Credentials>,
     own: mpsc::WeakSender<Input>,
 ) -> Result<Found, StageError> {
     let images = spec
         .all_containers()
-        .map(|container| image(&site, &spec, container.clone(), &own));
+        .map(|container| image(&site, &spec, container.clone(), &credentials, &own));
     // Collected, because a stream over the borrowing iterator is not `Send` and could not be
     // spawned.
     let images: Vec<_> = images.collect();

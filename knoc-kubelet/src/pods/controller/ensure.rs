@@ -9,14 +9,17 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{pb, reason::ErrorReason};
-use knoc_translate::Missing;
+use knoc_translate::{BadSecret, Missing};
 use prost::Message as _;
 
 use super::worker::Worker;
-use crate::pods::{
-    resolve::{self, ResolveError},
-    status::Rejection,
-    store::PodView,
+use crate::{
+    agent::Sent,
+    pods::{
+        resolve::{self, ResolveError},
+        status::Rejection,
+        store::PodView,
+    },
 };
 
 /// How long to wait before values are sent again that the agent asked for.
@@ -24,11 +27,13 @@ const RESEND_PAUSE: SignedDuration = SignedDuration::from_secs(5);
 
 /// Why the values of a pod could not be made.
 #[derive(Debug, thiserror::Error)]
-enum NoValues {
+pub(super) enum NoValues {
     #[error(transparent)]
     Missing(#[from] Missing),
     #[error("resolve what the pod refers to")]
     Resolve(#[from] ResolveError),
+    #[error(transparent)]
+    PullSecret(#[from] BadSecret),
 }
 
 impl Worker<'_> {
@@ -55,8 +60,8 @@ impl Worker<'_> {
             self.retry();
             return;
         }
-        let values = match self.values(pod).await {
-            Ok(values) => values,
+        let sent = match self.values(pod).await {
+            Ok(sent) => sent,
             Err(error) => {
                 self.no_values(pod, &error);
                 self.retry();
@@ -64,14 +69,14 @@ impl Worker<'_> {
             }
         };
         let generation = shape.generation;
-        let hash = contents(&values);
+        let hashes = Hashes::of(&sent);
         knoc_proto::crash::point("kubelet.ensure.before");
-        let answer = self.context.site.agent.ensure_pod(shape, values).await;
+        let answer = self.context.site.agent.ensure_pod(shape, sent).await;
         knoc_proto::crash::point("kubelet.ensure.after");
         match answer {
             Ok(answer) => {
                 self.memory.agent.ensured = generation;
-                self.memory.values.sent = Some(hash);
+                self.memory.values.sent = Some(hashes);
                 self.memory.status.hold = None;
                 self.memory.attempts = 0;
                 self.answered(answer.pod);
@@ -87,6 +92,11 @@ impl Worker<'_> {
                 self.record_once(pod, "FailedMount", mount);
             }
             self.hold("", &message);
+            return;
+        }
+        if let NoValues::PullSecret(_) = error {
+            self.record_once(pod, "FailedToRetrieveImagePullSecret", &message);
+            self.hold("ErrImagePull", &message);
             return;
         }
         self.record_once(pod, "Failed", &format!("Error: {message}"));
@@ -133,8 +143,8 @@ impl Worker<'_> {
 
     /// Sends the values again if they changed.
     pub(super) async fn refresh(&mut self, pod: &Pod) {
-        let values = match self.values(pod).await {
-            Ok(values) => values,
+        let sent = match self.values(pod).await {
+            Ok(sent) => sent,
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
                 tracing::warn!(uid = %self.uid, %error, "could not refresh the values of a pod, its old ones stay");
@@ -142,18 +152,18 @@ impl Worker<'_> {
                 return;
             }
         };
-        let hash = contents(&values);
-        if self.memory.values.sent == Some(hash) {
+        let hashes = Hashes::of(&sent);
+        if self.memory.values.sent.is_some_and(|before| before.covers(hashes)) {
             return;
         }
         match self
             .context
             .site
             .agent
-            .update_values(self.uid, values)
+            .update_values(self.uid, sent)
             .await
         {
-            Ok(()) => self.memory.values.sent = Some(hash),
+            Ok(()) => self.memory.values.sent = Some(hashes),
             Err(status) => {
                 self.refresh_later(Duration::from_secs(10));
                 self.failed("UpdateValues", &status);
@@ -161,7 +171,7 @@ impl Worker<'_> {
         }
     }
 
-    async fn values(&mut self, pod: &Pod) -> Result<pb::PodValues, NoValues> {
+    async fn values(&mut self, pod: &Pod) -> Result<Sent, NoValues> {
         let now = Timestamp::now();
         let needs = knoc_translate::needs(pod);
         let allocatable = self.context.allocatable();
@@ -191,8 +201,12 @@ impl Worker<'_> {
         self.memory.values.refresh_at =
             resolve::refresh_at(&needs, &self.memory.values.tokens, now);
         self.memory.values.metadata = Some(metadata(pod));
+        let pull_credentials = self.pull_credentials(pod, now).await;
         self.plan(now);
-        Ok(values)
+        Ok(Sent {
+            values,
+            pull_credentials: pull_credentials?,
+        })
     }
 
     /// Plans when to resolve the values again: as planned before; within a minute if an earlier process sent them; at
@@ -213,7 +227,9 @@ impl Worker<'_> {
         match self.memory.values.metadata {
             None => {
                 let needs = knoc_translate::needs(&view.pod);
-                if needs != knoc_translate::Needs::default() {
+                if let Some(after) = Self::pull_secrets_due(view) {
+                    self.refresh_later(after);
+                } else if needs != knoc_translate::Needs::default() {
                     self.refresh_later(Duration::from_millis(rand::random_range(1000..60_000)));
                 }
                 self.memory.values.metadata = Some(metadata(&view.pod));
@@ -261,6 +277,34 @@ impl Worker<'_> {
             let wait = at.duration_since(now).max(SignedDuration::ZERO);
             self.revisit_in(Duration::try_from(wait).unwrap_or_default());
         }
+    }
+}
+
+/// Hashes of what the agent was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Hashes {
+    values: u64,
+    /// `None` if no credentials were sent.
+    credentials: Option<u64>,
+}
+
+impl Hashes {
+    fn of(sent: &Sent) -> Self {
+        let hash = |credentials: &pb::PullCredentials| {
+            let mut hasher = DefaultHasher::new();
+            credentials.encode_to_vec().hash(&mut hasher);
+            hasher.finish()
+        };
+        Self {
+            values: contents(&sent.values),
+            credentials: sent.pull_credentials.as_ref().map(hash),
+        }
+    }
+
+    /// Does the agent have all of `newer`? It needs no credentials if there are none in it.
+    fn covers(self, newer: Self) -> bool {
+        let credentials = newer.credentials.is_none() || newer.credentials == self.credentials;
+        self.values == newer.values && credentials
     }
 }
 

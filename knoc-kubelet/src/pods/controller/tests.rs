@@ -6,6 +6,7 @@ mod capabilities;
 mod changes;
 mod extended;
 mod predicates;
+mod pull_secrets;
 mod vanish;
 
 use std::{collections::BTreeMap, time::Duration};

@@ -28,7 +28,7 @@ async fn world(limit: u64) -> World {
 impl World {
     async fn pull(&self, number: usize) -> Result<ResolvedImage, ImageError> {
         let name = format!("image-{number}");
-        self.images.resolve(&name, PullPolicy::IfNotPresent).await
+        self.images.resolve(&name, PullPolicy::IfNotPresent, &[]).await
     }
 
     fn job(&self, uid: &str, image: &ResolvedImage) -> JobDir {
@@ -190,13 +190,13 @@ async fn always_asks_for_the_digest_alone_also_of_an_index() {
     let registry = registry.await;
     let dir = tempfile::tempdir().unwrap();
     let images = images(dir.path(), &registry.address);
-    let first = images.resolve("many", PullPolicy::Always).await.unwrap();
+    let first = images.resolve("many", PullPolicy::Always, &[]).await.unwrap();
     assert!(
         first.image_id.ends_with(&super::digest(&manifest())),
         "the image's digest, not the index's"
     );
     let before = registry.seen.count("GET", "");
-    let again = images.resolve("many", PullPolicy::Always).await.unwrap();
+    let again = images.resolve("many", PullPolicy::Always, &[]).await.unwrap();
     assert_eq!(again.image_id, first.image_id);
     assert_eq!(
         registry.seen.count("GET", ""),

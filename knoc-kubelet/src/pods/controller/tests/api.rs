@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use http::{Method, Request, Response};
 use http_body_util::BodyExt as _;
 use kube::{Client, client::Body};
@@ -12,6 +13,8 @@ use tokio::task::JoinSet;
 struct State {
     calls: Vec<String>,
     config_maps: Vec<(String, Value)>,
+    /// The Secrets by name, complete.
+    secrets: Vec<(String, Value)>,
     pod: Value,
     node: Value,
     refuses: bool,
@@ -73,6 +76,16 @@ impl FakeApi {
         self.state.lock().unwrap().pod = Value::Null;
     }
 
+    /// Sets a pull secret of that content.
+    pub(super) fn pull_secret(&self, name: &str, content: &str) {
+        let content = BASE64_STANDARD.encode(content);
+        let secret = json!({
+            "metadata": {"name": name, "uid": format!("uid of {name}")},
+            "type": "kubernetes.io/dockerconfigjson", "data": {".dockerconfigjson": content},
+        });
+        self.state.lock().unwrap().secrets.push((name.to_owned(), secret));
+    }
+
     pub(super) fn config_map(&self, name: &str, data: Value) {
         self.state
             .lock()
@@ -100,6 +113,13 @@ impl State {
             let found = self.config_maps.iter().find(|(name, _)| name == last);
             return match found {
                 Some((name, data)) => (200, json!({"metadata": {"name": name}, "data": data})),
+                None => (404, failure(404, "NotFound")),
+            };
+        }
+        if path.contains("/secrets/") {
+            let found = self.secrets.iter().rfind(|(name, _)| name == last);
+            return match found {
+                Some((_, secret)) => (200, secret.clone()),
                 None => (404, failure(404, "NotFound")),
             };
         }
