@@ -57,6 +57,7 @@ mod local;
 mod login;
 mod manifest;
 mod name;
+mod progress;
 mod pull;
 pub mod reference;
 mod registry;
@@ -69,6 +70,7 @@ mod untrusted;
 
 pub use login::{BadCredentials, Credential, Credentials, Login};
 pub use name::{Name, NameError};
+pub use progress::PullWatch;
 pub use resolve::Images;
 pub use room::Hold;
 

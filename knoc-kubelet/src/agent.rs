@@ -218,11 +218,7 @@ impl Agent {
     }
 
     /// Replaces the pod's values.
-    pub async fn update_values(
-        &self,
-        uid: &PodUid,
-        sent: Sent,
-    ) -> Result<(), tonic::Status> {
+    pub async fn update_values(&self, uid: &PodUid, sent: Sent) -> Result<(), tonic::Status> {
         let request = pb::UpdateValuesRequest {
             leadership_epoch: self.epoch(),
             cluster_id: self.cluster_id.to_string(),

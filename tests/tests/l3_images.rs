@@ -299,7 +299,12 @@ async fn a_missing_layer_is_reported_with_the_message_of_the_registry() -> anyho
     world.create(&pod).await?;
     let message = waits_by(&world, "broken", "ErrImagePull").await?;
     ensure!(message.contains("blob unknown"), "{message}");
-    told(&world, "broken", &["Failed: Failed to pull image", "blob unknown"]).await?;
+    told(
+        &world,
+        "broken",
+        &["Failed: Failed to pull image", "blob unknown"],
+    )
+    .await?;
     // It runs after it was fixed.
     repository.push(&format!("oci:{folder}/oci:1")).await?;
     world.wait_phase("broken", "Succeeded", PULLED).await?;
@@ -367,13 +372,16 @@ async fn a_private_image_runs_for_those_who_have_its_password() -> anyhow::Resul
     world
         .create(&pod("own").spec("imagePullSecrets", secrets))
         .await?;
-    let missing = "FailedToRetrieveImagePullSecret: Unable to retrieve some image pull secrets (nonesuch)";
+    let missing =
+        "FailedToRetrieveImagePullSecret: Unable to retrieve some image pull secrets (nonesuch)";
     told(&world, "own", &[missing]).await?;
-    told(&world, "own", &["Failed to pull image", "authentication required"]).await?;
-    world
-        .kubectl(["delete", "secret", "login"])
-        .ok()
-        .await?;
+    told(
+        &world,
+        "own",
+        &["Failed to pull image", "authentication required"],
+    )
+    .await?;
+    world.kubectl(["delete", "secret", "login"]).ok().await?;
     create_login(&world, "login", PASSWORD).await?;
     let ended = world.wait_phase("own", "Succeeded", PULLED).await?;
     ensure!(world.logs("own", "main").await? == OWN);
@@ -405,6 +413,62 @@ async fn a_private_image_runs_for_those_who_have_its_password() -> anyhow::Resul
     let leak = ["grep", "-rlF", PASSWORD, "/home/hpcuser/.local/state/knoc"];
     let found = world.on("login", leak).output().await?;
     ensure!(found.stdout.is_empty(), "{found:?}");
+    world.on("login", ["rm", "-r", &folder]).ok().await?;
+    repository.remove().await?;
+    world.finish().await
+}
+
+/// The number of files that the image of many layers has, each in a layer of its own.
+const LAYERS: usize = 20;
+
+#[tokio::test]
+async fn an_image_of_many_layers_in_another_compression_runs() -> anyhow::Result<()> {
+    let world = World::new("many-layers").await?;
+    let repository = Repository::new(&world);
+    let folder = format!("/scratch/{}", world.namespace);
+    let make = format!(
+        "mkdir {folder} && cd {folder} && skopeo copy -q --insecure-policy oci:/images/own.oci:1 oci:oci:1 && \
+         umoci config --image oci:1 --config.volume /data --config.volume /srv/own && \
+         for i in $(seq {LAYERS}); do head -c 1048576 /dev/urandom >$i && umoci insert --image oci:1 $i /layers/$i || exit 1; done && \
+         skopeo copy -q --insecure-policy --dest-tls-verify=false --dest-compress-format zstd oci:oci:1 docker://{} && \
+         for i in $(seq {LAYERS}); do cat $i; done | sha256sum",
+        repository.image()
+    );
+    let made = world.on("login", ["sh", "-c", &make]).ok().await?;
+    let (made, sum) = (
+        made.text(),
+        format!("for i in $(seq {LAYERS}); do cat /layers/$i; done | sha256sum"),
+    );
+    let sum_of = made.lines().last().context("no sum")?.to_owned();
+    // Volumes of the image are writable although the root is not; the pod's own come first.
+    let script = format!(
+        "{sum} && echo x >/data/file && cat /data/file && ! touch /srv/own/file 2>&1 && ! touch /file 2>&1"
+    );
+    let pod = PodBuilder::new("layers")
+        .image(repository.image())
+        .sh(&script)
+        .set("securityContext", json!({"readOnlyRootFilesystem": true}))
+        .spec(
+            "volumes",
+            json!([{"name": "own", "configMap": {"name": "kube-root-ca.crt"}}]),
+        )
+        .set(
+            "volumeMounts",
+            json!([{"name": "own", "mountPath": "/srv"}]),
+        );
+    world.create(&pod).await?;
+    world.wait_phase("layers", "Succeeded", PULLED).await?;
+    let log = world.logs("layers", "main").await?;
+    ensure!(
+        log.starts_with(&sum_of) && log.contains("\nx\n"),
+        "{log} of {made}"
+    );
+    told(
+        &world,
+        "layers",
+        &["Pulled: Successfully pulled image", "Image size: "],
+    )
+    .await?;
     world.on("login", ["rm", "-r", &folder]).ok().await?;
     repository.remove().await?;
     world.finish().await

@@ -152,7 +152,10 @@ mod tests {
         );
         assert_eq!(read(r#"Basic realm="x""#), Err("basic"));
         let both = [&b"Basic realm=\"x\""[..], b"Bearer realm=\"https://a.b/t\""];
-        assert!(matches!(challenge(both.into_iter()), Ok(Challenge::Bearer(_))));
+        assert!(matches!(
+            challenge(both.into_iter()),
+            Ok(Challenge::Bearer(_))
+        ));
         assert!(read("Bearer service=\"x\"").unwrap_err().contains("realm"));
         assert!(read("Negotiate").is_err());
         assert!(read("\u{0}").is_err());

@@ -42,6 +42,7 @@ const USE_NOTED: Duration = Duration::from_mins(10);
 impl From<ImageFile> for pb::ImageConfig {
     fn from(file: ImageFile) -> Self {
         Self {
+            volumes: file.volume_paths(),
             entrypoint: file.entrypoint.unwrap_or_default(),
             cmd: file.cmd.unwrap_or_default(),
             env: file.env.unwrap_or_default(),
@@ -153,7 +154,9 @@ impl Cache {
     }
 
     fn record(&self) -> MutexGuard<'_, ()> {
-        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
+        self.recording
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All cached images. Blocking.

@@ -160,7 +160,10 @@ impl Client {
         let origin = request.url.clone();
         let mut url = request.url.clone();
         for _ in 0..=MAX_REDIRECTS {
-            let authorization = request.authorization.as_ref().filter(|_| url.same_origin(&origin));
+            let authorization = request
+                .authorization
+                .as_ref()
+                .filter(|_| url.same_origin(&origin));
             let answer = self.once(&request, &url, authorization).await?;
             if !answer.status.is_redirection() {
                 return Ok(answer);

@@ -133,15 +133,24 @@ mod tests {
         assert!(read.of("a/c").is_empty());
         let shown = format!("{read:?} {:?}", found.login.as_ref().unwrap().header());
         let encoded = BASE64_STANDARD.encode("ann:hunter2");
-        assert!(!shown.contains("hunter2") && !shown.contains(&encoded), "{shown}");
+        assert!(
+            !shown.contains("hunter2") && !shown.contains(&encoded),
+            "{shown}"
+        );
         let shown = format!("{:?}", wire("a/b", "hunter2"));
-        assert!(!shown.contains("hunter2") && shown.contains("a/b"), "{shown}");
+        assert!(
+            !shown.contains("hunter2") && shown.contains("a/b"),
+            "{shown}"
+        );
     }
 
     #[test]
     fn too_many_and_too_long_ones_are_refused() {
         let long = "x".repeat(pb::RegistryLogin::MAX_LENGTH);
-        assert_eq!(Credentials::check(wire("a", &long)), Err(BadCredentials::TooLong));
+        assert_eq!(
+            Credentials::check(wire("a", &long)),
+            Err(BadCredentials::TooLong)
+        );
         let mut many = wire("a", "p");
         many.images[0].logins = vec![many.images[0].logins[0].clone(); MAX_LOGINS + 1];
         assert_eq!(Credentials::check(many), Err(BadCredentials::TooMany));

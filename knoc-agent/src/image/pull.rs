@@ -23,6 +23,7 @@ use super::{
     access::Access,
     cache::{Cache, Entry},
     download::{Download, Layout},
+    progress::{Progress, Step},
     reference::Source,
     registry::{Found, RegistryClient, describe},
     slots::FairSlots,
@@ -48,6 +49,8 @@ pub(super) struct Puller {
     pub(super) settings: Arc<Settings>,
     pub(super) cache: Arc<Cache>,
     pub(super) registry: Arc<RegistryClient>,
+    /// Tells those who wait how far it is.
+    pub(super) progress: Arc<Progress>,
     /// Slots for whole pulls.
     pub(super) pulls: Arc<FairSlots>,
     /// Slots for conversions, which use the login node's processors.
@@ -72,6 +75,7 @@ impl Puller {
         }
         let registry = source.reference.registry();
         let _slot = self.pulls.acquire(registry).await;
+        self.progress.enter(Step::Downloads);
         let begin = tokio::time::Instant::now();
         let (cache, room) = (Arc::clone(&self.cache), self.settings.limits.cache);
         let mut reserved = blocking(move || cache.reserve(size, room)).await?;
@@ -84,11 +88,13 @@ impl Puller {
             layout: &layout,
             slots: &self.pulls,
             stall: self.settings.limits.stall,
+            progress: &self.progress,
         };
         // Fetched only now, so that a pull that waits for a slot holds little memory.
         let config = self.registry.config(&source, &found.image).await?;
         download.layers(&found.image).await?;
         let fetched = begin.elapsed();
+        self.progress.enter(Step::Checks);
         let _converting = self.conversions.acquire(registry).await;
         let checked = self.check(layout, &found, config.text).await;
         checked.map_err(|text| describe(&source, &text))?;
@@ -98,6 +104,7 @@ impl Puller {
         if blocking(move || cache.join(&cached, also).map_err(|err| chain(&err))).await? {
             return Ok(());
         }
+        self.progress.enter(Step::Converts);
         self.convert(&temporary).await?;
         let image = source.reference.at(&found.digest);
         tracing::info!(%image, bytes = size, ?fetched, elapsed = ?begin.elapsed(), "pulled");

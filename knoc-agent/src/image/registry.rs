@@ -21,8 +21,8 @@ use super::{
     file::ImageFile,
     guard::{self, Url},
     http::{Answer, Client, Request},
-    manifest::{self, Descriptor, Image, MAX_CONFIG, MAX_MANIFEST, Manifest},
     login::Login,
+    manifest::{self, Descriptor, Image, MAX_CONFIG, MAX_MANIFEST, Manifest},
     reference::Source,
     slots::FairSlots,
     untrusted::shown,
@@ -38,6 +38,8 @@ const MAX_REASONS: usize = 16 * 1024;
 const BASIC_LIFETIME: Duration = Duration::from_mins(5);
 /// How many tokens are kept; if there are more, all are dropped and requested again.
 const MAX_TOKENS: usize = 256;
+/// How many indexes may lead to an image, one naming the next.
+const MAX_INDEXES: usize = 3;
 /// The header with the digest of the content.
 const CONTENT_DIGEST: header::HeaderName = header::HeaderName::from_static("docker-content-digest");
 
@@ -150,19 +152,19 @@ impl RegistryClient {
     }
 
     async fn image(&self, source: &Source) -> Result<(Digest, Image), String> {
-        let version = source.reference.version();
-        let named = source.reference.digest();
-        let (digest, text) = self.manifest(source, &version, named).await?;
-        let digest = match manifest::read(&text)? {
-            Manifest::Image(image) => return Ok((digest, image)),
-            Manifest::Index(digest) => digest,
-        };
-        let version = digest.to_string();
-        let (digest, text) = self.manifest(source, &version, Some(&digest)).await?;
-        match manifest::read(&text)? {
-            Manifest::Image(image) => Ok((digest, image)),
-            Manifest::Index(_) => Err("the index names another index".to_owned()),
+        let mut version = source.reference.version();
+        let mut named = source.reference.digest().cloned();
+        for _ in 0..=MAX_INDEXES {
+            let (digest, text) = self.manifest(source, &version, named.as_ref()).await?;
+            match manifest::read(&text)? {
+                Manifest::Image(image) => return Ok((digest, image)),
+                Manifest::Index(digest) => {
+                    version = digest.to_string();
+                    named = Some(digest);
+                }
+            }
         }
+        Err(format!("more than {MAX_INDEXES} indexes lead to the image"))
     }
 
     async fn manifest(

@@ -1,6 +1,9 @@
 //! [`Images`]: resolves an image name and a pull policy to a file and its config.
 
-use std::sync::Arc;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
 
 use knoc_contract::host::node_name;
 use knoc_proto::pb::{self, PullPolicy};
@@ -13,6 +16,7 @@ use super::{
     flight::Flights,
     local::{self, Roots},
     login::Login,
+    progress::{Progress, PullWatch},
     pull::{PULLS, PULLS_EACH, Puller},
     reference::{self, Reference, Source},
     registry::{Found, RegistryClient},
@@ -29,6 +33,9 @@ enum Resolution {
     There(Found),
 }
 
+/// Who shares a pull: the digest, the repository, and the credentials.
+type PullKey = (String, String, Option<Login>);
+
 /// The images of this site.
 #[derive(Debug)]
 pub struct Images {
@@ -38,8 +45,9 @@ pub struct Images {
     pull_slots: Arc<FairSlots>,
     conversions: Arc<FairSlots>,
     resolutions: Flights<Source, Result<Resolution, String>>,
-    /// By digest, repository and credentials.
-    pulls: Flights<(String, String, Option<Login>), Result<(), String>>,
+    pulls: Flights<PullKey, Result<(), String>>,
+    /// The pulls in progress, by what they are shared by.
+    progress: Mutex<HashMap<PullKey, Weak<Progress>>>,
     sifs: Sifs,
 }
 
@@ -56,6 +64,7 @@ impl Images {
             conversions: FairSlots::new(settings.concurrency, settings.concurrency),
             resolutions: Flights::default(),
             pulls: Flights::default(),
+            progress: Mutex::default(),
             sifs: Sifs::default(),
             settings,
         }
@@ -99,15 +108,28 @@ impl Images {
         allowed.map_err(|message| ImageError::new(image, ImageErrorKind::Denied, message))
     }
 
-    /// Resolves the image of a container, and pulls it if the pull policy says so. The credentials
-    /// are tried in their order; without any, the registry is asked without.
-    ///
-    /// Cancel safety: a dropped call leaves nothing behind; a pull that others wait for continues.
+    /// Resolves the image of a container, without telling how far a pull has come.
     pub async fn resolve(
         &self,
         image: &str,
         policy: PullPolicy,
         credentials: &[Credential],
+    ) -> Result<ResolvedImage, ImageError> {
+        let watch = PullWatch::default();
+        self.resolve_watched(image, policy, credentials, &watch)
+            .await
+    }
+
+    /// Resolves the image of a container, and pulls it if the pull policy says so. The credentials
+    /// are tried in their order; without any, the registry is asked without.
+    ///
+    /// Cancel safety: a dropped call leaves nothing behind; a pull that others wait for continues.
+    pub async fn resolve_watched(
+        &self,
+        image: &str,
+        policy: PullPolicy,
+        credentials: &[Credential],
+        watch: &PullWatch,
     ) -> Result<ResolvedImage, ImageError> {
         if self.settings.program.is_none() {
             let path = image.into();
@@ -121,7 +143,16 @@ impl Images {
         }
         match reference::parse(image)? {
             Reference::Path(path) => self.local(image, path).await,
-            Reference::Registry(name) => self.remote(image, &name, policy, credentials).await,
+            Reference::Registry(name) => {
+                let wanted = Wanted {
+                    image,
+                    name: &name,
+                    policy,
+                    credentials,
+                    watch,
+                };
+                self.remote(wanted).await
+            }
         }
     }
 
@@ -158,13 +189,14 @@ impl Images {
         }
     }
 
-    async fn remote(
-        &self,
-        image: &str,
-        name: &Name,
-        policy: PullPolicy,
-        credentials: &[Credential],
-    ) -> Result<ResolvedImage, ImageError> {
+    async fn remote(&self, wanted: Wanted<'_>) -> Result<ResolvedImage, ImageError> {
+        let Wanted {
+            image,
+            name,
+            policy,
+            credentials,
+            watch,
+        } = wanted;
         // Checked again here, because the site's policy may have changed since admission.
         self.allowed(image, name)?;
         let repository = name.repository_path();
@@ -199,7 +231,7 @@ impl Images {
             if tried.contains(&source) {
                 continue;
             }
-            match self.from_registry(name, &source, credential).await {
+            match self.from_registry(name, &source, credential, watch).await {
                 Ok(known) => return Ok(self.resolved(name, known)),
                 Err(error) if errors.contains(&error) => {}
                 Err(error) => errors.push(error),
@@ -215,6 +247,7 @@ impl Images {
         name: &Name,
         source: &Source,
         credential: &Credential,
+        watch: &PullWatch,
     ) -> Result<Known, String> {
         let repository = name.repository_path();
         // A mirror may not get the credentials.
@@ -246,7 +279,8 @@ impl Images {
         let _hold = self.cache.hold(&digest);
         let cached = here(&self.cache, digest.clone()).await;
         if cached.is_none_or(|known| verdict(&known) == Verdict::Prove) {
-            self.pull(source.clone(), found, repository.clone()).await?;
+            self.pull(source.clone(), found, repository.clone(), watch)
+                .await?;
         }
         self.grant(&digest, &repository, credential).await;
         self.remember(name.whole(), &digest).await;
@@ -287,18 +321,39 @@ impl Images {
         self.resolutions.join(source.clone(), ask).await
     }
 
-    async fn pull(&self, source: Source, found: Found, repository: String) -> Result<(), String> {
+    async fn pull(
+        &self,
+        source: Source,
+        found: Found,
+        repository: String,
+        watch: &PullWatch,
+    ) -> Result<(), String> {
+        let access = Access::pulled(&repository, source.login.is_some());
+        let key = (found.digest.to_string(), repository, source.login.clone());
+        let progress = self.progress_of(&key, found.image.size());
+        watch.follow(Arc::clone(&progress));
         let puller = Puller {
             settings: Arc::clone(&self.settings),
             cache: Arc::clone(&self.cache),
             registry: Arc::clone(&self.registry),
+            progress,
             pulls: Arc::clone(&self.pull_slots),
             conversions: Arc::clone(&self.conversions),
         };
-        let access = Access::pulled(&repository, source.login.is_some());
-        let key = (found.digest.to_string(), repository, source.login.clone());
         let pull = || puller.pull(source, found, access);
         self.pulls.join(key, pull).await
+    }
+
+    /// The progress of the pull of that key, which may be under way.
+    fn progress_of(&self, key: &PullKey, bytes: u64) -> Arc<Progress> {
+        let mut all = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, progress| progress.strong_count() > 0);
+        if let Some(progress) = all.get(key).and_then(Weak::upgrade) {
+            return progress;
+        }
+        let progress = Arc::new(Progress::new(bytes));
+        all.insert(key.clone(), Arc::downgrade(&progress));
+        progress
     }
 
     /// Records that the registry gave a cached image for this credential.
@@ -316,6 +371,17 @@ impl Images {
     async fn remember(&self, name: String, digest: &str) {
         remember(Arc::clone(&self.cache), name, digest.to_owned()).await;
     }
+}
+
+/// What a pod wants of a registry.
+#[derive(Debug, Clone, Copy)]
+struct Wanted<'a> {
+    /// The image as the pod names it.
+    image: &'a str,
+    name: &'a Name,
+    policy: PullPolicy,
+    credentials: &'a [Credential],
+    watch: &'a PullWatch,
 }
 
 /// A cached image that is held, so that it is not removed.

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     config::MemoryFallback,
-    image::{Credentials, Hold},
+    image::{Credentials, Hold, PullWatch},
     site::Site,
 };
 
@@ -59,6 +59,8 @@ impl StageError {
 const IMAGES_AT_ONCE: usize = 4;
 /// A pull that takes longer than this gets an Event.
 const WORTH_A_NOTE: Duration = Duration::from_millis(300);
+/// Then its progress gets an Event after this time, and after twice as long each time.
+const PROGRESS: Duration = Duration::from_secs(30);
 /// An image in the cache is found faster than this, even on a shared file system.
 const CACHE_LOOKUP: Duration = Duration::from_millis(50);
 
@@ -95,21 +97,26 @@ async fn image(
 ) -> Result<(pb::ResolvedImage, Option<Hold>), StageError> {
     let container = &container;
     let began = Instant::now();
-    let resolving = site.images.resolve(
+    let watch = PullWatch::default();
+    let resolving = site.images.resolve_watched(
         &container.image,
         container.pull_policy(),
         credentials.of(&container.image),
+        &watch,
     );
     tokio::pin!(resolving);
-    let mut pulling = false;
+    let mut next = WORTH_A_NOTE;
     let resolved = loop {
         tokio::select! {
             biased;
             resolved = &mut resolving => break resolved,
-            () = tokio::time::sleep(WORTH_A_NOTE), if !pulling => {
-                pulling = true;
-                let message = format!("Pulling image {:?}", container.image);
+            () = tokio::time::sleep_until(began + next) => {
+                let first = next == WORTH_A_NOTE;
+                let how_far = watch.progress().filter(|_| !first);
+                let how_far = how_far.map_or_else(String::new, |text| format!(": {text}"));
+                let message = format!("Pulling image {:?}{how_far}", container.image);
                 note(own, container, "Pulling", message).await;
+                next = if first { PROGRESS } else { next.saturating_mul(2) };
             }
         }
     };
@@ -119,15 +126,9 @@ async fn image(
         reason: error.reason().to_owned(),
         message: error.waiting(),
     })?;
-    if pulling {
-        let seconds = began.elapsed().as_secs_f64();
-        let message = format!(
-            "Successfully pulled image {:?} in {seconds:.1}s",
-            container.image
-        );
-        note(own, container, "Pulled", message).await;
-    } else {
-        tell(own, present(container)).await;
+    match pulled(&container.image, &watch, began.elapsed()) {
+        Some(message) => note(own, container, "Pulled", message).await,
+        None => tell(own, present(container)).await,
     }
     answer(spec, container, resolved).map_err(|message| StageError {
         container: container.name.clone(),
@@ -135,6 +136,18 @@ async fn image(
         reason: "CreateContainerConfigError".to_owned(),
         message,
     })
+}
+
+/// The message about an image that was pulled; `None` if it was there already.
+fn pulled(image: &str, watch: &PullWatch, took: Duration) -> Option<String> {
+    let (waited, bytes) = watch.pulled()?;
+    let (alone, took) = (
+        took.saturating_sub(waited).as_secs_f64(),
+        took.as_secs_f64(),
+    );
+    Some(format!(
+        "Successfully pulled image {image:?} in {alone:.3}s ({took:.3}s including waiting). Image size: {bytes} bytes."
+    ))
 }
 
 async fn note(

@@ -297,7 +297,10 @@ spec:
             "valueFrom: {secretKeyRef: {name: db, key: password}}}",
         );
         assert!(read(&text).unwrap_err().to_string().contains("Secret db"));
-        let text = POD.replace("  restartPolicy: Never", "  restartPolicy: Never\n  imagePullSecrets: [{name: hub}]");
+        let text = POD.replace(
+            "  restartPolicy: Never",
+            "  restartPolicy: Never\n  imagePullSecrets: [{name: hub}]",
+        );
         let error = read(&text).unwrap_err().to_string();
         assert!(error.contains("image pull Secret hub"), "{error}");
     }

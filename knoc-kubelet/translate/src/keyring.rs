@@ -64,7 +64,9 @@ impl fmt::Debug for PullCredentials {
 /// The names of the pod's pull secrets, in their order.
 #[must_use]
 pub fn pull_secrets(pod: &Pod) -> Vec<String> {
-    pod.spec.as_ref().map_or_else(Vec::new, |spec| names(PodSpec::from(spec)))
+    pod.spec
+        .as_ref()
+        .map_or_else(Vec::new, |spec| names(PodSpec::from(spec)))
 }
 
 pub(crate) fn names(spec: PodSpec<'_>) -> Vec<String> {
@@ -121,7 +123,10 @@ struct Auth {
 }
 
 /// The entries of a Secret by location, or `None` if it is not a Secret for pulling images.
-fn auths(name: &str, secret: &Secret) -> Result<Option<BTreeMap<String, (String, String)>>, BadSecret> {
+fn auths(
+    name: &str,
+    secret: &Secret,
+) -> Result<Option<BTreeMap<String, (String, String)>>, BadSecret> {
     #[derive(Deserialize)]
     struct Whole {
         auths: Option<BTreeMap<String, Option<Auth>>>,
@@ -148,7 +153,9 @@ fn auths(name: &str, secret: &Secret) -> Result<Option<BTreeMap<String, (String,
     // The error's own text may quote a password.
     let read: BTreeMap<String, Option<Auth>> = read.map_err(|error| {
         let (line, column) = (error.line(), error.column());
-        bad(format!(" is not a Docker configuration (line {line}, column {column})"))
+        bad(format!(
+            " is not a Docker configuration (line {line}, column {column})"
+        ))
     })?;
     let pairs = read.into_iter().map(|(location, auth)| {
         let why = format!("[{location:?}].auth is not USERNAME:PASSWORD in base64");
@@ -188,25 +195,35 @@ struct Location(String);
 impl Location {
     fn of(text: &str) -> Self {
         let bare = text.strip_prefix("https://");
-        let bare = bare.or_else(|| text.strip_prefix("http://")).unwrap_or(text);
+        let bare = bare
+            .or_else(|| text.strip_prefix("http://"))
+            .unwrap_or(text);
         let bare = bare.split(['?', '#']).next().unwrap_or_default();
         let (host, path) = split(bare);
         // The addresses of a registry's API stand for the registry.
         let api = path.starts_with("/v1/") || path.starts_with("/v2/");
-        let path = if api { path.get(3..).unwrap_or_default() } else { path };
+        let path = if api {
+            path.get(3..).unwrap_or_default()
+        } else {
+            path
+        };
         let path = if path == "/" { "" } else { path };
         Self(format!("{host}{path}"))
     }
 
     fn fits(&self, image: &str) -> bool {
         let ((host, path), (images_host, images_path)) = (split(&self.0), split(image));
-        let ((host, port), (images_host, images_port)) = (split_port(host), split_port(images_host));
+        let ((host, port), (images_host, images_port)) =
+            (split_port(host), split_port(images_host));
         let parts: Vec<&str> = host.split('.').collect();
         let images_parts: Vec<&str> = images_host.split('.').collect();
         port == images_port
             && parts.len() == images_parts.len()
             && images_path.starts_with(path)
-            && parts.iter().zip(images_parts).all(|(glob, part)| matches(glob, part))
+            && parts
+                .iter()
+                .zip(images_parts)
+                .all(|(glob, part)| matches(glob, part))
     }
 }
 
@@ -332,13 +349,21 @@ impl Keyring {
                 password,
                 secret_uid: uid.clone(),
             };
-            self.0.entry(Location::of(&location)).or_default().push(login);
+            self.0
+                .entry(Location::of(&location))
+                .or_default()
+                .push(login);
         }
     }
 
     /// The credentials for a repository, in the order in which they are tried.
     fn look_up(&self, repository: &str) -> Vec<RegistryLogin> {
-        let mut fitting = self.0.iter().rev().filter(|(location, _)| location.fits(repository)).peekable();
+        let mut fitting = self
+            .0
+            .iter()
+            .rev()
+            .filter(|(location, _)| location.fits(repository))
+            .peekable();
         let hub = Location(HUB.to_owned());
         let of_hub = if fitting.peek().is_none() && repository.starts_with("docker.io/") {
             self.0.get(&hub)

@@ -268,7 +268,8 @@ impl<'a> PodSpec<'a> {
 
     /// The images of all containers, as the pod names them.
     fn all_images(self) -> impl Iterator<Item = &'a str> {
-        self.all_containers().filter_map(|container| container.image.as_deref())
+        self.all_containers()
+            .filter_map(|container| container.image.as_deref())
     }
 }
 

@@ -9,8 +9,8 @@ use super::{
     event::Effect,
     pod::Pod,
     states::{
-        BeforeJob, ERR_IMAGE_PULL, Failure, IMAGE_PULL_BACK_OFF, INVALID_IMAGE_NAME, Otherwise, State,
-        Trouble,
+        BeforeJob, ERR_IMAGE_PULL, Failure, IMAGE_PULL_BACK_OFF, INVALID_IMAGE_NAME, Otherwise,
+        State, Trouble,
     },
     transition::{deleted_before_job, deletion_cause, finish, first_look, queue},
 };

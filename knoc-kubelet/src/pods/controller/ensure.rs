@@ -153,16 +153,15 @@ impl Worker<'_> {
             }
         };
         let hashes = Hashes::of(&sent);
-        if self.memory.values.sent.is_some_and(|before| before.covers(hashes)) {
+        if self
+            .memory
+            .values
+            .sent
+            .is_some_and(|before| before.covers(hashes))
+        {
             return;
         }
-        match self
-            .context
-            .site
-            .agent
-            .update_values(self.uid, sent)
-            .await
-        {
+        match self.context.site.agent.update_values(self.uid, sent).await {
             Ok(()) => self.memory.values.sent = Some(hashes),
             Err(status) => {
                 self.refresh_later(Duration::from_secs(10));

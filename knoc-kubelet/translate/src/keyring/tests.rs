@@ -123,7 +123,8 @@ fn both_kinds_of_secrets_are_read_in_the_order_of_the_pod() {
         panic!("one image has credentials")
     };
     let logins = image.logins.iter();
-    let logins = logins.map(|it| [&*it.username, &*it.password, &*it.secret_uid].map(str::to_owned));
+    let logins =
+        logins.map(|it| [&*it.username, &*it.password, &*it.secret_uid].map(str::to_owned));
     assert_eq!(
         logins.collect::<Vec<_>>(),
         [["bob", "x", "newer"], ["ann", "pa:ss", "uid of .dockercfg"]]
@@ -135,21 +136,36 @@ fn both_kinds_of_secrets_are_read_in_the_order_of_the_pod() {
 fn a_secret_that_cannot_be_read_is_named_and_not_quoted() {
     let long = "x".repeat(RegistryLogin::MAX_LENGTH + 1);
     let cases = [
-        (r#"{"auths": {"quay.io": {"password": 123456}}}"#.to_owned(), "line 1"),
+        (
+            r#"{"auths": {"quay.io": {"password": 123456}}}"#.to_owned(),
+            "line 1",
+        ),
         (r#"{"auths": [123456]}"#.to_owned(), "line 1"),
         (
             json!({"auths": {"quay.io": {"auth": STANDARD.encode("123456")}}}).to_string(),
             "[\"quay.io\"].auth",
         ),
-        (r#"{"auths": {"quay.io": {"auth": "123456!"}}}"#.to_owned(), "base64"),
-        (json!({"auths": {"quay.io": {"password": long}}}).to_string(), "longer"),
+        (
+            r#"{"auths": {"quay.io": {"auth": "123456!"}}}"#.to_owned(),
+            "base64",
+        ),
+        (
+            json!({"auths": {"quay.io": {"password": long}}}).to_string(),
+            "longer",
+        ),
     ];
     for (content, expected) in cases {
         let secrets = [("s".to_owned(), secret(JSON_TYPE, JSON_KEY, &content))].into();
         let error = pull_credentials(&pod(&["quay.io/x"], &["s"]), &secrets).unwrap_err();
         let text = error.to_string();
-        assert!(text.starts_with("image pull secret \"s\": .dockerconfigjson"), "{text}");
-        assert!(text.contains(expected) && !text.contains("123456"), "{text}");
+        assert!(
+            text.starts_with("image pull secret \"s\": .dockerconfigjson"),
+            "{text}"
+        );
+        assert!(
+            text.contains(expected) && !text.contains("123456"),
+            "{text}"
+        );
     }
 }
 

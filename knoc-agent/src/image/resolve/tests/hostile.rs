@@ -51,7 +51,10 @@ impl Site {
 
     async fn resolve(&self, registry: &FakeRegistry, name: &str) -> Result<ResolvedImage, String> {
         let image = format!("{}/{name}", registry.address);
-        let resolved = self.images.resolve(&image, PullPolicy::IfNotPresent, &[]).await;
+        let resolved = self
+            .images
+            .resolve(&image, PullPolicy::IfNotPresent, &[])
+            .await;
         resolved.map_err(|error| {
             assert_eq!(error.reason(), "ErrImagePull");
             error.message

@@ -18,7 +18,10 @@ fn header<'a>(ask: &'a Ask, name: &str) -> &'a str {
 }
 
 fn basic(password: &str) -> String {
-    format!("Basic {}", BASE64_STANDARD.encode(format!("ann:{password}")))
+    format!(
+        "Basic {}",
+        BASE64_STANDARD.encode(format!("ann:{password}"))
+    )
 }
 
 fn denied(lines: &str) -> Reply {
@@ -113,7 +116,9 @@ async fn a_registry_that_demands_a_password_gets_it_on_demand() {
     let good = [credential("good", "u1")];
     world.ask(PullPolicy::IfNotPresent, &good).await.unwrap();
     let seen = world.registry.seen.asks.lock().unwrap();
-    let first = seen.first().map(|ask| header(ask, "authorization").to_owned());
+    let first = seen
+        .first()
+        .map(|ask| header(ask, "authorization").to_owned());
     assert_eq!(first.as_deref(), Some(""), "nothing before it is demanded");
 }
 
@@ -151,7 +156,11 @@ async fn a_cached_private_image_is_only_for_pods_whose_credentials_could_pull_it
     // No password is on the disk.
     let record = std::fs::read_to_string(image.path.with_extension("json")).unwrap();
     assert!(record.contains("u1") && record.contains("u2"), "{record}");
-    for secret in ["good".to_owned(), BASE64_STANDARD.encode("ann:good"), "of-ann".to_owned()] {
+    for secret in [
+        "good".to_owned(),
+        BASE64_STANDARD.encode("ann:good"),
+        "of-ann".to_owned(),
+    ] {
         assert!(!record.contains(&secret), "{record}");
     }
 }
@@ -179,14 +188,20 @@ async fn another_repository_must_deliver_a_private_image_itself() {
         if let Some(rest) = ask.path.strip_prefix("/v2/evil/one/") {
             let path = format!("/v2/library/one/{rest}");
             if rest.starts_with("manifests/") {
-                let ask = Ask { path, ..ask.clone() };
+                let ask = Ask {
+                    path,
+                    ..ask.clone()
+                };
                 return content.answer(&ask);
             }
             return Reply::not_found();
         }
         if let Some(rest) = ask.path.strip_prefix("/v2/honest/one/") {
             let path = format!("/v2/library/one/{rest}");
-            let ask = Ask { path, ..ask.clone() };
+            let ask = Ask {
+                path,
+                ..ask.clone()
+            };
             return content.answer(&ask);
         }
         by_token(content, ask)
@@ -200,7 +215,11 @@ async fn another_repository_must_deliver_a_private_image_itself() {
             let evil = format!("{}/evil/one{tag}", world.registry.address);
             let error = world.images.resolve(&evil, policy, &[]).await.unwrap_err();
             assert_eq!(error.reason(), "ErrImagePull", "{error}");
-            world.images.resolve(&evil, policy, &good).await.unwrap_err();
+            world
+                .images
+                .resolve(&evil, policy, &good)
+                .await
+                .unwrap_err();
         }
     }
     let honest = format!("{}/honest/one:v1", world.registry.address);
@@ -216,7 +235,11 @@ async fn credentials_reach_no_mirror_that_the_site_did_not_name_for_them() {
     let world = World::new().await;
     let good = [credential("good", "u1")];
     let name = "library/one";
-    world.images.resolve(name, PullPolicy::Always, &good).await.unwrap();
+    world
+        .images
+        .resolve(name, PullPolicy::Always, &good)
+        .await
+        .unwrap();
     let seen = world.registry.seen.asks.lock().unwrap();
     for ask in seen.iter() {
         assert_eq!(header(ask, "authorization"), "", "{}", ask.head);

@@ -83,7 +83,11 @@ impl FakeApi {
             "metadata": {"name": name, "uid": format!("uid of {name}")},
             "type": "kubernetes.io/dockerconfigjson", "data": {".dockerconfigjson": content},
         });
-        self.state.lock().unwrap().secrets.push((name.to_owned(), secret));
+        self.state
+            .lock()
+            .unwrap()
+            .secrets
+            .push((name.to_owned(), secret));
     }
 
     pub(super) fn config_map(&self, name: &str, data: Value) {

@@ -56,10 +56,14 @@ async fn credentials_go_to_the_agent_for_as_long_as_it_needs_them() {
     let updates = kubelet.called("UpdateValues");
     kubelet.agent.change(UID, |pod| pod.values_wanted = true);
     kubelet
-        .wait("the values", |kubelet| kubelet.called("UpdateValues") > updates)
+        .wait("the values", |kubelet| {
+            kubelet.called("UpdateValues") > updates
+        })
         .await;
     kubelet
-        .wait("no credentials", |kubelet| kubelet.agent.credentials().is_none())
+        .wait("no credentials", |kubelet| {
+            kubelet.agent.credentials().is_none()
+        })
         .await;
     assert_eq!(kubelet.said(&["GET", "/secrets/"]), read);
     kubelet.stop().await;
@@ -68,7 +72,9 @@ async fn credentials_go_to_the_agent_for_as_long_as_it_needs_them() {
 #[tokio::test]
 async fn a_pull_secret_that_cannot_be_read_holds_the_pod_until_it_can() {
     let mut kubelet = Kubelet::start().await;
-    kubelet.api.pull_secret("login", r#"{"auths": {"docker.io": {"auth": "s3cr3t"}}}"#);
+    kubelet
+        .api
+        .pull_secret("login", r#"{"auths": {"docker.io": {"auth": "s3cr3t"}}}"#);
     kubelet.with_pull_secrets(&["login"]);
     kubelet
         .wait("the reason", |kubelet| {
