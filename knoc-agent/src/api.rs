@@ -37,6 +37,7 @@ use tonic::{Request, Response, Status, Streaming, service::interceptor::Intercep
 use self::host_paths::HostPaths;
 use crate::{
     doctor,
+    image::Credentials,
     linger::Links,
     pod::input::RequestError,
     policy::nodes::may_lead,
@@ -250,6 +251,11 @@ fn uid(text: &str) -> Result<PodUid, Status> {
     PodUid::try_from(text).map_err(|error| ErrorReason::InvalidRequest.status(error.to_string()))
 }
 
+fn credentials(wire: Option<pb::PullCredentials>) -> Result<Option<Credentials>, Status> {
+    let checked = wire.map(Credentials::check).transpose();
+    checked.map_err(|error| ErrorReason::InvalidRequest.status(error.to_string()))
+}
+
 fn invalid(error: &InvalidPod) -> Status {
     ErrorReason::InvalidSpec.status(error.to_string())
 }
@@ -330,6 +336,7 @@ impl pb::agent_server::Agent for Service {
         let spec = PodSpec::try_from(spec).map_err(|error| invalid(&error))?;
         let values = request.values.unwrap_or_default();
         let values = PodValues::check(values, &spec).map_err(|error| invalid(&error))?;
+        let credentials = credentials(request.pull_credentials)?;
         let site = &self.0.site;
         if site.board.get(spec.uid().as_str()).is_none() {
             let host_paths = &self.0.host_paths;
@@ -337,7 +344,9 @@ impl pb::agent_server::Agent for Service {
         }
         self.claim(&checked).await?;
         let registry = &self.0.registry;
-        let ensured = registry.ensure(spec, values, request.cluster_id).await;
+        let ensured = registry
+            .ensure(spec, values, credentials, request.cluster_id)
+            .await;
         let (pod, created) = ensured.map_err(status)?;
         Ok(Response::new(pb::EnsurePodResponse {
             pod: Some(pod),
@@ -407,7 +416,9 @@ impl pb::agent_server::Agent for Service {
         self.check_pod(peer.as_ref(), &uid, cluster_id, epoch)
             .await?;
         let values = request.values.unwrap_or_default();
-        self.0.registry.update(&uid, values).await.map_err(status)?;
+        let credentials = credentials(request.pull_credentials)?;
+        let updated = self.0.registry.update(&uid, values, credentials).await;
+        updated.map_err(status)?;
         Ok(Response::new(pb::UpdateValuesResponse {}))
     }
 

@@ -264,6 +264,9 @@ pub struct Registry {
     /// Whether to use plain HTTP.
     #[serde(default)]
     pub insecure: bool,
+    /// Whether the mirror gets the credentials that pods have for images under `prefix`.
+    #[serde(default)]
+    pub credentials: bool,
 }
 
 /// Which clients are served, and what pods may request. The whole table is read again while the agent runs.

@@ -14,6 +14,8 @@ pub const RUN_AS_NON_ROOT: &str = "run-as-non-root";
 /// The agent applies the site's policy to `privileged`.
 pub const PRIVILEGED: &str = "privileged";
 
+/// The agent pulls images with the credentials that come with a pod.
+pub const PULL_CREDENTIALS: &str = "pull-credentials";
 /// The agent's shims run probes.
 pub const PROBES: &str = "probes";
 /// The agent's shims run the hooks of containers.
@@ -33,12 +35,13 @@ pub const SHARED_PROCESSES: &str = "share-process-namespace";
 pub const STOP_SIGNAL: &str = "container-stop-signal";
 
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 12] = [
+pub const OF_PODS: [&str; 13] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
     RUN_AS_NON_ROOT,
     PRIVILEGED,
+    PULL_CREDENTIALS,
     PROBES,
     HOOKS,
     SIDECARS,
@@ -71,6 +74,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             PRIVILEGED,
             containers().any(|container| container.privileged),
         ),
+        (PULL_CREDENTIALS, !spec.image_pull_secrets.is_empty()),
         (PROBES, containers().any(has_probe)),
         (HOOKS, containers().any(has_hook)),
         (
@@ -132,6 +136,7 @@ mod tests {
         spec.resolver = Some(pb::Resolver::default());
         spec.init_containers[0].run_as_non_root = true;
         spec.init_containers[0].privileged = true;
+        spec.image_pull_secrets = vec!["s".to_owned()];
         spec.containers[0].readiness_probe = Some(pb::Probe::default());
         spec.containers[0].pre_stop = Some(pb::Hook::default());
         spec.init_containers[0].restart_policy = pb::RestartPolicy::Always.into();

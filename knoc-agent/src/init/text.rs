@@ -189,6 +189,8 @@ key = @KEY@
 # prefix = "docker.io"  # example
 # mirror = "registry.example.org:5000"  # example
 # insecure = false  # default
+# Whether the mirror gets the credentials that pods have for images under the prefix (imagePullSecrets).
+# credentials = false  # default
 
 # Limits that the Kubernetes cluster cannot extend.
 [policy]

@@ -7,6 +7,7 @@
 //! shim's final report is published at once, since the report itself is on disk already.
 
 mod create;
+mod credentials;
 mod effects;
 mod ephemeral;
 mod values;
@@ -29,7 +30,7 @@ use super::{
     stage::{self, StageError},
     state::{Effect, Event, Facts, Pod, State, Timeouts, step},
 };
-use crate::{config::Config, site::Site};
+use crate::{config::Config, image::Credentials, site::Site};
 
 /// A pod that was found on disk.
 #[derive(Debug)]
@@ -71,6 +72,8 @@ struct Actor {
     version: String,
     values: values::Held,
     ephemeral: ephemeral::Adding,
+    /// The credentials for its images: from the request that brought them until the images are there.
+    credentials: Option<Arc<Credentials>>,
     effects: JoinSet<Event>,
     /// The effects that are ending a job.
     cancels: Vec<AbortHandle>,
@@ -182,6 +185,7 @@ impl NewActor {
             wants,
             values: values::Held::default(),
             ephemeral: ephemeral::Adding::default(),
+            credentials: None,
             unsaved: None,
             effects: JoinSet::new(),
             cancels: Vec::new(),
@@ -261,6 +265,7 @@ impl Actor {
             Input::Ensure {
                 spec,
                 values,
+                credentials,
                 cluster_id,
                 reply,
             } => {
@@ -270,11 +275,18 @@ impl Actor {
                     Err(error) => Err(error),
                 };
                 self.add_ephemeral(&pod);
+                let credentials = credentials.filter(|_| answer.is_ok());
+                let pod = self.take_credentials(pod, credentials).await;
                 drop(reply.send(answer.map(|()| (self.observed(&pod), false))));
                 pod
             }
-            Input::Values { values, reply } => {
+            Input::Values {
+                values,
+                credentials,
+                reply,
+            } => {
                 let result = self.check_and_update_values(&pod, *values).await;
+                let pod = self.take_credentials(pod, credentials).await;
                 drop(reply.send(result));
                 pod
             }
@@ -392,7 +404,7 @@ impl Actor {
 
     fn observed(&self, pod: &Pod) -> pb::PodObserved {
         let mut observed = observed(pod, &self.spec, &self.cluster_id);
-        observed.values_wanted = self.wants_values(pod);
+        observed.values_wanted = self.wants_values(pod) || self.wants_credentials(pod);
         observed.ephemeral_containers = self.ephemeral.statuses(pod, &self.spec);
         observed
     }

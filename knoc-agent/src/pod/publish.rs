@@ -113,7 +113,8 @@ fn phase_before_job(before: &BeforeJob) -> (pb::PodPhase, String, String) {
             trouble: Some(trouble),
             ..
         } => {
-            let (reason, message) = (trouble.reason.clone(), trouble.message.clone());
+            let failure = &trouble.failure;
+            let (reason, message) = (failure.reason.clone(), failure.message.clone());
             (Phase::Staging, reason, message)
         }
         BeforeJob::Throttled {
@@ -289,8 +290,9 @@ fn was_started(pod: &Pod) -> bool {
 fn waiting(pod: &Pod, container: &pb::Container, message: &str) -> pb::Waiting {
     let own = pod
         .trouble()
-        .filter(|trouble| trouble.container == container.name);
-    let own = own.map(|trouble| (&trouble.reason, &trouble.message));
+        .map(|trouble| &trouble.failure)
+        .filter(|failure| failure.container == container.name);
+    let own = own.map(|failure| (&failure.reason, &failure.message));
     let (reason, message) = own.map_or(("ContainerCreating", message), |(reason, message)| {
         (reason, message)
     });

@@ -205,6 +205,8 @@ fn check_needs(pod: &Pod, path: &Path) -> Result<(), ManifestError> {
     );
     list.extend(needs.secrets.iter().map(|name| format!("Secret {name}")));
     list.extend(needs.trust_bundles.iter().map(ToString::to_string));
+    let pull_secrets = translate::pull_secrets(pod).into_iter();
+    list.extend(pull_secrets.map(|name| format!("image pull Secret {name}")));
     if !needs.tokens.is_empty() {
         list.push("a service account token".to_owned());
     }
@@ -296,6 +298,12 @@ spec:
             "valueFrom: {secretKeyRef: {name: db, key: password}}}",
         );
         assert!(read(&text).unwrap_err().to_string().contains("Secret db"));
+        let text = POD.replace(
+            "  restartPolicy: Never",
+            "  restartPolicy: Never\n  imagePullSecrets: [{name: hub}]",
+        );
+        let error = read(&text).unwrap_err().to_string();
+        assert!(error.contains("image pull Secret hub"), "{error}");
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod ensure;
 mod loop_health;
 mod memory;
 mod notes;
+mod pull_secrets;
 mod status_writer;
 mod worker;
 

@@ -76,6 +76,15 @@ pub(crate) struct CachedToken {
 /// The tokens that were issued for one pod.
 pub(crate) type Tokens = BTreeMap<TokenRequestKey, CachedToken>;
 
+/// Fetches Secrets of the pod's namespace. Those that do not exist are absent from the result.
+pub(crate) async fn secrets(
+    client: &Client,
+    namespace: &str,
+    names: &[String],
+) -> Result<BTreeMap<String, Secret>, ResolveError> {
+    get_all(client, "secret", namespace, names).await
+}
+
 /// Fetches everything that `needs` names.
 pub(crate) async fn resolve(
     client: &Client,

@@ -82,6 +82,7 @@ carried! {
             host_aliases: Option<Vec<core::HostAlias>>,
             hostname: Option<String>,
             hostname_override: Option<String>,
+            image_pull_secrets: Option<Vec<core::LocalObjectReference>>,
             init_containers: Option<Vec<core::Container>>,
             node_name: Option<String>,
             restart_policy: Option<String>,
@@ -98,7 +99,7 @@ carried! {
             service_account, tolerations,
         }
         left {
-            eviction_responders, host_ipc, host_network, host_pid, host_users, image_pull_secrets, os, overhead, preemption_policy, priority, priority_class_name,
+            eviction_responders, host_ipc, host_network, host_pid, host_users, os, overhead, preemption_policy, priority, priority_class_name,
             resource_claims, resources, runtime_class_name, scheduler_name, scheduling_gates, scheduling_group,
             topology_spread_constraints,
         }

@@ -14,6 +14,7 @@ mod ephemeral;
 mod files;
 mod grace;
 mod job;
+mod keyring;
 mod probe;
 pub mod quantity;
 mod trust;
@@ -39,6 +40,7 @@ pub use env::service_variables;
 pub use grace::Grace;
 pub use job::over_containers;
 pub use trust::TrustBundleKey;
+pub use keyring::{BadSecret, PullCredentials, pull_credentials, pull_secrets};
 
 /// Annotations that are not sent, because they repeat the whole pod.
 const NOT_SENT: &str = "kubectl.kubernetes.io/last-applied-configuration";
@@ -194,6 +196,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
             .flatten()
             .map(|alias| shape_alias(alias.into()))
             .collect(),
+        image_pull_secrets: keyring::names(spec),
     })
 }
 
@@ -294,6 +297,12 @@ impl<'a> PodSpec<'a> {
     fn all_containers(self) -> impl Iterator<Item = Container<'a>> {
         let init = self.init_containers.iter().flatten();
         init.chain(self.containers).map(Container::from)
+    }
+
+    /// The images of all containers, as the pod names them.
+    fn all_images(self) -> impl Iterator<Item = &'a str> {
+        self.all_containers()
+            .filter_map(|container| container.image.as_deref())
     }
 }
 

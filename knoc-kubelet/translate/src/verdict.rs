@@ -287,6 +287,9 @@ runtimes limit it to 64 MiB): its contents count against the memory of the job. 
 with the reason `Evicted`, as on any node. Folders more than 64 levels down are not measured, and a volume with so many files that
 measuring takes more than 5 s is not measured either.
 
+**Volumes of the image.** If the root is read-only, each folder that the image declares as a volume, and in which the pod mounts nothing,
+is a writable folder on the node's disk, empty at first and new for each start of the container. Otherwise it is the image's folder.
+
 **The user.** Every program runs as the HPC user. If neither the pod nor the image sets `HOME`, it is the home directory, according to
 the image's `/etc/passwd`, of the user that the pod (`runAsUser`) or the image names: root if neither names one, and `/` if the image
 does not know the user. The container's `/etc/passwd` has a line for the HPC user with the user's name on the node, that home directory

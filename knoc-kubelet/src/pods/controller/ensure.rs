@@ -9,14 +9,17 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{pb, reason::ErrorReason};
-use knoc_translate::Missing;
+use knoc_translate::{BadSecret, Missing};
 use prost::Message as _;
 
 use super::worker::Worker;
-use crate::pods::{
-    resolve::{self, ResolveError},
-    status::{self, Rejection},
-    store::PodView,
+use crate::{
+    agent::Sent,
+    pods::{
+        resolve::{self, ResolveError},
+        status::{self, Rejection},
+        store::PodView,
+    },
 };
 
 /// How long to wait before values are sent again that the agent asked for.
@@ -33,11 +36,13 @@ const STALE: &str = "The pod keeps its present files and variables";
 
 /// Why the values of a pod could not be made.
 #[derive(Debug, thiserror::Error)]
-enum NoValues {
+pub(super) enum NoValues {
     #[error(transparent)]
     Missing(#[from] Missing),
     #[error("resolve what the pod refers to")]
     Resolve(#[from] ResolveError),
+    #[error(transparent)]
+    PullSecret(#[from] BadSecret),
 }
 
 impl Worker<'_> {
@@ -64,8 +69,8 @@ impl Worker<'_> {
             self.retry();
             return;
         }
-        let (values, lacking) = match self.values(pod).await {
-            Ok(values) => values,
+        let (sent, lacking) = match self.values(pod).await {
+            Ok(sent) => sent,
             Err(error) => {
                 self.no_values(pod, &error);
                 self.retry();
@@ -77,14 +82,14 @@ impl Worker<'_> {
             return;
         }
         let generation = shape.generation;
-        let hash = contents(&values);
+        let hashes = Hashes::of(&sent);
         knoc_proto::crash::point("kubelet.ensure.before");
-        let answer = self.context.site.agent.ensure_pod(shape, values).await;
+        let answer = self.context.site.agent.ensure_pod(shape, sent).await;
         knoc_proto::crash::point("kubelet.ensure.after");
         match answer {
             Ok(answer) => {
                 self.memory.agent.ensured = generation;
-                self.memory.values.sent = Some(hash);
+                self.memory.values.sent = Some(hashes);
                 self.memory.status.hold = None;
                 self.memory.attempts = 0;
                 self.answered(answer.pod);
@@ -123,6 +128,11 @@ impl Worker<'_> {
                 self.record_once(pod, "FailedMount", mount);
             }
             self.hold("", &message);
+            return;
+        }
+        if let NoValues::PullSecret(_) = error {
+            self.record_once(pod, "FailedToRetrieveImagePullSecret", &message);
+            self.hold("ErrImagePull", &message);
             return;
         }
         self.record_once(pod, "Failed", &format!("Error: {message}"));
@@ -169,33 +179,32 @@ impl Worker<'_> {
 
     /// Sends the values again if they changed.
     pub(super) async fn refresh(&mut self, pod: &Pod) {
-        let values = match self.values(pod).await {
+        let sent = match self.values(pod).await {
             // The ephemeral containers that lack something are not at the agent yet.
-            Ok((values, _lacking)) => values,
+            Ok((sent, _lacking)) => sent,
             Err(error) => {
                 self.record_stale(pod, &error);
                 self.refresh_later(Duration::from_mins(1));
                 return;
             }
         };
-        let hash = contents(&values);
-        if self.memory.values.sent == Some(hash) {
+        let hashes = Hashes::of(&sent);
+        if self
+            .memory
+            .values
+            .sent
+            .is_some_and(|before| before.covers(hashes))
+        {
             return;
         }
-        match self
-            .context
-            .site
-            .agent
-            .update_values(self.uid, values)
-            .await
-        {
-            Ok(()) => self.memory.values.sent = Some(hash),
+        match self.context.site.agent.update_values(self.uid, sent).await {
+            Ok(()) => self.memory.values.sent = Some(hashes),
             Err(status) => {
                 if ErrorReason::of(&status) == Some(ErrorReason::InvalidSpec) {
                     let message = format!("{STALE}: {}", status.message());
                     self.record_once(pod, "FailedMount", &message);
                     // The same values would be rejected again.
-                    self.memory.values.sent = Some(hash);
+                    self.memory.values.sent = Some(hashes);
                     return;
                 }
                 self.refresh_later(Duration::from_secs(10));
@@ -220,8 +229,8 @@ impl Worker<'_> {
         }
     }
 
-    /// The values, and what the variables of ephemeral containers lack.
-    async fn values(&mut self, pod: &Pod) -> Result<(pb::PodValues, Vec<String>), NoValues> {
+    /// What is sent for the pod, and what the variables of ephemeral containers lack.
+    async fn values(&mut self, pod: &Pod) -> Result<(Sent, Vec<String>), NoValues> {
         let now = Timestamp::now();
         let needs = knoc_translate::needs(pod);
         let references = &self.context.api.references;
@@ -261,8 +270,13 @@ impl Worker<'_> {
         values.revision = self.memory.values.revision;
         self.memory.values.refresh_at = resolve::renew_at(&self.memory.values.tokens);
         self.memory.values.metadata = Some(metadata(pod));
+        let pull_credentials = self.pull_credentials(pod, now).await;
         self.plan(now);
-        Ok((values, lacking))
+        let sent = Sent {
+            values,
+            pull_credentials: pull_credentials?,
+        };
+        Ok((sent, lacking))
     }
 
     /// Plans when to resolve the values again: when a token is due; soon if an earlier process sent them, or if an object
@@ -285,7 +299,9 @@ impl Worker<'_> {
         match self.memory.values.metadata {
             None => {
                 let needs = knoc_translate::needs(&view.pod);
-                if needs != knoc_translate::Needs::default() {
+                if let Some(after) = Self::pull_secrets_due(view) {
+                    self.refresh_later(after);
+                } else if needs != knoc_translate::Needs::default() {
                     let pods = self.context.pods.store.count().try_into();
                     let most = AFTER_RESTART.saturating_mul(pods.unwrap_or(u32::MAX));
                     let most = most.clamp(SOONEST, Duration::from_mins(1));
@@ -361,6 +377,34 @@ impl Worker<'_> {
             // What is due is done in this round, unless the link is down or the pod is being ended.
             self.revisit_in(if wait.is_zero() { NOT_DONE } else { wait });
         }
+    }
+}
+
+/// Hashes of what the agent was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Hashes {
+    values: u64,
+    /// `None` if no credentials were sent.
+    credentials: Option<u64>,
+}
+
+impl Hashes {
+    fn of(sent: &Sent) -> Self {
+        let hash = |credentials: &pb::PullCredentials| {
+            let mut hasher = DefaultHasher::new();
+            credentials.encode_to_vec().hash(&mut hasher);
+            hasher.finish()
+        };
+        Self {
+            values: contents(&sent.values),
+            credentials: sent.pull_credentials.as_ref().map(hash),
+        }
+    }
+
+    /// Does the agent have all of `newer`? It needs no credentials if there are none in it.
+    fn covers(self, newer: Self) -> bool {
+        let credentials = newer.credentials.is_none() || newer.credentials == self.credentials;
+        self.values == newer.values && credentials
     }
 }
 

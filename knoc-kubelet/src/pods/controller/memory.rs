@@ -49,8 +49,8 @@ pub(super) struct AgentSide {
 pub(super) struct Values {
     pub(super) tokens: Tokens,
     pub(super) revision: i64,
-    /// Hash of the values that the agent accepted last.
-    pub(super) sent: Option<u64>,
+    /// Hashes of the values and credentials that the agent accepted last.
+    pub(super) sent: Option<super::ensure::Hashes>,
     pub(super) refresh_at: Option<Timestamp>,
     /// When to read objects again that nothing watches.
     pub(super) look_at: Option<Timestamp>,

@@ -59,7 +59,10 @@ impl Worker<'_> {
             observed => observed,
         };
         let rejection = self.memory.admission.rejection.as_ref();
+        let findings = self.context.pods.store.findings(self.uid);
+        let findings = findings.unwrap_or_default();
         status::status(&Input {
+            refused: &findings.rejected,
             pod: &view.pod,
             observed: observed.as_deref(),
             hold: self.memory.status.hold.as_ref(),

@@ -8,6 +8,7 @@ mod cost;
 mod extended;
 mod live;
 mod predicates;
+mod pull_secrets;
 mod vanish;
 
 use std::{collections::BTreeMap, time::Duration};

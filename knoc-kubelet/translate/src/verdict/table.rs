@@ -287,7 +287,7 @@ const POD: &[Row] = &[
     row("hostUsers", Any, Rejected, LATER),
     row("shareProcessNamespace", Any, Honoured, "see [containers](#containers)"),
     row("imagePullSecrets", Empty, Satisfied, ""),
-    row("imagePullSecrets", Any, Rejected, "credentials for registries are not supported yet (also if they come from the ServiceAccount)"),
+    row("imagePullSecrets", Any, Honoured, "also those of the ServiceAccount; the credentials are in the agent's memory only until the image is pulled"),
     row("os", Any, Inside("PodOS"), ""),
     row("overhead", Empty, Satisfied, ""),
     row("overhead", Any, Rejected, LATER),

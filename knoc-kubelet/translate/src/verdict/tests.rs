@@ -181,7 +181,6 @@ fn all_rejected_fields_are_reported_at_once() {
         .as_array_mut()
         .unwrap()
         .push(json!({"name": "h", "hostPath": {"path": "/"}}));
-    pod["spec"]["imagePullSecrets"] = json!([{"name": "s"}]);
     pod["metadata"]["annotations"]["knoc.io/colour"] = json!("blue");
     let findings = judge(&pod);
     insta::assert_snapshot!(findings.rejected.join("\n"));

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http::{Method, Request, Response};
@@ -21,6 +22,8 @@ struct State {
     /// The open watches, by the name of their object.
     watches: Vec<(String, mpsc::Sender<Bytes>)>,
     denies_watches: bool,
+    /// The Secrets by name, complete.
+    secrets: Vec<(String, Value)>,
     pod: Value,
     node: Value,
     refuses: bool,
@@ -87,6 +90,20 @@ impl FakeApi {
     /// Removes the pod.
     pub(super) fn no_pod(&self) {
         self.state.lock().unwrap().pod = Value::Null;
+    }
+
+    /// Sets a pull secret of that content.
+    pub(super) fn pull_secret(&self, name: &str, content: &str) {
+        let content = BASE64_STANDARD.encode(content);
+        let secret = json!({
+            "metadata": {"name": name, "uid": format!("uid of {name}")},
+            "type": "kubernetes.io/dockerconfigjson", "data": {".dockerconfigjson": content},
+        });
+        self.state
+            .lock()
+            .unwrap()
+            .secrets
+            .push((name.to_owned(), secret));
     }
 
     /// Creates or changes a ConfigMap.
@@ -163,6 +180,13 @@ impl State {
                     let metadata = json!({"name": name, "resourceVersion": version});
                     (200, json!({"metadata": metadata, "data": data}))
                 }
+                None => (404, failure(404, "NotFound")),
+            };
+        }
+        if path.contains("/secrets/") {
+            let found = self.secrets.iter().rfind(|(name, _)| name == last);
+            return match found {
+                Some((_, secret)) => (200, secret.clone()),
                 None => (404, failure(404, "NotFound")),
             };
         }
