@@ -6,6 +6,7 @@
 
 mod check;
 pub mod dial_out;
+mod host_paths;
 mod limits;
 mod listen;
 mod privileged;
@@ -20,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-pub use self::limits::Limits;
+pub use self::{host_paths::HostPath, limits::Limits};
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
@@ -75,9 +76,6 @@ pub struct Config {
     /// runs.
     #[serde(default)]
     pub trust_shared_roots: bool,
-    /// Folders under which pods may mount host paths. It must be empty for now: every `hostPath` is rejected.
-    #[serde(default)]
-    pub host_paths: Vec<PathBuf>,
     /// The addresses that the agent listens on.
     #[serde(default)]
     pub listen: Listen,
@@ -295,6 +293,8 @@ pub struct Policy {
     pub registries: Vec<String>,
     /// What happens to a pod with a container that asks for privileges.
     pub privileged: Privileged,
+    /// The paths of the compute nodes that pods may mount, with everything below them.
+    pub host_paths: Vec<HostPath>,
 }
 
 impl Default for Policy {
@@ -319,6 +319,7 @@ impl Default for Policy {
             qos: Vec::new(),
             registries: Vec::new(),
             privileged: Privileged::Reject,
+            host_paths: Vec::new(),
         }
     }
 }
@@ -456,7 +457,7 @@ impl Config {
         let mut document = Document::parse(text, path)?;
         let config = document.read().map(|mut config: Self| {
             config.expand(&home.home);
-            check::check(&config, &mut document);
+            check::check(&config, &home.home, &mut document);
             config
         });
         Ok(document.finish(config)?)
@@ -473,7 +474,7 @@ impl Config {
         for path in tls
             .chain([&mut self.state_dir])
             .chain(&mut self.image_roots)
-            .chain(&mut self.host_paths)
+            .chain(self.policy.host_paths.iter_mut().map(|entry| &mut entry.path))
             .chain(&mut self.listen.socket)
         {
             if let Ok(rest) = path.strip_prefix("~") {

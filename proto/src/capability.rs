@@ -19,8 +19,11 @@ pub const PROBES: &str = "probes";
 /// The agent's shims run the hooks of containers.
 pub const HOOKS: &str = "hooks";
 
+/// The agent mounts host paths, by their `type`.
+pub const HOST_PATHS: &str = "host-paths";
+
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 7] = [
+pub const OF_PODS: [&str; 8] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -28,6 +31,7 @@ pub const OF_PODS: [&str; 7] = [
     PRIVILEGED,
     PROBES,
     HOOKS,
+    HOST_PATHS,
 ];
 
 /// The capabilities that this pod needs.
@@ -55,6 +59,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         ),
         (PROBES, containers().any(has_probe)),
         (HOOKS, containers().any(has_hook)),
+        (HOST_PATHS, spec.volumes.iter().any(is_host_path)),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -63,6 +68,10 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
 fn has_probe(container: &pb::Container) -> bool {
     let (startup, liveness) = (&container.startup_probe, &container.liveness_probe);
     startup.is_some() || liveness.is_some() || container.readiness_probe.is_some()
+}
+
+fn is_host_path(volume: &pb::Volume) -> bool {
+    matches!(volume.source, Some(pb::volume::Source::HostPath(_)))
 }
 
 fn has_hook(container: &pb::Container) -> bool {
@@ -93,6 +102,10 @@ mod tests {
         spec.init_containers[0].privileged = true;
         spec.containers[0].readiness_probe = Some(pb::Probe::default());
         spec.containers[0].pre_stop = Some(pb::Hook::default());
+        spec.volumes = vec![pb::Volume {
+            name: "v".to_owned(),
+            source: Some(pb::volume::Source::HostPath(pb::HostPath::default())),
+        }];
         assert_eq!(needed(&spec), OF_PODS);
     }
 

@@ -243,6 +243,13 @@ fn check_volumes(spec: &pb::PodSpec, problems: &mut Vec<String>) {
                 if let Err(error) = paths::in_container(&host.path) {
                     problems.push(format!("the host path {:?} {error}", host.path));
                 }
+                if pb::HostPathType::try_from(host.r#type).is_err() {
+                    problems.push(format!("the type of the host path {:?} is not known", host.path));
+                }
+                if !host.claim.is_empty() {
+                    let checked = names::dns_subdomain(&host.claim);
+                    check("claim", &host.claim, checked, problems);
+                }
             }
             Some(_) => {}
         }

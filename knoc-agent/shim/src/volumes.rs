@@ -1,5 +1,5 @@
-//! The pod's volumes on the node: `emptyDir`, and files of `ConfigMaps`, Secrets and projections. Functions block on file
-//! work.
+//! The pod's volumes on the node: `emptyDir`, files of `ConfigMaps`, Secrets and projections, and paths of the node.
+//! Functions block on file work.
 //!
 //! Files have the layout of a kubelet's atomic writer: they lie in a folder for their revision, `..data` is a link to it,
 //! and each name is a link through `..data`. A new revision is written into a new folder, then `..data` is replaced by a
@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_contract::{jobdir::atomic::FileError, tree};
+use knoc_contract::{host_paths::HostPaths, jobdir::atomic::FileError, tree};
 use knoc_proto::{
     paths::{self, PathError},
     pb::{self, volume::Source},
@@ -21,7 +21,10 @@ use knoc_proto::{
 };
 
 use super::scratch::{NoMemory, Scratch, ScratchError};
-use crate::launch::contain::spec::{self, Point};
+use crate::launch::contain::{
+    host::HostSource,
+    spec::{self, Point},
+};
 
 /// The link to the folder of the current revision.
 const DATA: &str = "..data";
@@ -84,21 +87,34 @@ pub(crate) struct Mounted {
 #[derive(Debug)]
 pub(crate) struct Volumes {
     roots: Vec<Root>,
+    /// The paths of the node that the site lets pods mount.
+    host_paths: HostPaths,
 }
 
 #[derive(Debug)]
 struct Root {
     name: String,
-    path: PathBuf,
-    /// Whether it holds files, which only [`Volumes::write`] writes, never a container.
-    files: bool,
-    /// Whether it is a folder of the host, in which the shim creates nothing.
-    foreign: bool,
+    place: Place,
+}
+
+/// Where a volume lies.
+#[derive(Debug)]
+enum Place {
+    /// In this folder of the shim, in which containers write.
+    Folder(PathBuf),
+    /// In this folder of the shim, in which only [`Volumes::write`] writes, never a container.
+    Files(PathBuf),
+    /// At a path of the node. It is opened when it is mounted.
+    Host(pb::HostPath),
 }
 
 impl Volumes {
     /// Creates the folders. Those for files are empty until [`Self::write`].
-    pub(crate) fn create(volumes: &[pb::Volume], scratch: &Scratch) -> Result<Self, VolumeError> {
+    pub(crate) fn create(
+        volumes: &[pb::Volume],
+        scratch: &Scratch,
+        host_paths: HostPaths,
+    ) -> Result<Self, VolumeError> {
         let mut roots = Vec::new();
         for (index, volume) in volumes.iter().enumerate() {
             let folder = format!("v{index}");
@@ -113,42 +129,48 @@ impl Volumes {
                     source,
                 },
             };
-            let (path, files, foreign) = match &volume.source {
+            let open = |path: &PathBuf, mode| {
+                fs::set_permissions(path, fs::Permissions::from_mode(mode))
+                    .map_err(FileError::on("set the mode of", path))
+                    .map_err(failed)
+            };
+            let place = match &volume.source {
                 Some(Source::EmptyDir(empty)) => {
                     let made = if empty.memory {
                         scratch.memory(&folder)
                     } else {
                         scratch.disk(&folder).map_err(ScratchError::from)
                     };
-                    (made.map_err(kept)?, false, false)
+                    let path = made.map_err(kept)?;
+                    open(&path, 0o777)?;
+                    Place::Folder(path)
                 }
-                Some(Source::Files(_)) => (scratch.secrets(&folder).map_err(kept)?, true, false),
-                Some(Source::HostPath(host)) => (PathBuf::from(&host.path), false, true),
+                Some(Source::Files(_)) => {
+                    let path = scratch.secrets(&folder).map_err(kept)?;
+                    open(&path, 0o755)?;
+                    Place::Files(path)
+                }
+                Some(Source::HostPath(host)) => Place::Host(host.clone()),
                 None => return Err(VolumeError::Unknown(volume.name.clone())),
             };
-            if !foreign {
-                let open = fs::Permissions::from_mode(if files { 0o755 } else { 0o777 });
-                fs::set_permissions(&path, open)
-                    .map_err(FileError::on("set the mode of", &path))
-                    .map_err(failed)?;
-            }
             roots.push(Root {
                 name: volume.name.clone(),
-                path,
-                files,
-                foreign,
+                place,
             });
         }
-        Ok(Self { roots })
+        Ok(Self { roots, host_paths })
     }
 
     /// Writes the files that `values` has into their volumes.
     pub(crate) fn write(&self, values: &PodValues) -> Result<(), VolumeError> {
-        for root in self.roots.iter().filter(|root| root.files) {
+        for root in &self.roots {
+            let Place::Files(folder) = &root.place else {
+                continue;
+            };
             let files = values.files.iter().find(|files| files.volume == root.name);
             let files = files.map_or(&[][..], |files| &files.files);
             let revision = format!("..{}", values.revision);
-            replace(&root.path, &revision, files).map_err(|source| VolumeError::File {
+            replace(folder, &revision, files).map_err(|source| VolumeError::File {
                 volume: root.name.clone(),
                 source,
             })?;
@@ -179,22 +201,32 @@ impl Volumes {
             let what = format!("volume {:?}, path {sub_path:?}", root.name);
             (PathBuf::from(sub_path), what)
         };
-        let source = if root.foreign && whole {
-            spec::Source::Own(root.path.clone())
-        } else {
-            spec::Source::Inside {
-                root: root.path.clone(),
-                path,
-                make: !root.files && !root.foreign,
-            }
-        };
-        Ok(Mounted {
+        let mounted = |source, read_only: bool, needs_descriptor| Mounted {
             what,
             source,
             target: PathBuf::from(&target),
-            read_only: mount.read_only || root.files,
-            needs_descriptor: !whole && !root.files,
+            read_only: mount.read_only || read_only,
+            needs_descriptor,
             point: None,
+        };
+        let inside = |root: &PathBuf, path, make| spec::Source::Inside {
+            root: root.clone(),
+            path,
+            make,
+        };
+        Ok(match &root.place {
+            Place::Folder(folder) => mounted(inside(folder, path, true), false, !whole),
+            Place::Files(folder) => mounted(inside(folder, path, false), true, false),
+            Place::Host(host) => {
+                let source = spec::Source::Host(HostSource {
+                    path: PathBuf::from(&host.path),
+                    sub_path: path,
+                    kind: host.r#type().into(),
+                    writes: !mount.read_only && !host.read_only,
+                    allowed: self.host_paths.clone(),
+                });
+                mounted(source, host.read_only, true)
+            }
         })
     }
 }
@@ -342,7 +374,7 @@ mod tests {
     fn volumes() -> (tempfile::TempDir, Scratch, Volumes) {
         let base = tempfile::tempdir().unwrap();
         let scratch = Scratch::create(base.path().to_str().unwrap(), Fallback::Error).unwrap();
-        let volumes = Volumes::create(&shape(), &scratch).unwrap();
+        let volumes = Volumes::create(&shape(), &scratch, HostPaths::default()).unwrap();
         (base, scratch, volumes)
     }
 

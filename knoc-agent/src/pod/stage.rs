@@ -325,5 +325,6 @@ pub(crate) fn job_file(
         }),
         cluster_id,
         version: site.versions.own().to_owned(),
+        host_paths: Some((&site.host_paths()).into()),
     }
 }

@@ -363,6 +363,7 @@ carried! {
             config_map: Option<core::ConfigMapVolumeSource>,
             downward_api: Option<core::DownwardAPIVolumeSource>,
             empty_dir: Option<core::EmptyDirVolumeSource>,
+            host_path: Option<core::HostPathVolumeSource>,
             name: String,
             projected: Option<core::ProjectedVolumeSource>,
             secret: Option<core::SecretVolumeSource>,
@@ -370,7 +371,7 @@ carried! {
         elsewhere {}
         left {
             aws_elastic_block_store, azure_disk, azure_file, cephfs, cinder, csi, ephemeral, fc, flex_volume, flocker,
-            gce_persistent_disk, git_repo, glusterfs, host_path, image, iscsi, nfs, persistent_volume_claim,
+            gce_persistent_disk, git_repo, glusterfs, image, iscsi, nfs, persistent_volume_claim,
             photon_persistent_disk, portworx_volume, quobyte, rbd, scale_io, storageos, vsphere_volume,
         }
     }
@@ -380,6 +381,13 @@ carried! {
         taken { medium: Option<String>, size_limit: Option<Quantity> }
         elsewhere {}
         left { mode }
+    }
+
+    /// The source `hostPath`: a path of the compute node.
+    HostPathVolume of core::HostPathVolumeSource, judged as "HostPathVolumeSource" {
+        taken { path: String, type_: Option<String> }
+        elsewhere {}
+        left {}
     }
 
     /// The source `configMap`: the keys of a ConfigMap as files.

@@ -197,7 +197,7 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
     for volume in spec.volumes.iter().flatten() {
         let mut missing = Vec::new();
         let files = match volume::source(volume) {
-            Ok(Source::EmptyDir(_)) => None,
+            Ok(Source::EmptyDir(_) | Source::HostPath(_)) => None,
             Ok(Source::Files(source)) => Some(files::files(pod, source, resolved, &mut missing)),
             Err(unknown) => {
                 missing.push(unknown.to_string());

@@ -291,6 +291,21 @@ and that user's shell. With a setuid runtime, the home directory of a user that 
 if the pod has a `subdomain`) and its `hostAliases`. `/etc/resolv.conf` is the compute node's, or with `dnsConfig` has its lines and those
 of the pod; with `dnsPolicy: None` only those of the pod. A file that the pod mounts there comes before both. `/etc/localtime` is the image's.
 
+## Host paths
+
+A pod can mount the paths of the compute nodes that the site file names in `policy.host_paths`, and what lies below them: read-only unless the
+entry is `writable`. If several entries cover a path, the most specific one decides. Without an entry, every `hostPath` is rejected.
+
+- A path that the site has read-only must have `readOnly: true` in every `volumeMounts` of the pod, or the pod is rejected. It is then
+  read-only together with every file system that is mounted below it.
+- The path is opened on the compute node when a container starts: node-local paths are those of that node. Symbolic links in the site's
+  own path are followed. Below it, a link that leads out of it is not followed, and neither is an absolute link.
+- The HPC user's home directory itself, `~/.ssh`, keys, sockets, `/proc` and KNoC's own folders are never mounted, and neither is a
+  directory that contains one of them, such as `/tmp` if the jobs' own files lie there (`job.scratch`).
+- A path that is missing or of another type fails the start of the container with `hostPath type check failed`, which is repeated
+  by the pod's `restartPolicy`.
+- Containers write with the rights of the HPC user. The node needs user namespaces; with a setuid runtime, the container does not start.
+
 ## Probes and hooks
 
 They run inside the job, also while the agent or the kubelet is away, by Kubernetes' rules for delays, thresholds, the startup probe,

@@ -1,10 +1,10 @@
 //! PURE: the source of a volume, which must be one that this version supports.
 
 use k8s_openapi::api::core::v1 as core;
-use knoc_proto::pb;
+use knoc_proto::{paths, pb};
 
 use super::carried::{
-    ConfigMapVolume, DownwardApiVolume, EmptyDir, ProjectedVolume, SecretVolume, Volume,
+    ConfigMapVolume, DownwardApiVolume, EmptyDir, HostPathVolume, ProjectedVolume, SecretVolume, Volume,
 };
 use super::quantity;
 
@@ -13,6 +13,8 @@ use super::quantity;
 pub(crate) enum Source<'a> {
     /// An empty folder.
     EmptyDir(EmptyDir<'a>),
+    /// A path of the compute node.
+    HostPath(HostPathVolume<'a>),
     /// Files that are sent with the pod's values.
     Files(FilesSource<'a>),
 }
@@ -40,12 +42,16 @@ pub(crate) fn source(volume: &core::Volume) -> Result<Source<'_>, UnknownSource>
         config_map,
         downward_api,
         empty_dir,
+        host_path,
         name,
         projected,
         secret,
     } = Volume::from(volume);
     if let Some(empty) = empty_dir {
         return Ok(Source::EmptyDir(empty.into()));
+    }
+    if let Some(host) = host_path {
+        return Ok(Source::HostPath(host.into()));
     }
     let files = if let Some(map) = config_map {
         FilesSource::ConfigMap(map.into())
@@ -67,6 +73,9 @@ pub(crate) fn shape(volume: &core::Volume, problems: &mut Vec<String>) -> Option
     let source = match source(volume) {
         Ok(Source::EmptyDir(empty)) => {
             pb::volume::Source::EmptyDir(shape_empty_dir(&volume.name, empty, problems))
+        }
+        Ok(Source::HostPath(host)) => {
+            pb::volume::Source::HostPath(shape_host_path(&volume.name, host, problems))
         }
         Ok(Source::Files(_)) => pb::volume::Source::Files(pb::FilesVolume {}),
         Err(unknown) => {
@@ -90,5 +99,34 @@ fn shape_empty_dir(volume: &str, empty: EmptyDir<'_>, problems: &mut Vec<String>
             ));
             0
         }),
+    }
+}
+
+fn shape_host_path(
+    volume: &str,
+    host: HostPathVolume<'_>,
+    problems: &mut Vec<String>,
+) -> pb::HostPath {
+    let path = paths::in_container(host.path).unwrap_or_else(|error| {
+        let field = format!("spec.volumes[{volume}].hostPath.path");
+        problems.push(format!("{field}: {:?} {error}", host.path));
+        String::new()
+    });
+    // The verdict of any other type is "rejected".
+    let kind = match host.type_.as_deref().unwrap_or_default() {
+        "DirectoryOrCreate" => pb::HostPathType::DirectoryOrCreate,
+        "Directory" => pb::HostPathType::Directory,
+        "FileOrCreate" => pb::HostPathType::FileOrCreate,
+        "File" => pb::HostPathType::File,
+        "Socket" => pb::HostPathType::Socket,
+        "CharDevice" => pb::HostPathType::CharDevice,
+        "BlockDevice" => pb::HostPathType::BlockDevice,
+        _ => pb::HostPathType::Unspecified,
+    };
+    pb::HostPath {
+        path,
+        r#type: kind.into(),
+        read_only: false,
+        claim: String::new(),
     }
 }

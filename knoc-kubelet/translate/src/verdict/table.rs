@@ -190,6 +190,11 @@ pub(super) const TABLE: &[Type] = &[
         ),
         row("mode", Any, Rejected, LATER),
     ]),
+    of("HostPathVolumeSource", "`hostPath`", &[
+        row("path", Any, Honoured, "of the compute node, if the site lets pods mount it: see [host paths](#host-paths)"),
+        row("type", Is(&["", "DirectoryOrCreate", "Directory", "FileOrCreate", "File", "Socket", "CharDevice", "BlockDevice"]), Honoured, "checked when a container starts; a path of no type that is missing becomes a directory"),
+        row("type", Any, Rejected, "this type is not known"),
+    ]),
     of("ConfigMapVolumeSource", "`configMap`", &[
         row("name optional defaultMode", Any, Honoured, ""),
         row("items", Any, Inside("KeyToPath"), ""),
@@ -329,7 +334,8 @@ const VOLUME: &[Row] = &[
     row("secret", Any, Inside("SecretVolumeSource"), ""),
     row("downwardAPI", Any, Inside("DownwardAPIVolumeSource"), ""),
     row("projected", Any, Inside("ProjectedVolumeSource"), ""),
-    row("hostPath persistentVolumeClaim ephemeral image", Any, Rejected, "volumes of this kind are not supported yet"),
+    row("hostPath", Any, Inside("HostPathVolumeSource"), ""),
+    row("persistentVolumeClaim ephemeral image", Any, Rejected, "volumes of this kind are not supported yet"),
     row("csi nfs iscsi fc cephfs rbd glusterfs flexVolume", Any, Rejected, CSI),
     row("awsElasticBlockStore azureDisk azureFile cinder flocker gcePersistentDisk photonPersistentDisk portworxVolume quobyte scaleIO storageos vsphereVolume", Any, Rejected, CSI),
     row("gitRepo", Any, Rejected, "removed from Kubernetes"),
