@@ -9,6 +9,7 @@ pub mod dial_out;
 mod host_paths;
 mod limits;
 mod listen;
+mod mapped;
 mod privileged;
 mod serve;
 pub mod text;
@@ -21,7 +22,11 @@ use std::{
     time::Duration,
 };
 
-pub use self::{host_paths::HostPath, limits::Limits};
+pub use self::{
+    host_paths::HostPath,
+    limits::Limits,
+    mapped::{Csi, Nfs},
+};
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
@@ -295,6 +300,10 @@ pub struct Policy {
     pub privileged: Privileged,
     /// The paths of the compute nodes that pods may mount, with everything below them.
     pub host_paths: Vec<HostPath>,
+    /// Where the compute nodes have the exports of NFS volumes.
+    pub nfs: Vec<Nfs>,
+    /// Where the compute nodes have the volumes of CSI drivers.
+    pub csi: Vec<Csi>,
 }
 
 impl Default for Policy {
@@ -320,6 +329,8 @@ impl Default for Policy {
             registries: Vec::new(),
             privileged: Privileged::Reject,
             host_paths: Vec::new(),
+            nfs: Vec::new(),
+            csi: Vec::new(),
         }
     }
 }
@@ -474,7 +485,12 @@ impl Config {
         for path in tls
             .chain([&mut self.state_dir])
             .chain(&mut self.image_roots)
-            .chain(self.policy.host_paths.iter_mut().map(|entry| &mut entry.path))
+            .chain(
+                self.policy
+                    .host_paths
+                    .iter_mut()
+                    .map(|entry| &mut entry.path),
+            )
             .chain(&mut self.listen.socket)
         {
             if let Ok(rest) = path.strip_prefix("~") {

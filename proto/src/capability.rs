@@ -22,8 +22,11 @@ pub const HOOKS: &str = "hooks";
 /// The agent mounts host paths, by their `type`.
 pub const HOST_PATHS: &str = "host-paths";
 
+/// The agent maps NFS exports and volumes of CSI drivers to host paths.
+pub const MAPPED_VOLUMES: &str = "mapped-volumes";
+
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 8] = [
+pub const OF_PODS: [&str; 9] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -32,6 +35,7 @@ pub const OF_PODS: [&str; 8] = [
     PROBES,
     HOOKS,
     HOST_PATHS,
+    MAPPED_VOLUMES,
 ];
 
 /// The capabilities that this pod needs.
@@ -60,6 +64,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         (PROBES, containers().any(has_probe)),
         (HOOKS, containers().any(has_hook)),
         (HOST_PATHS, spec.volumes.iter().any(is_host_path)),
+        (MAPPED_VOLUMES, spec.volumes.iter().any(is_mapped)),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -72,6 +77,11 @@ fn has_probe(container: &pb::Container) -> bool {
 
 fn is_host_path(volume: &pb::Volume) -> bool {
     matches!(volume.source, Some(pb::volume::Source::HostPath(_)))
+}
+
+fn is_mapped(volume: &pb::Volume) -> bool {
+    use pb::volume::Source;
+    matches!(volume.source, Some(Source::Nfs(_) | Source::Csi(_)))
 }
 
 fn has_hook(container: &pb::Container) -> bool {
@@ -102,10 +112,15 @@ mod tests {
         spec.init_containers[0].privileged = true;
         spec.containers[0].readiness_probe = Some(pb::Probe::default());
         spec.containers[0].pre_stop = Some(pb::Hook::default());
-        spec.volumes = vec![pb::Volume {
+        let sources = [
+            pb::volume::Source::HostPath(pb::HostPath::default()),
+            pb::volume::Source::Nfs(pb::NfsVolume::default()),
+        ];
+        let volume = |source| pb::Volume {
             name: "v".to_owned(),
-            source: Some(pb::volume::Source::HostPath(pb::HostPath::default())),
-        }];
+            source: Some(source),
+        };
+        spec.volumes = sources.map(volume).into();
         assert_eq!(needed(&spec), OF_PODS);
     }
 

@@ -13,6 +13,7 @@ use crate::{
 
 mod network;
 mod probe;
+mod volume;
 
 pub use network::{Hostname, MAX_HOSTNAME};
 
@@ -239,19 +240,7 @@ fn check_volumes(spec: &pb::PodSpec, problems: &mut Vec<String>) {
             None => problems.push(format!(
                 "the volume {name:?} has no source that this version supports"
             )),
-            Some(pb::volume::Source::HostPath(host)) => {
-                if let Err(error) = paths::in_container(&host.path) {
-                    problems.push(format!("the host path {:?} {error}", host.path));
-                }
-                if pb::HostPathType::try_from(host.r#type).is_err() {
-                    problems.push(format!("the type of the host path {:?} is not known", host.path));
-                }
-                if !host.claim.is_empty() {
-                    let checked = names::dns_subdomain(&host.claim);
-                    check("claim", &host.claim, checked, problems);
-                }
-            }
-            Some(_) => {}
+            Some(source) => volume::check(source, problems),
         }
     }
 }

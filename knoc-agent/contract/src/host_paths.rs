@@ -155,7 +155,10 @@ impl HostPaths {
         } else {
             ""
         };
-        format!("`policy.host_paths` of the site file: {}{more}", named.join(", "))
+        format!(
+            "`policy.host_paths` of the site file: {}{more}",
+            named.join(", ")
+        )
     }
 }
 
@@ -186,6 +189,7 @@ impl From<&HostPaths> for pb::HostPathPolicy {
             prefixes: prefixes.collect(),
             guarded: paths.guarded.iter().map(text).collect(),
             home: paths.home.as_ref().map(text).unwrap_or_default(),
+            mapped: std::collections::HashMap::default(),
         }
     }
 }
@@ -230,7 +234,10 @@ mod tests {
             assert!(right, "{path}, writes: {writes}: {text:?}");
         }
         let none = refused(&HostPaths::default(), "/data", false);
-        assert!(none.contains("`policy.host_paths` of the site file is empty"), "{none}");
+        assert!(
+            none.contains("`policy.host_paths` of the site file is empty"),
+            "{none}"
+        );
         assert!(refused(&paths, "/etc", false).contains("/data, /data/u, /scratch"));
     }
 
@@ -251,7 +258,12 @@ mod tests {
             let is = matches!(&judged, Err(Refusal::Guarded { how: is, .. }) if *is == how);
             assert!(is, "{path}: {judged:?}");
         }
-        for path in ["/home/u/.sshx", "/home/u/data", "/scratch/u/knoc2", "/tmp/x"] {
+        for path in [
+            "/home/u/.sshx",
+            "/home/u/data",
+            "/scratch/u/knoc2",
+            "/tmp/x",
+        ] {
             assert_eq!(refused(&paths, path, false), "", "{path}");
         }
     }

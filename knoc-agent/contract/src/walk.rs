@@ -53,7 +53,9 @@ pub enum WalkError {
         why: String,
     },
     /// The path leads to what must not be reached.
-    #[error("{0:?} is part of, or contains, what is never mounted because it can hold keys or KNoC's own files")]
+    #[error(
+        "{0:?} is part of, or contains, what is never mounted because it can hold keys or KNoC's own files"
+    )]
     Guarded(PathBuf),
     /// A system call failed.
     #[error("open {path:?}")]
@@ -122,12 +124,7 @@ pub fn inside(root: &Path, path: &Path, make: bool) -> Result<Found, WalkError> 
 }
 
 /// Like [`inside`], from a folder that is open already, and without ever entering one of `never`.
-pub fn below(
-    root: &Found,
-    path: &Path,
-    make: bool,
-    never: &[FileKey],
-) -> Result<Found, WalkError> {
+pub fn below(root: &Found, path: &Path, make: bool, never: &[FileKey]) -> Result<Found, WalkError> {
     let at = root.path.clone();
     let failed = |source: io::Error| WalkError::Io {
         path: at.clone(),

@@ -7,7 +7,6 @@ use std::{
 
 use knoc_contract::{
     host::node_name,
-    host_paths::HostPaths,
     jobdir::{JobDir, claim::Claim, schema::Endpoint},
     logs::writer::{KEPT_ATTEMPTS, Limits},
 };
@@ -76,8 +75,7 @@ impl Pod {
         };
         let scratch = Scratch::create(&settings.scratch, fallback)?;
         let runtime = runtime::by_name(&job.runtime, job.runtime_path.as_ref())?;
-        let host_paths = job.host_paths.as_ref().map(HostPaths::from);
-        let host_paths = host_paths.unwrap_or_default();
+        let host_paths = job.host_paths.clone().unwrap_or_default();
         Ok(Self {
             agent: std::env::current_exe()?,
             facts: facts(&spec, endpoint, runtime.isolates()),
@@ -88,7 +86,7 @@ impl Pod {
             ),
             oom: OomCounter::find(),
             cgroup: JobCgroup::find(),
-            volumes: Volumes::create(&spec.volumes, &scratch, host_paths)?,
+            volumes: Volumes::create(&spec.volumes, &scratch, &host_paths)?,
             scratch,
             children: Children::default(),
             mounting: Mounting::of(&job),

@@ -48,6 +48,9 @@ pub(crate) enum VolumeError {
     /// The pod has no such volume, or this version does not know its source.
     #[error("the pod has no volume {0:?} with a known source")]
     Unknown(String),
+    /// The site file was changed between the pod's admission and the submission of its job.
+    #[error("the site file no longer maps the volume {0:?} to a path of its nodes")]
+    Unmapped(String),
     #[error("volume {volume:?}: the path {path:?} is not valid")]
     Malformed {
         volume: String,
@@ -113,7 +116,7 @@ impl Volumes {
     pub(crate) fn create(
         volumes: &[pb::Volume],
         scratch: &Scratch,
-        host_paths: HostPaths,
+        host_paths: &pb::HostPathPolicy,
     ) -> Result<Self, VolumeError> {
         let mut roots = Vec::new();
         for (index, volume) in volumes.iter().enumerate() {
@@ -151,6 +154,19 @@ impl Volumes {
                     Place::Files(path)
                 }
                 Some(Source::HostPath(host)) => Place::Host(host.clone()),
+                Some(
+                    Source::Nfs(pb::NfsVolume { read_only, .. })
+                    | Source::Csi(pb::CsiVolume { read_only, .. }),
+                ) => {
+                    let mapped = host_paths.mapped.get(&volume.name);
+                    let path = mapped.ok_or_else(|| VolumeError::Unmapped(volume.name.clone()))?;
+                    Place::Host(pb::HostPath {
+                        path: path.clone(),
+                        r#type: pb::HostPathType::Directory.into(),
+                        read_only: *read_only,
+                        ..pb::HostPath::default()
+                    })
+                }
                 None => return Err(VolumeError::Unknown(volume.name.clone())),
             };
             roots.push(Root {
@@ -158,7 +174,10 @@ impl Volumes {
                 place,
             });
         }
-        Ok(Self { roots, host_paths })
+        Ok(Self {
+            roots,
+            host_paths: host_paths.into(),
+        })
     }
 
     /// Writes the files that `values` has into their volumes.
@@ -374,7 +393,7 @@ mod tests {
     fn volumes() -> (tempfile::TempDir, Scratch, Volumes) {
         let base = tempfile::tempdir().unwrap();
         let scratch = Scratch::create(base.path().to_str().unwrap(), Fallback::Error).unwrap();
-        let volumes = Volumes::create(&shape(), &scratch, HostPaths::default()).unwrap();
+        let volumes = Volumes::create(&shape(), &scratch, &pb::HostPathPolicy::default()).unwrap();
         (base, scratch, volumes)
     }
 

@@ -10,11 +10,7 @@ use super::host_paths;
 use crate::{scheduler::SubmitErrorKind, site::Site};
 
 /// Admits a pod that was never seen before, or rejects it with all reasons in one message.
-pub(super) fn admit(
-    site: &Site,
-    spec: &PodSpec,
-    cluster_id: &str,
-) -> Result<(), Status> {
+pub(super) fn admit(site: &Site, spec: &PodSpec, cluster_id: &str) -> Result<(), Status> {
     let policy = site.policy.now();
     let namespaces = &policy.namespaces;
     if !namespaces.is_empty() && !namespaces.contains(&spec.namespace) {
@@ -32,7 +28,7 @@ pub(super) fn admit(
     if !policy.maps_privileged() {
         problems.extend(privileged(spec));
     }
-    problems.extend(host_paths::problems(spec, &site.host_paths()));
+    problems.extend(host_paths::problems(spec, &policy, &site.host_paths()));
     if let Err(error) = site
         .scheduler
         .render(&super::submit_request(site, spec, cluster_id))

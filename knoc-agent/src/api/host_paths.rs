@@ -4,34 +4,49 @@
 use std::path::Path;
 
 use knoc_contract::host_paths::HostPaths;
-use knoc_proto::{pb, pod::PodSpec};
+use knoc_proto::{
+    pb::{self, volume::Source},
+    pod::PodSpec,
+};
 
-/// One problem for each host path that the site does not let this pod mount.
-pub(super) fn problems(spec: &PodSpec, allowed: &HostPaths) -> Vec<String> {
-    let host_paths = spec.volumes.iter().filter_map(|volume| {
-        let Some(pb::volume::Source::HostPath(host)) = &volume.source else {
-            return None;
+use crate::config::Policy;
+
+/// One problem for each path of the compute nodes that the site does not let this pod mount.
+pub(super) fn problems(spec: &PodSpec, policy: &Policy, allowed: &HostPaths) -> Vec<String> {
+    let problem = |volume: &pb::Volume| {
+        let source = volume.source.as_ref()?;
+        let (kind, claim, read_only) = match source {
+            Source::HostPath(host) => ("hostPath.path", &host.claim, host.read_only),
+            Source::Nfs(nfs) => ("nfs", &nfs.claim, nfs.read_only),
+            Source::Csi(csi) => ("csi", &csi.claim, csi.read_only),
+            Source::EmptyDir(_) | Source::Files(_) => return None,
         };
-        let writes = !host.read_only && is_written(spec, &volume.name);
-        let refusal = allowed.judge(Path::new(&host.path), writes).err()?;
-        Some(format!("{}: {refusal}", field(volume, host)))
-    });
-    host_paths.collect()
-}
-
-/// The field of the pod that the path comes from.
-fn field(volume: &pb::Volume, host: &pb::HostPath) -> String {
-    let (name, claim) = (&volume.name, &host.claim);
-    if claim.is_empty() {
-        format!("spec.volumes[{name}].hostPath.path")
-    } else {
-        format!("spec.volumes[{name}]: the volume of the claim {claim:?}")
-    }
+        let path = match (source, policy.mapped(source)) {
+            (_, Some(mapped)) => mapped,
+            (Source::HostPath(host), None) => Ok(host.path.clone()),
+            (_, None) => return None,
+        };
+        let writes = !read_only && is_written(spec, &volume.name);
+        let judged = path.and_then(|path| {
+            let judged = allowed.judge(Path::new(&path), writes);
+            judged.map(drop).map_err(|refusal| refusal.to_string())
+        });
+        let why = judged.err()?;
+        let name = &volume.name;
+        Some(if claim.is_empty() {
+            format!("spec.volumes[{name}].{kind}: {why}")
+        } else {
+            format!("spec.volumes[{name}]: the volume of the claim {claim:?}: {why}")
+        })
+    };
+    spec.volumes.iter().filter_map(problem).collect()
 }
 
 /// Whether a container mounts the volume and may write there.
 fn is_written(spec: &PodSpec, volume: &str) -> bool {
-    let mounts = spec.all_containers().flat_map(|container| &container.mounts);
+    let mounts = spec
+        .all_containers()
+        .flat_map(|container| &container.mounts);
     let mut mounts = mounts.filter(|mount| mount.volume == volume);
     mounts.any(|mount| !mount.read_only)
 }
@@ -75,7 +90,7 @@ mod tests {
             ..HostPaths::default()
         };
         let spec = PodSpec::accepted_before("u".try_into().unwrap(), spec);
-        problems(&spec, &allowed).join("; ")
+        problems(&spec, &Policy::default(), &allowed).join("; ")
     }
 
     #[test]
@@ -90,5 +105,50 @@ mod tests {
             "{problem}"
         );
         assert!(of("/etc", true, false).contains("/data, /scratch"));
+    }
+
+    #[test]
+    fn what_the_site_maps_is_judged_by_the_path_that_it_is_mapped_to() {
+        let source = Source::Nfs(pb::NfsVolume {
+            server: "filer".to_owned(),
+            path: "/export/x".to_owned(),
+            read_only: true,
+            claim: "c".to_owned(),
+        });
+        let spec = pb::PodSpec {
+            volumes: vec![pb::Volume {
+                name: "v".to_owned(),
+                source: Some(source),
+            }],
+            ..pb::PodSpec::default()
+        };
+        let spec = PodSpec::accepted_before("u".try_into().unwrap(), spec);
+        let prefix = Prefix {
+            path: "/data".into(),
+            writable: false,
+        };
+        let allowed = HostPaths {
+            prefixes: vec![prefix],
+            ..HostPaths::default()
+        };
+        let entry = |path: &str| crate::config::Nfs {
+            server: "filer".to_owned(),
+            export: "/export".into(),
+            path: path.into(),
+        };
+        let of = |nfs| {
+            let policy = Policy {
+                nfs,
+                ..Policy::default()
+            };
+            problems(&spec, &policy, &allowed).join("; ")
+        };
+        assert_eq!(of(vec![entry("/data")]), "");
+        let unmapped = of(Vec::new());
+        assert!(
+            unmapped.starts_with("spec.volumes[v]: the volume of the claim \"c\": the site maps"),
+            "{unmapped}"
+        );
+        assert!(of(vec![entry("/etc")]).contains("\"/etc/x\" is not below"));
     }
 }

@@ -121,6 +121,9 @@ impl Check<'_> {
         if !wrong.is_empty() {
             self.wrong("policy.host_paths", wrong.join("; "));
         }
+        for (key, what) in config.mapping_mistakes(self.home) {
+            self.wrong(key, what);
+        }
     }
 
     fn absolute<'p>(&mut self, key: &str, paths: impl IntoIterator<Item = &'p PathBuf>) {

@@ -34,7 +34,9 @@ impl Config {
         let source = self.source.as_ref();
         let mut paths = self.host_paths_at(policy, source.map(|source| &*source.home.home));
         paths.guarded.extend(own.iter().cloned());
-        paths.guarded.extend(source.map(|source| source.path.clone()));
+        paths
+            .guarded
+            .extend(source.map(|source| source.path.clone()));
         paths
     }
 
@@ -44,7 +46,14 @@ impl Config {
             writable: entry.writable,
         });
         let tls = self.tls.iter();
-        let keys = tls.flat_map(|tls| [tls.key.clone(), tls.ca_key(), tls.cert.clone(), tls.ca.clone()]);
+        let keys = tls.flat_map(|tls| {
+            [
+                tls.key.clone(),
+                tls.ca_key(),
+                tls.cert.clone(),
+                tls.ca.clone(),
+            ]
+        });
         let credentials = self.dial_out.iter();
         let credentials = credentials.filter_map(|entry| entry.proxy_credentials.clone());
         let private = home.into_iter();
@@ -60,6 +69,12 @@ impl Config {
                 .collect(),
             home: home.map(Path::to_owned),
         }
+    }
+
+    /// What is wrong with the volumes that the site maps, each with its key.
+    pub(super) fn mapping_mistakes(&self, home: &Path) -> Vec<(&'static str, String)> {
+        let allowed = self.host_paths_at(&self.policy, Some(home));
+        self.policy.mapping_mistakes(&allowed)
     }
 
     /// PURE: what is wrong with `host_paths`, one sentence for each mistake.

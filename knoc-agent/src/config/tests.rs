@@ -194,12 +194,24 @@ fn host_paths_leave_keys_and_what_a_login_executes_alone() {
     assert!(guarded("/home/u/.local/state/knoc") && guarded("/run/user/7/knoc/agent.sock"));
     for (entries, wanted) in [
         ("{path = 'data'}", "\"data\" must be an absolute path"),
-        ("{path = '/a'}, {path = '/a', writable = true}", "listed twice"),
-        ("{path = '~/', writable = true}", "contains the home directory /home/u"),
-        ("{path = '/home', writable = true}", "contains the home directory /home/u"),
+        (
+            "{path = '/a'}, {path = '/a', writable = true}",
+            "listed twice",
+        ),
+        (
+            "{path = '~/', writable = true}",
+            "contains the home directory /home/u",
+        ),
+        (
+            "{path = '/home', writable = true}",
+            "contains the home directory /home/u",
+        ),
         ("{path = '~/.ssh'}", "lies in /home/u/.ssh"),
         ("{path = '/proc/self'}", "lies in /proc"),
-        ("{path = '~/.local/state/knoc/images'}", "lies in /home/u/.local/state/knoc"),
+        (
+            "{path = '~/.local/state/knoc/images'}",
+            "lies in /home/u/.local/state/knoc",
+        ),
         ("{path = '/a', write = true}", "unknown field `write`"),
         ("'/a'", "policy.host_paths"),
     ] {

@@ -213,6 +213,11 @@ registries = []
 # in these paths are followed; below them, a link that leads out is not. Your home directory itself, ~/.ssh, keys and KNoC's own folders
 # are never mounted, and neither is a folder that contains them. A job keeps the paths that it was submitted with.
 # host_paths = [{ path = "/data" }, { path = "/scratch", writable = true }]  # example
+# Where the compute nodes have what persistent volumes name: exports of NFS servers, with what is below them, and volumes of CSI drivers.
+# In the path of a driver, {handle} stands for the volumeHandle of a volume and {NAME} for its attribute of that name. All of these
+# paths must be below host_paths.
+# nfs = [{ server = "filer.example.org", export = "/export/data", path = "/data" }]  # example
+# csi = [{ driver = "nfs.csi.k8s.io", path = "/scratch/{subdir}" }]  # example
 # Additional sbatch flags that pods can pass with the annotation knoc.io/flags.
 # flags = ["--mail-type", "--mail-user", "--mem-per-cpu", "--cores-per-socket", "--hint"]  # default
 

@@ -325,6 +325,9 @@ pub(crate) fn job_file(
         }),
         cluster_id,
         version: site.versions.own().to_owned(),
-        host_paths: Some((&site.host_paths()).into()),
+        host_paths: Some(pb::HostPathPolicy {
+            mapped: site.policy.now().all_mapped(&spec.volumes),
+            ..(&site.host_paths()).into()
+        }),
     }
 }

@@ -204,6 +204,8 @@ fn check_needs(pod: &Pod, path: &Path) -> Result<(), ManifestError> {
             .map(|name| format!("ConfigMap {name}")),
     );
     list.extend(needs.secrets.iter().map(|name| format!("Secret {name}")));
+    let claims = needs.claims.iter();
+    list.extend(claims.map(|name| format!("PersistentVolumeClaim {name}")));
     if !needs.tokens.is_empty() {
         list.push("a service account token".to_owned());
     }

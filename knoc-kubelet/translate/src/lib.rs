@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod carried;
+mod claims;
 mod env;
 mod files;
 mod grace;
@@ -33,6 +34,7 @@ use carried::{
 };
 use volume::Source;
 
+pub use claims::{FoundClaim, Unbound, bind_claims};
 pub use env::service_variables;
 pub use grace::Grace;
 pub use job::over_containers;
@@ -90,6 +92,8 @@ pub struct Needs {
     pub secrets: Vec<String>,
     /// The requests for tokens.
     pub tokens: Vec<TokenRequestKey>,
+    /// The names of the claims. They belong to the pod's shape ([`bind_claims`]), and the values do not need them.
+    pub claims: Vec<String>,
 }
 
 /// Required objects that do not exist (yet), with one message for each. Problems of volumes are reported first, as by
@@ -113,7 +117,8 @@ pub struct Values {
     pub skipped: Vec<String>,
 }
 
-/// Translates the shape of the pod, or returns everything that is wrong with it.
+/// Translates the shape of the pod, or returns everything that is wrong with it. The volumes of claims have no source until
+/// [`bind_claims`] has given them one.
 pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let mut problems = Vec::new();
     let Some(spec) = pod.spec.as_ref().map(PodSpec::from) else {
@@ -197,7 +202,9 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
     for volume in spec.volumes.iter().flatten() {
         let mut missing = Vec::new();
         let files = match volume::source(volume) {
-            Ok(Source::EmptyDir(_) | Source::HostPath(_)) => None,
+            Ok(Source::EmptyDir(_) | Source::HostPath(_) | Source::Nfs(_) | Source::Claim(_)) => {
+                None
+            }
             Ok(Source::Files(source)) => Some(files::files(pod, source, resolved, &mut missing)),
             Err(unknown) => {
                 missing.push(unknown.to_string());
@@ -253,6 +260,7 @@ pub fn needs(pod: &Pod) -> Needs {
     needs.secrets.dedup();
     needs.tokens.sort();
     needs.tokens.dedup();
+    needs.claims = claims::names(pod);
     needs
 }
 

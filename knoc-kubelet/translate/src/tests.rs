@@ -492,10 +492,17 @@ fn a_host_path_has_its_type_and_a_clean_path() {
         })
     };
     let any = pb::HostPathType::Unspecified;
-    assert_eq!(of(json!({"path": "/data//x/"})), Ok(("/data/x".to_owned(), any)));
+    assert_eq!(
+        of(json!({"path": "/data//x/"})),
+        Ok(("/data/x".to_owned(), any))
+    );
     let file = json!({"path": "/data/x", "type": "FileOrCreate"});
     assert_eq!(of(file).unwrap().1, pb::HostPathType::FileOrCreate);
-    for (path, why) in [("data", "absolute"), ("/data/../etc", "'..'"), ("", "empty")] {
+    for (path, why) in [
+        ("data", "absolute"),
+        ("/data/../etc", "'..'"),
+        ("", "empty"),
+    ] {
         let problems = of(json!({"path": path})).unwrap_err();
         let [problem] = problems.as_slice() else {
             panic!("{problems:?}");

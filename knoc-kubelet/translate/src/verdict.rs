@@ -306,6 +306,17 @@ entry is `writable`. If several entries cover a path, the most specific one deci
   by the pod's `restartPolicy`.
 - Containers write with the rights of the HPC user. The node needs user namespaces; with a setuid runtime, the container does not start.
 
+## Claims and NFS
+
+The kubelet resolves a claim to its PersistentVolume. A pod whose claim is not bound waits with the Event `FailedMount`; usually the
+scheduler does not bind such a pod to the node, and says so. What can be mounted:
+
+- `hostPath` and `local`: the path must be among the [host paths](#host-paths) of the site.
+- `nfs` (also in a pod) and `csi`: nothing is mounted over the network for a pod. The site file maps exports and drivers to paths at
+  which the compute nodes have them already (`[[policy.nfs]]`, `[[policy.csi]]`), which must be among the host paths too.
+
+A volume of another kind, or one of `volumeMode: Block`, is rejected. Mount options and access modes are not enforced.
+
 ## Probes and hooks
 
 They run inside the job, also while the agent or the kubelet is away, by Kubernetes' rules for delays, thresholds, the startup probe,

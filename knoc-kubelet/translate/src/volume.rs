@@ -4,9 +4,13 @@ use k8s_openapi::api::core::v1 as core;
 use knoc_proto::{paths, pb};
 
 use super::carried::{
-    ConfigMapVolume, DownwardApiVolume, EmptyDir, HostPathVolume, ProjectedVolume, SecretVolume, Volume,
+    ConfigMapVolume, DownwardApiVolume, EmptyDir, HostPathVolume, NfsVolume, ProjectedVolume,
+    SecretVolume, Volume,
 };
-use super::quantity;
+use super::{
+    claims::{self, Claim},
+    quantity,
+};
 
 /// The source of a volume's contents.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +19,10 @@ pub(crate) enum Source<'a> {
     EmptyDir(EmptyDir<'a>),
     /// A path of the compute node.
     HostPath(HostPathVolume<'a>),
+    /// An NFS export.
+    Nfs(NfsVolume<'a>),
+    /// The volume that a claim is bound to.
+    Claim(Claim<'a>),
     /// Files that are sent with the pod's values.
     Files(FilesSource<'a>),
 }
@@ -42,8 +50,11 @@ pub(crate) fn source(volume: &core::Volume) -> Result<Source<'_>, UnknownSource>
         config_map,
         downward_api,
         empty_dir,
+        ephemeral,
         host_path,
         name,
+        nfs,
+        persistent_volume_claim,
         projected,
         secret,
     } = Volume::from(volume);
@@ -52,6 +63,15 @@ pub(crate) fn source(volume: &core::Volume) -> Result<Source<'_>, UnknownSource>
     }
     if let Some(host) = host_path {
         return Ok(Source::HostPath(host.into()));
+    }
+    if let Some(nfs) = nfs {
+        return Ok(Source::Nfs(nfs.into()));
+    }
+    if let Some(claim) = persistent_volume_claim {
+        return Ok(Source::Claim(Claim::Named(claim.into())));
+    }
+    if ephemeral.is_some() {
+        return Ok(Source::Claim(Claim::OfPod));
     }
     let files = if let Some(map) = config_map {
         FilesSource::ConfigMap(map.into())
@@ -68,16 +88,28 @@ pub(crate) fn source(volume: &core::Volume) -> Result<Source<'_>, UnknownSource>
     Ok(Source::Files(files))
 }
 
-/// Translates a volume, or records what is wrong with it.
+/// Translates a volume, or records what is wrong with it. The volume of a claim has no source yet.
 pub(crate) fn shape(volume: &core::Volume, problems: &mut Vec<String>) -> Option<pb::Volume> {
     let source = match source(volume) {
-        Ok(Source::EmptyDir(empty)) => {
-            pb::volume::Source::EmptyDir(shape_empty_dir(&volume.name, empty, problems))
-        }
+        Ok(Source::EmptyDir(empty)) => Some(pb::volume::Source::EmptyDir(shape_empty_dir(
+            &volume.name,
+            empty,
+            problems,
+        ))),
         Ok(Source::HostPath(host)) => {
-            pb::volume::Source::HostPath(shape_host_path(&volume.name, host, problems))
+            let host = host_path(host.path, host.type_.as_deref()).unwrap_or_else(|why| {
+                let name = &volume.name;
+                problems.push(format!("spec.volumes[{name}].hostPath.path: {why}"));
+                pb::HostPath::default()
+            });
+            Some(pb::volume::Source::HostPath(host))
         }
-        Ok(Source::Files(_)) => pb::volume::Source::Files(pb::FilesVolume {}),
+        Ok(Source::Nfs(nfs)) => {
+            let nfs = claims::nfs(nfs, String::new(), false);
+            Some(pb::volume::Source::Nfs(nfs))
+        }
+        Ok(Source::Claim(_)) => None,
+        Ok(Source::Files(_)) => Some(pb::volume::Source::Files(pb::FilesVolume {})),
         Err(unknown) => {
             problems.push(unknown.to_string());
             return None;
@@ -85,7 +117,7 @@ pub(crate) fn shape(volume: &core::Volume, problems: &mut Vec<String>) -> Option
     };
     Some(pb::Volume {
         name: volume.name.clone(),
-        source: Some(source),
+        source,
     })
 }
 
@@ -102,18 +134,11 @@ fn shape_empty_dir(volume: &str, empty: EmptyDir<'_>, problems: &mut Vec<String>
     }
 }
 
-fn shape_host_path(
-    volume: &str,
-    host: HostPathVolume<'_>,
-    problems: &mut Vec<String>,
-) -> pb::HostPath {
-    let path = paths::in_container(host.path).unwrap_or_else(|error| {
-        let field = format!("spec.volumes[{volume}].hostPath.path");
-        problems.push(format!("{field}: {:?} {error}", host.path));
-        String::new()
-    });
-    // The verdict of any other type is "rejected".
-    let kind = match host.type_.as_deref().unwrap_or_default() {
+/// A path of the compute node, or why the path is not valid.
+pub(crate) fn host_path(path: &str, kind: Option<&str>) -> Result<pb::HostPath, String> {
+    let path = paths::in_container(path).map_err(|error| format!("{path:?} {error}"))?;
+    // Any other type of a pod's own volume was rejected by its verdict.
+    let kind = match kind.unwrap_or_default() {
         "DirectoryOrCreate" => pb::HostPathType::DirectoryOrCreate,
         "Directory" => pb::HostPathType::Directory,
         "FileOrCreate" => pb::HostPathType::FileOrCreate,
@@ -121,12 +146,12 @@ fn shape_host_path(
         "Socket" => pb::HostPathType::Socket,
         "CharDevice" => pb::HostPathType::CharDevice,
         "BlockDevice" => pb::HostPathType::BlockDevice,
-        _ => pb::HostPathType::Unspecified,
+        "" => pb::HostPathType::Unspecified,
+        other => return Err(format!("the type {other:?} is not known")),
     };
-    pb::HostPath {
+    Ok(pb::HostPath {
         path,
         r#type: kind.into(),
-        read_only: false,
-        claim: String::new(),
-    }
+        ..pb::HostPath::default()
+    })
 }

@@ -50,7 +50,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- /* What pods use of their namespace: values for environment and volumes, and tokens. */ -}}
 {{- define "knoc.podRules" -}}
 - apiGroups: [""]
-  resources: [configmaps, secrets]
+  resources: [configmaps, secrets, persistentvolumeclaims]
   verbs: [get]
 - apiGroups: [""]
   resources: [serviceaccounts/token]

@@ -190,6 +190,12 @@ pub(super) const TABLE: &[Type] = &[
         ),
         row("mode", Any, Rejected, LATER),
     ]),
+    of("PersistentVolumeClaimVolumeSource", "`persistentVolumeClaim`", &[
+        row("claimName readOnly", Any, Honoured, "a volume of the kind `hostPath`, `local`, `nfs` or `csi`: see [claims](#claims-and-nfs)"),
+    ]),
+    of("NFSVolumeSource", "`nfs`", &[
+        row("server path readOnly", Any, Honoured, "if the site file maps the export to a path of the compute nodes: see [claims](#claims-and-nfs)"),
+    ]),
     of("HostPathVolumeSource", "`hostPath`", &[
         row("path", Any, Honoured, "of the compute node, if the site lets pods mount it: see [host paths](#host-paths)"),
         row("type", Is(&["", "DirectoryOrCreate", "Directory", "FileOrCreate", "File", "Socket", "CharDevice", "BlockDevice"]), Honoured, "checked when a container starts; a path of no type that is missing becomes a directory"),
@@ -335,8 +341,11 @@ const VOLUME: &[Row] = &[
     row("downwardAPI", Any, Inside("DownwardAPIVolumeSource"), ""),
     row("projected", Any, Inside("ProjectedVolumeSource"), ""),
     row("hostPath", Any, Inside("HostPathVolumeSource"), ""),
-    row("persistentVolumeClaim ephemeral image", Any, Rejected, "volumes of this kind are not supported yet"),
-    row("csi nfs iscsi fc cephfs rbd glusterfs flexVolume", Any, Rejected, CSI),
+    row("nfs", Any, Inside("NFSVolumeSource"), ""),
+    row("persistentVolumeClaim", Any, Inside("PersistentVolumeClaimVolumeSource"), ""),
+    row("ephemeral", Any, Honoured, "a claim that Kubernetes creates for the pod; see [claims](#claims-and-nfs)"),
+    row("image", Any, Rejected, "volumes of this kind are not supported yet"),
+    row("csi iscsi fc cephfs rbd glusterfs flexVolume", Any, Rejected, CSI),
     row("awsElasticBlockStore azureDisk azureFile cinder flocker gcePersistentDisk photonPersistentDisk portworxVolume quobyte scaleIO storageos vsphereVolume", Any, Rejected, CSI),
     row("gitRepo", Any, Rejected, "removed from Kubernetes"),
 ];

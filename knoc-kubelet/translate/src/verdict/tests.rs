@@ -90,6 +90,8 @@ fn every_field_of_a_pod_has_a_verdict() {
     check::<core::PodOS>("PodOS", p);
     check::<core::Volume>("Volume", p);
     check::<core::EmptyDirVolumeSource>("EmptyDirVolumeSource", p);
+    check::<core::PersistentVolumeClaimVolumeSource>("PersistentVolumeClaimVolumeSource", p);
+    check::<core::NFSVolumeSource>("NFSVolumeSource", p);
     check::<core::HostPathVolumeSource>("HostPathVolumeSource", p);
     check::<core::ConfigMapVolumeSource>("ConfigMapVolumeSource", p);
     check::<core::SecretVolumeSource>("SecretVolumeSource", p);

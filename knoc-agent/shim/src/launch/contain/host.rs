@@ -294,7 +294,7 @@ mod tests {
                 prefix("scratch", true),
                 prefix("home", false),
             ],
-            guarded: vec![root.join("home/.ssh"), root.join("real/scratch/u/state")],
+            guarded: vec![root.join("home/.ssh"), root.join("real/scratch/own/state")],
             home: Some(root.join("home")),
         };
         World {
@@ -364,10 +364,16 @@ mod tests {
         let mode = fs::metadata(at("new/er")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777 & !0o755, 0, "{mode:o}");
         assert!(world.open("scratch/any", Kind::Any, true).is_ok() && at("any").is_dir());
-        assert!(world.open("scratch/new/f", Kind::FileOrCreate, true).is_ok());
+        assert!(
+            world
+                .open("scratch/new/f", Kind::FileOrCreate, true)
+                .is_ok()
+        );
         assert!(at("new/f").is_file());
         // As on any node, only the file is created, not its folder.
-        world.open("scratch/no/f", Kind::FileOrCreate, true).unwrap_err();
+        world
+            .open("scratch/no/f", Kind::FileOrCreate, true)
+            .unwrap_err();
         assert!(!at("no").exists());
     }
 
@@ -381,7 +387,10 @@ mod tests {
         let mut source = world.source("real/data/set", Kind::Any, false);
         source.sub_path = "new".into();
         source.open().unwrap_err();
-        assert_eq!(fs::read_dir(world.root.join("real/data")).unwrap().count(), 1);
+        assert_eq!(
+            fs::read_dir(world.root.join("real/data")).unwrap().count(),
+            1
+        );
         source.sub_path = "file".into();
         assert!(!source.open().unwrap().is_folder());
     }
@@ -418,10 +427,16 @@ mod tests {
         for path in ["home/keys", "home/keys/id", "home/.ssh", "home"] {
             refused(world.open(path, Kind::Any, false), "never mounted");
         }
-        assert_eq!(world.open("home/bin", Kind::Any, false), Ok("home/bin".into()));
+        assert_eq!(
+            world.open("home/bin", Kind::Any, false),
+            Ok("home/bin".into())
+        );
         // It does not exist yet, and no pod can create it either.
-        refused(world.open("scratch/u/state/x", Kind::Any, true), "never mounted");
-        assert!(!world.root.join("real/scratch/u/state").exists());
+        refused(
+            world.open("scratch/own/state/x", Kind::Any, true),
+            "never mounted",
+        );
+        assert!(!world.root.join("real/scratch/own/state").exists());
         // The folder is known by its inode, whatever its name is.
         let key = world.root.join("home/.ssh/id");
         fs::hard_link(&key, world.root.join("home/bin/id")).unwrap();
