@@ -98,8 +98,14 @@ async fn host_paths(world: &World, folder: &str) -> anyhow::Result<()> {
 /// A pod that mounts this host path.
 fn mounting(name: &str, path: &str, kind: &str) -> PodBuilder {
     PodBuilder::new(name)
-        .spec("volumes", json!([{"name": "data", "hostPath": {"path": path, "type": kind}}]))
-        .set("volumeMounts", json!([{"name": "data", "mountPath": "/data"}]))
+        .spec(
+            "volumes",
+            json!([{"name": "data", "hostPath": {"path": path, "type": kind}}]),
+        )
+        .set(
+            "volumeMounts",
+            json!([{"name": "data", "mountPath": "/data"}]),
+        )
 }
 
 async fn refusals(world: &World, folder: &str) -> anyhow::Result<()> {
@@ -110,13 +116,36 @@ async fn refusals(world: &World, folder: &str) -> anyhow::Result<()> {
         world.create(&mounting(name, path, "")).await?;
         let failed = world.wait_phase(name, "Failed", SOON).await?;
         let (reason, told) = why(&failed);
-        ensure!(reason == "UnsupportedPodSpec" && told.contains(message), "{reason}: {told}");
+        ensure!(
+            reason == "UnsupportedPodSpec" && told.contains(message),
+            "{reason}: {told}"
+        );
     }
     for (name, path, kind, message) in [
-        ("none", format!("{folder}/none"), "Directory", "doesn't exist"),
-        ("type", format!("{folder}/nfs"), "File", "hostPath type check failed"),
-        ("out", format!("{folder}/out"), "", "leads out of its folder"),
-        ("ssh", format!("{folder}/out/.ssh"), "", "leads out of its folder"),
+        (
+            "none",
+            format!("{folder}/none"),
+            "Directory",
+            "doesn't exist",
+        ),
+        (
+            "type",
+            format!("{folder}/nfs"),
+            "File",
+            "hostPath type check failed",
+        ),
+        (
+            "out",
+            format!("{folder}/out"),
+            "",
+            "leads out of its folder",
+        ),
+        (
+            "ssh",
+            format!("{folder}/out/.ssh"),
+            "",
+            "leads out of its folder",
+        ),
     ] {
         world.create(&mounting(name, &path, kind)).await?;
         let failed = world.wait_phase(name, "Failed", RUN).await?;
@@ -171,7 +200,9 @@ async fn claims(world: &World, folder: &str) -> anyhow::Result<()> {
             "volumeMounts",
             json!([{"name": "host", "mountPath": "/host"}, {"name": "nfs", "mountPath": "/nfs"}]),
         )
-        .sh("cp /nfs/file /host/copy && cat /host/copy; touch /nfs/x 2>/dev/null || echo read-only");
+        .sh(
+            "cp /nfs/file /host/copy && cat /host/copy; touch /nfs/x 2>/dev/null || echo read-only",
+        );
     let ran = async {
         world.create(&pod).await?;
         world.wait_phase("claims", "Succeeded", RUN).await?;
@@ -185,9 +216,14 @@ async fn claims(world: &World, folder: &str) -> anyhow::Result<()> {
         );
         world.create(&unbound).await?;
         let told = world.wait_for_state("unbound", "the scheduler's message", SOON, |pod| {
-            let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+            let conditions = pod
+                .status
+                .iter()
+                .flat_map(|status| status.conditions.iter().flatten());
             let mut messages = conditions.filter_map(|condition| condition.message.as_deref());
-            messages.any(|message| message.contains("nowhere")).then_some(())
+            messages
+                .any(|message| message.contains("nowhere"))
+                .then_some(())
         });
         told.await?;
         let pod = world.pod("unbound").await?;

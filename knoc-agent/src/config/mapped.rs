@@ -151,8 +151,11 @@ impl Policy {
     }
 }
 
-/// Why a mapped path can never be mounted.
+/// Why a mapped path can never be mounted. If there is no prefix at all, the site has only not decided yet.
 fn outside(path: &Path, allowed: &HostPaths) -> Option<String> {
+    if allowed.prefixes.is_empty() {
+        return None;
+    }
     match allowed.judge(path, false) {
         Err(refusal @ Refusal::Outside { .. }) => Some(refusal.to_string()),
         Ok(_) | Err(_) => None,
