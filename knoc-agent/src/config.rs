@@ -4,6 +4,7 @@
 //! with its line and the allowed values, before anything starts. The cluster cannot extend any of these limits: only
 //! the HPC user decides about [`Policy`].
 
+mod binds;
 mod check;
 pub mod dial_out;
 mod host_paths;
@@ -23,6 +24,7 @@ use std::{
 };
 
 pub use self::{
+    binds::SiteBind,
     host_paths::HostPath,
     limits::Limits,
     mapped::{Csi, Nfs},
@@ -105,6 +107,9 @@ pub struct Config {
     /// Maps extended resources of pods to Slurm's gres, such as `"amd.com/gpu" = "gpu"`. It replaces the default.
     #[serde(default = "text::gres")]
     pub gres: BTreeMap<String, String>,
+    /// What every container has of the compute node.
+    #[serde(default, rename = "bind")]
+    pub binds: Vec<SiteBind>,
     /// The defaults for jobs whose pod requests nothing else.
     #[serde(default)]
     pub job: JobDefaults,
@@ -491,6 +496,7 @@ impl Config {
                     .iter_mut()
                     .map(|entry| &mut entry.path),
             )
+            .chain(self.binds.iter_mut().map(|entry| &mut entry.path))
             .chain(&mut self.listen.socket)
         {
             if let Ok(rest) = path.strip_prefix("~") {

@@ -86,7 +86,8 @@ impl Pod {
             ),
             oom: OomCounter::find(),
             cgroup: JobCgroup::find(),
-            volumes: Volumes::create(&spec.volumes, &scratch, &host_paths)?,
+            volumes: Volumes::create(&spec.volumes, &scratch, &host_paths)?
+                .with_site_binds(&job.site_binds),
             scratch,
             children: Children::default(),
             mounting: Mounting::of(&job),

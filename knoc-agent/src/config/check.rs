@@ -121,7 +121,7 @@ impl Check<'_> {
         if !wrong.is_empty() {
             self.wrong("policy.host_paths", wrong.join("; "));
         }
-        for (key, what) in config.mapping_mistakes(self.home) {
+        for (key, what) in config.mount_mistakes(self.home) {
             self.wrong(key, what);
         }
     }

@@ -71,10 +71,12 @@ impl Config {
         }
     }
 
-    /// What is wrong with the volumes that the site maps, each with its key.
-    pub(super) fn mapping_mistakes(&self, home: &Path) -> Vec<(&'static str, String)> {
+    /// What is wrong with the volumes that the site maps, and with its binds, each with its key.
+    pub(super) fn mount_mistakes(&self, home: &Path) -> Vec<(&'static str, String)> {
         let allowed = self.host_paths_at(&self.policy, Some(home));
-        self.policy.mapping_mistakes(&allowed)
+        let mut mistakes = self.policy.mapping_mistakes(&allowed);
+        mistakes.extend(self.bind_mistakes(&allowed));
+        mistakes
     }
 
     /// PURE: what is wrong with `host_paths`, one sentence for each mistake.

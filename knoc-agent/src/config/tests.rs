@@ -220,3 +220,39 @@ fn host_paths_leave_keys_and_what_a_login_executes_alone() {
         assert!(error.contains("agent.toml:3: policy.host_paths"), "{error}");
     }
 }
+
+#[test]
+fn binds_of_the_site_are_checked_as_host_paths_are() {
+    let binds =
+        |entries: &str| parse(&format!("site = 'x'\n{entries}")).map(|config| config.site_binds());
+    let right = "[[bind]]\npath = '~/tools'\ntarget = '/opt/tools'\n[[bind]]\npath = '/etc/slurm'\npartitions = ['a']\n\
+                 [[bind]]\npath = '/gpu/slurm'\ntarget = '/etc/slurm'\npartitions = ['b']\nwritable = true";
+    let binds_of = binds(right).unwrap();
+    assert_eq!(
+        (&*binds_of[0].path, &*binds_of[0].target),
+        ("/home/u/tools", "/opt/tools")
+    );
+    assert_eq!(
+        (&*binds_of[1].target, binds_of[2].writable),
+        ("/etc/slurm", true)
+    );
+    for (entry, wanted) in [
+        ("path = 'x'", "bind.path: \"x\" must be an absolute path"),
+        (
+            "path = '/x'\ntarget = '/'",
+            "bind.target: \"/\" is the container's root",
+        ),
+        ("path = '/x'\ntarget = '/proc/x'", "lies in /proc"),
+        ("path = '/x'\ntarget = '/.knoc/x'", "lies in /.knoc"),
+        ("path = '/home/u'", "bind.path: \"/home/u\" contains"),
+        ("path = '~/.ssh'", "bind.path: \"/home/u/.ssh\" is"),
+        (
+            "path = '/x'\n[[bind]]\npath = '/y'\ntarget = '/x'\npartitions = ['a']",
+            "listed twice",
+        ),
+        ("source = '/x'", "unknown field `source`"),
+    ] {
+        let error = binds(&format!("[[bind]]\n{entry}")).unwrap_err();
+        assert!(error.contains(wanted), "{entry}: {error}");
+    }
+}

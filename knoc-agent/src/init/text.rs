@@ -230,6 +230,15 @@ registries = []
 "nvidia.com/gpu" = "gpu"
 # "amd.com/gpu" = "gpu"  # example
 
+# Paths of the compute nodes that every container has, whatever its pod asks for, such as module trees or Slurm's configuration; a volume
+# that a pod mounts at the same path replaces it. target is the path in the container, if it is another one. partitions: the
+# partitions whose jobs have it; if unset, all. A container does not start if the path is missing.
+# [[bind]]
+# path = "/opt/modules"  # example
+# target = "/opt/modules"  # example
+# writable = false  # default
+# partitions = ["gpu"]  # example
+
 # Defaults for jobs whose pod does not request anything else.
 [job]
 # If unset, Slurm's own default applies.

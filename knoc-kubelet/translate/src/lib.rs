@@ -13,6 +13,7 @@ mod claims;
 mod env;
 mod files;
 mod grace;
+mod image_root;
 mod job;
 mod probe;
 pub mod quantity;
@@ -131,8 +132,14 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
             .map(|container| shape_container(spec, container.into(), &mut problems))
             .collect()
     };
-    let init_containers = containers(spec.init_containers.as_deref().unwrap_or_default());
-    let regular = containers(spec.containers);
+    let mut init_containers = containers(spec.init_containers.as_deref().unwrap_or_default());
+    let mut regular = containers(spec.containers);
+    let mut problem = Vec::new();
+    for list in [&mut init_containers, &mut regular] {
+        problem.clear();
+        image_root::apply(pod, list, &mut problem);
+    }
+    problems.extend(problem);
     let volumes = spec.volumes.iter().flatten();
     let volumes = volumes
         .filter_map(|volume| volume::shape(volume, &mut problems))

@@ -306,6 +306,9 @@ entry is `writable`. If several entries cover a path, the most specific one deci
   by the pod's `restartPolicy`.
 - Containers write with the rights of the HPC user. The node needs user namespaces; with a setuid runtime, the container does not start.
 
+The site may also mount paths of its own into every container (`[[bind]]` in the site file, for all partitions or some). A volume that
+the pod mounts at the same path replaces such a mount.
+
 ## Claims and NFS
 
 The kubelet resolves a claim to its PersistentVolume. A pod whose claim is not bound waits with the Event `FailedMount`; usually the

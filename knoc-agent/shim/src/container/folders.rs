@@ -94,6 +94,7 @@ impl Folders {
         let mounts = environment::mounts(container, values, &pod.facts)?;
         let mut volumes = pod.volumes.mounts(&mounts)?;
         if pod.runtime.isolates() {
+            volumes.extend(pod.volumes.of_site(&volumes));
             share_memory(pod, &mut volumes)?;
         }
         let targets: Vec<&Path> = volumes.iter().map(|volume| &*volume.target).collect();

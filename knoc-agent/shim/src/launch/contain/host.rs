@@ -88,7 +88,7 @@ pub(crate) enum HostError {
         #[source]
         source: io::Error,
     },
-    #[error("resolve {path:?}, which the site file names in `policy.host_paths`")]
+    #[error("resolve {path:?}, which the site file names")]
     Prefix {
         path: PathBuf,
         #[source]
