@@ -12,8 +12,8 @@ use k8s_openapi::api::core::v1::{
 use knoc_proto::pb::{self, volume::Source as Mounted};
 
 use super::{
-    carried::{ClaimVolume, NfsVolume, PodSpec},
-    volume::{self, Source},
+    carried::PodSpec,
+    volume::{self, Claim, Source},
 };
 
 /// A claim and the PersistentVolume that it names, as far as they exist.
@@ -34,34 +34,6 @@ pub enum Unbound {
     /// They never can be mounted.
     #[error("{}", .0.join("; "))]
     Never(Vec<String>),
-}
-
-/// Whose claim a volume is.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Claim<'a> {
-    /// A claim that the pod names.
-    Named(ClaimVolume<'a>),
-    /// A claim that Kubernetes has created for this volume of the pod (`ephemeral`).
-    OfPod,
-}
-
-impl Claim<'_> {
-    fn name(self, pod: &Pod, volume: &str) -> String {
-        match self {
-            Self::Named(claim) => claim.claim_name.clone(),
-            Self::OfPod => {
-                let name = pod.metadata.name.as_deref().unwrap_or_default();
-                format!("{name}-{volume}")
-            }
-        }
-    }
-
-    fn read_only(self) -> bool {
-        match self {
-            Self::Named(claim) => *claim.read_only == Some(true),
-            Self::OfPod => false,
-        }
-    }
 }
 
 /// One problem of one volume.
@@ -198,7 +170,7 @@ fn mounted(spec: &PersistentVolumeSpec, claim: &str, read_only: bool) -> Result<
         }));
     }
     if let Some(source) = &spec.nfs {
-        return Ok(Mounted::Nfs(nfs(source.into(), claim, read_only)));
+        return Ok(Mounted::Nfs(volume::nfs(source.into(), claim, read_only)));
     }
     if let Some(source) = &spec.csi {
         return Ok(Mounted::Csi(csi(source, claim, read_only)));
@@ -206,16 +178,6 @@ fn mounted(spec: &PersistentVolumeSpec, claim: &str, read_only: bool) -> Result<
     Err(Problem::Never(format!(
         "the volume of the claim {claim:?} is of a kind that cannot be mounted here; hostPath, local, nfs and csi can"
     )))
-}
-
-/// An NFS export. `read_only`: whatever the export says itself.
-pub(crate) fn nfs(source: NfsVolume<'_>, claim: String, read_only: bool) -> pb::NfsVolume {
-    pb::NfsVolume {
-        server: source.server.clone(),
-        path: source.path.clone(),
-        read_only: read_only || *source.read_only == Some(true),
-        claim,
-    }
 }
 
 fn csi(source: &CSIPersistentVolumeSource, claim: String, read_only: bool) -> pb::CsiVolume {

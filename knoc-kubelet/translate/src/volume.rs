@@ -1,14 +1,13 @@
 //! PURE: the source of a volume, which must be one that this version supports.
 
-use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::core::v1::{self as core, Pod};
 use knoc_proto::{paths, pb};
 
-use super::carried::{
-    ConfigMapVolume, DownwardApiVolume, EmptyDir, HostPathVolume, NfsVolume, ProjectedVolume,
-    SecretVolume, Volume,
-};
 use super::{
-    claims::{self, Claim},
+    carried::{
+        ClaimVolume, ConfigMapVolume, DownwardApiVolume, EmptyDir, HostPathVolume, NfsVolume,
+        ProjectedVolume, SecretVolume, Volume,
+    },
     quantity,
 };
 
@@ -34,6 +33,34 @@ pub(crate) enum FilesSource<'a> {
     Secret(SecretVolume<'a>),
     DownwardApi(DownwardApiVolume<'a>),
     Projected(ProjectedVolume<'a>),
+}
+
+/// Whose claim a volume is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Claim<'a> {
+    /// A claim that the pod names.
+    Named(ClaimVolume<'a>),
+    /// A claim that Kubernetes has created for this volume of the pod (`ephemeral`).
+    OfPod,
+}
+
+impl Claim<'_> {
+    pub(crate) fn name(self, pod: &Pod, volume: &str) -> String {
+        match self {
+            Self::Named(claim) => claim.claim_name.clone(),
+            Self::OfPod => {
+                let name = pod.metadata.name.as_deref().unwrap_or_default();
+                format!("{name}-{volume}")
+            }
+        }
+    }
+
+    pub(crate) fn read_only(self) -> bool {
+        match self {
+            Self::Named(claim) => *claim.read_only == Some(true),
+            Self::OfPod => false,
+        }
+    }
 }
 
 /// The volume has none of the sources in [`Source`]. If a pod names no source at all, the API server fills in
@@ -105,7 +132,7 @@ pub(crate) fn shape(volume: &core::Volume, problems: &mut Vec<String>) -> Option
             Some(pb::volume::Source::HostPath(host))
         }
         Ok(Source::Nfs(nfs)) => {
-            let nfs = claims::nfs(nfs, String::new(), false);
+            let nfs = self::nfs(nfs, String::new(), false);
             Some(pb::volume::Source::Nfs(nfs))
         }
         Ok(Source::Claim(_)) => None,
@@ -131,6 +158,16 @@ fn shape_empty_dir(volume: &str, empty: EmptyDir<'_>, problems: &mut Vec<String>
             ));
             0
         }),
+    }
+}
+
+/// An NFS export. `read_only`: whatever the export says itself.
+pub(crate) fn nfs(source: NfsVolume<'_>, claim: String, read_only: bool) -> pb::NfsVolume {
+    pb::NfsVolume {
+        server: source.server.clone(),
+        path: source.path.clone(),
+        read_only: read_only || *source.read_only == Some(true),
+        claim,
     }
 }
 
