@@ -17,7 +17,7 @@ afresh() {
     hpc open-port 10351
     rm -f "$agent_home_here/.local/state/knoc/shim-route.json"
     # Of conformance/run.sh and l3_data.
-    sed -i '/^privileged *=/d; /^host_paths *=/d; /^nfs *=/d' "$agent_home_here/.config/knoc/agent.toml"
+    sed -i '/^privileged *=/d; /^host_paths *=/d; /^nfs *=/d; /^# l3_data$/,$d' "$agent_home_here/.config/knoc/agent.toml"
     "$testbed/agent.sh" up
     "$testbed/kubelet.sh" up
 }

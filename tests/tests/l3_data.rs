@@ -1,4 +1,5 @@
-//! Data of the site in pods of the real stack: host paths by the site's policy, and claims of volumes that lie there.
+//! Data of the site in pods of the real stack: host paths by the site's policy, claims of volumes that lie there, what the site
+//! mounts into every container, and images below a root.
 //!
 //! The policy is changed while the suite runs; `sweep.sh` removes what an interrupted run leaves.
 
@@ -22,11 +23,11 @@ async fn on_login(world: &World, script: &str) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&ran.stdout).into_owned())
 }
 
-/// Replaces what the policy says about volumes, and restarts the agent, so that it holds at once.
-async fn set_policy(world: &World, lines: &str) -> anyhow::Result<()> {
+/// Replaces what the policy says about volumes, and the site's own mounts. Restarts the agent, so that it holds at once.
+async fn set_policy(world: &World, lines: &str, tables: &str) -> anyhow::Result<()> {
     let script = format!(
-        "f={SITE_FILE}; sed -i '/^host_paths *=/d; /^nfs *=/d' $f; cat >$f.lines <<'END'\n{lines}END\n\
-         sed -i \"/^\\[policy\\]/r $f.lines\" $f; rm $f.lines"
+        "f={SITE_FILE}; sed -i '/^host_paths *=/d; /^nfs *=/d; /^# l3_data$/,$d' $f; cat >$f.lines <<'END'\n{lines}END\n\
+         sed -i \"/^\\[policy\\]/r $f.lines\" $f; rm $f.lines; cat >>$f <<'END'\n{tables}END\n"
     );
     on_login(world, &script).await?;
     world.service("agent.sh", "down").ok().await?;
@@ -42,17 +43,19 @@ async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<(
         "host_paths = [{{path = \"/images\"}}, {{path = \"{folder}\", writable = true}}]\n\
          nfs = [{{server = \"filer.example.org\", export = \"/export\", path = \"{folder}/nfs\"}}]\n"
     );
+    let tables = "# l3_data\n[[bind]]\npath = \"/images\"\ntarget = \"/opt/site\"\n\
+                  [[bind]]\npath = \"/nowhere\"\npartitions = [\"none\"]\n";
     let prepare = format!(
         "mkdir -p {folder}/nfs/set {folder}/claim; echo exported >{folder}/nfs/set/file; ln -s /home/hpcuser {folder}/out"
     );
     on_login(&world, &prepare).await?;
-    set_policy(&world, &policy).await?;
+    set_policy(&world, &policy, tables).await?;
     let ran = tokio::join!(
         host_paths(&world, &folder),
         refusals(&world, &folder),
         claims(&world, &folder)
     );
-    set_policy(&world, "").await?;
+    set_policy(&world, "", "").await?;
     on_login(&world, &format!("rm -rf {folder}")).await?;
     let (host_paths, refusals, claims) = ran;
     host_paths?;
@@ -63,6 +66,8 @@ async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<(
 
 async fn host_paths(world: &World, folder: &str) -> anyhow::Result<()> {
     let pod = PodBuilder::new("paths")
+        .annotation("knoc.io/image-root", "/images")
+        .image("/busybox.sif")
         .spec(
             "volumes",
             json!([
@@ -82,13 +87,15 @@ async fn host_paths(world: &World, folder: &str) -> anyhow::Result<()> {
                 {"name": "images", "mountPath": "/images", "readOnly": true},
             ]),
         )
-        .sh("echo 1 >/new/x; echo 2 >/sub/x; echo 3 >/expr/x; echo 4 >>/etc/own; test -e /images/busybox.sif; \
-             touch /images/x 2>/dev/null || echo read-only");
+        .sh("echo 1 >/new/x; echo 2 >/sub/x; echo 3 >/expr/x; echo 4 >>/etc/own; \
+             test -e /images/busybox.sif -a -e /opt/site/busybox.sif && echo site; \
+             touch /images/x 2>/dev/null || touch /opt/site/x 2>/dev/null || echo read-only");
     world.create(&pod).await?;
     let ended = world.wait_phase("paths", "Succeeded", RUN).await;
     let log = world.logs("paths", "main").await;
     ended.with_context(|| format!("it printed {log:?}"))?;
-    ensure!(log? == "read-only\n", "it could write");
+    let log = log?;
+    ensure!(log == "site\nread-only\n", "it printed {log:?}");
     let written = format!("cd {folder}; cat new/er/x new/er/a/b/x new/er/expanded/x file");
     let written = on_login(world, &written).await?;
     ensure!(written == "1\n2\n3\n4\n", "{written:?}");
