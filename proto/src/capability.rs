@@ -34,8 +34,14 @@ pub const SHARED_PROCESSES: &str = "share-process-namespace";
 /// The agent's shims send the `stopSignal` of a container.
 pub const STOP_SIGNAL: &str = "container-stop-signal";
 
+/// The agent mounts host paths, by their `type`.
+pub const HOST_PATHS: &str = "host-paths";
+
+/// The agent maps NFS exports and volumes of CSI drivers to host paths.
+pub const MAPPED_VOLUMES: &str = "mapped-volumes";
+
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 13] = [
+pub const OF_PODS: [&str; 15] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -49,6 +55,8 @@ pub const OF_PODS: [&str; 13] = [
     EPHEMERAL,
     SHARED_PROCESSES,
     STOP_SIGNAL,
+    HOST_PATHS,
+    MAPPED_VOLUMES,
 ];
 
 /// The capabilities that this pod needs.
@@ -88,6 +96,8 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             STOP_SIGNAL,
             containers().any(|container| !container.stop_signal.is_empty()),
         ),
+        (HOST_PATHS, spec.volumes.iter().any(is_host_path)),
+        (MAPPED_VOLUMES, spec.volumes.iter().any(is_mapped)),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -108,6 +118,15 @@ fn has_restart_rule(spec: &pb::PodSpec) -> bool {
     init.filter(|one| !one.is_sidecar() || !one.restart_rules.is_empty())
         .chain(&spec.containers)
         .any(own)
+}
+
+fn is_host_path(volume: &pb::Volume) -> bool {
+    matches!(volume.source, Some(pb::volume::Source::HostPath(_)))
+}
+
+fn is_mapped(volume: &pb::Volume) -> bool {
+    use pb::volume::Source;
+    matches!(volume.source, Some(Source::Nfs(_) | Source::Csi(_)))
 }
 
 fn has_hook(container: &pb::Container) -> bool {
@@ -144,6 +163,15 @@ mod tests {
         spec.ephemeral_containers = vec![pb::Container::default()];
         spec.share_process_namespace = true;
         spec.containers[0].stop_signal = "SIGINT".to_owned();
+        let sources = [
+            pb::volume::Source::HostPath(pb::HostPath::default()),
+            pb::volume::Source::Nfs(pb::NfsVolume::default()),
+        ];
+        let volume = |source| pb::Volume {
+            name: "v".to_owned(),
+            source: Some(source),
+        };
+        spec.volumes = sources.map(volume).into();
         assert_eq!(needed(&spec), OF_PODS);
     }
 

@@ -16,6 +16,7 @@ mod network;
 mod probe;
 mod restart;
 mod stop;
+mod volume;
 
 pub use ephemeral::MAX_EPHEMERAL;
 pub use network::{Hostname, MAX_HOSTNAME};
@@ -244,12 +245,7 @@ fn check_volumes(spec: &pb::PodSpec, problems: &mut Vec<String>) {
             None => problems.push(format!(
                 "the volume {name:?} has no source that this version supports"
             )),
-            Some(pb::volume::Source::HostPath(host)) => {
-                if let Err(error) = paths::in_container(&host.path) {
-                    problems.push(format!("the host path {:?} {error}", host.path));
-                }
-            }
-            Some(_) => {}
+            Some(source) => volume::check(source, problems),
         }
     }
 }

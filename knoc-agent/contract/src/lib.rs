@@ -7,12 +7,13 @@
 //! versions; a shim and its launcher are the same binary.
 //!
 //! The crate also has the few helpers that both sides need: [`walk`], [`tree`] and [`tree_size`] for
-//! folders that others can write, [`host`] and [`setuid`] for facts about the node. It depends only on
+//! folders that others can write, [`host_paths`] for what pods may mount of a node, [`host`] and [`setuid`] for facts about the node. It depends only on
 //! `knoc-proto`, so that neither side can reach the other through it.
 
 pub mod capability;
 pub mod exit_codes;
 pub mod host;
+pub mod host_paths;
 pub mod image_file;
 pub mod jobdir;
 pub mod launch;

@@ -78,6 +78,7 @@ impl Pod {
         };
         let scratch = Scratch::create(&settings.scratch, fallback)?;
         let runtime = runtime::by_name(&job.runtime, job.runtime_path.as_ref())?;
+        let host_paths = job.host_paths.clone().unwrap_or_default();
         Ok(Self {
             agent: std::env::current_exe()?,
             facts: facts(&spec, endpoint, runtime.isolates()),
@@ -88,7 +89,8 @@ impl Pod {
             ),
             oom: OomCounter::find(),
             cgroup: JobCgroup::find(),
-            volumes: Volumes::create(&spec.volumes, &scratch)?,
+            volumes: Volumes::create(&spec.volumes, &scratch, &host_paths)?
+                .with_site_binds(&job.site_binds),
             scratch,
             children: Children::default(),
             mounting: Mounting::of(&job),

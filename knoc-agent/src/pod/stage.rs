@@ -369,5 +369,10 @@ pub(crate) fn job_file(
         }),
         cluster_id,
         version: site.versions.own().to_owned(),
+        site_binds: config.site_binds(),
+        host_paths: Some(pb::HostPathPolicy {
+            mapped: site.policy.now().all_mapped(&spec.volumes),
+            ..(&site.host_paths()).into()
+        }),
     }
 }

@@ -1,4 +1,4 @@
-//! Fetches what a pod refers to: ConfigMaps, Secrets, service account tokens and service variables.
+//! Fetches what a pod refers to: ConfigMaps, Secrets, service account tokens, service variables and claims with their volumes.
 //!
 //! Sends one GET per object, all at once, each with a deadline: the kubelet needs only the right to `get`, and the
 //! start of a pod costs one round trip. A missing object is simply absent from the result; [`knoc_translate::values`]
@@ -14,11 +14,13 @@ use k8s_openapi::{
     NamespaceResourceScope,
     api::{
         authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
-        core::v1::{ConfigMap, Pod, Secret, ServiceAccount},
+        core::v1::{
+            ConfigMap, PersistentVolume, PersistentVolumeClaim, Pod, Secret, ServiceAccount,
+        },
     },
 };
 use knoc_proto::pb;
-use knoc_translate::{Needs, Resolved, Token, TokenRequestKey};
+use knoc_translate::{FoundClaim, Needs, Resolved, Token, TokenRequestKey};
 use kube::{Api, Client, Resource, api::PostParams};
 use serde::de::DeserializeOwned;
 
@@ -41,7 +43,7 @@ pub(crate) enum ResolveError {
     /// The API server denied the request or failed.
     #[error("get {kind} \"{name}\"")]
     Get {
-        /// "configmap" or "secret".
+        /// "configmap", "secret" …
         kind: &'static str,
         /// The object's name.
         name: String,
@@ -148,21 +150,56 @@ where
     let gets = names.iter().map(|name| {
         let api = api.clone();
         async move {
-            match tokio::time::timeout(DEADLINE, api.get_opt(name)).await {
-                Err(_) => Err(ResolveError::Late {
-                    what: format!("get {kind} \"{name}\""),
-                }),
-                Ok(Err(source)) => Err(ResolveError::Get {
-                    kind,
-                    name: name.clone(),
-                    source,
-                }),
-                Ok(Ok(found)) => Ok(found.map(|object| (name.clone(), object))),
-            }
+            let found = get(&api, kind, name).await?;
+            Ok(found.map(|object| (name.clone(), object)))
         }
     });
     let found: Result<Vec<_>, _> = join_all(gets).await.into_iter().collect();
     Ok(found?.into_iter().flatten().collect())
+}
+
+async fn get<K>(api: &Api<K>, kind: &'static str, name: &str) -> Result<Option<K>, ResolveError>
+where
+    K: Clone + DeserializeOwned + std::fmt::Debug,
+{
+    match tokio::time::timeout(DEADLINE, api.get_opt(name)).await {
+        Err(_) => Err(ResolveError::Late {
+            what: format!("get {kind} \"{name}\""),
+        }),
+        Ok(Err(source)) => Err(ResolveError::Get {
+            kind,
+            name: name.to_owned(),
+            source,
+        }),
+        Ok(Ok(found)) => Ok(found),
+    }
+}
+
+/// Fetches the pod's claims of these names, and the volumes that they name.
+pub(crate) async fn claims(
+    client: &Client,
+    pod: &Pod,
+    names: &[String],
+) -> Result<BTreeMap<String, FoundClaim>, ResolveError> {
+    let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
+    let kind = "persistentvolumeclaim";
+    let claims: BTreeMap<_, PersistentVolumeClaim> =
+        get_all(client, kind, namespace, names).await?;
+    let volumes: Api<PersistentVolume> = Api::all(client.clone());
+    let gets = claims.into_iter().map(|(name, claim)| {
+        let volumes = volumes.clone();
+        async move {
+            let spec = claim.spec.as_ref();
+            let volume = spec.and_then(|spec| spec.volume_name.clone());
+            let volume = match volume.filter(|volume| !volume.is_empty()) {
+                Some(volume) => get(&volumes, "persistentvolume", &volume).await?,
+                None => None,
+            };
+            let claim = Some(claim);
+            Ok((name, FoundClaim { claim, volume }))
+        }
+    });
+    join_all(gets).await.into_iter().collect()
 }
 
 async fn issue_all(

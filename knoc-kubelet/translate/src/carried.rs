@@ -415,14 +415,18 @@ carried! {
             config_map: Option<core::ConfigMapVolumeSource>,
             downward_api: Option<core::DownwardAPIVolumeSource>,
             empty_dir: Option<core::EmptyDirVolumeSource>,
+            host_path: Option<core::HostPathVolumeSource>,
+            ephemeral: Option<core::EphemeralVolumeSource>,
             name: String,
+            nfs: Option<core::NFSVolumeSource>,
+            persistent_volume_claim: Option<core::PersistentVolumeClaimVolumeSource>,
             projected: Option<core::ProjectedVolumeSource>,
             secret: Option<core::SecretVolumeSource>,
         }
         elsewhere {}
         left {
-            aws_elastic_block_store, azure_disk, azure_file, cephfs, cinder, csi, ephemeral, fc, flex_volume, flocker,
-            gce_persistent_disk, git_repo, glusterfs, host_path, image, iscsi, nfs, persistent_volume_claim,
+            aws_elastic_block_store, azure_disk, azure_file, cephfs, cinder, csi, fc, flex_volume, flocker,
+            gce_persistent_disk, git_repo, glusterfs, image, iscsi,
             photon_persistent_disk, portworx_volume, quobyte, rbd, scale_io, storageos, vsphere_volume,
         }
     }
@@ -432,6 +436,27 @@ carried! {
         taken { medium: Option<String>, size_limit: Option<Quantity> }
         elsewhere {}
         left { mode }
+    }
+
+    /// The source `persistentVolumeClaim`: the volume that a claim is bound to.
+    ClaimVolume of core::PersistentVolumeClaimVolumeSource, judged as "PersistentVolumeClaimVolumeSource" {
+        taken { claim_name: String, read_only: Option<bool> }
+        elsewhere {}
+        left {}
+    }
+
+    /// The source `nfs`, of a pod or of a PersistentVolume.
+    NfsVolume of core::NFSVolumeSource, judged as "NFSVolumeSource" {
+        taken { path: String, read_only: Option<bool>, server: String }
+        elsewhere {}
+        left {}
+    }
+
+    /// The source `hostPath`: a path of the compute node.
+    HostPathVolume of core::HostPathVolumeSource, judged as "HostPathVolumeSource" {
+        taken { path: String, type_: Option<String> }
+        elsewhere {}
+        left {}
     }
 
     /// The source `configMap`: the keys of a ConfigMap as files.

@@ -9,10 +9,12 @@
 #![forbid(unsafe_code)]
 
 mod carried;
+mod claims;
 mod env;
 mod ephemeral;
 mod files;
 mod grace;
+mod image_root;
 mod job;
 mod keyring;
 mod probe;
@@ -36,6 +38,7 @@ use carried::{
 };
 use volume::Source;
 
+pub use claims::{FoundClaim, Unbound, bind_claims};
 pub use env::service_variables;
 pub use grace::Grace;
 pub use job::over_containers;
@@ -99,6 +102,8 @@ pub struct Needs {
     pub tokens: Vec<TokenRequestKey>,
     /// What selects trust anchors.
     pub trust_bundles: Vec<TrustBundleKey>,
+    /// The names of the claims. They belong to the pod's shape ([`bind_claims`]), and the values do not need them.
+    pub claims: Vec<String>,
 }
 
 /// Required objects that do not exist (yet), with one message for each. Problems of volumes are reported first, as by
@@ -124,7 +129,8 @@ pub struct Values {
     pub lacking: Vec<String>,
 }
 
-/// Translates the shape of the pod, or returns everything that is wrong with it.
+/// Translates the shape of the pod, or returns everything that is wrong with it. The volumes of claims have no source until
+/// [`bind_claims`] has given them one.
 pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let mut problems = Vec::new();
     let Some(spec) = pod.spec.as_ref().map(PodSpec::from) else {
@@ -137,16 +143,22 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
             .map(|container| shape_container(spec, container.into(), &mut problems))
             .collect()
     };
-    let init_containers = containers(spec.init_containers.as_deref().unwrap_or_default());
-    let regular = containers(spec.containers);
+    let mut init_containers = containers(spec.init_containers.as_deref().unwrap_or_default());
+    let mut regular = containers(spec.containers);
     let ephemeral_containers = ephemeral::containers(spec);
-    let ephemeral_containers = ephemeral_containers
+    let mut ephemeral_containers: Vec<_> = ephemeral_containers
         .iter()
         .map(|one| pb::Container {
             target: one.target.clone(),
             ..shape_container(spec, (&one.container).into(), &mut problems)
         })
         .collect();
+    let mut problem = Vec::new();
+    for list in [&mut init_containers, &mut regular, &mut ephemeral_containers] {
+        problem.clear();
+        image_root::apply(pod, list, &mut problem);
+    }
+    problems.extend(problem);
     let volumes = spec.volumes.iter().flatten();
     let volumes = volumes
         .filter_map(|volume| volume::shape(volume, &mut problems))
@@ -228,7 +240,9 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
     for volume in spec.volumes.iter().flatten() {
         let mut missing = Vec::new();
         let files = match volume::source(volume) {
-            Ok(Source::EmptyDir(_)) => None,
+            Ok(Source::EmptyDir(_) | Source::HostPath(_) | Source::Nfs(_) | Source::Claim(_)) => {
+                None
+            }
             Ok(Source::Files(source)) => Some(files::files(pod, source, resolved, &mut missing)),
             Err(unknown) => {
                 missing.push(unknown.to_string());
@@ -289,6 +303,7 @@ pub fn needs(pod: &Pod) -> Needs {
     needs.tokens.dedup();
     needs.trust_bundles.sort();
     needs.trust_bundles.dedup();
+    needs.claims = claims::names(pod);
     needs
 }
 

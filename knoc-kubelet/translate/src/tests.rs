@@ -328,7 +328,7 @@ fn service_variables_have_the_names_of_kubernetes() {
 #[test]
 fn a_volume_of_an_unknown_kind_is_an_error_wherever_it_is_read() {
     for source in [
-        json!({"hostPath": {"path": "/"}}),
+        json!({"iscsi": {"iqn": "i", "lun": 0, "targetPortal": "p"}}),
         json!({"fromTheFuture": {}}),
         json!({}),
     ] {
@@ -515,4 +515,34 @@ fn trust_anchors_are_a_file_and_optional_ones_may_be_missing() {
     resolved.trust_bundles.insert(signed, "CA".to_owned());
     let both = vec![b"CA".to_vec(), b"SITE".to_vec()];
     assert_eq!(found(&required, &resolved), Ok(both));
+}
+
+#[test]
+fn a_host_path_has_its_type_and_a_clean_path() {
+    let of = |host_path: serde_json::Value| {
+        let (pod, _) = with_volumes(json!([{"name": "v", "hostPath": host_path}]));
+        shape(&pod).map(|mut shape| match shape.volumes.remove(0).source {
+            Some(pb::volume::Source::HostPath(host)) => (host.path.clone(), host.r#type()),
+            other => panic!("{other:?}"),
+        })
+    };
+    let any = pb::HostPathType::Unspecified;
+    assert_eq!(
+        of(json!({"path": "/data//x/"})),
+        Ok(("/data/x".to_owned(), any))
+    );
+    let file = json!({"path": "/data/x", "type": "FileOrCreate"});
+    assert_eq!(of(file).unwrap().1, pb::HostPathType::FileOrCreate);
+    for (path, why) in [
+        ("data", "absolute"),
+        ("/data/../etc", "'..'"),
+        ("", "empty"),
+    ] {
+        let problems = of(json!({"path": path})).unwrap_err();
+        let [problem] = problems.as_slice() else {
+            panic!("{problems:?}");
+        };
+        let named = problem.starts_with("spec.volumes[v].hostPath.path: ");
+        assert!(named && problem.contains(why), "{problem}");
+    }
 }

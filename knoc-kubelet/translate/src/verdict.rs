@@ -319,6 +319,34 @@ where adding one raises `metadata.generation`.
 and may signal them, and PID 1 is not theirs. They run as one user, but each in a user namespace of its own, so one cannot read the files
 (`/proc/PID/root`) or the memory of another's processes. This needs user namespaces: with a setuid runtime such a container fails with
 `CreateContainerError`.
+## Host paths
+
+A pod can mount the paths of the compute nodes that the site file names in `policy.host_paths`, and what lies below them: read-only unless the
+entry is `writable`. If several entries cover a path, the most specific one decides. Without an entry, every `hostPath` is rejected.
+
+- A path that the site has read-only must have `readOnly: true` in every `volumeMounts` of the pod, or the pod is rejected. It is then
+  read-only together with every file system that is mounted below it.
+- The path is opened on the compute node when a container starts: node-local paths are those of that node. Symbolic links in the site's
+  own path are followed. Below it, a link that leads out of it is not followed, and neither is an absolute link.
+- The HPC user's home directory itself, `~/.ssh`, keys, sockets, `/proc` and KNoC's own folders are never mounted, and neither is a
+  directory that contains one of them, such as `/tmp` if the jobs' own files lie there (`job.scratch`).
+- A path that is missing or of another type fails the start of the container with `hostPath type check failed`, which is repeated
+  by the pod's `restartPolicy`.
+- Containers write with the rights of the HPC user. The node needs user namespaces; with a setuid runtime, the container does not start.
+
+The site may also mount paths of its own into every container (`[[bind]]` in the site file, for all partitions or some). A volume that
+the pod mounts at the same path replaces such a mount.
+
+## Claims and NFS
+
+The kubelet resolves a claim to its PersistentVolume. A pod whose claim is not bound waits with the Event `FailedMount`; usually the
+scheduler does not bind such a pod to the node, and says so. What can be mounted:
+
+- `hostPath` and `local`: the path must be among the [host paths](#host-paths) of the site.
+- `nfs` (also in a pod) and `csi`: nothing is mounted over the network for a pod. The site file maps exports and drivers to paths at
+  which the compute nodes have them already (`[[policy.nfs]]`, `[[policy.csi]]`), which must be among the host paths too.
+
+A volume of another kind, or one of `volumeMode: Block`, is rejected. Mount options and access modes are not enforced.
 
 ## Probes and hooks
 

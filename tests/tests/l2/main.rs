@@ -8,6 +8,7 @@ mod backpressure;
 mod carried;
 mod certificates;
 mod crash;
+mod data;
 mod dial_out;
 mod flood;
 mod injection;

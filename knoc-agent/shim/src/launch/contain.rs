@@ -13,12 +13,15 @@
 //! ```
 //!
 //! Read-only mounts are read-only here already, so not even root in the container's user namespace can make them writable.
+//! A path of the node may have other file systems mounted below it, which become read-only with it ([`read_only`]).
 //! The sources are resolved after the namespaces were entered, since the kernel binds a descriptor only in the mount
 //! namespace in which it was opened.
 //!
 //! Standard input is one end of a socket pair; the shim has the other. Single-threaded, as `unshare(2)` requires.
 
+pub(crate) mod host;
 pub(super) mod ids;
+mod read_only;
 pub(crate) mod spec;
 
 use std::{
@@ -26,7 +29,7 @@ use std::{
     fs::File,
     io::{self, Read as _},
     os::{
-        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _},
         unix::{net::UnixStream, process::CommandExt as _},
     },
     path::{Path, PathBuf},
@@ -41,14 +44,11 @@ use nix::{
     sys::signal::SigSet,
     unistd::{ForkResult, Pid},
 };
-use rustix::{
-    fs::{StatVfsMountFlags, fstatvfs},
-    thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities},
-};
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 use self::{
     ids::Isolated,
-    spec::{ContainSpec, MountSpec, SourceError},
+    spec::{ContainSpec, MountSpec, Source, SourceError},
 };
 use super::{enter, fds, sys};
 use crate::nofollow;
@@ -235,9 +235,8 @@ fn stage(shim: &UnixStream, spec: &MountSpec, opened: &[Found]) -> Result<Found,
     let source = PathBuf::from(format!("/proc/self/fd/{}", found.fd.as_raw_fd()));
     bind(&source, &spec.staging, MsFlags::MS_BIND | MsFlags::MS_REC).map_err(on("mount"))?;
     if spec.read_only {
-        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        let locked = locked_flags(&found.fd).map_err(on("read the flags of its mount"))?;
-        bind(Path::new("none"), &spec.staging, flags | locked).map_err(on("mount read-only"))?;
+        let mounted = matches!(spec.source, Source::Host(_));
+        read_only::remount(&spec.staging, mounted).map_err(on("mount read-only"))?;
     }
     if let Some(rest) = &spec.message {
         if !spec.read_only {
@@ -277,21 +276,6 @@ fn create_staging(staging: &Path, folder: bool) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         other => other,
     }
-}
-
-/// The flags of the mount that a remount in another user namespace must not clear.
-fn locked_flags(fd: &OwnedFd) -> io::Result<MsFlags> {
-    let has = fstatvfs(fd)?.f_flag;
-    let pairs = [
-        (StatVfsMountFlags::NOSUID, MsFlags::MS_NOSUID),
-        (StatVfsMountFlags::NODEV, MsFlags::MS_NODEV),
-        (StatVfsMountFlags::NOEXEC, MsFlags::MS_NOEXEC),
-        (StatVfsMountFlags::NOATIME, MsFlags::MS_NOATIME),
-        (StatVfsMountFlags::NODIRATIME, MsFlags::MS_NODIRATIME),
-        (StatVfsMountFlags::RELATIME, MsFlags::MS_RELATIME),
-    ];
-    let set = pairs.into_iter().filter(|(flag, _)| has.contains(*flag));
-    Ok(set.fold(MsFlags::empty(), |all, (_, flag)| all | flag))
 }
 
 /// Mounts the `/proc` of this process's PID namespace over that of the node: the runtime binds it into the container.

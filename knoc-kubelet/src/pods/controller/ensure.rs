@@ -9,7 +9,7 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{pb, reason::ErrorReason};
-use knoc_translate::{BadSecret, Missing};
+use knoc_translate::{BadSecret, Missing, Unbound};
 use prost::Message as _;
 
 use super::worker::Worker;
@@ -55,6 +55,9 @@ impl Worker<'_> {
                 self.reject(pod, generation, "UnsupportedPodSpec", &problems.join("; "));
                 return;
             }
+        };
+        let Some(shape) = self.with_claims(pod, shape).await else {
+            return;
         };
         let judged = self.memory.admission.judged >= shape.generation;
         if !judged || !self.context.node.knows_resources(&shape) {
@@ -118,6 +121,34 @@ impl Worker<'_> {
         let due = self.memory.values.refresh_at;
         if due.is_some_and(|at| at <= Timestamp::now()) {
             self.refresh(pod).await;
+        }
+    }
+
+    /// The shape with the volumes of its claims; otherwise records why the pod waits or was rejected.
+    async fn with_claims(&mut self, pod: &Pod, mut shape: pb::PodSpec) -> Option<pb::PodSpec> {
+        let names = knoc_translate::needs(pod).claims;
+        if names.is_empty() {
+            return Some(shape);
+        }
+        let found = resolve::claims(&self.context.api.client, pod, &names).await;
+        let bound = match found {
+            Ok(found) => knoc_translate::bind_claims(pod, &mut shape, &found),
+            Err(error) => Err(Unbound::Waits(vec![knoc_proto::error::chain(&error)])),
+        };
+        match bound {
+            Ok(()) => Some(shape),
+            Err(Unbound::Never(problems)) => {
+                let problems = problems.join("; ");
+                self.reject(pod, shape.generation, "UnsupportedPodSpec", &problems);
+                None
+            }
+            Err(Unbound::Waits(why)) => {
+                let message = why.join("; ");
+                self.record_once(pod, "FailedMount", &message);
+                self.hold("", &message);
+                self.retry();
+                None
+            }
         }
     }
 
@@ -218,7 +249,7 @@ impl Worker<'_> {
         let messages = match error {
             NoValues::Missing(Missing::Mounts(mounts)) => mounts.clone(),
             NoValues::Missing(Missing::Variables(variables)) => variables.clone(),
-            NoValues::Resolve(_) => {
+            NoValues::Resolve(_) | NoValues::PullSecret(_) => {
                 let error = knoc_proto::error::chain(error);
                 tracing::warn!(uid = %self.uid, %error, "could not refresh the values of a pod, its old ones stay");
                 return;
