@@ -16,7 +16,8 @@ help: ## lists all targets
 	@echo "  STACK=full|slurm|local selects the stack of demo, test and up; HPC_SUITE=trixie|sid selects Slurm 24.11 or 26.05 (bookworm,"
 	@echo "  22.05, has no Apptainer and serves only record-slurm.sh); KUBE_VERSION=1.36|1.34 selects Kubernetes (1.34 is built once in"
 	@echo "  addition, in 7 minutes); KUBECONFIG=… uses your cluster instead; QUICK=1 shortens bench;"
-	@echo "  PROFILE=direct|ssh-only says how up and test reach the agent (any but direct: test runs only the core of level 3)"
+	@echo "  PROFILE=direct|ssh-only|outbound-only|proxy-only|isolated|two-logins says how up and test reach the agent (any but direct:"
+	@echo "  test runs only the core of level 3, and with SMOKE=1 only one pod)"
 
 .PHONY: tools
 tools:
