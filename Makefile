@@ -34,7 +34,7 @@ build-tested: tools ## builds the same with crash points (ADR 0080) for the test
 	@install -m 755 $(BINARIES:%=$(BUILT)/release/%) $(BUILT)/tested
 
 # The test bed runs the binaries with crash points, except where their speed or their look is shown.
-demo demo-transcript bench: export KNOC_BIN ?= $(BUILT)/release
+demo demo-transcript bench links ssh-transcript: export KNOC_BIN ?= $(BUILT)/release
 
 .PHONY: prepare
 prepare:
@@ -66,6 +66,14 @@ test-1.34: ## runs the same tests on Kubernetes 1.34, which is built once (7 min
 bench: up ## measures T1 to T4 and streams, and their lower bounds (docs/performance.md)
 	@$(TESTBED)/sweep.sh
 	@eval "$$($(TESTBED)/env.sh)"; cargo run --release --target $(TARGET) -p knoc-tests --bin knoc-bench -- $(if $(QUICK),--quick)
+
+.PHONY: links
+links: prepare ## measures each way to the agent on its profile; writes the table in docs/guide/links.md
+	@$(TESTBED)/links.sh
+
+.PHONY: ssh-transcript
+ssh-transcript: prepare ## goes from an SSH login to a pod's log, with times; writes docs/ssh-transcript.md
+	@$(TESTBED)/ssh-transcript.sh
 
 .PHONY: demo
 demo: prepare ## starts the fullest stack that this machine supports and runs a pod on it

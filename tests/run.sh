@@ -43,10 +43,12 @@ row() { # row LEVEL WHAT [SECONDS-IT-MAY-TAKE]
 }
 tests_named() { (cd tests/tests && ls $1 2>/dev/null | sed 's/\.rs$//; s/^/--test /'); }
 
-# The tests of links over SSH start an sshd of their own. The service that comes with the package must not run on this machine: it is
-# neither started (apt_get) nor enabled.
+# The tests of links over SSH start an sshd of their own, with bash, csh and fish as login shells. The service that comes with the package
+# must not run on this machine: it is neither started (apt_get) nor enabled.
 install_sshd() {
     local unit
+    apt_install tcsh tcsh
+    apt_install fish fish
     [ ! -x /usr/sbin/sshd ] || return 0
     apt_get openssh-server sshd
     if type -P systemctl >/dev/null; then

@@ -20,6 +20,7 @@ mod exec;
 mod floor;
 mod follow;
 mod kubernetes;
+pub mod links;
 mod load;
 mod machine;
 mod pods;

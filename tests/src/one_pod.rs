@@ -47,12 +47,23 @@ impl OnePod {
 
     /// A command with input and an exit code, copies there and back, and a forwarded port.
     pub async fn streams(&self, world: &World) -> anyhow::Result<()> {
+        self.exec(world).await?;
+        self.copies(world).await?;
+        self.forward(world).await
+    }
+
+    /// A command with input and an exit code.
+    pub async fn exec(&self, world: &World) -> anyhow::Result<()> {
         let shell = ["exec", "-i", "talker", "--", "sh", "-c", "cat; exit 7"];
         let run = world.kubectl(shell).stdin("there\n").deadline(MINUTE);
         let answer = run.output().await?;
         ensure!(answer.text().trim() == "there", "{answer}");
         ensure!(answer.to_string().contains("exit code 7"), "{answer}");
-        copies(world).await?;
+        Ok(())
+    }
+
+    /// A forwarded port.
+    pub async fn forward(&self, world: &World) -> anyhow::Result<()> {
         let forward = world.kubectl(["port-forward", "talker", &format!(":{}", self.port)]);
         let forward = Forward::start(forward).await?;
         let echo = forward.exchange(b"echo").await?;
@@ -71,25 +82,25 @@ impl OnePod {
         ensure!(exit_code(&quiet, "main") == Some(5), "{:?}", quiet.status);
         Ok(())
     }
-}
 
-/// Copies bytes of every value to the pod and back.
-async fn copies(world: &World) -> anyhow::Result<()> {
-    let folder = tempfile::tempdir()?;
-    let (from, back) = (folder.path().join("from"), folder.path().join("back"));
-    let bytes: Vec<u8> = (0..=255_u8).cycle().take(COPIED).collect();
-    tokio::fs::write(&from, &bytes).await?;
-    let there = "talker:/tmp/copy";
-    for (source, target) in [
-        (from.to_string_lossy().as_ref(), there),
-        (there, back.to_string_lossy().as_ref()),
-    ] {
-        let copy = world.kubectl(["cp", source, target]).deadline(MINUTE);
-        copy.ok().await?;
+    /// Copies bytes of every value to the pod and back.
+    pub async fn copies(&self, world: &World) -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (from, back) = (folder.path().join("from"), folder.path().join("back"));
+        let bytes: Vec<u8> = (0..=255_u8).cycle().take(COPIED).collect();
+        tokio::fs::write(&from, &bytes).await?;
+        let there = "talker:/tmp/copy";
+        for (source, target) in [
+            (from.to_string_lossy().as_ref(), there),
+            (there, back.to_string_lossy().as_ref()),
+        ] {
+            let copy = world.kubectl(["cp", source, target]).deadline(MINUTE);
+            copy.ok().await?;
+        }
+        ensure!(
+            tokio::fs::read(&back).await? == bytes,
+            "cp changed the file"
+        );
+        Ok(())
     }
-    ensure!(
-        tokio::fs::read(&back).await? == bytes,
-        "cp changed the file"
-    );
-    Ok(())
 }
