@@ -97,11 +97,11 @@ fn which_side_dials_and_through_which_proxy() {
             &[
                 ("KNOC_AGENT_ADDRESS", "accept"),
                 ("KNOC_AGENT_SSH_FOLDER", "/ssh"),
-            ],
+            ][..],
             "agent.sshFolder: belongs to an `ssh:` address, and there is none",
         ),
         (
-            &[("KNOC_AGENT_ADDRESS", "accept:443")][..],
+            &[("KNOC_AGENT_ADDRESS", "accept:443")],
             "agent.address: `accept:443` is not `accept`, or like `accept:0.0.0.0:10350`",
         ),
         (
