@@ -44,8 +44,8 @@ kubelet_of_the_bed() {
     wait_for 60 "the node $node Ready" kubectl wait --for=condition=Ready "node/$node" --timeout=1s
 }
 restore() {
+    kubectl delete pod hello --ignore-not-found --now --timeout=30s >/dev/null 2>&1 || true
     stop "$run/kubelet-demo.pid"
-    kubectl delete pod hello --ignore-not-found --wait=false >/dev/null 2>&1 || true
     kubectl delete node knoc-demo --ignore-not-found >/dev/null 2>&1 || true
     helm uninstall knoc --namespace $namespace >/dev/null 2>&1 || true
     PATH=$work/bin:$PATH knocctl agent uninstall --ssh $account --force >/dev/null 2>&1 || true
