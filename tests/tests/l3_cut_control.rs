@@ -84,7 +84,8 @@ struct Files {
 
 impl Files {
     fn of_the_bed() -> anyhow::Result<Self> {
-        let variable = |name: &str| std::env::var(name).with_context(|| format!("{name} is not set"));
+        let variable =
+            |name: &str| std::env::var(name).with_context(|| format!("{name} is not set"));
         let run = Path::new(&variable("KNOC_BED")?).join("run/kubelet");
         let home = Path::new(&variable("HPC_PREFIX")?).join("shared/home/hpcuser");
         let tls = home.join(".config/knoc/tls");
@@ -110,14 +111,18 @@ impl Files {
 async fn connections(world: &World) -> anyhow::Result<BTreeSet<String>> {
     let list = ["ss", "-Htn", "state", "established", "sport", "=", ":10350"];
     let list = world.on_as_root("login", list).ok().await?.text();
-    let peers = list.lines().filter_map(|line| line.split_whitespace().last());
+    let peers = list
+        .lines()
+        .filter_map(|line| line.split_whitespace().last());
     let ports = peers.filter_map(|peer| peer.rsplit_once(':'));
     Ok(ports.map(|(_, port)| port.to_owned()).collect())
 }
 
 /// A rule of the login node's routing table for what leaves the agent's port: added or deleted.
 async fn rule(world: &World, action: &str, rest: &[&str]) -> anyhow::Result<()> {
-    let mut words = vec!["ip", "rule", action, "to", HOST, "ipproto", "tcp", "sport", PORT];
+    let mut words = vec![
+        "ip", "rule", action, "to", HOST, "ipproto", "tcp", "sport", PORT,
+    ];
     words.extend(rest);
     let run = world.on_as_root("login", ["env"]).args(words);
     run.ok().await?;
@@ -147,7 +152,9 @@ impl Echo {
         self.input.flush().await?;
         let mut heard = vec![0; word.len()];
         let reading = tokio::time::timeout(SOON, self.output.read_exact(&mut heard));
-        let read = reading.await.with_context(|| format!("no answer to {word}"))?;
+        let read = reading
+            .await
+            .with_context(|| format!("no answer to {word}"))?;
         read.with_context(|| format!("the command has ended before {word}"))?;
         ensure!(heard == word.as_bytes(), "{heard:?}");
         Ok(())
@@ -159,7 +166,10 @@ fn lines(shown: &str) -> anyhow::Result<usize> {
     let whole = shown.rsplit_once('\n').map_or("", |(whole, _)| whole);
     let mut last = 0;
     for line in whole.lines() {
-        ensure!(line == format!("line {}", last + 1), "{line:?} after {last}");
+        ensure!(
+            line == format!("line {}", last + 1),
+            "{line:?} after {last}"
+        );
         last += 1;
     }
     Ok(last)
@@ -177,7 +187,10 @@ async fn a_log_and_a_command_go_on_while_certificates_rotate_and_control_is_cut(
 -> anyhow::Result<()> {
     let world = World::new("cut-control").await?;
     let files = Files::of_the_bed()?;
-    let (cert, key) = (files.agent.read()?, std::fs::read_to_string(&files.agent.key)?);
+    let (cert, key) = (
+        files.agent.read()?,
+        std::fs::read_to_string(&files.agent.key)?,
+    );
     let rotated = rotated_and_cut(&world, &files).await;
     // The agent has the certificate of its site again; the kubelet reads its bundle from the cluster when it starts.
     for (script, action) in [("kubelet.sh", "down"), ("agent.sh", "down")] {
@@ -194,24 +207,42 @@ async fn a_log_and_a_command_go_on_while_certificates_rotate_and_control_is_cut(
 async fn rotated_and_cut(world: &World, files: &Files) -> anyhow::Result<()> {
     world.running(&PodBuilder::new("counter").sh(COUNT)).await?;
     // New certificates that are due soon; both sides read them when they connect again.
-    world.service("agent.sh", "down").deadline(SCRIPT).ok().await?;
+    world
+        .service("agent.sh", "down")
+        .deadline(SCRIPT)
+        .ok()
+        .await?;
     files.agent.nearly_due(&files.ca)?;
     files.kubelet.nearly_due(&files.ca)?;
     let (agent_before, kept_before) = (files.agent.read()?, kept(world).await?);
-    world.service("agent.sh", "up").deadline(SCRIPT).ok().await?;
+    world
+        .service("agent.sh", "up")
+        .deadline(SCRIPT)
+        .ok()
+        .await?;
     world.wait_node_condition("AgentConnected", "True").await?;
     let control = connections(world).await?;
 
     let log = Background::start(world.kubectl(["logs", "-f", "counter"]))?;
     let mut echo = Echo::start(world).await?;
     echo.repeats("before").await?;
-    let bulk: Vec<String> = connections(world).await?.difference(&control).cloned().collect();
-    ensure!(!bulk.is_empty(), "streams have no connection of their own: {control:?}");
+    let bulk: Vec<String> = connections(world)
+        .await?
+        .difference(&control)
+        .cloned()
+        .collect();
+    ensure!(
+        !bulk.is_empty(),
+        "streams have no connection of their own: {control:?}"
+    );
 
     wait_for("both certificates are renewed", ROTATED, async || {
         let (agent, kept) = (files.agent.read()?, kept(world).await?);
         ensure!(agent != agent_before, "the agent's is as before");
-        ensure!(kept.is_some() && kept != kept_before, "the kubelet's is as before");
+        ensure!(
+            kept.is_some() && kept != kept_before,
+            "the kubelet's is as before"
+        );
         anyhow::Ok(())
     })
     .await?;
@@ -229,12 +260,18 @@ async fn rotated_and_cut(world: &World, files: &Files) -> anyhow::Result<()> {
     });
     cut.await?;
     let during = lines(&log.shown())?;
-    ensure!(during > rotated + 300, "{during} lines, {rotated} before the cut");
+    ensure!(
+        during > rotated + 300,
+        "{during} lines, {rotated} before the cut"
+    );
     world.wait_node_condition("AgentConnected", "True").await?;
     echo.repeats("after").await?;
     wait_for("the log goes on", SOON, async || {
         let now = lines(&log.shown())?;
-        ensure!(now > during + 20, "{now} lines, {during} at the end of the cut");
+        ensure!(
+            now > during + 20,
+            "{now} lines, {during} at the end of the cut"
+        );
         anyhow::Ok(())
     })
     .await?;

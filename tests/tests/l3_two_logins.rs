@@ -60,9 +60,7 @@ async fn follows_on(log: &Background) -> anyhow::Result<()> {
 #[tokio::test]
 async fn the_kubelet_follows_the_agent_to_the_other_login_node() -> anyhow::Result<()> {
     let world = World::new("two-logins").await?;
-    let uid = world
-        .running(&PodBuilder::new("talker").sh(COUNT))
-        .await?;
+    let uid = world.running(&PodBuilder::new("talker").sh(COUNT)).await?;
     let mut log = Background::start(world.kubectl(["logs", "-f", "talker"]))?;
     log.expect("line 5\n").await?;
     let moved = async {

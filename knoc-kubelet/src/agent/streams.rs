@@ -106,7 +106,8 @@ impl Agent {
     pub fn noticed(&self, status: &tonic::Status) {
         let error = chain(status);
         if ladder::no_further_session(&error)
-            && self.streams.note(Which::Shared(Instant::now() + AGAIN)) {
+            && self.streams.note(Which::Shared(Instant::now() + AGAIN))
+        {
             tracing::warn!(
                 error,
                 "the login node allows one session only: logs, commands and copies share it with pods' status"

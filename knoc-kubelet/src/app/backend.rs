@@ -77,7 +77,7 @@ impl log_reader::Source for PodLog {
 
     async fn open(&self, request: pb::ReadLogsRequest) -> Result<Self::Chunks, tonic::Status> {
         let answer = self.agent.bulk().await.read_logs(request).await;
-            let answer = answer.inspect_err(|status| self.agent.noticed(status))?;
+        let answer = answer.inspect_err(|status| self.agent.noticed(status))?;
         Ok(bulk::output(&answer))
     }
 

@@ -174,7 +174,8 @@ async fn through_ssh(rounds: usize) -> anyhow::Result<Series> {
 
 /// Replaces the table in `page` by one of the rows in `rows`.
 pub fn page(rows: &Path, page: &Path) -> anyhow::Result<()> {
-    let read = |path: &Path| std::fs::read_to_string(path).with_context(|| path.display().to_string());
+    let read =
+        |path: &Path| std::fs::read_to_string(path).with_context(|| path.display().to_string());
     let rows: Result<Vec<Row>, _> = read(rows)?.lines().map(serde_json::from_str).collect();
     let text = replaced(&read(page)?, &table(&rows?)?)?;
     #[expect(clippy::disallowed_methods, reason = "a page of the documentation")]
@@ -207,7 +208,12 @@ fn table(rows: &[Row]) -> anyhow::Result<String> {
     );
     for row in rows {
         let isolated = row.profile == "isolated";
-        let broken: Vec<&str> = row.works.iter().filter(|one| !one.1).map(|one| one.0.as_str()).collect();
+        let broken: Vec<&str> = row
+            .works
+            .iter()
+            .filter(|one| !one.1)
+            .map(|one| one.0.as_str())
+            .collect();
         let works = if broken.is_empty() {
             "all".to_owned()
         } else {
@@ -225,7 +231,8 @@ fn table(rows: &[Row]) -> anyhow::Result<String> {
             row.stream,
             row.floor,
             shown(share, 2, isolated || share >= SHARE),
-            row.ssh.map_or_else(String::new, |rate| format!("{rate:.0}")),
+            row.ssh
+                .map_or_else(String::new, |rate| format!("{rate:.0}")),
         )?;
     }
     Ok(out)
@@ -253,7 +260,10 @@ mod tests {
         (slow.t3, slow.exec, slow.stream) = (120.0, 20.0, 50.0);
         slow.works[1].1 = false;
         let text = table(&[row("direct"), slow])?;
-        let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("| `")).collect();
+        let lines: Vec<&str> = text
+            .lines()
+            .filter(|line| line.starts_with("| `"))
+            .collect();
         assert_eq!(
             lines,
             [

@@ -256,7 +256,9 @@ impl Chain {
                 Location::Login => bed.world.on_as_root("login", [RELAY]),
                 Location::Ssh => {
                     let keys = keys_there.display();
-                    let next = role.strip_prefix("relay=").context("nothing to log in for")?;
+                    let next = role
+                        .strip_prefix("relay=")
+                        .context("nothing to log in for")?;
                     role = format!("program={} {RELAY} pipe {next} {keys}", ssh()?.join(" "));
                     continue;
                 }
