@@ -22,6 +22,7 @@ mod exec;
 mod floor;
 mod follow;
 mod kubernetes;
+pub mod links;
 mod load;
 mod machine;
 mod pods;

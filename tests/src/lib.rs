@@ -13,6 +13,7 @@ pub mod fake_api;
 pub mod flood;
 pub mod image;
 pub mod interop;
+pub mod one_pod;
 pub mod pod;
 pub mod proxy;
 pub mod relay;
