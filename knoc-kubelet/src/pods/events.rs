@@ -81,6 +81,13 @@ pub struct Notes {
     statuses: Arc<AtomicUsize>,
 }
 
+impl Notes {
+    /// The next Event that was recorded; None if nobody can record another one.
+    pub async fn recv(&mut self) -> Option<Note> {
+        self.notes.recv().await
+    }
+}
+
 /// A status that is being written, until this is dropped.
 #[derive(Debug)]
 pub struct StatusWrite(Arc<AtomicUsize>);
@@ -184,7 +191,7 @@ impl Recorder {
         loop {
             let note = tokio::select! {
                 biased;
-                note = from.notes.recv() => note,
+                note = from.recv() => note,
                 () = shutdown.cancelled() => None,
             };
             let Some(note) = note else { break };
