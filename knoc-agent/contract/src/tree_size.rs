@@ -40,7 +40,11 @@ pub fn size_until(path: &Path, until: Instant) -> io::Result<u64> {
     let device = fstat(&top)?.st_dev;
     let mut levels = vec![Dir::new(top)?];
     let mut bytes = 0_u64;
-    while let Some(folder) = levels.last_mut() {
+    loop {
+        let depth = levels.len();
+        let Some(folder) = levels.last_mut() else {
+            return Ok(bytes);
+        };
         if Instant::now() >= until {
             return Err(io::ErrorKind::TimedOut.into());
         }
@@ -59,13 +63,12 @@ pub fn size_until(path: &Path, until: Instant) -> io::Result<u64> {
         bytes = bytes.saturating_add(size);
         let is_folder = matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
         if is_folder
-            && levels.len() < DEEPEST
+            && depth < DEEPEST
             && let Ok(below) = enter(parent, name, device)
         {
             levels.push(Dir::new(below)?);
         }
     }
-    Ok(bytes)
 }
 
 /// What one name of a file, or a folder without its entries, takes.

@@ -61,6 +61,7 @@ fn resolved() -> Resolved {
             },
         )]
         .into(),
+        trust_bundles: BTreeMap::new(),
         services: vec![("SVC_SERVICE_HOST".to_owned(), "10.0.0.9".to_owned())],
         allocatable: pb::Resources {
             cpu_millis: 64_500,

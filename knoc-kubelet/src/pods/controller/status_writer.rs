@@ -80,7 +80,9 @@ impl Worker<'_> {
         sent: (serde_json::Value, Option<String>),
     ) -> bool {
         let began = Instant::now();
+        let writing = self.context.api.events.status_write();
         let answer = publish::send(&self.context.api.client, &view.pod, &sent.0).await;
+        drop(writing);
         let result = match &answer {
             Ok(_) => PatchResult::Ok,
             Err(PublishError::Gone) => PatchResult::Gone,

@@ -1,17 +1,22 @@
 //! A fake API server behind `tower_test::mock`, which answers only what the controller asks.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    convert::Infallible,
+    sync::{Arc, Mutex},
+};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http::{Method, Request, Response};
-use http_body_util::{BodyExt as _, StreamBody};
+use http_body_util::{BodyExt as _, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::Frame;
 use kube::{Client, client::Body};
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_stream::wrappers::ReceiverStream;
+
+type Answer = UnsyncBoxBody<Bytes, Infallible>;
 
 #[derive(Default)]
 struct State {
@@ -36,7 +41,7 @@ pub(super) struct FakeApi {
 
 impl FakeApi {
     pub(super) fn start() -> (Self, Client) {
-        let (service, mut handle) = tower_test::mock::pair::<Request<Body>, Response<Body>>();
+        let (service, mut handle) = tower_test::mock::pair::<Request<Body>, Response<Answer>>();
         let state: Arc<Mutex<State>> = Arc::default();
         state
             .lock()
@@ -51,9 +56,8 @@ impl FakeApi {
                 let body = body.collect().await.unwrap().to_bytes();
                 let watch = shared.lock().unwrap().watch(&parts.uri);
                 if let Some(events) = watch {
-                    let events = events.map(|line| Ok::<_, std::io::Error>(Frame::data(line)));
-                    let body = Body::wrap_body(StreamBody::new(events));
-                    send.send_response(Response::new(body));
+                    let events = events.map(|line| Ok(Frame::data(line)));
+                    send.send_response(Response::new(StreamBody::new(events).boxed_unsync()));
                     continue;
                 }
                 let answer = shared
@@ -61,7 +65,7 @@ impl FakeApi {
                     .unwrap()
                     .answer(&parts.method, parts.uri.path(), &body);
                 let (code, json) = answer;
-                let body = Body::from(serde_json::to_vec(&json).unwrap());
+                let body = Full::from(serde_json::to_vec(&json).unwrap()).boxed_unsync();
                 send.send_response(Response::builder().status(code).body(body).unwrap());
             }
         });
