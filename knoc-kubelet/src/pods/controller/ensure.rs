@@ -132,7 +132,14 @@ impl Worker<'_> {
         }
         let found = resolve::claims(&self.context.api.client, pod, &names).await;
         let bound = match found {
-            Ok(found) => knoc_translate::bind_claims(pod, &mut shape, &found),
+            Ok(mut found) => {
+                if self.accepted(pod) {
+                    // A claim that is deleted stays until the pods that use it are gone.
+                    let claims = found.values_mut().filter_map(|found| found.claim.as_mut());
+                    claims.for_each(|claim| claim.metadata.deletion_timestamp = None);
+                }
+                knoc_translate::bind_claims(pod, &mut shape, &found)
+            }
             Err(error) => Err(Unbound::Waits(vec![knoc_proto::error::chain(&error)])),
         };
         match bound {
