@@ -427,7 +427,9 @@ fn limit(volume: &pb::Volume) -> Option<u64> {
             let limit = u64::try_from(empty.size_limit_bytes).ok();
             limit.filter(|bytes| *bytes > 0)
         }
-        Some(Source::Files(_) | Source::HostPath(_) | Source::Nfs(_) | Source::Csi(_)) | None => None,
+        Some(Source::Files(_) | Source::HostPath(_) | Source::Nfs(_) | Source::Csi(_)) | None => {
+            None
+        }
     }
 }
 

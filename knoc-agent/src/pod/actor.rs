@@ -274,9 +274,9 @@ impl Actor {
                     Ok(()) => self.update_values(&pod, *values).await,
                     Err(error) => Err(error),
                 };
-                self.add_ephemeral(&pod);
                 let credentials = credentials.filter(|_| answer.is_ok());
                 let pod = self.take_credentials(pod, credentials).await;
+                self.add_ephemeral(&pod);
                 drop(reply.send(answer.map(|()| (self.observed(&pod), false))));
                 pod
             }

@@ -194,10 +194,11 @@ pub(crate) async fn image_of(
     site: &Site,
     spec: &PodSpec,
     name: &str,
+    credentials: &Credentials,
     own: &mpsc::WeakSender<Input>,
 ) -> Result<Found, StageError> {
     let container = spec.ephemeral_container(name).cloned();
-    let found = image(site, spec, container.unwrap_or_default(), own).await?;
+    let found = image(site, spec, container.unwrap_or_default(), credentials, own).await?;
     Ok(Found::new(vec![found]))
 }
 

@@ -42,8 +42,8 @@ pub use claims::{FoundClaim, Unbound, bind_claims};
 pub use env::service_variables;
 pub use grace::Grace;
 pub use job::over_containers;
-pub use trust::TrustBundleKey;
 pub use keyring::{BadSecret, PullCredentials, pull_credentials, pull_secrets};
+pub use trust::TrustBundleKey;
 
 /// Annotations that are not sent, because they repeat the whole pod.
 const NOT_SENT: &str = "kubectl.kubernetes.io/last-applied-configuration";
@@ -154,7 +154,11 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         })
         .collect();
     let mut problem = Vec::new();
-    for list in [&mut init_containers, &mut regular, &mut ephemeral_containers] {
+    for list in [
+        &mut init_containers,
+        &mut regular,
+        &mut ephemeral_containers,
+    ] {
         problem.clear();
         image_root::apply(pod, list, &mut problem);
     }

@@ -184,11 +184,11 @@ impl Actor {
         match self.ephemeral.images.get(&name).cloned() {
             None => {
                 let pause = self.ephemeral.pause(&name, IMAGE_AGAIN);
-                let own = self.own.clone();
+                let (own, credentials) = (self.own.clone(), self.known_credentials());
                 self.ephemeral.task.spawn(async move {
                     tokio::time::sleep(pause).await;
                     let image = match allowed(&site, &spec, &name) {
-                        Ok(()) => stage::image_of(&site, &spec, &name, &own).await,
+                        Ok(()) => stage::image_of(&site, &spec, &name, &credentials, &own).await,
                         Err(error) => Err(error),
                     };
                     Step::Found {
@@ -226,6 +226,11 @@ impl Actor {
                     self.ephemeral.troubles.remove(&container);
                     let image = found.images().first().cloned().unwrap_or_default();
                     self.ephemeral.images.insert(container, image);
+                    let images = &self.ephemeral.images;
+                    let mut all = self.spec.ephemeral_containers.iter();
+                    if all.all(|one| images.contains_key(&one.name)) {
+                        self.credentials = None;
+                    }
                 }
                 Err(message) => {
                     let reason = "CreateContainerError".to_owned();
@@ -287,6 +292,7 @@ fn allowed(site: &Site, spec: &PodSpec, name: &str) -> Result<(), StageError> {
     };
     let refused = |reason: &str, message: String| StageError {
         container: name.to_owned(),
+        image: String::new(),
         reason: reason.to_owned(),
         message,
     };

@@ -149,6 +149,7 @@ fn a_process_that_knows_nothing_changes_nothing() {
             observed,
             hold,
             rejection: None,
+            refused: &[],
             unreachable: false,
             judged: Some(2),
             now: at(now),
