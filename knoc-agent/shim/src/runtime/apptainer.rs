@@ -263,7 +263,7 @@ mod tests {
         };
         let runtime = Apptainer::new(Path::new("/usr/bin/x"), Flavour::Apptainer);
         let argv = runtime.argv(&shares).unwrap();
-        assert_eq!(argv[2..4], ["--contain", "--ipc"]);
+        assert_eq!(argv[3..5], ["--contain", "--ipc"]);
         assert!(!argv.contains(&"--containall".into()));
     }
 
