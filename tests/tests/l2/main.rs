@@ -11,6 +11,7 @@ mod crash;
 mod data;
 mod dial_out;
 mod flood;
+mod guide;
 mod injection;
 mod install;
 mod knocctl;
