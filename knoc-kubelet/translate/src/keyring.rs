@@ -232,12 +232,20 @@ fn split(location: &str) -> (&str, &str) {
     location.split_at(location.find('/').unwrap_or(location.len()))
 }
 
+/// Name or address, and port. The brackets of an address are no pattern.
 fn split_port(host: &str) -> (&str, &str) {
-    match host.rsplit_once(':') {
+    let (name, port) = match host.rsplit_once(':') {
         // The colons of an address in brackets are not followed by a port.
         Some((name, port)) if !port.contains(']') => (name, port),
         Some(_) | None => (host, ""),
-    }
+    };
+    let inner = name
+        .strip_prefix('[')
+        .and_then(|name| name.strip_suffix(']'));
+    (
+        inner.filter(|inner| inner.contains(':')).unwrap_or(name),
+        port,
+    )
 }
 
 /// Whether the text matches a pattern with `*`, `?`, `[a-z]` and `\`. A pattern that is not valid matches nothing.
