@@ -34,7 +34,6 @@ use tokio::sync::watch::Receiver;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming, service::interceptor::InterceptedService};
 
-use self::host_paths::HostPaths;
 use crate::{
     doctor,
     image::Credentials,
@@ -91,7 +90,6 @@ struct Shared {
     /// The tasks that read log files.
     tasks: TaskTracker,
     stats: Arc<Stats>,
-    host_paths: HostPaths,
 }
 
 impl Service {
@@ -119,7 +117,6 @@ impl Service {
             stop,
             tasks,
             stats: Arc::default(),
-            host_paths: HostPaths::default(),
         }))
     }
 
@@ -339,8 +336,7 @@ impl pb::agent_server::Agent for Service {
         let credentials = credentials(request.pull_credentials)?;
         let site = &self.0.site;
         if site.board.get(spec.uid().as_str()).is_none() {
-            let host_paths = &self.0.host_paths;
-            admission::admit(site, host_paths, &spec, &request.cluster_id).await?;
+            admission::admit(site, &spec, &request.cluster_id)?;
         }
         self.claim(&checked).await?;
         let registry = &self.0.registry;

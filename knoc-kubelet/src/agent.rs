@@ -1,7 +1,7 @@
 //! The only user of the `Agent` client: sets deadlines, and adds the cluster id and the leadership epoch.
 //!
 //! Two connections lead to the agent. Control carries the controller's calls and the watches, bulk carries logs and
-//! exec, so that 100 MB of log never delay an `EnsurePod`. This module never retries: the callers know what a failure
+//! exec, so that 100 MB of log never delay an `EnsurePod`, unless the login node allows one session only ([`streams`]). This module never retries: the callers know what a failure
 //! means and when to try again.
 
 use std::{
@@ -24,6 +24,7 @@ use tonic::transport::Channel;
 
 pub mod renew;
 pub mod report;
+mod streams;
 pub mod watch;
 
 /// The value in `DeletePodRequest` for the pod's own grace period.
@@ -116,6 +117,7 @@ pub struct Sent {
 pub struct Agent {
     /// Replaced as a whole after the link's certificate was renewed. The lock is held only to clone it.
     channels: Arc<RwLock<Channels>>,
+    streams: streams::Streams,
     cluster_id: Arc<str>,
     /// The name of the node that this kubelet leads; empty if it leads none.
     node: Arc<str>,
@@ -137,6 +139,7 @@ impl Agent {
     pub fn new(control: Channel, bulk: Channel, cluster_id: &str) -> Self {
         Self {
             channels: Arc::new(RwLock::new(Channels { control, bulk })),
+            streams: streams::Streams::default(),
             cluster_id: cluster_id.into(),
             node: "".into(),
             leadership: Arc::default(),
@@ -152,12 +155,22 @@ impl Agent {
         }
     }
 
+    /// The handle for connections that are logins, of which the login node may allow only one.
+    #[must_use]
+    pub fn over_logins(self) -> Self {
+        Self {
+            streams: streams::Streams::over_logins(),
+            ..self
+        }
+    }
+
     /// Uses these connections for new requests and streams; those that are running end on the old connections.
     pub fn redial(&self, channels: Channels) {
         *self
             .channels
             .write()
             .unwrap_or_else(PoisonError::into_inner) = channels;
+        self.streams.forget();
     }
 
     /// The same handle over other connections. This one keeps its own.
@@ -186,10 +199,16 @@ impl Agent {
         self.leadership.store(epoch, Ordering::Release);
     }
 
-    /// The client for streams of bytes, such as logs and exec. The caller sets deadlines.
-    #[must_use]
-    pub fn bulk(&self) -> AgentClient<RawClient<Channel>> {
-        AgentClient::new(RawClient::new(self.channels().bulk))
+    /// The client for streams of bytes, such as logs and exec. The caller sets deadlines, and tells [`Agent::noticed`] if a stream could
+    /// not be opened.
+    pub async fn bulk(&self) -> AgentClient<RawClient<Channel>> {
+        let channels = self.channels();
+        let channel = if self.shares_control(&channels).await {
+            channels.control
+        } else {
+            channels.bulk
+        };
+        AgentClient::new(RawClient::new(channel))
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT)
     }
@@ -264,6 +283,7 @@ impl Agent {
     pub async fn stats(&self) -> Result<Vec<pb::PodStats>, tonic::Status> {
         let answer = self
             .bulk()
+            .await
             .get_stats(pb::GetStatsRequest::default())
             .await?;
         futures::TryStreamExt::try_collect(answer.into_inner()).await

@@ -63,8 +63,11 @@ follow_profile() {
     profile_prepare
     profile_changed "$run/profile-agent" || return 0
     say "PROFILE=$PROFILE: restarting the agent"
-    sed -i "s|^kubelet = .*|kubelet = \"$(profile_agent)\"|" "$config/agent.toml"
+    sed -i "s|^kubelet = .*|kubelet = \"$(profile_agent)\"|; /^# Of the profile /,\$d" "$config/agent.toml"
+    [ -z "$(profile_site)" ] || { echo "# Of the profile $PROFILE"; profile_site; } >>"$config/agent.toml"
     stop "$pidfile"
+    # What it has found out about another network.
+    rm -f "$agent_home_here/.local/state/knoc/shim-route.json"
 }
 # knocctl's configuration for the host, derived from the one that `init` wrote.
 configure_knocctl() {
@@ -98,7 +101,7 @@ up() {
     wait_for 10 "the agent's process" agent_of "$pid" || { tail -20 "$log/agent-$of.log" >&2; exit 1; }
     pid=$(agent_of "$pid")
     echo "$pid $(start_time "$pid")" >"$pidfile"
-    wait_for 15 "the agent on $agent_address" "$KNOC_BIN/knocctl" info || { tail -20 "$log/agent-$of.log" >&2; exit 1; }
+    wait_for 15 "an answer of the agent on $agent_node" "$KNOC_BIN/knocctl" info || { tail -20 "$log/agent-$of.log" >&2; exit 1; }
 }
 
 export KNOCCTL_CONFIG=$run/knocctl.toml

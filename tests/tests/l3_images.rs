@@ -445,7 +445,7 @@ async fn an_image_of_many_layers_in_another_compression_runs() -> anyhow::Result
         "{sum} && echo x >/data/file && cat /data/file && ! touch /srv/own/file 2>&1 && ! touch /file 2>&1"
     );
     let pod = PodBuilder::new("layers")
-        .image(repository.image())
+        .image(&repository.image())
         .sh(&script)
         .set("securityContext", json!({"readOnlyRootFilesystem": true}))
         .spec(

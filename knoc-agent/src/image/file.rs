@@ -29,12 +29,12 @@ pub(super) struct ImageFile {
     pub(super) env: Option<Vec<String>>,
     pub(super) working_dir: Option<String>,
     pub(super) user: Option<String>,
-    volumes: Option<BTreeMap<String, Option<Nothing>>>,
+    pub(super) volumes: Option<BTreeMap<String, Option<Nothing>>>,
 }
 
 /// What the specification has as the value of a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Nothing {}
+pub(super) struct Nothing {}
 
 impl ImageFile {
     /// Parses a registry's config blob. Every container of a pod has a copy of it, so its size is

@@ -9,6 +9,7 @@
 mod create;
 mod credentials;
 mod effects;
+mod ephemeral;
 mod values;
 
 use std::{cmp::Ordering, sync::Arc, time::Duration};
@@ -70,6 +71,7 @@ struct Actor {
     /// The version that its job execs, as its job directory states it.
     version: String,
     values: values::Held,
+    ephemeral: ephemeral::Adding,
     /// The credentials for its images: from the request that brought them until the images are there.
     credentials: Option<Arc<Credentials>>,
     effects: JoinSet<Event>,
@@ -182,6 +184,7 @@ impl NewActor {
             own,
             wants,
             values: values::Held::default(),
+            ephemeral: ephemeral::Adding::default(),
             credentials: None,
             unsaved: None,
             effects: JoinSet::new(),
@@ -219,6 +222,10 @@ impl Actor {
                     Some(event) => Input::Event(event),
                     None => continue,
                 },
+                Some(step) = self.ephemeral.next() => {
+                    self.ephemeral_step(&pod, step).await;
+                    continue;
+                }
                 input = inputs.recv() => match input {
                     Some(input) => input,
                     None => break,
@@ -234,6 +241,7 @@ impl Actor {
         // the restart.
         self.effects.shutdown().await;
         self.staging.shutdown().await;
+        self.ephemeral.end().await;
     }
 
     async fn take(&mut self, pod: Pod, input: Input) -> Pod {
@@ -251,6 +259,7 @@ impl Actor {
                 }
                 let pod = self.apply(pod, event).await;
                 self.push_values(&pod, reported);
+                self.add_ephemeral(&pod);
                 pod
             }
             Input::Ensure {
@@ -267,6 +276,7 @@ impl Actor {
                 };
                 let credentials = credentials.filter(|_| answer.is_ok());
                 let pod = self.take_credentials(pod, credentials).await;
+                self.add_ephemeral(&pod);
                 drop(reply.send(answer.map(|()| (self.observed(&pod), false))));
                 pod
             }
@@ -310,6 +320,7 @@ impl Actor {
         }
         let pod = self.apply(pod, Event::Link(up)).await;
         self.push_values(&pod, false);
+        self.add_ephemeral(&pod);
         pod
     }
 
@@ -344,7 +355,7 @@ impl Actor {
                 Err(RequestError::new(ErrorReason::SpecConflict, message)),
             );
         }
-        let spec = Arc::new(spec);
+        let spec = Arc::new(super::update::merged(&self.spec, spec));
         if let Err(error) = self.rewrite_spec(Arc::clone(&spec)).await {
             return (pod, Err(error));
         }
@@ -363,6 +374,7 @@ impl Actor {
         if pod.is_finished() || pod.deletion.is_some() {
             // The images are for a pod that is no longer wanted.
             self.staging.abort_all();
+            self.ephemeral.abort();
         }
         if final_report {
             self.show(&pod);
@@ -393,6 +405,7 @@ impl Actor {
     fn observed(&self, pod: &Pod) -> pb::PodObserved {
         let mut observed = observed(pod, &self.spec, &self.cluster_id);
         observed.values_wanted = self.wants_values(pod) || self.wants_credentials(pod);
+        observed.ephemeral_containers = self.ephemeral.statuses(pod, &self.spec);
         observed
     }
 

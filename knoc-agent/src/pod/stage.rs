@@ -189,6 +189,19 @@ pub(crate) fn present(container: &pb::Container) -> Note {
     }
 }
 
+/// The image of one ephemeral container.
+pub(crate) async fn image_of(
+    site: &Site,
+    spec: &PodSpec,
+    name: &str,
+    credentials: &Credentials,
+    own: &mpsc::WeakSender<Input>,
+) -> Result<Found, StageError> {
+    let container = spec.ephemeral_container(name).cloned();
+    let found = image(site, spec, container.unwrap_or_default(), credentials, own).await?;
+    Ok(Found::new(vec![found]))
+}
+
 /// The image of `container`, without a note. `None` if there is none yet; the usual staging then reports the reason.
 async fn image_without_note(
     site: &Site,
@@ -357,5 +370,10 @@ pub(crate) fn job_file(
         }),
         cluster_id,
         version: site.versions.own().to_owned(),
+        site_binds: config.site_binds(),
+        host_paths: Some(pb::HostPathPolicy {
+            mapped: site.policy.now().all_mapped(&spec.volumes),
+            ..(&site.host_paths()).into()
+        }),
     }
 }

@@ -174,7 +174,9 @@ async fn a_pull_secret_is_in_no_log_and_on_no_disk() -> anyhow::Result<()> {
     ensure!(registry.admitted() == 0);
     nobody_sees(&site)?;
     // The Secret is read again, and other credentials end the pause.
-    kubelet.api.delete("v1", "secrets", "default", "login")?;
+    kubelet
+        .api
+        .delete("secrets", "default", "login", &json!({}))?;
     put_secret(&kubelet, &registry, RIGHT)?;
     failed("manifest unknown").await?;
     nobody_sees(&site)?;

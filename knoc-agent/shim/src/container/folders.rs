@@ -94,6 +94,7 @@ impl Folders {
         let mounts = environment::mounts(container, values, &pod.facts)?;
         let mut volumes = pod.volumes.mounts(&mounts)?;
         if pod.runtime.isolates() {
+            volumes.extend(pod.volumes.of_site(&volumes));
             share_memory(pod, &mut volumes)?;
             add_image_volumes(spec, &private, &mut volumes)?;
         }

@@ -261,8 +261,11 @@ impl Service for Fake {
         &self,
         request: Request<pb::UpdateValuesRequest>,
     ) -> Result<Response<pb::UpdateValuesResponse>, Status> {
-        self.state().called("UpdateValues".to_owned())?;
-        self.state().credentials = request.into_inner().pull_credentials;
+        let request = request.into_inner();
+        let mut state = self.state();
+        state.called("UpdateValues".to_owned())?;
+        state.values = request.values;
+        state.credentials = request.pull_credentials;
         Ok(Response::new(pb::UpdateValuesResponse {}))
     }
 
