@@ -101,15 +101,13 @@ pub fn pull_credentials(
             )),
         }
     }
-    let images: BTreeSet<_> = spec.all_images().collect();
-    found.credentials.images = images
-        .into_iter()
-        .map(|image| pb::ImageCredentials {
-            image: image.to_owned(),
-            logins: repository(image).map_or_else(Vec::new, |name| keyring.look_up(&name)),
-        })
-        .filter(|of_image| !of_image.logins.is_empty())
-        .collect();
+    let images: BTreeSet<_> = spec.all_images().into_iter().collect();
+    let of_image = |image: String| {
+        let name = repository(&image);
+        let logins = name.map_or_else(Vec::new, |name| keyring.look_up(&name));
+        (!logins.is_empty()).then_some(pb::ImageCredentials { image, logins })
+    };
+    found.credentials.images = images.into_iter().filter_map(of_image).collect();
     Ok(found)
 }
 
