@@ -319,9 +319,13 @@ impl<'a> PodSpec<'a> {
     }
 
     /// The images of all containers, as the pod names them.
-    fn all_images(self) -> impl Iterator<Item = &'a str> {
-        self.all_containers()
-            .filter_map(|container| container.image.as_deref())
+    fn all_images(self) -> Vec<String> {
+        let images = self
+            .all_containers()
+            .map(|container| container.image.clone());
+        let ephemeral = ephemeral::containers(self).into_iter();
+        let ephemeral = ephemeral.map(|one| one.container.image);
+        images.chain(ephemeral).flatten().collect()
     }
 }
 
