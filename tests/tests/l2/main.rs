@@ -10,6 +10,7 @@ mod certificates;
 mod crash;
 mod dial_out;
 mod flood;
+mod guide;
 mod injection;
 mod install;
 mod knocctl;
