@@ -146,7 +146,10 @@ pub fn root() -> PathBuf {
 /// # Errors
 /// Returns an error if one cannot be read.
 pub fn documents() -> io::Result<Vec<(String, String)>> {
-    let mut names = vec!["README.md".to_owned(), "packaging/agent/README.md".to_owned()];
+    let mut names = vec![
+        "README.md".to_owned(),
+        "packaging/agent/README.md".to_owned(),
+    ];
     for entry in fs::read_dir(root().join("docs/guide"))? {
         names.push(format!(
             "docs/guide/{}",

@@ -22,11 +22,13 @@ async fn run(world: &World, block: &Block, uid: &str) -> anyhow::Result<()> {
         ("UID", uid),
         ("POD", "hello"),
     ];
-    let script = names
-        .iter()
-        .fold(block.script(), |script, (name, value)| script.replace(name, value));
+    let script = names.iter().fold(block.script(), |script, (name, value)| {
+        script.replace(name, value)
+    });
     let slurm = ["squeue", "sacct"]
-        .map(|name| format!("{name}() {{ '{hpc}/bin/hpc' exec login -u hpcuser {name} \"$@\"; }}\n"))
+        .map(|name| {
+            format!("{name}() {{ '{hpc}/bin/hpc' exec login -u hpcuser {name} \"$@\"; }}\n")
+        })
         .concat();
     let output = Run::new("bash")
         .args(["-euo", "pipefail", "-c"])
@@ -46,9 +48,8 @@ async fn run(world: &World, block: &Block, uid: &str) -> anyhow::Result<()> {
 async fn the_commands_of_the_guide_run() -> anyhow::Result<()> {
     let world = World::new("guide").await?;
     let all = shell_blocks()?;
-    let marked = |block: &&Block| {
-        block.marker.as_deref() == Some("run: the_commands_of_the_guide_run")
-    };
+    let marked =
+        |block: &&Block| block.marker.as_deref() == Some("run: the_commands_of_the_guide_run");
     let (creating, using): (Vec<_>, Vec<_>) = all
         .iter()
         .filter(marked)

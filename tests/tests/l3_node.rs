@@ -186,7 +186,9 @@ async fn the_node_has_the_labels_and_the_information_of_a_node() -> anyhow::Resu
         "{info:?}"
     );
     ensure!(
-        !info.kernel_version.is_empty() && info.machine_id.len() == 32 && info.system_uuid.len() == 36,
+        !info.kernel_version.is_empty()
+            && info.machine_id.len() == 32
+            && info.system_uuid.len() == 36,
         "{info:?}"
     );
     world.finish().await

@@ -6,11 +6,11 @@
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Pod, PodCondition, PodStatus};
+use knoc_translate::JOB_ID;
 use kube::{
     Api, Client,
     api::{DeleteParams, Patch, PatchParams, Preconditions},
 };
-use knoc_translate::JOB_ID;
 use serde_json::{Map, Value, json};
 
 /// The deadline of each write.

@@ -73,7 +73,9 @@ async fn every_command_of_ours_in_a_document_exists_with_its_options() -> anyhow
         }
     }
     for (file, text) in documents()? {
-        let spans = text.lines().flat_map(|line| line.split('`').skip(1).step_by(2));
+        let spans = text
+            .lines()
+            .flat_map(|line| line.split('`').skip(1).step_by(2));
         for command in spans.flat_map(parts) {
             commands.push((file.clone(), command));
         }

@@ -178,7 +178,10 @@ async fn a_release_is_complete_and_reproducible_and_lists_what_is_in_it() -> any
         for byte in Sha256::digest(bytes) {
             write!(digest, "{byte:02x}")?;
         }
-        ensure!(sums.contains(&format!("{digest}  {name}")), "{name}: {sums}");
+        ensure!(
+            sums.contains(&format!("{digest}  {name}")),
+            "{name}: {sums}"
+        );
     }
     let list: Value = serde_json::from_str(&text(".cdx.json")?)?;
     let crates = list["components"].as_array().context("components")?;
