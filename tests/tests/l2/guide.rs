@@ -43,6 +43,8 @@ async fn problem(helps: &mut Help, command: &str) -> anyhow::Result<Option<Strin
     let mut path = vec![words.next().unwrap_or_default().to_owned()];
     let mut help = helps.of(&path).await?;
     let mut texts = help.clone();
+    // Whether the word before was an option, so that this one may be its value.
+    let mut value = false;
     for word in words.take_while(|word| *word != "--") {
         let flag = word.split('=').next().unwrap_or(word);
         if let Some(name) = flag.strip_prefix("--") {
@@ -57,9 +59,10 @@ async fn problem(helps: &mut Help, command: &str) -> anyhow::Result<Option<Strin
             path.push(word.to_owned());
             help = helps.of(&path).await?;
             texts.push_str(&help);
-        } else if path.len() == 1 {
+        } else if path.len() == 1 && !value {
             return Ok(Some(format!("no subcommand {word}")));
         }
+        value = word.starts_with('-');
     }
     Ok(None)
 }
