@@ -14,6 +14,7 @@ pub mod flood;
 pub mod guide;
 pub mod image;
 pub mod interop;
+pub mod one_pod;
 pub mod pod;
 pub mod proxy;
 pub mod relay;
