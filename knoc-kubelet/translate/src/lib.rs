@@ -45,8 +45,10 @@ pub use job::over_containers;
 pub use keyring::{BadSecret, PullCredentials, pull_credentials, pull_secrets};
 pub use trust::TrustBundleKey;
 
-/// Annotations that are not sent, because they repeat the whole pod.
-const NOT_SENT: &str = "kubectl.kubernetes.io/last-applied-configuration";
+/// The annotation in which the kubelet publishes the id of the pod's job.
+pub const JOB_ID: &str = "knoc.io/job-id";
+/// Annotations that are not sent, because one repeats the whole pod and the agent knows the other.
+const NOT_SENT: [&str; 2] = ["kubectl.kubernetes.io/last-applied-configuration", JOB_ID];
 
 /// The objects to which the pod refers, as far as they were found.
 #[derive(Clone, Debug, Default)]
@@ -172,7 +174,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         return Err(problems);
     }
     let mut annotations = meta.annotations.clone().unwrap_or_default();
-    annotations.remove(NOT_SENT);
+    annotations.retain(|name, _| !NOT_SENT.contains(&name.as_str()));
     Ok(pb::PodSpec {
         uid: meta.uid.clone().unwrap_or_default(),
         namespace: meta
