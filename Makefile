@@ -114,6 +114,10 @@ container: build ## builds the kubelet's OCI images, plain and with OpenSSH, wit
 	@packaging/kubelet/build-image.sh
 	@packaging/kubelet/build-image.sh --ssh
 
+.PHONY: release
+release: build ## collects a release in target/dist/release (packages, images, chart, list of crates, licences, checksums); publishes nothing
+	@packaging/release.sh
+
 .PHONY: chart
 chart: ## checks the chart and renders the plain manifests in deploy/
 	@PATH="$$PATH:$${KNOC_BED:-/var/lib/knoc-testbed}/kube/bin" deploy/render.sh

@@ -103,6 +103,15 @@ impl Link {
     }
 }
 
+/// What a pod is sent with, apart from its shape.
+#[derive(Clone, Debug, Default)]
+pub struct Sent {
+    /// Its values.
+    pub values: pb::PodValues,
+    /// The credentials for its images, as long as they are needed.
+    pub pull_credentials: Option<pb::PullCredentials>,
+}
+
 /// A handle to the agent; clones share the connections.
 #[derive(Clone, Debug)]
 pub struct Agent {
@@ -214,29 +223,27 @@ impl Agent {
     pub async fn ensure_pod(
         &self,
         spec: pb::PodSpec,
-        values: pb::PodValues,
+        sent: Sent,
     ) -> Result<pb::EnsurePodResponse, tonic::Status> {
         let request = pb::EnsurePodRequest {
             leadership_epoch: self.epoch(),
             cluster_id: self.cluster_id.to_string(),
             spec: Some(spec),
-            values: Some(values),
+            values: Some(sent.values),
+            pull_credentials: sent.pull_credentials,
         };
         let answer = self.control().ensure_pod(deadline(request)).await?;
         Ok(answer.into_inner())
     }
 
     /// Replaces the pod's values.
-    pub async fn update_values(
-        &self,
-        uid: &PodUid,
-        values: pb::PodValues,
-    ) -> Result<(), tonic::Status> {
+    pub async fn update_values(&self, uid: &PodUid, sent: Sent) -> Result<(), tonic::Status> {
         let request = pb::UpdateValuesRequest {
             leadership_epoch: self.epoch(),
             cluster_id: self.cluster_id.to_string(),
             uid: uid.to_string(),
-            values: Some(values),
+            values: Some(sent.values),
+            pull_credentials: sent.pull_credentials,
         };
         self.control().update_values(deadline(request)).await?;
         Ok(())

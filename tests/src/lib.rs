@@ -11,6 +11,7 @@ pub mod conformance;
 pub mod doctor;
 pub mod fake_api;
 pub mod flood;
+pub mod guide;
 pub mod image;
 pub mod interop;
 pub mod one_pod;

@@ -41,6 +41,13 @@ mirror = "$registry"
 insecure = true
 CONF
 }
+# The registry with a password; the site file of an older bed lacks it.
+use_private_registry() {
+    [ "$STACK" != local ] || return 0
+    ! grep -q 'ctl:5001' "$config/agent.toml" || return 0
+    printf '\n[[registry]]\nprefix = "ctl:5001"\ninsecure = true\n' >>"$config/agent.toml"
+    stop "$pidfile"
+}
 # The agent serves one cluster, by default the first that connects; the bed has one cluster per version of Kubernetes.
 serve_this_cluster() {
     local id
@@ -79,6 +86,7 @@ up() {
     local pid
     install_binaries
     configure
+    use_private_registry
     serve_this_cluster
     follow_profile
     configure_knocctl

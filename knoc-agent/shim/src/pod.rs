@@ -25,6 +25,7 @@ use super::{
     gpus,
     mounts::Mounting,
     oom::OomCounter,
+    processes::Holder,
     role::Role,
     scratch::{Fallback, Scratch},
     volumes::Volumes,
@@ -52,6 +53,8 @@ pub(crate) struct Pod {
     pub(crate) scratch: Scratch,
     pub(crate) children: Children,
     pub(crate) mounting: Mounting,
+    /// Of the PID namespace that the containers share, if they share one.
+    pub(crate) holder: Holder,
 }
 
 impl Pod {
@@ -75,6 +78,7 @@ impl Pod {
         };
         let scratch = Scratch::create(&settings.scratch, fallback)?;
         let runtime = runtime::by_name(&job.runtime, job.runtime_path.as_ref())?;
+        let host_paths = job.host_paths.clone().unwrap_or_default();
         Ok(Self {
             agent: std::env::current_exe()?,
             facts: facts(&spec, endpoint, runtime.isolates()),
@@ -85,10 +89,12 @@ impl Pod {
             ),
             oom: OomCounter::find(),
             cgroup: JobCgroup::find(),
-            volumes: Volumes::create(&spec.volumes, &scratch)?,
+            volumes: Volumes::create(&spec.volumes, &scratch, &host_paths)?
+                .with_site_binds(&job.site_binds),
             scratch,
             children: Children::default(),
             mounting: Mounting::of(&job),
+            holder: Holder::default(),
             jobdir,
             claim,
             job,
@@ -110,7 +116,14 @@ impl Pod {
     pub(crate) fn containers(&self) -> impl Iterator<Item = (Role, &pb::Container)> {
         let init = self.spec.init_containers.iter();
         let main = self.spec.containers.iter();
-        init.map(|container| (Role::Init, container))
+        let role = |container: &pb::Container| {
+            if container.is_sidecar() {
+                Role::Sidecar
+            } else {
+                Role::Init
+            }
+        };
+        init.map(move |container| (role(container), container))
             .chain(main.map(|container| (Role::Main, container)))
     }
 

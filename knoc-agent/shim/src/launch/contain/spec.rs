@@ -12,7 +12,8 @@ use knoc_contract::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::nofollow;
+use super::host::{HostError, HostSource};
+use crate::{launch::beside::Beside, nofollow};
 
 /// The message to the helper. Both ends are the same binary, so it needs no version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +26,9 @@ pub(crate) struct ContainSpec {
     pub root: bool,
     /// In the order of mounting.
     pub mounts: Vec<MountSpec>,
+    /// The process whose PID namespace the container shares. The helper enters that process's user namespace instead of one of
+    /// its own.
+    pub beside: Option<Beside>,
 }
 
 /// One mount.
@@ -104,6 +108,8 @@ pub(crate) enum Source {
     },
     /// A file or folder that nobody else can reach.
     Own(PathBuf),
+    /// A path of the node that the site lets pods mount.
+    Host(HostSource),
 }
 
 /// Why a source cannot be mounted.
@@ -111,6 +117,8 @@ pub(crate) enum Source {
 pub(crate) enum SourceError {
     #[error(transparent)]
     Walk(#[from] WalkError),
+    #[error(transparent)]
+    Host(#[from] HostError),
     #[error(
         "it was replaced or changed after the pod was accepted ({0}); delete the pod and create it again to run what \
          is there now"
@@ -122,6 +130,7 @@ impl SourceError {
     pub(crate) fn errno(&self) -> i32 {
         match self {
             Self::Walk(error) => error.errno(),
+            Self::Host(error) => error.errno(),
             Self::Changed(_) => 0,
         }
     }
@@ -133,6 +142,7 @@ impl Source {
         match self {
             Self::Inside { root, path, make } => Ok(walk::inside(root, path, *make)?),
             Self::Own(path) => Ok(walk::own(path)?),
+            Self::Host(host) => Ok(host.open()?),
             Self::Image { path, expected } => open_image(path, expected.as_ref()),
         }
     }
