@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use knoc_translate::Grace;
 use tokio::time::Instant;
 
+use super::hashes::Hashes;
 use crate::pods::{
     resolve::Tokens,
     status::{Hold, Rejection},
