@@ -8,6 +8,7 @@ mod check;
 pub mod dial_out;
 mod limits;
 mod listen;
+mod network;
 mod privileged;
 mod serve;
 pub mod text;
@@ -25,6 +26,7 @@ use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
 pub use listen::Listen;
+pub use network::NetworkSetting;
 pub use privileged::Privileged;
 pub use serve::Serve;
 
@@ -337,6 +339,8 @@ pub struct JobDefaults {
     pub time_minutes: Option<u32>,
     /// A node-local folder for the shim.
     pub scratch: Option<String>,
+    /// The network that pods are in.
+    pub network: NetworkSetting,
 }
 
 /// The containers' logs.

@@ -62,6 +62,9 @@ enum Command {
     /// Mounts the volumes of a container and then executes the container runtime.
     #[command(hide = true)]
     Contain,
+    /// Creates and holds the network namespace of a pod.
+    #[command(hide = true)]
+    Network,
     /// Starts a process in the namespaces of a running container.
     #[command(hide = true)]
     Enter {
@@ -136,6 +139,7 @@ fn main() -> ExitCode {
         Command::Shim { jobdir } => return knoc_shim::main(&jobdir),
         Command::Launch { socket } => return knoc_shim::launch::main(&socket),
         Command::Contain => return knoc_shim::launch::contain::main(),
+        Command::Network => return knoc_shim::launch::network::main(),
         Command::Enter { arguments } => return knoc_shim::launch::enter::main(&arguments),
         Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Init(options) => {

@@ -14,18 +14,21 @@ pub const RUN_AS_NON_ROOT: &str = "run-as-non-root";
 /// The agent applies the site's policy to `privileged`.
 pub const PRIVILEGED: &str = "privileged";
 
+/// The agent's shims give pods a network of their own.
+pub const PRIVATE_NETWORK: &str = "private-network";
 /// The agent's shims run probes.
 pub const PROBES: &str = "probes";
 /// The agent's shims run the hooks of containers.
 pub const HOOKS: &str = "hooks";
 
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 7] = [
+pub const OF_PODS: [&str; 8] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
     RUN_AS_NON_ROOT,
     PRIVILEGED,
+    PRIVATE_NETWORK,
     PROBES,
     HOOKS,
 ];
@@ -52,6 +55,10 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         (
             PRIVILEGED,
             containers().any(|container| container.privileged),
+        ),
+        (
+            PRIVATE_NETWORK,
+            spec.network() == pb::NetworkMode::Private,
         ),
         (PROBES, containers().any(has_probe)),
         (HOOKS, containers().any(has_hook)),
@@ -88,6 +95,7 @@ mod tests {
         }];
         assert_eq!(needed(&spec), [SUB_PATH_EXPR]);
         spec.subdomain = "web".to_owned();
+        spec.set_network(pb::NetworkMode::Private);
         spec.resolver = Some(pb::Resolver::default());
         spec.init_containers[0].run_as_non_root = true;
         spec.init_containers[0].privileged = true;

@@ -32,6 +32,7 @@ mod listeners;
 mod measure;
 mod mount_points;
 mod mounts;
+mod network;
 mod nofollow;
 mod oom;
 mod output;
@@ -173,12 +174,35 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     let endpoint = jobdir::read_json::<Endpoint>(&endpoint_path).ok().flatten();
     let previous = jobdir.report().ok().flatten();
     let values = jobdir.values()?;
-    let pod = Arc::new(Pod::open(jobdir, claim, endpoint.as_ref())?);
+    let mut pod = Pod::open(jobdir, claim, endpoint.as_ref())?;
     log(&pod);
     if let Some(values) = &values {
         pod.jobdir.remove_values_up_to(values.revision)?;
     }
-    run(pod, previous, values, endpoint_path).await
+    // Orphans of a program without a PID namespace become children of the shim.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).ok();
+    let mut background = JoinSet::new();
+    background.spawn(pod.children.clone().reap(Children::signal()?));
+    let up = pod.bring_up_network().await?;
+    pod.network = up.network.clone();
+    let begun = Begun {
+        previous,
+        values,
+        endpoint: endpoint_path,
+        up,
+        background,
+    };
+    run(Arc::new(pod), begun).await
+}
+
+/// What the shim starts to run the pod with.
+struct Begun {
+    /// The report of the attempt before, if Slurm has requeued the job.
+    previous: Option<pb::Report>,
+    values: Option<pb::PodValues>,
+    endpoint: std::path::PathBuf,
+    up: network::Up,
+    background: JoinSet<()>,
 }
 
 /// Which job this is, according to the variables that the scheduler sets.
@@ -220,16 +244,14 @@ fn log(pod: &Pod) {
         .ok();
 }
 
-async fn run(
-    pod: Arc<Pod>,
-    previous: Option<pb::Report>,
-    values: Option<pb::PodValues>,
-    endpoint: std::path::PathBuf,
-) -> anyhow::Result<ExitCode> {
-    // Orphans of a program without a PID namespace become children of the shim.
-    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).ok();
-    let mut background = JoinSet::new();
-    background.spawn(pod.children.clone().reap(Children::signal()?));
+async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
+    let Begun {
+        previous,
+        values,
+        endpoint,
+        up: brought_up,
+        mut background,
+    } = begun;
     let (commands, orders) = mpsc::channel(COMMANDS);
     let signals = job_signals::Signals::listen()?;
     background.spawn(signals.obey(pod.spec().grace(), commands.clone()));
@@ -237,11 +259,14 @@ async fn run(
     let route = route_to(listener.as_ref());
     let mut first = first_report(&pod, previous.as_ref());
     first.route = Some(route.clone());
+    first.network = Some(brought_up.reported());
     let mut publisher = Publisher::new(first);
     if let Some(why) = pod.scratch.on_disk() {
         tracing::warn!("{why}");
         publisher.note("MemoryOnDisk", why, "");
     }
+    tell(&mut publisher, &brought_up);
+    background.spawn(brought_up.watch());
     let mut reports = publisher.subscribe();
     background.spawn(scratch::keep_clean(Cleaner::of(&pod.scratch)));
     let mut keeper = JoinSet::new();
@@ -285,6 +310,17 @@ async fn run(
     tokio::time::timeout(LAST_REMOVAL * 2, removal).await.ok();
     let reported = matches!(written, Some(Ok(true)));
     Ok(exit_code(reported, reports.borrow_and_update().outcome()))
+}
+
+/// Says in an Event that the pod reaches no other network.
+fn tell(publisher: &mut Publisher, up: &network::Up) {
+    if let Some(why) = &up.cut_off {
+        let message = format!(
+            "the pod has a network of its own, from which it reaches no other network: {why}; install pasta (package \
+             passt) on the compute nodes, or set the annotation `knoc.io/network: host`"
+        );
+        publisher.note("NetworkUnavailable", message, "");
+    }
 }
 
 /// How the agent reaches the shim if the shim cannot reach the agent.

@@ -77,6 +77,7 @@ carried! {
             dns_config: Option<core::PodDNSConfig>,
             dns_policy: Option<String>,
             host_aliases: Option<Vec<core::HostAlias>>,
+            host_network: Option<bool>,
             hostname: Option<String>,
             hostname_override: Option<String>,
             init_containers: Option<Vec<core::Container>>,
@@ -94,7 +95,7 @@ carried! {
             service_account, tolerations,
         }
         left {
-            ephemeral_containers, eviction_responders, host_ipc, host_network, host_pid, host_users, image_pull_secrets, os, overhead, preemption_policy, priority, priority_class_name,
+            ephemeral_containers, eviction_responders, host_ipc, host_pid, host_users, image_pull_secrets, os, overhead, preemption_policy, priority, priority_class_name,
             resource_claims, resources, runtime_class_name, scheduler_name, scheduling_gates, scheduling_group,
             share_process_namespace, topology_spread_constraints,
         }

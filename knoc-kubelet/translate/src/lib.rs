@@ -13,6 +13,7 @@ mod env;
 mod files;
 mod grace;
 mod job;
+mod network;
 mod probe;
 pub mod quantity;
 pub mod verdict;
@@ -133,6 +134,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         .filter_map(|volume| volume::shape(volume, &mut problems))
         .collect();
     let job = job::request(pod, &init_containers, &regular, &mut problems);
+    let network = network::mode(pod, spec, &mut problems);
     if !problems.is_empty() {
         return Err(problems);
     }
@@ -157,6 +159,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         cluster_domain: String::new(),
         set_hostname_as_fqdn: *spec.set_hostname_as_fqdn == Some(true),
         resolver: resolver(spec),
+        network: network.into(),
         name,
         volumes,
         job: Some(job),

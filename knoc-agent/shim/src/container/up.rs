@@ -190,13 +190,17 @@ impl Starting<'_> {
                 None,
             ),
             Some(mounts) => {
+                let joined = self.pod.network.to_join().map_err(PrepareError::Pipes)?;
+                let (network, namespaces) =
+                    joined.map_or((None, Vec::new()), |to| (Some(to.ids), to.namespaces));
                 let spec = ContainSpec {
                     argv,
                     users: self.pod.mounting.users.clone(),
                     root: sandbox.fakeroot,
+                    network,
                     mounts: mounts.clone(),
                 };
-                self.contain(&spec).await?
+                self.contain(&spec, namespaces).await?
             }
         };
         loop {
@@ -223,6 +227,7 @@ impl Starting<'_> {
     async fn contain(
         &self,
         spec: &ContainSpec,
+        namespaces: Vec<OwnedFd>,
     ) -> Result<(Runtime, Option<OwnedFd>), AttemptError> {
         let (ours, theirs) = StdUnixStream::pair().map_err(PrepareError::Pipes)?;
         ours.set_nonblocking(true).map_err(PrepareError::Pipes)?;
@@ -232,7 +237,7 @@ impl Starting<'_> {
         let mut runtime = spawn(self.pod, &argv, stdin).map_err(PrepareError::Spawn)?;
         let contained = tokio::select! {
             biased;
-            contained = handshake::contain(ours, spec) => contained,
+            contained = handshake::contain(ours, spec, namespaces) => contained,
             () = self.attempt.abort.cancelled() => {
                 runtime.end().await;
                 return Err(AttemptError::Aborted);

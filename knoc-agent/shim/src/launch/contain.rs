@@ -12,19 +12,21 @@
 //!      ◄─ descriptor of the termination message's mount ─┘   └─ Failed, NoNamespaces: reports why, and exits
 //! ```
 //!
+//! If the pod has a network of its own, it joins the pod's user and network namespace instead of creating a user namespace:
+//! their descriptors come with the specification.
+//!
 //! Read-only mounts are read-only here already, so not even root in the container's user namespace can make them writable.
 //! The sources are resolved after the namespaces were entered, since the kernel binds a descriptor only in the mount
 //! namespace in which it was opened.
 //!
 //! Standard input is one end of a socket pair; the shim has the other. Single-threaded, as `unshare(2)` requires.
 
-mod ids;
 pub(crate) mod spec;
 
 use std::{
     convert::Infallible,
     fs::File,
-    io::{self, Read as _},
+    io,
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::{net::UnixStream, process::CommandExt as _},
@@ -35,17 +37,24 @@ use std::{
 
 use knoc_contract::{launch::Reply, walk::Found};
 use knoc_proto::private::while_dumpable;
-use nix::mount::{MsFlags, mount};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
 use rustix::{
     fs::{StatVfsMountFlags, fstatvfs},
-    thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities},
+    thread::{
+        CapabilitySet, CapabilitySets, LinkNameSpaceType, capabilities, move_into_link_name_space,
+        set_capabilities,
+    },
 };
 
-use self::{
-    ids::Isolated,
-    spec::{ContainSpec, MountSpec, SourceError},
+use self::spec::{ContainSpec, MountSpec, SourceError};
+use super::{
+    fds,
+    ids::{self, Ids, Isolated},
+    sys,
 };
-use super::{fds, sys};
 use crate::nofollow;
 
 /// The helper's exit code if the runtime was not executed.
@@ -53,6 +62,9 @@ const FAILED: u8 = 125;
 
 /// A larger specification is rejected: each mount takes a few hundred bytes.
 const MAX_SPEC: usize = 8 << 20;
+
+/// The namespaces that it creates if it joins none.
+const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER.union(CloneFlags::CLONE_NEWNS);
 
 #[derive(Debug, thiserror::Error)]
 enum ContainError {
@@ -64,8 +76,6 @@ enum ContainError {
     },
     #[error("receive the mounts")]
     Spec(#[source] serde_json::Error),
-    #[error("the mounts take {0} bytes, which is too many")]
-    TooLong(usize),
     #[error("{what}")]
     Source {
         what: String,
@@ -88,7 +98,7 @@ impl ContainError {
                 source.raw_os_error().unwrap_or_default()
             }
             Self::Source { source, .. } => source.errno(),
-            Self::Spec(_) | Self::TooLong(_) => 0,
+            Self::Spec(_) => 0,
         }
     }
 }
@@ -114,7 +124,6 @@ pub fn main() -> ExitCode {
                 ContainError::Namespaces(_) => Reply::NoNamespaces { errno, what },
                 ContainError::Io { .. }
                 | ContainError::Spec(_)
-                | ContainError::TooLong(_)
                 | ContainError::Source { .. } => Reply::Failed { errno, what },
             };
             // If the shim has ended, nobody receives the reply.
@@ -125,11 +134,15 @@ pub fn main() -> ExitCode {
 }
 
 fn run(shim: &UnixStream) -> Result<ExitCode, ContainError> {
-    let spec = receive(shim)?;
-    let ids = match while_dumpable(|| ids::isolate(&spec.users))
-        .flatten()
-        .map_err(ContainError::Namespaces)?
-    {
+    let (spec, namespaces) = receive(shim)?;
+    let isolated = match spec.network.clone() {
+        Some(ids) => Isolated::Done(join(ids, &namespaces)?),
+        None => while_dumpable(|| ids::isolate(&spec.users, NAMESPACES))
+            .flatten()
+            .map_err(ContainError::Namespaces)?,
+    };
+    drop(namespaces);
+    let ids = match isolated {
         Isolated::Mapper(code) => return Ok(code),
         Isolated::Done(ids) => ids,
     };
@@ -165,17 +178,36 @@ fn run(shim: &UnixStream) -> Result<ExitCode, ContainError> {
     Err(error)
 }
 
-fn receive(mut shim: &UnixStream) -> Result<ContainSpec, ContainError> {
-    let failed = || ContainError::on("receive the mounts");
-    let mut head = [0; 4];
-    shim.read_exact(&mut head).map_err(failed())?;
-    let length = usize::try_from(u32::from_be_bytes(head)).unwrap_or(usize::MAX);
-    if length > MAX_SPEC {
-        return Err(ContainError::TooLong(length));
+/// What to mount, and the namespaces to join.
+fn receive(shim: &UnixStream) -> Result<(ContainSpec, Vec<OwnedFd>), ContainError> {
+    let received = fds::receive_frame(shim, MAX_SPEC).and_then(|received| {
+        let ended = || io::Error::from(io::ErrorKind::UnexpectedEof);
+        received.ok_or_else(ended)
+    });
+    let (body, namespaces) = received.map_err(ContainError::on("receive the mounts"))?;
+    let spec = serde_json::from_slice(&body).map_err(ContainError::Spec)?;
+    Ok((spec, namespaces))
+}
+
+/// Joins the pod's user namespace and then its network namespace, which gives all rights in both, and enters a mount
+/// namespace of its own. `ids` are those that are mapped there.
+fn join(ids: Ids, namespaces: &[OwnedFd]) -> Result<Ids, ContainError> {
+    let on = || ContainError::on("join the pod's network");
+    let [user, net] = namespaces else {
+        return Err(on()(io::ErrorKind::InvalidInput.into()));
+    };
+    for (namespace, kind) in [
+        (user, LinkNameSpaceType::User),
+        (net, LinkNameSpaceType::Network),
+    ] {
+        move_into_link_name_space(namespace.as_fd(), Some(kind))
+            .map_err(io::Error::from)
+            .map_err(on())?;
     }
-    let mut body = vec![0; length];
-    shim.read_exact(&mut body).map_err(failed())?;
-    serde_json::from_slice(&body).map_err(ContainError::Spec)
+    unshare(CloneFlags::CLONE_NEWNS)
+        .map_err(io::Error::from)
+        .map_err(ContainError::on("create a mount namespace"))?;
+    Ok(ids)
 }
 
 /// Binds one source to its staging path. `opened` are the sources before it.
