@@ -56,10 +56,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             PRIVILEGED,
             containers().any(|container| container.privileged),
         ),
-        (
-            PRIVATE_NETWORK,
-            spec.network() == pb::NetworkMode::Private,
-        ),
+        (PRIVATE_NETWORK, spec.network() == pb::NetworkMode::Private),
         (PROBES, containers().any(has_probe)),
         (HOOKS, containers().any(has_hook)),
     ];

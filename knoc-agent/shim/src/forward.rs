@@ -397,9 +397,7 @@ mod tests {
             .expect("a foreign listener is still dialled");
         assert!(foreign.to_string().contains("outside the pod"), "{foreign}");
         drop(listener);
-        let refused = connect(&Network::Host, port, parent)
-            .await
-            .unwrap_err();
+        let refused = connect(&Network::Host, port, parent).await.unwrap_err();
         let text = format!(
             "failed to connect to localhost:{port} inside the pod: connect: connection refused"
         );

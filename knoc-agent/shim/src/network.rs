@@ -264,8 +264,14 @@ mod tests {
         assert_eq!(plan(unset, Mode::Auto, true, true), Some(Plan::Host));
         assert_eq!(plan(unset, Mode::Private, true, true), Some(Plan::Private));
         assert_eq!(plan(unset, Mode::Private, false, false), None);
-        assert_eq!(plan(Mode::Private, Mode::Host, true, false), Some(Plan::Private));
-        assert_eq!(plan(Mode::Host, Mode::Private, true, false), Some(Plan::Host));
+        assert_eq!(
+            plan(Mode::Private, Mode::Host, true, false),
+            Some(Plan::Private)
+        );
+        assert_eq!(
+            plan(Mode::Host, Mode::Private, true, false),
+            Some(Plan::Host)
+        );
         // The job file of an agent that does not know the setting.
         assert_eq!(plan(unset, unset, true, false), Some(Plan::Host));
     }

@@ -60,7 +60,10 @@ mod tests {
         assert_eq!(of(Some(" private "), false), Ok(NetworkMode::Private));
         assert_eq!(of(Some("host"), false), Ok(NetworkMode::Host));
         let wrong = of(Some("bridge"), false).unwrap_err();
-        assert!(wrong.contains("`bridge` is not `private` or `host`"), "{wrong}");
+        assert!(
+            wrong.contains("`bridge` is not `private` or `host`"),
+            "{wrong}"
+        );
         let wrong = of(Some("private"), true).unwrap_err();
         assert!(wrong.contains("contradicts"), "{wrong}");
     }

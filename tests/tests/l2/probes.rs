@@ -409,8 +409,7 @@ async fn a_pre_stop_hook_that_never_ends_takes_the_grace_period_and_no_more() ->
 async fn readiness_is_probed_to_the_end_of_a_pod_that_is_being_stopped_and_liveness_is_not()
 -> anyhow::Result<()> {
     let (site, _agent, client) = Site::start(Options::default()).await?;
-    let [alive, there, told, stay] =
-        ["alive", "there", "told", "stay"].map(|name| site.path(name));
+    let [alive, there, told, stay] = ["alive", "there", "told", "stay"].map(|name| site.path(name));
     let mut main = shell(&format!(
         "trap 'touch {}' TERM; while test -e {}; do sleep 0.1; done",
         told.display(),

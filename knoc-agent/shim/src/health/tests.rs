@@ -96,7 +96,10 @@ fn a_container_that_is_to_stop_fails_no_more_but_its_readiness_is_probed() {
     checks.begin(Kind::Liveness, seconds(50));
     checks.stop();
     assert_eq!(checks.end(Kind::Liveness, &failed()), None);
-    assert_eq!(once(&mut checks, Kind::Readiness, 50, &Outcome::Passed), None);
+    assert_eq!(
+        once(&mut checks, Kind::Readiness, 50, &Outcome::Passed),
+        None
+    );
     let ready = once(&mut checks, Kind::Readiness, 60, &Outcome::Passed);
     assert_eq!(ready, Some(Change::Ready(true)));
     let unready = once(&mut checks, Kind::Readiness, 70, &failed());

@@ -122,9 +122,9 @@ pub fn main() -> ExitCode {
             let errno = error.errno();
             let reply = match error {
                 ContainError::Namespaces(_) => Reply::NoNamespaces { errno, what },
-                ContainError::Io { .. }
-                | ContainError::Spec(_)
-                | ContainError::Source { .. } => Reply::Failed { errno, what },
+                ContainError::Io { .. } | ContainError::Spec(_) | ContainError::Source { .. } => {
+                    Reply::Failed { errno, what }
+                }
             };
             // If the shim has ended, nobody receives the reply.
             fds::send(&shim, &reply.encode(), &[]).ok();

@@ -243,7 +243,8 @@ mod tests {
 
     #[test]
     fn only_a_route_to_everywhere_is_a_default_route() {
-        let head = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n";
+        let head =
+            "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n";
         let line = |destination: &str, mask: &str| {
             format!("{head}eth0\t{destination}\t010000C0\t0003\t0\t0\t0\t{mask}\t0\t0\t0\n")
         };

@@ -97,8 +97,8 @@ async fn verify(
 ) -> Result<Connection, String> {
     unix::identify(&connection.io, path).map_err(|error| chain(&error))?;
     let endpoint = endpoint(file).await;
-    let endpoint =
-        endpoint.map_err(|error| error.unwrap_or_else(|| "there is no endpoint.json".to_owned()))?;
+    let endpoint = endpoint
+        .map_err(|error| error.unwrap_or_else(|| "there is no endpoint.json".to_owned()))?;
     let peer = "the agent behind `connect`";
     let made = pinned::over(connection, peer, pair, &endpoint.spki).await;
     made.map_err(|error| chain(&error))

@@ -217,7 +217,8 @@ fn spawn(children: &Children, program: &Path, arguments: &[OsString]) -> io::Res
 mod tests {
     use super::*;
 
-    const HEAD: &str = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n";
+    const HEAD: &str =
+        "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n";
 
     #[test]
     fn the_interface_of_the_best_default_route_is_taken() {

@@ -47,7 +47,9 @@ impl Slurm {
             let (program, message) = line.split_once(": ")?;
             (Path::new(program).file_name() == srun).then(|| message.to_lowercase())
         };
-        text.lines().filter_map(own).any(|message| refuses(&message))
+        text.lines()
+            .filter_map(own)
+            .any(|message| refuses(&message))
     }
 }
 

@@ -46,5 +46,7 @@ pub(crate) enum Answer {
     Routed(bool),
     /// With the socket, if one was asked for.
     Done,
-    Failed { why: String },
+    Failed {
+        why: String,
+    },
 }

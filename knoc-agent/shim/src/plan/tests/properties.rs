@@ -12,13 +12,15 @@ fn any_phase() -> impl Strategy<Value = Phase> {
         Just(Phase::Idle),
         Just(Phase::Starting),
         Just(Phase::Running),
-        (prop_oneof![Just(0), Just(1)], any::<bool>(), 0_u64..20).prop_map(|(code, unhealthy, at)| {
-            Phase::Exited {
-                code,
-                unhealthy,
-                restart_at: Time::from_secs(at),
+        (prop_oneof![Just(0), Just(1)], any::<bool>(), 0_u64..20).prop_map(
+            |(code, unhealthy, at)| {
+                Phase::Exited {
+                    code,
+                    unhealthy,
+                    restart_at: Time::from_secs(at),
+                }
             }
-        }),
+        ),
     ]
 }
 
@@ -313,7 +315,9 @@ impl Simulation {
         let (Action::Start(id) | Action::PreStop(id) | Action::Term(id) | Action::Kill(id)) =
             action;
         let mut containers = self.view.containers.iter_mut().zip(self.hooks);
-        let (container, hook) = containers.find(|(one, _)| one.id == id).expect("a known id");
+        let (container, hook) = containers
+            .find(|(one, _)| one.id == id)
+            .expect("a known id");
         let stage = match action {
             Action::Start(_) => {
                 self.started.push(id);
@@ -346,7 +350,9 @@ impl Simulation {
         match container.phase {
             Phase::Starting => container.phase = Phase::Running,
             Phase::Running
-                if container.stop == StopStage::PreStop && container.pre_stop_pending && code == 0 =>
+                if container.stop == StopStage::PreStop
+                    && container.pre_stop_pending
+                    && code == 0 =>
             {
                 container.pre_stop_pending = false;
             }
