@@ -145,7 +145,7 @@ mod tests {
         assert!(is_admitted("Container", "ports"));
         assert!(is_honoured("Container", "liveness_probe"));
         assert!(!is_admitted("LifecycleHandler", "tcp_socket"));
-        assert!(!is_honoured("PodSpec", "host_network"));
-        assert!(is_admitted("PodSpec", "host_network"), "false is admitted");
+        assert!(!is_honoured("PodSpec", "host_pid"));
+        assert!(is_admitted("PodSpec", "host_pid"), "false is admitted");
     }
 }
