@@ -384,7 +384,7 @@ mod tests {
             hostname: hostname("pod"),
             ..Facts::default()
         };
-        facts.fields.host_ip = "10.0.0.1".to_owned();
+        facts.fields.pod_ip = "10.0.0.1".to_owned();
         let alias = pb::HostAlias {
             ip: "10.1.1.1".to_owned(),
             hostnames: strings(&["a", "b"]),

@@ -312,12 +312,11 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
     Ok(exit_code(reported, reports.borrow_and_update().outcome()))
 }
 
-/// Says in an Event that the pod reaches no other network.
+/// Says in Events what does not work in the pod's network.
 fn tell(publisher: &mut Publisher, up: &network::Up) {
-    if let Some(why) = &up.cut_off {
+    for lack in &up.lacks {
         let message = format!(
-            "the pod has a network of its own, from which it reaches no other network: {why}; install pasta (package \
-             passt) on the compute nodes, or set the annotation `knoc.io/network: host`"
+            "the pod has a network of its own, and {lack}; set the annotation `knoc.io/network: host` if it needs that"
         );
         publisher.note("NetworkUnavailable", message, "");
     }

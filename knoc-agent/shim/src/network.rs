@@ -6,6 +6,7 @@
 //! leads to the networks of the node ([`pasta`]).
 
 mod holder;
+mod names;
 mod pasta;
 
 use std::{
@@ -22,7 +23,8 @@ use knoc_proto::{error::chain, pb};
 use tokio::net::{TcpSocket, TcpStream};
 
 use self::{
-    holder::Holder,
+    holder::{Held, Holder},
+    names::Names,
     pasta::{Pasta, PastaError},
 };
 use super::children::Children;
@@ -53,6 +55,8 @@ pub(crate) struct Private {
     holder: Arc<Holder>,
     /// The pod's address in it.
     pub(crate) address: IpAddr,
+    /// Replaces the node's `/etc/resolv.conf`.
+    resolv_conf: Option<String>,
 }
 
 /// What a container's helper joins.
@@ -73,6 +77,14 @@ impl Network {
             ids: private.ids.clone(),
             namespaces: vec![private.user.try_clone()?, private.net.try_clone()?],
         }))
+    }
+
+    /// The text that replaces the node's `/etc/resolv.conf`.
+    pub(crate) fn resolv_conf(&self) -> Option<&str> {
+        match self {
+            Self::Host => None,
+            Self::Private(private) => private.resolv_conf.as_deref(),
+        }
     }
 }
 
@@ -150,29 +162,38 @@ pub(crate) struct Tools<'a> {
     pub(crate) env: &'a HashMap<String, String>,
 }
 
-/// The network, and why it is less than it could be.
+/// The network, and what it lacks.
 #[derive(Debug)]
 pub(crate) struct Up {
     pub(crate) network: Network,
     /// Leads to other networks as long as it lives.
     pasta: Option<Pasta>,
-    /// Why the pod reaches no other network, although it has one of its own.
-    pub(crate) cut_off: Option<String>,
+    /// What does not work in it.
+    pub(crate) lacks: Vec<String>,
     /// Why the pod shares the node's network, although it could have one of its own.
     shared: Option<String>,
 }
 
 impl Up {
+    fn host(shared: Option<String>) -> Self {
+        Self {
+            network: Network::Host,
+            pasta: None,
+            lacks: Vec::new(),
+            shared,
+        }
+    }
+
     /// What the shim reports.
     pub(crate) fn reported(&self) -> pb::PodNetwork {
         let mode = match self.network {
             Network::Host => pb::NetworkMode::Host,
             Network::Private(_) => pb::NetworkMode::Private,
         };
-        let reason = self.cut_off.as_ref().or(self.shared.as_ref());
+        let shared = self.shared.clone().unwrap_or_default();
         pb::PodNetwork {
             mode: mode.into(),
-            reason: reason.cloned().unwrap_or_default(),
+            reason: self.lacks.first().cloned().unwrap_or(shared),
         }
     }
 
@@ -186,15 +207,6 @@ impl Up {
             );
         }
     }
-
-    fn host(shared: Option<String>) -> Self {
-        Self {
-            network: Network::Host,
-            pasta: None,
-            cut_off: None,
-            shared,
-        }
-    }
 }
 
 /// Brings up the pod's network. Fails if the pod or the site asks for what this node cannot do.
@@ -204,40 +216,53 @@ pub(crate) async fn bring_up(tools: &Tools<'_>, wish: Wish) -> anyhow::Result<Up
     if plan == Plan::Host {
         return Ok(Up::host(None));
     }
-    let private = match hold(tools).await {
-        Ok(private) => private,
+    let started = Holder::start(tools.children, tools.agent, tools.users, ADDRESS).await;
+    let (holder, held) = match started {
+        Ok(started) => started,
         Err(error) if plan == Plan::IfPossible => return Ok(Up::host(Some(chain(&error)))),
         Err(error) => return Err(anyhow::Error::new(error).context(ASKED)),
     };
-    let (pasta, cut_off) = match lead_out(tools, &private).await {
-        Ok(pasta) => (Some(pasta), None),
-        Err(error) if plan == Plan::IfPossible => return Ok(Up::host(Some(chain(&error)))),
-        Err(error) => (None, Some(chain(&error))),
+    let (pasta, mut lacks) = match lead_out(tools, &holder).await {
+        Ok(pasta) => (Some(pasta), Vec::new()),
+        Err(error) => (
+            None,
+            vec![format!("it reaches no other network: {}", chain(&error))],
+        ),
     };
-    private.holder.seal().await.context(ASKED)?;
+    let names = Names::find();
+    if names == Names::Lost {
+        lacks.push(names::LOST.to_owned());
+    }
+    if plan == Plan::IfPossible && !lacks.is_empty() {
+        return Ok(Up::host(Some(lacks.swap_remove(0))));
+    }
+    holder.seal().await.context(ASKED)?;
     Ok(Up {
-        network: Network::Private(Arc::new(private)),
+        network: Network::Private(Arc::new(private(holder, held, names))),
         pasta,
-        cut_off,
+        lacks,
         shared: None,
     })
 }
 
-async fn hold(tools: &Tools<'_>) -> io::Result<Private> {
-    let (holder, held) = Holder::start(tools.children, tools.agent, tools.users, ADDRESS).await?;
-    Ok(Private {
+fn private(holder: Arc<Holder>, held: Held, names: Names) -> Private {
+    Private {
         user: held.user,
         net: held.net,
         ids: held.ids,
         holder,
         address: ADDRESS.into(),
-    })
+        resolv_conf: match names {
+            Names::Instead(text) => Some(text),
+            Names::OfNode | Names::Lost => None,
+        },
+    }
 }
 
-async fn lead_out(tools: &Tools<'_>, private: &Private) -> Result<Pasta, PastaError> {
+async fn lead_out(tools: &Tools<'_>, holder: &Arc<Holder>) -> Result<Pasta, PastaError> {
     let path = tools.env.get("PATH").map(String::as_str);
-    let mut pasta = Pasta::start(tools.children, path.unwrap_or_default(), private.holder.pid)?;
-    pasta.wait_until_routed(&private.holder).await?;
+    let mut pasta = Pasta::start(tools.children, path.unwrap_or_default(), holder.pid)?;
+    pasta.wait_until_routed(holder).await?;
     Ok(pasta)
 }
 

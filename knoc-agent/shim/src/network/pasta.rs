@@ -49,7 +49,7 @@ const FOLDERS: &str = "/usr/bin:/bin:/usr/local/bin";
 /// Why the pod reaches no other network.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PastaError {
-    #[error("pasta (package passt) is not installed on this node")]
+    #[error("pasta (package passt) is not installed on the compute node")]
     Missing,
     #[error("start {}", path.display())]
     Start {
