@@ -26,6 +26,8 @@ const OURS: &[&str] = &[
     "message",
     "observedGeneration",
     "phase",
+    "podIP",
+    "podIPs",
     "reason",
     "startTime",
 ];

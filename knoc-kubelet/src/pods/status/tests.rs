@@ -87,6 +87,7 @@ fn compute(pod: &Pod, observed: Option<&pb::PodObserved>) -> PodStatus {
         hold: None,
         rejection: None,
         unreachable: false,
+        pod_ip_of_node: false,
         judged: pod.metadata.generation,
         now: at(1000),
     };
@@ -151,6 +152,33 @@ fn running_and_ready() {
         Some(&observed),
     );
     insta::assert_snapshot!(json_of(&status));
+}
+
+#[test]
+fn a_pod_has_the_nodes_address_only_if_the_policy_says_so() {
+    let mut observed = observed(PodPhase::Running, vec![container("a", running())]);
+    observed.host_ip = "10.0.0.7".to_owned();
+    let pod = pod("Never", false, &json!({"phase": "Pending"}));
+    let of = |pod_ip_of_node: bool, observed: Option<&pb::PodObserved>| {
+        let input = Input {
+            pod: &pod,
+            observed,
+            hold: None,
+            rejection: None,
+            unreachable: false,
+            pod_ip_of_node,
+            judged: pod.metadata.generation,
+            now: at(1000),
+        };
+        let status = status(&input).unwrap();
+        let all = status.pod_ips.unwrap_or_default();
+        (status.pod_ip, all.into_iter().map(|one| one.ip).collect::<Vec<_>>())
+    };
+    let node = "10.0.0.7".to_owned();
+    assert_eq!(of(true, Some(&observed)), (Some(node.clone()), vec![node]));
+    assert_eq!(of(false, Some(&observed)), (None, Vec::new()));
+    // It is not known yet where the pod runs.
+    assert_eq!(of(true, None), (None, Vec::new()));
 }
 
 type Case = (
@@ -299,6 +327,7 @@ fn a_terminal_phase_is_never_left() {
         hold: None,
         rejection: None,
         unreachable: false,
+        pod_ip_of_node: false,
         judged: pod.metadata.generation,
         now: at(1),
     };
@@ -318,6 +347,7 @@ fn a_rejected_pod_fails_with_its_whole_message() {
         hold: None,
         rejection: Some(&rejection),
         unreachable: false,
+        pod_ip_of_node: false,
         judged: pod.metadata.generation,
         now: at(1),
     };
@@ -339,6 +369,7 @@ fn a_missing_config_map_is_shown_by_the_containers() {
         hold: Some(&hold),
         rejection: None,
         unreachable: false,
+        pod_ip_of_node: false,
         judged: pod.metadata.generation,
         now: at(1),
     };
@@ -369,6 +400,7 @@ fn a_cut_link_only_takes_readiness() {
         hold: None,
         rejection: None,
         unreachable: true,
+        pod_ip_of_node: false,
         judged: pod.metadata.generation,
         now: at(1000),
     };
@@ -435,6 +467,7 @@ fn ephemeral_containers_are_reported_as_terminated_with_a_reason() {
             hold: None,
             rejection: None,
             unreachable: false,
+            pod_ip_of_node: false,
             judged: pod.metadata.generation,
             now: at(100),
         };
@@ -483,6 +516,7 @@ fn messages_are_shown_safely_and_bounded_and_a_programs_own_stays() {
         hold: None,
         rejection: Some(&rejection),
         unreachable: false,
+        pod_ip_of_node: false,
         judged: None,
         now: Timestamp::UNIX_EPOCH,
     };
