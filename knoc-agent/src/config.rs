@@ -6,6 +6,7 @@
 
 mod check;
 pub mod dial_out;
+mod host_ports;
 mod limits;
 mod listen;
 mod network;
@@ -297,6 +298,8 @@ pub struct Policy {
     pub registries: Vec<String>,
     /// What happens to a pod with a container that asks for privileges.
     pub privileged: Privileged,
+    /// Ports of compute nodes that may lead to pods, such as `20000-20999`. If empty: none.
+    pub host_ports: Vec<String>,
 }
 
 impl Default for Policy {
@@ -321,6 +324,7 @@ impl Default for Policy {
             qos: Vec::new(),
             registries: Vec::new(),
             privileged: Privileged::Reject,
+            host_ports: Vec::new(),
         }
     }
 }

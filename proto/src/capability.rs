@@ -14,6 +14,8 @@ pub const RUN_AS_NON_ROOT: &str = "run-as-non-root";
 /// The agent applies the site's policy to `privileged`.
 pub const PRIVILEGED: &str = "privileged";
 
+/// The agent applies the site's policy to host ports, and its shims forward them.
+pub const HOST_PORTS: &str = "host-ports";
 /// The agent's shims give pods a network of their own.
 pub const PRIVATE_NETWORK: &str = "private-network";
 /// The agent's shims run probes.
@@ -22,12 +24,13 @@ pub const PROBES: &str = "probes";
 pub const HOOKS: &str = "hooks";
 
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 8] = [
+pub const OF_PODS: [&str; 9] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
     RUN_AS_NON_ROOT,
     PRIVILEGED,
+    HOST_PORTS,
     PRIVATE_NETWORK,
     PROBES,
     HOOKS,
@@ -55,6 +58,10 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         (
             PRIVILEGED,
             containers().any(|container| container.privileged),
+        ),
+        (
+            HOST_PORTS,
+            containers().any(|container| !container.host_ports.is_empty()),
         ),
         (PRIVATE_NETWORK, spec.network() == pb::NetworkMode::Private),
         (PROBES, containers().any(has_probe)),
@@ -92,6 +99,7 @@ mod tests {
         }];
         assert_eq!(needed(&spec), [SUB_PATH_EXPR]);
         spec.subdomain = "web".to_owned();
+        spec.containers[0].host_ports = vec![pb::HostPort::default()];
         spec.set_network(pb::NetworkMode::Private);
         spec.resolver = Some(pb::Resolver::default());
         spec.init_containers[0].run_as_non_root = true;

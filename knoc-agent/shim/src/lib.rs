@@ -25,6 +25,7 @@ mod forward;
 mod gpus;
 mod handshake;
 mod health;
+mod host_ports;
 mod job_signals;
 pub mod launch;
 mod link;
@@ -88,6 +89,7 @@ use tracing_subscriber::{
 use self::{
     children::Children,
     directory::Directory,
+    host_ports::HostPorts,
     link::{Link, Serving, State, carried},
     pod::Pod,
     report::Publisher,
@@ -185,6 +187,8 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     background.spawn(pod.children.clone().reap(Children::signal()?));
     let up = pod.bring_up_network().await?;
     pod.network = up.network.clone();
+    let host_ports = HostPorts::bind(&pod).await?;
+    background.spawn(host_ports.serve(pod.network.clone()));
     let begun = Begun {
         previous,
         values,

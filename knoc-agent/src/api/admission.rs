@@ -33,6 +33,7 @@ pub(super) async fn admit(
     if !policy.maps_privileged() {
         problems.extend(privileged(spec));
     }
+    problems.extend(policy.denied_host_ports(spec));
     let roots = &site.config.host_paths;
     problems.extend(host_paths.outside(&spec.volumes, roots).await?);
     if let Err(error) = site

@@ -211,6 +211,9 @@ registries = []
 # What happens to a pod with a `privileged` container, because nobody on a compute node can give it privileges: "reject", or
 # "unprivileged" to run the container without them, as pods expect that ask for more than they need.
 # privileged = "reject"  # default
+# Ports of compute nodes from which connections are forwarded to a pod that asks for it (hostPort), each a port or a range.
+# Everybody who reaches the node can connect to them. If empty, none.
+# host_ports = ["20000-20999"]  # example
 # Additional sbatch flags that pods can pass with the annotation knoc.io/flags.
 # flags = ["--mail-type", "--mail-user", "--mem-per-cpu", "--cores-per-socket", "--hint"]  # default
 

@@ -165,11 +165,17 @@ carried! {
         left { resize_policy, restart_policy, restart_policy_rules, volume_devices }
     }
 
-    /// A port of a container, to which probes and hooks may refer by its name.
+    /// A port of a container, to which probes and hooks may refer by its name, and a port of the node may lead.
     ContainerPort of core::ContainerPort, judged as "ContainerPort" {
-        taken { container_port: i32, name: Option<String> }
+        taken {
+            container_port: i32,
+            host_ip: Option<String>,
+            host_port: Option<i32>,
+            name: Option<String>,
+            protocol: Option<String>,
+        }
         elsewhere {}
-        left { host_ip, host_port, protocol }
+        left {}
     }
 
     /// A startup, liveness or readiness probe.

@@ -387,6 +387,7 @@ fn shape_container(
         readiness_probe: probes.readiness,
         post_start: probes.post_start,
         pre_stop: probes.pre_stop,
+        host_ports: network::host_ports(spec, container, problems),
         run_as_non_root: run_as_non_root(spec, security),
         privileged: security.is_some_and(|context| *context.privileged == Some(true)),
     }

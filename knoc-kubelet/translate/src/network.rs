@@ -1,9 +1,9 @@
-//! PURE: which network a pod asks for.
+//! PURE: which network a pod asks for, and the ports of the node that lead to it.
 
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::pb::NetworkMode;
+use knoc_proto::pb::{self, NetworkMode};
 
-use crate::carried::PodSpec;
+use crate::carried::{Container, ContainerPort, PodSpec};
 
 /// Overrides the site's setting for pods that do not ask for `hostNetwork`.
 const ANNOTATION: &str = "knoc.io/network";
@@ -32,6 +32,40 @@ pub(super) fn mode(pod: &Pod, spec: PodSpec<'_>, problems: &mut Vec<String>) -> 
             NetworkMode::Unspecified
         }
     }
+}
+
+/// The ports of the node that lead to the container. In the node's network there are none: programs listen there
+/// themselves, and the API server gives each port the same host port.
+pub(super) fn host_ports(
+    spec: PodSpec<'_>,
+    container: Container<'_>,
+    problems: &mut Vec<String>,
+) -> Vec<pb::HostPort> {
+    if *spec.host_network == Some(true) {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    for port in container.ports.iter().flatten().map(ContainerPort::from) {
+        let Some(host_port) = port.host_port.filter(|number| *number != 0) else {
+            continue;
+        };
+        let protocol = port.protocol.as_deref().unwrap_or("TCP");
+        if protocol != "TCP" {
+            problems.push(format!(
+                "spec.containers[{}].ports: hostPort {host_port} with the protocol {protocol}; only TCP ports of the node are forwarded",
+                container.name
+            ));
+            continue;
+        }
+        // The agent refuses numbers that are no ports.
+        let number = |value: i32| value.try_into().unwrap_or_default();
+        found.push(pb::HostPort {
+            host_port: number(host_port),
+            container_port: number(*port.container_port),
+            host_ip: port.host_ip.clone().unwrap_or_default(),
+        });
+    }
+    found
 }
 
 #[cfg(test)]
@@ -66,5 +100,39 @@ mod tests {
         );
         let wrong = of(Some("private"), true).unwrap_err();
         assert!(wrong.contains("contradicts"), "{wrong}");
+    }
+
+    #[test]
+    fn host_ports_lead_to_a_pod_that_is_not_in_the_nodes_network() {
+        let of = |host_network: bool| {
+            let pod: Pod = serde_json::from_value(json!({"spec": {
+                "hostNetwork": host_network,
+                "containers": [{"name": "a", "ports": [
+                    {"containerPort": 80, "hostPort": 8080, "hostIP": "127.0.0.1"},
+                    {"containerPort": 81},
+                    {"containerPort": 53, "hostPort": 53, "protocol": "UDP"},
+                ]}],
+            }}))
+            .unwrap();
+            let spec = pod.spec.as_ref().map(PodSpec::from).unwrap();
+            let mut problems = Vec::new();
+            let container = Container::from(&spec.containers[0]);
+            (host_ports(spec, container, &mut problems), problems)
+        };
+        let expected = pb::HostPort {
+            host_port: 8080,
+            container_port: 80,
+            host_ip: "127.0.0.1".to_owned(),
+        };
+        let (found, problems) = of(false);
+        assert_eq!(found, [expected]);
+        let [problem] = problems.as_slice() else {
+            panic!("{problems:?}");
+        };
+        assert!(
+            problem.contains("hostPort 53 with the protocol UDP"),
+            "{problem}"
+        );
+        assert_eq!(of(true), (Vec::new(), Vec::new()));
     }
 }

@@ -310,7 +310,7 @@ impl Worker<'_> {
                 .as_ref()
                 .filter(|_| observed.is_none()),
             unreachable: self.unreachable(),
-            pod_ip_of_node: self.context.node.identity.pod_ip_of_node,
+            pod_ip_of_node: self.context.node.identity().pod_ip_of_node,
             judged: self.judged(&view.pod),
             now: Timestamp::now(),
         };

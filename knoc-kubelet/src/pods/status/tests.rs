@@ -172,7 +172,10 @@ fn a_pod_has_the_nodes_address_only_if_the_policy_says_so() {
         };
         let status = status(&input).unwrap();
         let all = status.pod_ips.unwrap_or_default();
-        (status.pod_ip, all.into_iter().map(|one| one.ip).collect::<Vec<_>>())
+        (
+            status.pod_ip,
+            all.into_iter().map(|one| one.ip).collect::<Vec<_>>(),
+        )
     };
     let node = "10.0.0.7".to_owned();
     assert_eq!(of(true, Some(&observed)), (Some(node.clone()), vec![node]));

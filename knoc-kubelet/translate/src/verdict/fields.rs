@@ -141,8 +141,9 @@ mod tests {
     #[test]
     fn a_field_is_honoured_if_a_field_inside_it_is() {
         assert!(is_honoured("Container", "resources"));
-        assert!(!is_honoured("Container", "ports"), "informative");
-        assert!(is_admitted("Container", "ports"));
+        assert!(is_honoured("Container", "ports"));
+        assert!(!is_honoured("ContainerPort", "protocol"), "informative");
+        assert!(is_admitted("ContainerPort", "protocol"));
         assert!(is_honoured("Container", "liveness_probe"));
         assert!(!is_admitted("LifecycleHandler", "tcp_socket"));
         assert!(!is_honoured("PodSpec", "host_pid"));

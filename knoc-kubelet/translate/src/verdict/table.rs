@@ -79,10 +79,8 @@ pub(super) const TABLE: &[Type] = &[
     ]),
     of("ContainerPort", "`ports[]`", &[
         row("name containerPort protocol", Any, Satisfied, "informative, as on any node"),
-        row("hostPort", Is(&["0"]), Satisfied, ""),
-        row("hostPort", Any, Rejected, "ports of a compute node cannot be reserved for a pod"),
-        row("hostIP", Empty, Satisfied, ""),
-        row("hostIP", Any, Rejected, "ports of a compute node cannot be reserved for a pod"),
+        row("hostPort", Any, Honoured, "TCP only; the site's policy lists the ports (`policy.host_ports`); with `hostNetwork` the program listens on the node itself: see [networks](networks.md#host-ports)"),
+        row("hostIP", Any, Honoured, "`127.0.0.1` or the address of the compute node; not given: both"),
     ]),
     of("Probe", "`startupProbe`, `livenessProbe`, `readinessProbe`", &[
         row("initialDelaySeconds periodSeconds timeoutSeconds successThreshold failureThreshold terminationGracePeriodSeconds", Any, Honoured, "see [probes and hooks](#probes-and-hooks)"),
