@@ -300,7 +300,7 @@ grace periods and Events. What is particular here:
   does. If another pod or the node listens on the port, the probe fails and says so, and nothing is sent there.
 - A port that is given by its name must be among the `ports` of the same container.
 - A container is not ready while its `postStart` hook runs, and the containers behind it in the list wait for the hook.
-- Once its pod is being stopped, a container with a readiness probe is not ready, and its probes end.
+- Once a container is being stopped, only its readiness probe goes on, until its program has ended.
 - Redirects are followed on the same host only, at most ten. Of a response or an output, 10 KiB are read.
 - A probe that fails again and again gives one Event whose count grows, every 30 seconds at most.
 ";
