@@ -95,7 +95,7 @@ use self::{
     report::Publisher,
     scratch::{Cleaner, LAST_REMOVAL},
     serve::{Service, Slots},
-    supervisor::Supervisor,
+    supervisor::{Command, Supervisor},
 };
 
 const COMMANDS: usize = 16;
@@ -270,7 +270,7 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
         publisher.note("MemoryOnDisk", why, "");
     }
     tell(&mut publisher, &brought_up);
-    background.spawn(brought_up.watch());
+    background.spawn(tell_if_lost(brought_up, commands.clone()));
     let mut reports = publisher.subscribe();
     background.spawn(scratch::keep_clean(Cleaner::of(&pod.scratch)));
     let mut keeper = JoinSet::new();
@@ -324,6 +324,17 @@ fn tell(publisher: &mut Publisher, up: &network::Up) {
         );
         publisher.note("NetworkUnavailable", message, "");
     }
+}
+
+/// Task: says in an Event if the pod's way to other networks ends before the pod does.
+async fn tell_if_lost(up: network::Up, commands: mpsc::Sender<Command>) {
+    let why = up.lost().await;
+    let note = Command::Note {
+        reason: "NetworkUnavailable",
+        message: format!("the pod's connections to other networks fail from now on: {why}"),
+    };
+    // The supervisor has ended if nobody receives it.
+    commands.send(note).await.ok();
 }
 
 /// How the agent reaches the shim if the shim cannot reach the agent.

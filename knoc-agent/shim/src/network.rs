@@ -197,14 +197,11 @@ impl Up {
         }
     }
 
-    /// Task: says in the log if pasta ends before the pod does.
-    pub(crate) async fn watch(self) {
-        if let Some(mut pasta) = self.pasta {
-            let error = pasta.ended().await;
-            tracing::warn!(
-                error = chain(&error),
-                "the pod's connections to other networks fail from now on"
-            );
+    /// Waits until the pod's way to other networks ends, which should not happen before the pod does. Returns why.
+    pub(crate) async fn lost(self) -> String {
+        match self.pasta {
+            Some(mut pasta) => chain(&pasta.ended().await),
+            None => std::future::pending().await,
         }
     }
 }
