@@ -132,7 +132,7 @@ fn ways<'a>(
             continue;
         }
         let asked: Option<IpAddr> = one.host_ip.parse().ok();
-        let addresses = match asked.filter(|ip| !ip.is_unspecified()) {
+        let addresses: Vec<IpAddr> = match asked.filter(|ip| !ip.is_unspecified()) {
             None => node_ip.into_iter().chain([loopback]).collect(),
             Some(ip) if ip.is_loopback() || Some(ip) == node_ip => vec![ip],
             Some(_) => {
@@ -146,7 +146,7 @@ fn ways<'a>(
         // The agent has checked that both are ports.
         let number = |port: u32| u16::try_from(port).unwrap_or_default();
         let (from, to) = (number(one.host_port), number(one.container_port));
-        ways.extend(addresses.into_iter().map(|ip: IpAddr| Way {
+        ways.extend(addresses.into_iter().map(|ip| Way {
             from: SocketAddr::new(ip, from),
             to,
         }));

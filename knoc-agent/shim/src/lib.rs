@@ -185,6 +185,8 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     rustix::process::set_child_subreaper(Some(rustix::process::getpid())).ok();
     let mut background = JoinSet::new();
     background.spawn(pod.children.clone().reap(Children::signal()?));
+    // From here on, a signal stops the pod instead of killing the shim.
+    let signals = job_signals::Signals::listen()?;
     let up = pod.bring_up_network().await?;
     pod.network = up.network.clone();
     let host_ports = HostPorts::bind(&pod).await?;
@@ -194,6 +196,7 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
         values,
         endpoint: endpoint_path,
         up,
+        signals,
         background,
     };
     run(Arc::new(pod), begun).await
@@ -206,6 +209,7 @@ struct Begun {
     values: Option<pb::PodValues>,
     endpoint: std::path::PathBuf,
     up: network::Up,
+    signals: job_signals::Signals,
     background: JoinSet<()>,
 }
 
@@ -254,10 +258,10 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
         values,
         endpoint,
         up: brought_up,
+        signals,
         mut background,
     } = begun;
     let (commands, orders) = mpsc::channel(COMMANDS);
-    let signals = job_signals::Signals::listen()?;
     background.spawn(signals.obey(pod.spec().grace(), commands.clone()));
     let listener = carried::Listener::bind(&pod);
     let route = route_to(listener.as_ref());
