@@ -433,6 +433,7 @@ fn a_generation_counts_once_it_was_judged_whether_it_is_taken_over_or_not() {
             hold: None,
             rejection: None,
             unreachable: judged.is_none(),
+            pod_ip_of_node: false,
             judged,
             now: at(1000),
         };
