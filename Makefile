@@ -16,7 +16,8 @@ help: ## lists all targets
 	@echo "  STACK=full|slurm|local selects the stack of demo, test and up; HPC_SUITE=trixie|sid selects Slurm 24.11 or 26.05 (bookworm,"
 	@echo "  22.05, has no Apptainer and serves only record-slurm.sh); KUBE_VERSION=1.36|1.34 selects Kubernetes (1.34 is built once in"
 	@echo "  addition, in 7 minutes); KUBECONFIG=… uses your cluster instead; QUICK=1 shortens bench;"
-	@echo "  PROFILE=direct|ssh-only says how up and test reach the agent (any but direct: test runs only the core of level 3)"
+	@echo "  PROFILE=direct|ssh-only|outbound-only|proxy-only|isolated|two-logins says how up and test reach the agent (any but direct:"
+	@echo "  test runs only the core of level 3, and with SMOKE=1 only one pod)"
 
 .PHONY: tools
 tools:
@@ -33,7 +34,7 @@ build-tested: tools ## builds the same with crash points (ADR 0080) for the test
 	@install -m 755 $(BINARIES:%=$(BUILT)/release/%) $(BUILT)/tested
 
 # The test bed runs the binaries with crash points, except where their speed or their look is shown.
-demo demo-transcript bench: export KNOC_BIN ?= $(BUILT)/release
+demo demo-transcript bench links ssh-transcript: export KNOC_BIN ?= $(BUILT)/release
 
 .PHONY: prepare
 prepare:
@@ -65,6 +66,14 @@ test-1.34: ## runs the same tests on Kubernetes 1.34, which is built once (7 min
 bench: up ## measures T1 to T4 and streams, and their lower bounds (docs/performance.md)
 	@$(TESTBED)/sweep.sh
 	@eval "$$($(TESTBED)/env.sh)"; cargo run --release --target $(TARGET) -p knoc-tests --bin knoc-bench -- $(if $(QUICK),--quick)
+
+.PHONY: links
+links: prepare ## measures each way to the agent on its profile; writes the table in docs/guide/links.md
+	@$(TESTBED)/links.sh
+
+.PHONY: ssh-transcript
+ssh-transcript: prepare ## goes from an SSH login to a pod's log, with times; writes docs/ssh-transcript.md
+	@$(TESTBED)/ssh-transcript.sh
 
 .PHONY: demo
 demo: prepare ## starts the fullest stack that this machine supports and runs a pod on it
@@ -104,6 +113,10 @@ agent: build ## builds the static knoc-agent and its tarball
 container: build ## builds the kubelet's OCI images, plain and with OpenSSH, without a container engine
 	@packaging/kubelet/build-image.sh
 	@packaging/kubelet/build-image.sh --ssh
+
+.PHONY: release
+release: build ## collects a release in target/dist/release (packages, images, chart, list of crates, licences, checksums); publishes nothing
+	@packaging/release.sh
 
 .PHONY: chart
 chart: ## checks the chart and renders the plain manifests in deploy/

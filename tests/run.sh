@@ -37,16 +37,18 @@ row() { # row LEVEL WHAT [SECONDS-IT-MAY-TAKE]
     local passed failed skipped seconds
     read -r passed failed skipped seconds < <(awk '/^test result: / { p += $4; f += $6; s += $8; t += $NF }
         END { print p + 0, f + 0, s + 0, int(t + 0.5) }' "$results/$1")
-    printf '%-5s %-46s %7d %7d %8d %6d s\n' "$1" "$2" "$passed" "$failed" "$skipped" "$seconds"
+    printf '%-13s %-46s %7d %7d %8d %6d s\n' "$1" "$2" "$passed" "$failed" "$skipped" "$seconds"
     [ "$seconds" -lt "${3:-$((seconds + 1))}" ] || reasons+=("$1 took $seconds s: it is to take less than $3")
     total_passed=$((total_passed + passed)) total_failed=$((total_failed + failed)) total_skipped=$((total_skipped + skipped))
 }
 tests_named() { (cd tests/tests && ls $1 2>/dev/null | sed 's/\.rs$//; s/^/--test /'); }
 
-# The tests of links over SSH start an sshd of their own. The service that comes with the package must not run on this machine: it is
-# neither started (apt_get) nor enabled.
+# The tests of links over SSH start an sshd of their own, with bash, csh and fish as login shells. The service that comes with the package
+# must not run on this machine: it is neither started (apt_get) nor enabled.
 install_sshd() {
     local unit
+    apt_install tcsh tcsh
+    apt_install fish fish
     [ ! -x /usr/sbin/sshd ] || return 0
     apt_get openssh-server sshd
     if type -P systemctl >/dev/null; then
@@ -71,27 +73,34 @@ l2() {
     suite L2 -p knoc-tests --test l2 flood:: -- --test-threads=1
 }
 
-# Another way to the agent: what depends on it, and a kill of each side. The rest does not know how the agent is reached.
+# profile NAME full|smoke: another way to the agent. Full: what depends on it, and a kill of each side; the rest does not know how the
+# agent is reached. Smoke: one pod with its log, commands, copies and deletion.
 profile() {
-    local core='l3_pods.rs l3_logs.rs l3_streams.rs l3_kubectl.rs l3_delete.rs l3_knocctl.rs'
+    local -x PROFILE=$1
+    local core='l3_profile.rs l3_pods.rs l3_logs.rs l3_streams.rs l3_kubectl.rs l3_delete.rs l3_knocctl.rs'
+    [ "$2" = full ] || core=l3_profile.rs
     if "$testbed/up.sh" && "$testbed/sweep.sh"; then
         eval "$("$testbed/env.sh")"
-        suite "$PROFILE" -p knoc-tests $(tests_named "$core") -- --test-threads=4
-        suite "$PROFILE" -p knoc-tests --test l3_faults -- --test-threads=1 an_agent_that_is_down a_kubelet_that_was_killed
+        suite "$1" -p knoc-tests $(tests_named "$core") -- --test-threads=4
+        [ "$1" != two-logins ] || suite "$1" -p knoc-tests --test l3_two_logins -- --test-threads=1
+        [ "$2" != full ] \
+            || suite "$1" -p knoc-tests --test l3_faults -- --test-threads=1 an_agent_that_is_down a_kubelet_that_was_killed
     else
-        echo "test result: FAILED. 0 passed; 1 failed; 0 ignored" >>"$results/$PROFILE"
+        echo "test result: FAILED. 0 passed; 1 failed; 0 ignored" >>"$results/$1"
     fi
+}
+if [ "$PROFILE" != direct ]; then
+    how=full of="the core of L3"
+    [ -z "${SMOKE:-}" ] || how=smoke of="one pod"
+    profile "$PROFILE" $how
     "$testbed/kubelet.sh" down
     "$testbed/agent.sh" down
     echo
-    printf '%-9s %-46s %7s %7s %8s %8s\n' level what passed failed skipped time
-    row "$PROFILE" "the core of L3, PROFILE=$PROFILE"
+    printf '%-13s %-46s %7s %7s %8s %8s\n' level what passed failed skipped time
+    row "$PROFILE" "$of, PROFILE=$PROFILE"
     grep -h '^test .* FAILED$' "$results"/* | sed 's/^test \(.*\) \.\.\. FAILED/failed: \1/' || true
     echo "$total_passed passed, $total_failed failed, $total_skipped skipped"
     [ $total_failed = 0 ]
-}
-if [ "$PROFILE" != direct ]; then
-    profile
     exit
 fi
 
@@ -106,7 +115,7 @@ l2
 
 # Faults (nodes that go down, processes that are killed) would affect other tests, so these tests run alone, one after the other.
 faults=$(tests_named 'l3_faults*.rs l3_crash*.rs l3_cut*.rs')
-others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash\|l3_cut')
+others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash\|l3_cut\|l3_two_logins')
 own_ca='l3_access.rs l3_identity.rs l3_metrics.rs'
 if [ "$STACK" != full ]; then
     skip L3 "STACK=$STACK ($why); the real stack is STACK=full" -p knoc-tests $others $faults
@@ -139,14 +148,25 @@ else
     fi
     "$testbed/kubelet.sh" down
     "$testbed/kubelet.sh" up
+    # The other ways to the agent: the two that differ most in full, the others with one pod.
+    if [ -z "$given_kubeconfig" ]; then
+        for name in ssh-only outbound-only; do profile $name full; done
+        for name in proxy-only isolated two-logins; do profile $name smoke; done
+        "$testbed/up.sh"
+    else
+        reasons+=("KUBECONFIG was given: the other profiles were not tested")
+    fi
 fi
 
 echo
-printf '%-5s %-46s %7s %7s %8s %8s\n' level what passed failed skipped time
+printf '%-13s %-46s %7s %7s %8s %8s\n' level what passed failed skipped time
 row unit "decisions, parsers, protocols, in one process"
 row L2 "real binaries, TLS, local scheduler, $l2_user" 90
 row L3 "Kubernetes, Slurm, Apptainer"
 [ ! -f "$results/node" ] || row node "the core of L3 with the identity of a node"
+for name in ssh-only outbound-only proxy-only isolated two-logins; do
+    [ ! -f "$results/$name" ] || row $name "the core of L3, or one pod, PROFILE=$name"
+done
 grep -h '^test .* ignored, ' "$results"/* | sed 's/^test \(.*\) \.\.\. ignored, /skipped: \1: /' || true
 for reason in "${reasons[@]}"; do echo "$reason"; done
 grep -h '^test .* FAILED$' "$results"/* | sed 's/^test \(.*\) \.\.\. FAILED/failed: \1/' || true

@@ -34,9 +34,9 @@ use tokio::sync::watch::Receiver;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming, service::interceptor::InterceptedService};
 
-use self::host_paths::HostPaths;
 use crate::{
     doctor,
+    image::Credentials,
     linger::Links,
     pod::input::RequestError,
     policy::nodes::may_lead,
@@ -90,7 +90,6 @@ struct Shared {
     /// The tasks that read log files.
     tasks: TaskTracker,
     stats: Arc<Stats>,
-    host_paths: HostPaths,
 }
 
 impl Service {
@@ -118,7 +117,6 @@ impl Service {
             stop,
             tasks,
             stats: Arc::default(),
-            host_paths: HostPaths::default(),
         }))
     }
 
@@ -250,6 +248,11 @@ fn uid(text: &str) -> Result<PodUid, Status> {
     PodUid::try_from(text).map_err(|error| ErrorReason::InvalidRequest.status(error.to_string()))
 }
 
+fn credentials(wire: Option<pb::PullCredentials>) -> Result<Option<Credentials>, Status> {
+    let checked = wire.map(Credentials::check).transpose();
+    checked.map_err(|error| ErrorReason::InvalidRequest.status(error.to_string()))
+}
+
 fn invalid(error: &InvalidPod) -> Status {
     ErrorReason::InvalidSpec.status(error.to_string())
 }
@@ -330,14 +333,16 @@ impl pb::agent_server::Agent for Service {
         let spec = PodSpec::try_from(spec).map_err(|error| invalid(&error))?;
         let values = request.values.unwrap_or_default();
         let values = PodValues::check(values, &spec).map_err(|error| invalid(&error))?;
+        let credentials = credentials(request.pull_credentials)?;
         let site = &self.0.site;
         if site.board.get(spec.uid().as_str()).is_none() {
-            let host_paths = &self.0.host_paths;
-            admission::admit(site, host_paths, &spec, &request.cluster_id).await?;
+            admission::admit(site, &spec, &request.cluster_id)?;
         }
         self.claim(&checked).await?;
         let registry = &self.0.registry;
-        let ensured = registry.ensure(spec, values, request.cluster_id).await;
+        let ensured = registry
+            .ensure(spec, values, credentials, request.cluster_id)
+            .await;
         let (pod, created) = ensured.map_err(status)?;
         Ok(Response::new(pb::EnsurePodResponse {
             pod: Some(pod),
@@ -407,7 +412,9 @@ impl pb::agent_server::Agent for Service {
         self.check_pod(peer.as_ref(), &uid, cluster_id, epoch)
             .await?;
         let values = request.values.unwrap_or_default();
-        self.0.registry.update(&uid, values).await.map_err(status)?;
+        let credentials = credentials(request.pull_credentials)?;
+        let updated = self.0.registry.update(&uid, values, credentials).await;
+        updated.map_err(status)?;
         Ok(Response::new(pb::UpdateValuesResponse {}))
     }
 

@@ -4,11 +4,14 @@
 //! with its line and the allowed values, before anything starts. The cluster cannot extend any of these limits: only
 //! the HPC user decides about [`Policy`].
 
+mod binds;
 mod check;
 pub mod dial_out;
+mod host_paths;
 mod host_ports;
 mod limits;
 mod listen;
+mod mapped;
 mod network;
 mod privileged;
 mod serve;
@@ -22,7 +25,12 @@ use std::{
     time::Duration,
 };
 
-pub use self::limits::Limits;
+pub use self::{
+    binds::SiteBind,
+    host_paths::HostPath,
+    limits::Limits,
+    mapped::{Csi, Nfs},
+};
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
@@ -78,9 +86,6 @@ pub struct Config {
     /// runs.
     #[serde(default)]
     pub trust_shared_roots: bool,
-    /// Folders under which pods may mount host paths. It must be empty for now: every `hostPath` is rejected.
-    #[serde(default)]
-    pub host_paths: Vec<PathBuf>,
     /// The addresses that the agent listens on.
     #[serde(default)]
     pub listen: Listen,
@@ -105,6 +110,9 @@ pub struct Config {
     /// Maps extended resources of pods to Slurm's gres, such as `"amd.com/gpu" = "gpu"`. It replaces the default.
     #[serde(default = "text::gres")]
     pub gres: BTreeMap<String, String>,
+    /// What every container has of the compute node.
+    #[serde(default, rename = "bind")]
+    pub binds: Vec<SiteBind>,
     /// The defaults for jobs whose pod requests nothing else.
     #[serde(default)]
     pub job: JobDefaults,
@@ -267,6 +275,9 @@ pub struct Registry {
     /// Whether to use plain HTTP.
     #[serde(default)]
     pub insecure: bool,
+    /// Whether the mirror gets the credentials that pods have for images under `prefix`.
+    #[serde(default)]
+    pub credentials: bool,
 }
 
 /// Which clients are served, and what pods may request. The whole table is read again while the agent runs.
@@ -300,6 +311,12 @@ pub struct Policy {
     pub privileged: Privileged,
     /// Ports of compute nodes that may lead to pods, such as `20000-20999`. If empty: none.
     pub host_ports: Vec<String>,
+    /// The paths of the compute nodes that pods may mount, with everything below them.
+    pub host_paths: Vec<HostPath>,
+    /// Where the compute nodes have the exports of NFS volumes.
+    pub nfs: Vec<Nfs>,
+    /// Where the compute nodes have the volumes of CSI drivers.
+    pub csi: Vec<Csi>,
 }
 
 impl Default for Policy {
@@ -325,6 +342,9 @@ impl Default for Policy {
             registries: Vec::new(),
             privileged: Privileged::Reject,
             host_ports: Vec::new(),
+            host_paths: Vec::new(),
+            nfs: Vec::new(),
+            csi: Vec::new(),
         }
     }
 }
@@ -464,7 +484,7 @@ impl Config {
         let mut document = Document::parse(text, path)?;
         let config = document.read().map(|mut config: Self| {
             config.expand(&home.home);
-            check::check(&config, &mut document);
+            check::check(&config, &home.home, &mut document);
             config
         });
         Ok(document.finish(config)?)
@@ -481,7 +501,13 @@ impl Config {
         for path in tls
             .chain([&mut self.state_dir])
             .chain(&mut self.image_roots)
-            .chain(&mut self.host_paths)
+            .chain(
+                self.policy
+                    .host_paths
+                    .iter_mut()
+                    .map(|entry| &mut entry.path),
+            )
+            .chain(self.binds.iter_mut().map(|entry| &mut entry.path))
             .chain(&mut self.listen.socket)
         {
             if let Ok(rest) = path.strip_prefix("~") {

@@ -17,15 +17,16 @@
 //!
 //! | bound | where |
 //! |---|---|
-//! | addresses, schemes, redirects, tokens | `guard`, `http`, `auth` |
+//! | addresses, schemes, redirects, tokens, credentials | `guard`, `http`, `auth`, `login` |
 //! | sizes of answers, numbers in lists | `registry`, `manifest` |
 //! | concurrent requests and pulls, shared fairly | `slots` |
 //! | progress and size of a layer | `download` |
 //! | the unpacked size of an image | `unpacked` |
 //! | the cache | `room` |
 //!
-//! It sends no credentials to a registry (pull secrets are rejected at admission), and it opens no
-//! path outside the site's image roots.
+//! The credentials of a pod's pull secrets are sent to the registry that the pod names, and a cached
+//! image that was pulled with credentials is for pods whose own could pull it (`access`). No path
+//! outside the site's image roots is opened.
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
@@ -38,6 +39,7 @@ use crate::{
     policy::Live,
 };
 
+mod access;
 mod auth;
 mod cache;
 mod checks;
@@ -52,8 +54,10 @@ mod guard;
 mod http;
 mod in_use;
 mod local;
+mod login;
 mod manifest;
 mod name;
+mod progress;
 mod pull;
 pub mod reference;
 mod registry;
@@ -64,7 +68,9 @@ mod slots;
 mod unpacked;
 mod untrusted;
 
+pub use login::{BadCredentials, Credential, Credentials, Login};
 pub use name::{Name, NameError};
+pub use progress::PullWatch;
 pub use resolve::Images;
 pub use room::Hold;
 
@@ -119,6 +125,34 @@ impl ImageError {
             image: image.to_owned(),
             kind,
             message: message.into(),
+        }
+    }
+
+    /// The pull policy is Never, and the image is not cached or not for this pod.
+    fn never(image: &str, present: bool) -> Self {
+        let message = if present {
+            format!(
+                "Container image {image:?} is present, but no credential of the pod has been seen to pull it, and the pull policy is Never"
+            )
+        } else {
+            format!("Container image {image:?} is not present with pull policy of Never")
+        };
+        Self::new(image, ImageErrorKind::NeverPull, message)
+    }
+
+    /// The message of the container's status.
+    #[must_use]
+    pub fn waiting(&self) -> String {
+        let (image, message) = (&self.image, &self.message);
+        match self.kind {
+            ImageErrorKind::InvalidName if !image.starts_with('/') => format!(
+                "Failed to apply default image tag {image:?}: couldn't parse image name {image:?}: invalid reference format: {message}"
+            ),
+            ImageErrorKind::InvalidName | ImageErrorKind::Unsupported | ImageErrorKind::Denied => {
+                format!("Failed to inspect image {image:?}: {message}")
+            }
+            ImageErrorKind::Pull if image.starts_with('/') => self.to_string(),
+            ImageErrorKind::Pull | ImageErrorKind::NeverPull => message.clone(),
         }
     }
 

@@ -65,6 +65,9 @@ enum Command {
     /// Creates and holds the network namespace of a pod.
     #[command(hide = true)]
     Network,
+    /// Holds the PID namespace that the containers of a pod share.
+    #[command(hide = true)]
+    Hold,
     /// Starts a process in the namespaces of a running container.
     #[command(hide = true)]
     Enter {
@@ -140,6 +143,7 @@ fn main() -> ExitCode {
         Command::Launch { socket } => return knoc_shim::launch::main(&socket),
         Command::Contain => return knoc_shim::launch::contain::main(),
         Command::Network => return knoc_shim::launch::network::main(),
+        Command::Hold => return knoc_shim::launch::hold::main(),
         Command::Enter { arguments } => return knoc_shim::launch::enter::main(&arguments),
         Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Init(options) => {

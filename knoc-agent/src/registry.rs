@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    image::Credentials,
     pod::{
         actor::{self, NewActor, Restored},
         input::{INPUTS, Input, Reply, RequestError, Wanted},
@@ -141,6 +142,7 @@ impl Registry {
         &self,
         spec: PodSpec,
         values: PodValues,
+        credentials: Option<Credentials>,
         cluster_id: String,
     ) -> Result<(pb::PodObserved, bool), RequestError> {
         let uid = spec.uid();
@@ -163,6 +165,7 @@ impl Registry {
         ask(&handle, |reply| Input::Ensure {
             spec,
             values,
+            credentials,
             cluster_id,
             reply,
         })
@@ -192,10 +195,20 @@ impl Registry {
     }
 
     /// Handles `UpdateValues`.
-    pub async fn update(&self, uid: &PodUid, values: pb::PodValues) -> Result<(), RequestError> {
+    pub async fn update(
+        &self,
+        uid: &PodUid,
+        values: pb::PodValues,
+        credentials: Option<Credentials>,
+    ) -> Result<(), RequestError> {
         let handle = self.get(uid)?;
         let values = Box::new(values);
-        ask(&handle, |reply| Input::Values { values, reply }).await
+        ask(&handle, |reply| Input::Values {
+            values,
+            credentials,
+            reply,
+        })
+        .await
     }
 
     /// All pods, for the poller.

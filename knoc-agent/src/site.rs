@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use knoc_contract::jobdir::StateDir;
+use knoc_contract::{host_paths::HostPaths, jobdir::StateDir};
 use knoc_proto::{crash, error::chain, ids::PodUid};
 use tokio::sync::{Notify, Semaphore};
 
@@ -43,6 +43,8 @@ pub struct Site {
     pub config: Config,
     /// Its present `[policy]`.
     pub policy: Live,
+    /// Where the agent's unix socket may be, which no pod sees.
+    pub sockets: Vec<PathBuf>,
     /// The state directory.
     pub state: StateDir,
     /// What runs the jobs.
@@ -77,6 +79,12 @@ pub struct Site {
 }
 
 impl Site {
+    /// What pods may mount of the compute nodes now.
+    #[must_use]
+    pub fn host_paths(&self) -> HostPaths {
+        self.config.host_paths(&self.policy.now(), &self.sockets)
+    }
+
     /// Fails if this agent may not submit a job now. It reads the lease file; [`Scheduler::submit`]
     /// calls it at the last moment.
     pub async fn may_submit(&self) -> Result<(), SubmitError> {

@@ -1,7 +1,7 @@
 //! The only user of the `Agent` client: sets deadlines, and adds the cluster id and the leadership epoch.
 //!
 //! Two connections lead to the agent. Control carries the controller's calls and the watches, bulk carries logs and
-//! exec, so that 100 MB of log never delay an `EnsurePod`. This module never retries: the callers know what a failure
+//! exec, so that 100 MB of log never delay an `EnsurePod`, unless the login node allows one session only ([`streams`]). This module never retries: the callers know what a failure
 //! means and when to try again.
 
 use std::{
@@ -24,6 +24,7 @@ use tonic::transport::Channel;
 
 pub mod renew;
 pub mod report;
+mod streams;
 pub mod watch;
 
 /// The value in `DeletePodRequest` for the pod's own grace period.
@@ -102,11 +103,21 @@ impl Link {
     }
 }
 
+/// What a pod is sent with, apart from its shape.
+#[derive(Clone, Debug, Default)]
+pub struct Sent {
+    /// Its values.
+    pub values: pb::PodValues,
+    /// The credentials for its images, as long as they are needed.
+    pub pull_credentials: Option<pb::PullCredentials>,
+}
+
 /// A handle to the agent; clones share the connections.
 #[derive(Clone, Debug)]
 pub struct Agent {
     /// Replaced as a whole after the link's certificate was renewed. The lock is held only to clone it.
     channels: Arc<RwLock<Channels>>,
+    streams: streams::Streams,
     cluster_id: Arc<str>,
     /// The name of the node that this kubelet leads; empty if it leads none.
     node: Arc<str>,
@@ -128,6 +139,7 @@ impl Agent {
     pub fn new(control: Channel, bulk: Channel, cluster_id: &str) -> Self {
         Self {
             channels: Arc::new(RwLock::new(Channels { control, bulk })),
+            streams: streams::Streams::default(),
             cluster_id: cluster_id.into(),
             node: "".into(),
             leadership: Arc::default(),
@@ -143,12 +155,22 @@ impl Agent {
         }
     }
 
+    /// The handle for connections that are logins, of which the login node may allow only one.
+    #[must_use]
+    pub fn over_logins(self) -> Self {
+        Self {
+            streams: streams::Streams::over_logins(),
+            ..self
+        }
+    }
+
     /// Uses these connections for new requests and streams; those that are running end on the old connections.
     pub fn redial(&self, channels: Channels) {
         *self
             .channels
             .write()
             .unwrap_or_else(PoisonError::into_inner) = channels;
+        self.streams.forget();
     }
 
     /// The same handle over other connections. This one keeps its own.
@@ -177,10 +199,16 @@ impl Agent {
         self.leadership.store(epoch, Ordering::Release);
     }
 
-    /// The client for streams of bytes, such as logs and exec. The caller sets deadlines.
-    #[must_use]
-    pub fn bulk(&self) -> AgentClient<RawClient<Channel>> {
-        AgentClient::new(RawClient::new(self.channels().bulk))
+    /// The client for streams of bytes, such as logs and exec. The caller sets deadlines, and tells [`Agent::noticed`] if a stream could
+    /// not be opened.
+    pub async fn bulk(&self) -> AgentClient<RawClient<Channel>> {
+        let channels = self.channels();
+        let channel = if self.shares_control(&channels).await {
+            channels.control
+        } else {
+            channels.bulk
+        };
+        AgentClient::new(RawClient::new(channel))
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT)
     }
@@ -195,29 +223,27 @@ impl Agent {
     pub async fn ensure_pod(
         &self,
         spec: pb::PodSpec,
-        values: pb::PodValues,
+        sent: Sent,
     ) -> Result<pb::EnsurePodResponse, tonic::Status> {
         let request = pb::EnsurePodRequest {
             leadership_epoch: self.epoch(),
             cluster_id: self.cluster_id.to_string(),
             spec: Some(spec),
-            values: Some(values),
+            values: Some(sent.values),
+            pull_credentials: sent.pull_credentials,
         };
         let answer = self.control().ensure_pod(deadline(request)).await?;
         Ok(answer.into_inner())
     }
 
     /// Replaces the pod's values.
-    pub async fn update_values(
-        &self,
-        uid: &PodUid,
-        values: pb::PodValues,
-    ) -> Result<(), tonic::Status> {
+    pub async fn update_values(&self, uid: &PodUid, sent: Sent) -> Result<(), tonic::Status> {
         let request = pb::UpdateValuesRequest {
             leadership_epoch: self.epoch(),
             cluster_id: self.cluster_id.to_string(),
             uid: uid.to_string(),
-            values: Some(values),
+            values: Some(sent.values),
+            pull_credentials: sent.pull_credentials,
         };
         self.control().update_values(deadline(request)).await?;
         Ok(())
@@ -257,6 +283,7 @@ impl Agent {
     pub async fn stats(&self) -> Result<Vec<pb::PodStats>, tonic::Status> {
         let answer = self
             .bulk()
+            .await
             .get_stats(pb::GetStatsRequest::default())
             .await?;
         futures::TryStreamExt::try_collect(answer.into_inner()).await

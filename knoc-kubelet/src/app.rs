@@ -32,8 +32,8 @@ use crate::{
         unit::{Capacity, Unit},
     },
     pods::{
-        ApiServer, Context, Controller, KnownPods, LoopHealth, PodLookup, Process, Services, Site,
-        Store,
+        ApiServer, Context, Controller, KnownPods, LoopHealth, PodLookup, Process, References,
+        Services, Site, Store,
         events::{Events, Recorder},
         queue::Queue,
         watch::PodWatch,
@@ -213,6 +213,7 @@ impl App {
         let own = self.certificates(tasks, shutdown, &events).await?;
         let client = own.clients.node.clone();
         let (queue, services) = (Queue::default(), Services::default());
+        let references = References::default();
         let process = Process {
             started: Timestamp::now(),
             deposed: deposed.clone(),
@@ -230,6 +231,7 @@ impl App {
                 pod_lookup: self.pod_lookup(),
                 events,
                 services: services.clone(),
+                references: references.clone(),
             },
             site: Site {
                 agent: self.agent.clone(),
@@ -251,11 +253,12 @@ impl App {
         };
         node::start(&unit, own.clients, watched, tasks, shutdown).await?;
         let (agent, store) = (self.agent.clone(), self.store.clone());
-        let agent_watch = AgentWatch::new(agent, store, queue, link_to, capacity_to);
+        let agent_watch = AgentWatch::new(agent, store, queue.clone(), link_to, capacity_to);
         let (missing_to, missing) = watch::channel(0);
         let pod_watch = PodWatch::new(context.clone(), listed_to, missing_to);
         let token = || shutdown.clone();
-        tasks.spawn(services.run(client, token()));
+        tasks.spawn(services.run(client.clone(), token()));
+        tasks.spawn(references.run(client, queue, token()));
         tasks.spawn(agent_watch.run(token()));
         tasks.spawn(watch_orphans(context.clone(), missing, orphans_to, token()));
         tasks.spawn(Controller::new(context).run(token()));

@@ -11,7 +11,7 @@
 //!                                                              ├─ Forget    ForgetPod
 //!                                                              ├─ Drop      nothing is left: forget the pod here
 //!                                                              └─ Wait
-//!                     every round: status (pure) ► publish (PATCH iff changed)
+//!                     every round: status (pure) ► urgency (pure) ► publish (PATCH iff changed and due)
 //! ```
 
 mod controller;
@@ -21,16 +21,19 @@ mod orphans;
 mod presence;
 pub mod publish;
 pub mod queue;
+mod references;
+mod resize;
 mod resolve;
 mod services;
 pub mod status;
 pub(crate) mod store;
+mod urgency;
 pub mod watch;
 
 pub(crate) use controller::UNREACHABLE_AFTER;
 pub use controller::{ApiServer, Context, Controller, KnownPods, LoopHealth, Process, Site};
 pub(crate) use orphans::run as watch_orphans;
 pub use presence::PodLookup;
+pub use references::References;
 pub use services::Services;
-pub use status::NO_EPHEMERAL;
 pub use store::{PodView, Store};

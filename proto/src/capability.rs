@@ -18,13 +18,34 @@ pub const PRIVILEGED: &str = "privileged";
 pub const HOST_PORTS: &str = "host-ports";
 /// The agent's shims give pods a network of their own.
 pub const PRIVATE_NETWORK: &str = "private-network";
+/// The agent pulls images with the credentials that come with a pod.
+pub const PULL_CREDENTIALS: &str = "pull-credentials";
 /// The agent's shims run probes.
 pub const PROBES: &str = "probes";
 /// The agent's shims run the hooks of containers.
 pub const HOOKS: &str = "hooks";
+/// The agent's shims know sidecars: init containers that run beside the others.
+pub const SIDECARS: &str = "sidecars";
+/// The agent's shims know restart policies of containers, and their rules.
+pub const RESTART_RULES: &str = "restart-rules";
+
+/// The agent adds ephemeral containers to running pods.
+pub const EPHEMERAL: &str = "ephemeral-containers";
+
+/// The agent's shims let containers share their processes.
+pub const SHARED_PROCESSES: &str = "share-process-namespace";
+
+/// The agent's shims send the `stopSignal` of a container.
+pub const STOP_SIGNAL: &str = "container-stop-signal";
+
+/// The agent mounts host paths, by their `type`.
+pub const HOST_PATHS: &str = "host-paths";
+
+/// The agent maps NFS exports and volumes of CSI drivers to host paths.
+pub const MAPPED_VOLUMES: &str = "mapped-volumes";
 
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 9] = [
+pub const OF_PODS: [&str; 17] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -32,8 +53,16 @@ pub const OF_PODS: [&str; 9] = [
     PRIVILEGED,
     HOST_PORTS,
     PRIVATE_NETWORK,
+    PULL_CREDENTIALS,
     PROBES,
     HOOKS,
+    SIDECARS,
+    RESTART_RULES,
+    EPHEMERAL,
+    SHARED_PROCESSES,
+    STOP_SIGNAL,
+    HOST_PATHS,
+    MAPPED_VOLUMES,
 ];
 
 /// The capabilities that this pod needs.
@@ -64,8 +93,22 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             containers().any(|container| !container.host_ports.is_empty()),
         ),
         (PRIVATE_NETWORK, spec.network() == pb::NetworkMode::Private),
+        (PULL_CREDENTIALS, !spec.image_pull_secrets.is_empty()),
         (PROBES, containers().any(has_probe)),
         (HOOKS, containers().any(has_hook)),
+        (
+            SIDECARS,
+            spec.init_containers.iter().any(pb::Container::is_sidecar),
+        ),
+        (RESTART_RULES, has_restart_rule(spec)),
+        (EPHEMERAL, !spec.ephemeral_containers.is_empty()),
+        (SHARED_PROCESSES, spec.share_process_namespace),
+        (
+            STOP_SIGNAL,
+            containers().any(|container| !container.stop_signal.is_empty()),
+        ),
+        (HOST_PATHS, spec.volumes.iter().any(is_host_path)),
+        (MAPPED_VOLUMES, spec.volumes.iter().any(is_mapped)),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -74,6 +117,27 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
 fn has_probe(container: &pb::Container) -> bool {
     let (startup, liveness) = (&container.startup_probe, &container.liveness_probe);
     startup.is_some() || liveness.is_some() || container.readiness_probe.is_some()
+}
+
+/// Whether a container has a restart policy of its own, or rules. That of a sidecar is what makes it one.
+fn has_restart_rule(spec: &pb::PodSpec) -> bool {
+    let own = |container: &pb::Container| {
+        container.restart_policy() != pb::RestartPolicy::Unspecified
+            || !container.restart_rules.is_empty()
+    };
+    let init = spec.init_containers.iter();
+    init.filter(|one| !one.is_sidecar() || !one.restart_rules.is_empty())
+        .chain(&spec.containers)
+        .any(own)
+}
+
+fn is_host_path(volume: &pb::Volume) -> bool {
+    matches!(volume.source, Some(pb::volume::Source::HostPath(_)))
+}
+
+fn is_mapped(volume: &pb::Volume) -> bool {
+    use pb::volume::Source;
+    matches!(volume.source, Some(Source::Nfs(_) | Source::Csi(_)))
 }
 
 fn has_hook(container: &pb::Container) -> bool {
@@ -104,8 +168,23 @@ mod tests {
         spec.resolver = Some(pb::Resolver::default());
         spec.init_containers[0].run_as_non_root = true;
         spec.init_containers[0].privileged = true;
+        spec.image_pull_secrets = vec!["s".to_owned()];
         spec.containers[0].readiness_probe = Some(pb::Probe::default());
         spec.containers[0].pre_stop = Some(pb::Hook::default());
+        spec.init_containers[0].restart_policy = pb::RestartPolicy::Always.into();
+        spec.containers[0].restart_policy = pb::RestartPolicy::Never.into();
+        spec.ephemeral_containers = vec![pb::Container::default()];
+        spec.share_process_namespace = true;
+        spec.containers[0].stop_signal = "SIGINT".to_owned();
+        let sources = [
+            pb::volume::Source::HostPath(pb::HostPath::default()),
+            pb::volume::Source::Nfs(pb::NfsVolume::default()),
+        ];
+        let volume = |source| pb::Volume {
+            name: "v".to_owned(),
+            source: Some(source),
+        };
+        spec.volumes = sources.map(volume).into();
         assert_eq!(needed(&spec), OF_PODS);
     }
 
@@ -138,5 +217,18 @@ mod tests {
             of(|_, main| main.pre_stop = Some(pb::Hook::default())),
             [HOOKS]
         );
+        assert_eq!(
+            of(|_, main| main.restart_rules = vec![pb::RestartRule::default()]),
+            [RESTART_RULES]
+        );
+        let sidecar = pb::Container {
+            restart_policy: pb::RestartPolicy::Always.into(),
+            ..pb::Container::default()
+        };
+        let spec = pb::PodSpec {
+            init_containers: vec![sidecar],
+            ..pb::PodSpec::default()
+        };
+        assert_eq!(needed(&spec), [SIDECARS]);
     }
 }

@@ -12,6 +12,7 @@ pub mod expand;
 pub mod ids;
 pub mod log;
 pub mod log_limit;
+pub mod login;
 pub mod manage;
 pub mod names;
 pub mod paths;

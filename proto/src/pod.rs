@@ -11,9 +11,14 @@ use crate::{
     text::quote,
 };
 
+mod ephemeral;
 mod network;
 mod probe;
+mod restart;
+mod stop;
+mod volume;
 
+pub use ephemeral::MAX_EPHEMERAL;
 pub use network::{Hostname, MAX_HOSTNAME};
 
 /// The folder in a container that holds KNoC's launcher and its socket.
@@ -143,6 +148,7 @@ impl TryFrom<pb::PodSpec> for PodSpec {
             }
             check_container(&spec, container, &mut problems);
         }
+        ephemeral::check(&spec, &mut problems);
         match uid {
             Ok(uid) if problems.is_empty() => Ok(Self { uid, spec }),
             Ok(_) | Err(()) => Err(InvalidPod { problems }),
@@ -239,12 +245,7 @@ fn check_volumes(spec: &pb::PodSpec, problems: &mut Vec<String>) {
             None => problems.push(format!(
                 "the volume {name:?} has no source that this version supports"
             )),
-            Some(pb::volume::Source::HostPath(host)) => {
-                if let Err(error) = paths::in_container(&host.path) {
-                    problems.push(format!("the host path {:?} {error}", host.path));
-                }
-            }
-            Some(_) => {}
+            Some(source) => volume::check(source, problems),
         }
     }
 }
@@ -282,6 +283,8 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
     }
     check_mounts(spec, container, problems);
     probe::check(container, problems);
+    restart::check(container, problems);
+    stop::check(container, problems);
 }
 
 fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Vec<String>) {
@@ -350,6 +353,12 @@ impl PodValues {
                     env.container
                 ));
             }
+            for var in &env.vars {
+                check_variable(&env.container, var, &mut problems);
+            }
+        }
+        // An ephemeral container may be added later than its environment.
+        for env in &values.ephemeral_env {
             for var in &env.vars {
                 check_variable(&env.container, var, &mut problems);
             }

@@ -7,6 +7,7 @@
 //! | T2 | pod created → first line executed in the container | `sbatch` + `apptainer exec` |
 //! | T3 | last line of the program → a watch shows the terminal phase | a watch's own delay |
 //! | T4 | `exec true` by a warm client | `apptainer exec instance://… true` on the compute node |
+//! | cost | status patches, Events and the API server's processor time for each pod | none |
 //! | status beside a cp | T3 while `kubectl cp` runs at full speed | T3 without it |
 //! | follow | the program writes a line → a client of the API server has it | none |
 //! | streams | log, exec, cp and port-forward bytes | the same bytes through as many TLS relays, one process each |
@@ -16,10 +17,12 @@
 
 mod bed;
 mod beside;
+mod cost;
 mod exec;
 mod floor;
 mod follow;
 mod kubernetes;
+pub mod links;
 mod load;
 mod machine;
 mod pods;
@@ -37,6 +40,9 @@ use self::stats::Series;
 
 /// Pods at once, and how many rounds of it.
 const ROUNDS: [(usize, usize); 3] = [(1, 20), (10, 5), (50, 3)];
+
+/// Many pods at once, and how many rounds of it. They are measured without the floors, which are those of fewer pods.
+const MANY: (usize, usize) = (400, 2);
 
 /// The number of exec samples.
 const EXECS: usize = 100;
@@ -91,6 +97,7 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
         }
         figures.batches.push(batch);
     }
+    figures.batches.push(many(&bed, quick).await?);
     say("T4: exec");
     figures.exec = exec::measure(&bed, if quick { 30 } else { EXECS }).await?;
     say("a followed log");
@@ -105,6 +112,19 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     #[expect(clippy::disallowed_methods, reason = "a page of the documentation")]
     std::fs::write(page, text).with_context(|| page.display().to_string())?;
     bed.close().await
+}
+
+/// Measures T1 to T3 and the cost of many pods at once.
+async fn many(bed: &Bed, quick: bool) -> anyhow::Result<pods::Batch> {
+    let (pods, rounds) = MANY;
+    let rounds = if quick { 1 } else { rounds };
+    let mut batch = pods::Batch::new(pods);
+    for round in 1..=rounds {
+        say(&format!("{pods} pods at once, round {round} of {rounds}"));
+        let measured = batch.measure(bed, round).await;
+        measured.with_context(|| format!("{pods} pods"))?;
+    }
+    Ok(batch)
 }
 
 /// Measures only the streams whose names contain `name`; prints the table to standard output and does not change the page.
@@ -123,7 +143,11 @@ pub async fn pods(pods: usize, rounds: usize) -> anyhow::Result<()> {
     let mut batch = pods::Batch::new(pods);
     for round in 1..=rounds {
         say(&format!("{pods} pods at once, round {round} of {rounds}"));
-        batch.round(&bed, round).await?;
+        if pods < MANY.0 {
+            batch.round(&bed, round).await?;
+        } else {
+            batch.measure(&bed, round).await?;
+        }
     }
     let mut table = String::new();
     report::pods(&mut table, &batch)?;

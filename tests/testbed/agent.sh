@@ -41,6 +41,13 @@ mirror = "$registry"
 insecure = true
 CONF
 }
+# The registry with a password; the site file of an older bed lacks it.
+use_private_registry() {
+    [ "$STACK" != local ] || return 0
+    ! grep -q 'ctl:5001' "$config/agent.toml" || return 0
+    printf '\n[[registry]]\nprefix = "ctl:5001"\ninsecure = true\n' >>"$config/agent.toml"
+    stop "$pidfile"
+}
 # The agent serves one cluster, by default the first that connects; the bed has one cluster per version of Kubernetes.
 serve_this_cluster() {
     local id
@@ -56,8 +63,11 @@ follow_profile() {
     profile_prepare
     profile_changed "$run/profile-agent" || return 0
     say "PROFILE=$PROFILE: restarting the agent"
-    sed -i "s|^kubelet = .*|kubelet = \"$(profile_agent)\"|" "$config/agent.toml"
+    sed -i "s|^kubelet = .*|kubelet = \"$(profile_agent)\"|; /^# Of the profile /,\$d" "$config/agent.toml"
+    [ -z "$(profile_site)" ] || { echo "# Of the profile $PROFILE"; profile_site; } >>"$config/agent.toml"
     stop "$pidfile"
+    # What it has found out about another network.
+    rm -f "$agent_home_here/.local/state/knoc/shim-route.json"
 }
 # knocctl's configuration for the host, derived from the one that `init` wrote.
 configure_knocctl() {
@@ -76,6 +86,7 @@ up() {
     local pid
     install_binaries
     configure
+    use_private_registry
     serve_this_cluster
     follow_profile
     configure_knocctl
@@ -90,7 +101,7 @@ up() {
     wait_for 10 "the agent's process" agent_of "$pid" || { tail -20 "$log/agent-$of.log" >&2; exit 1; }
     pid=$(agent_of "$pid")
     echo "$pid $(start_time "$pid")" >"$pidfile"
-    wait_for 15 "the agent on $agent_address" "$KNOC_BIN/knocctl" info || { tail -20 "$log/agent-$of.log" >&2; exit 1; }
+    wait_for 15 "an answer of the agent on $agent_node" "$KNOC_BIN/knocctl" info || { tail -20 "$log/agent-$of.log" >&2; exit 1; }
 }
 
 export KNOCCTL_CONFIG=$run/knocctl.toml

@@ -4,8 +4,10 @@
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 export PROFILE=direct # stops the processes however the agent was reached
+. "$testbed/profile.sh"
 "$testbed/kubelet.sh" down
 for STACK in full slurm local; do STACK=$STACK "$testbed/agent.sh" down; done
+stop_other_profiles
 for prefix in "$KNOC_BED"/kube*; do KUBE_PREFIX=$prefix "$testbed/kube/stop.sh"; done
 # Stops the cluster of any HPC_SUITE.
 for prefix in "$KNOC_BED"/hpc* "$HPC_PREFIX"; do [ ! -x "$prefix/bin/hpc" ] || "$prefix/bin/hpc" down; done

@@ -15,15 +15,18 @@ serving=${KNOC_SERVING:-files}
 # A given cluster does not share its CA's key, so the kubelet uses a self-signed certificate unless the API server rejected that before.
 [ -z "$given_kubeconfig" ] || serving=${KNOC_SERVING:-$(cat "$state/serving" 2>/dev/null || echo self-signed)}
 
-# Applies the bundle that the agent's `init` wrote, and reads it from the cluster again as the chart would mount it.
+# Applies the bundle that the agent's `init` wrote, and installs the chart.
 install_chart() {
-    local part
     kubectl create namespace $namespace --dry-run=client -o yaml | kubectl apply -f - >/dev/null
     kubectl apply -n $namespace -f "$agent_home_here/.config/knoc/kubelet-bundle.yaml" >/dev/null
     profile_chart
     # The kubelet's own pod cannot run on any node here, so there is no --wait.
     helm upgrade --install knoc "$repository/deploy/chart/knoc" --namespace $namespace "${chart_values[@]}" \
         --set agent.site=$site --set identity.kind="$identity" --set server.certificate="$serving" >"$log/helm.log" 2>&1 || { cat "$log/helm.log" >&2; die "helm could not install the chart"; }
+}
+# Reads the bundle from the cluster, as the chart would mount it.
+mount_bundle() {
+    local part
     mkdir -p "$state"
     for part in ca.crt tls.crt tls.key; do
         kubectl get secret knoc-agent -n $namespace -o json | jq -r ".data[\"$part\"]" | base64 -d >"$state/agent-$part"
@@ -69,8 +72,23 @@ meet_the_cluster() {
     :* | *//localhost[:/]* | *//127.* | *//\[::1\]*) settings+=("KNOC_NODE_INTERNAL_IP=$address") ;;
     esac
 }
+# Starts the kubelet's process with what is in the cluster.
+launch() {
+    local server settings link_settings
+    server=$(kubectl config view --minify -o 'jsonpath={.clusters[0].cluster.server}')
+    mount_bundle
+    kubeconfig
+    meet_the_cluster
+    profile_kubelet
+    start "$pidfile" "$log/kubelet.log" env -i PATH="$PATH" HOME="$state" ${KNOC_CRASH_AT:+KNOC_CRASH_AT="$KNOC_CRASH_AT"} \
+        "${link_settings[@]}" KNOC_AGENT_SITE=$site \
+        KNOC_AGENT_CA="$state/agent-ca.crt" KNOC_AGENT_CERT="$state/agent-tls.crt" KNOC_AGENT_KEY="$state/agent-tls.key" \
+        KNOC_KUBERNETES_KUBECONFIG="$state/kubeconfig" KNOC_KUBERNETES_NAMESPACE=$namespace KNOC_KUBERNETES_IDENTITY=testbed \
+        KNOC_NODE_NAME=$node KNOC_NODE_TAINT="${KNOC_NODE_TAINT:-true}" KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys "${settings[@]}" \
+        "$KNOC_BIN/knoc-kubelet"
+}
 up() {
-    local pid server settings chart_values link_settings
+    local pid chart_values
     if profile_changed "$run/profile-kubelet"; then
         say "PROFILE=$PROFILE: restarting the kubelet"
         stop "$pidfile"
@@ -81,17 +99,8 @@ up() {
         say "the kubelet's binary has changed: restarting the kubelet"
         stop "$pidfile"
     fi
-    server=$(kubectl config view --minify -o 'jsonpath={.clusters[0].cluster.server}')
     install_chart
-    kubeconfig
-    meet_the_cluster
-    profile_kubelet
-    start "$pidfile" "$log/kubelet.log" env -i PATH="$PATH" HOME="$state" ${KNOC_CRASH_AT:+KNOC_CRASH_AT="$KNOC_CRASH_AT"} \
-        "${link_settings[@]}" KNOC_AGENT_SITE=$site \
-        KNOC_AGENT_CA="$state/agent-ca.crt" KNOC_AGENT_CERT="$state/agent-tls.crt" KNOC_AGENT_KEY="$state/agent-tls.key" \
-        KNOC_KUBERNETES_KUBECONFIG="$state/kubeconfig" KNOC_KUBERNETES_NAMESPACE=$namespace KNOC_KUBERNETES_IDENTITY=testbed \
-        KNOC_NODE_NAME=$node KNOC_NODE_TAINT="${KNOC_NODE_TAINT:-true}" KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys "${settings[@]}" \
-        "$KNOC_BIN/knoc-kubelet"
+    launch
     [ "$identity" = serviceaccount ] || wait_for 30 "a client certificate for the node" approved client
     [ "$serving" != csr ] || wait_for 30 "a serving certificate for the node" approved serving
     wait_for 30 "the node $node Ready" ready || { tail -20 "$log/kubelet.log" >&2; exit 1; }
@@ -117,4 +126,4 @@ ready() {
     kubectl wait --for=condition=Ready "node/$node" --timeout=1s
 }
 
-control "${1:-}"
+[ "${BASH_SOURCE[0]}" != "$0" ] || control "${1:-}" # not if another script uses the functions

@@ -6,7 +6,7 @@
 #   HPC_SUITE   Debian release of the Slurm cluster: trixie (24.11, default), sid (26.05); bookworm (22.05) has no Apptainer
 #               and is used only by record-slurm.sh
 #   KUBE_VERSION  Kubernetes of the control plane: 1.36 (default), 1.34
-#   PROFILE     how the agent is reached: direct (default), ssh-only (profile.sh)
+#   PROFILE     how the agent is reached: direct (default), ssh-only, outbound-only, proxy-only, isolated, two-logins (profile.sh)
 #   STACK       full | slurm | local (default: the fullest that this machine supports)
 set -euo pipefail
 

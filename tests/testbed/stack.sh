@@ -24,7 +24,7 @@ locate_agent() {
         as_agent=(env HOME="$agent_home" XDG_RUNTIME_DIR="$agent_home/run" PATH="$agent_home/bin:$PATH")
     else
         agent_home=/home/hpcuser agent_home_here=$HPC_PREFIX/shared/home/hpcuser agent_address=10.77.0.2:10350
-        as_agent=("$HPC_PREFIX/bin/hpc" exec login -u hpcuser -e XDG_RUNTIME_DIR=/run/user/2001
+        as_agent=("$HPC_PREFIX/bin/hpc" exec "$agent_node" -u hpcuser -e XDG_RUNTIME_DIR=/run/user/2001
             -e PATH=/home/hpcuser/bin:/usr/local/bin:/usr/bin:/bin)
         [ -z "${KNOC_CRASH_AT:-}" ] || as_agent+=(-e "KNOC_CRASH_AT=$KNOC_CRASH_AT")
     fi
@@ -42,5 +42,6 @@ export KUBECONFIG=${given_kubeconfig:-$own_kubeconfig}
 kubectl() {
     if [ -n "$given_kubeconfig" ]; then command kubectl "$@"; else "$KUBE_PREFIX/bin/kubectl" "$@"; fi
 }
+agent_node=${KNOC_AGENT_NODE:-login} # the login node that the agent runs on; a profile may name another one
 detect_stack
 locate_agent

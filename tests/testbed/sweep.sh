@@ -4,6 +4,7 @@
 # is running before and after; pods of other namespaces continue.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
+. "$testbed/profile.sh"
 [ "$STACK" = full ] || die "STACK=$STACK ($why): only the full stack needs sweeping"
 
 as_user() { hpc exec login -u hpcuser "$@"; }
@@ -14,10 +15,10 @@ afresh() {
     "$testbed/kubelet.sh" down
     "$testbed/agent.sh" down
     # Of l3_cut_nodes: the port for shims that compute nodes cannot reach, and what the agent found out then.
-    hpc open-port 10351
+    profile_network
     rm -f "$agent_home_here/.local/state/knoc/shim-route.json"
-    # Of conformance/run.sh.
-    sed -i '/^privileged *=/d' "$agent_home_here/.config/knoc/agent.toml"
+    # Of conformance/run.sh and l3_data.
+    sed -i '/^privileged *=/d; /^host_paths *=/d; /^nfs *=/d; /^# l3_data$/,$d' "$agent_home_here/.config/knoc/agent.toml"
     "$testbed/agent.sh" up
     "$testbed/kubelet.sh" up
 }

@@ -34,6 +34,11 @@ jobs=()
 [ "$STACK" = local ] || { cluster_up & jobs+=($!); }
 [ "$STACK" != full ] || { control_plane_up & jobs+=($!); }
 for job in "${jobs[@]}"; do wait "$job"; done
+if [ "$STACK" != local ]; then
+    [ "$(cat "$run/profile-agent" 2>/dev/null || echo direct)" = "$PROFILE" ] || "$testbed/agent.sh" down
+    stop_other_profiles
+    profile_network
+fi
 "$testbed/agent.sh" up
 say "the agent is up: $(KNOCCTL_CONFIG=$run/knocctl.toml "$KNOC_BIN/knocctl" info 2>/dev/null | head -1)"
 [ "$STACK" != full ] || { "$testbed/kubelet.sh" up; say "the kubelet is up: node $node is Ready"; }

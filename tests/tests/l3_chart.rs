@@ -112,7 +112,7 @@ async fn each_way_to_the_agent_is_rendered() -> anyhow::Result<()> {
 }
 
 /// The permissions that the `ServiceAccount` has and those that it does not have, as arguments of `kubectl auth can-i`.
-const MAY: [&str; 14] = [
+const MAY: [&str; 16] = [
     "create nodes",
     "get nodes/knoc-chart",
     "patch nodes/knoc-chart --subresource=status",
@@ -122,6 +122,8 @@ const MAY: [&str; 14] = [
     "create events --all-namespaces",
     "get secrets/x --all-namespaces",
     "get configmaps/x --all-namespaces",
+    "watch configmaps/x --all-namespaces",
+    "watch secrets/x --all-namespaces",
     "create serviceaccounts/x --subresource=token --all-namespaces",
     "create subjectaccessreviews.authorization.k8s.io",
     "create tokenreviews.authentication.k8s.io",

@@ -230,7 +230,8 @@ async fn never_waits_for_an_image_that_another_pod_brings() -> anyhow::Result<()
         .await?;
     let message = waits_by(&world, "never", "ErrImageNeverPull").await?;
     ensure!(message.contains(&repository.image()), "{message}");
-    told(&world, "never", &["Failed: ", "ErrImageNeverPull"]).await?;
+    told(&world, "never", &["ErrImageNeverPull: Container image"]).await?;
+    told(&world, "never", &["Failed: Error: ErrImageNeverPull"]).await?;
     let jobs = world.jobs(&uid).await?;
     ensure!(jobs.is_empty(), "{jobs:?}");
     pulled(&repository, "brings", "IfNotPresent").await?;
@@ -261,9 +262,17 @@ async fn an_image_that_a_registry_lacks_is_reported_with_its_message() -> anyhow
             message.contains(expected) && message.contains(image),
             "{name}: {message}"
         );
-        told(&world, name, &["Failed: ErrImagePull", expected, image]).await?;
+        let failed = format!("Failed: Failed to pull image \"{image}\": ");
+        told(&world, name, &[&failed, expected]).await?;
+        told(&world, name, &["Failed: Error: ErrImagePull"]).await?;
         let message = waits_by(&world, name, "ImagePullBackOff").await?;
-        ensure!(message.contains(expected), "{name}: {message}");
+        let back_off = format!("Back-off pulling image \"{image}\"");
+        ensure!(
+            message.starts_with(&back_off) && message.contains(expected),
+            "{name}: {message}"
+        );
+        told(&world, name, &[&format!("BackOff: {back_off}")]).await?;
+        told(&world, name, &["Failed: Error: ImagePullBackOff"]).await?;
         // No job was submitted for it, and its deletion is not delayed.
         let jobs = world.jobs(uid).await?;
         ensure!(jobs.is_empty(), "{name}: {jobs:?}");
@@ -290,12 +299,176 @@ async fn a_missing_layer_is_reported_with_the_message_of_the_registry() -> anyho
     world.create(&pod).await?;
     let message = waits_by(&world, "broken", "ErrImagePull").await?;
     ensure!(message.contains("blob unknown"), "{message}");
-    told(&world, "broken", &["Failed: ErrImagePull", "blob unknown"]).await?;
+    told(
+        &world,
+        "broken",
+        &["Failed: Failed to pull image", "blob unknown"],
+    )
+    .await?;
     // It runs after it was fixed.
     repository.push(&format!("oci:{folder}/oci:1")).await?;
     world.wait_phase("broken", "Succeeded", PULLED).await?;
     let log = world.logs("broken", "main").await?;
     ensure!(log == OWN, "{log}");
+    world.on("login", ["rm", "-r", &folder]).ok().await?;
+    repository.remove().await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_name_that_is_none_waits_as_on_any_node() -> anyhow::Result<()> {
+    let world = World::new("bad-name").await?;
+    world
+        .create(&PodBuilder::new("bad").image("Not/An/Image"))
+        .await?;
+    let message = waits_by(&world, "bad", "InvalidImageName").await?;
+    let expected = "Failed to apply default image tag \"Not/An/Image\": couldn't parse image name \"Not/An/Image\": invalid \
+                    reference format";
+    ensure!(message.starts_with(expected), "{message}");
+    told(&world, "bad", &[&format!("InspectFailed: {expected}")]).await?;
+    told(&world, "bad", &["Failed: Error: InvalidImageName"]).await?;
+    world.finish().await
+}
+
+/// The password of the registry on ctl:5001 for the user ann.
+const PASSWORD: &str = "pull-s3cr3t-of-ann";
+
+/// A pull secret in the form of `kubectl create secret docker-registry`.
+async fn create_login(world: &World, name: &str, password: &str) -> anyhow::Result<()> {
+    let password = format!("--docker-password={password}");
+    let create = [
+        "create",
+        "secret",
+        "docker-registry",
+        name,
+        "--docker-server=http://ctl:5001",
+        "--docker-username=ann",
+        &password,
+    ];
+    world.kubectl(create).ok().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_private_image_runs_for_those_who_have_its_password() -> anyhow::Result<()> {
+    let world = World::new("private-image").await?;
+    let repository = Repository::new(&world);
+    // An image of its own, which no pod of another test has pulled.
+    let (folder, label) = (format!("/scratch/{}", world.namespace), &world.namespace);
+    let make = format!(
+        "mkdir {folder} && skopeo copy -q --insecure-policy oci:/images/own.oci:1 oci:{folder}/oci:1 && \
+         umoci config --image {folder}/oci:1 --config.label test={label}"
+    );
+    world.on("login", ["sh", "-c", &make]).ok().await?;
+    repository.push(&format!("oci:{folder}/oci:1")).await?;
+    let private = repository.image().replace("ctl:5000", "ctl:5001");
+    let pod = |name: &str| as_it_is(PodBuilder::new(name), &private);
+    let uid = world.create(&pod("nobody")).await?;
+    let message = waits_by(&world, "nobody", "ErrImagePull").await?;
+    ensure!(message.contains("user name and a password"), "{message}");
+    // A wrong password; the pod goes on once the Secret is right.
+    create_login(&world, "login", "wrong").await?;
+    let secrets = json!([{"name": "login"}, {"name": "nonesuch"}]);
+    world
+        .create(&pod("own").spec("imagePullSecrets", secrets))
+        .await?;
+    let missing =
+        "FailedToRetrieveImagePullSecret: Unable to retrieve some image pull secrets (nonesuch)";
+    told(&world, "own", &[missing]).await?;
+    told(
+        &world,
+        "own",
+        &["Failed to pull image", "authentication required"],
+    )
+    .await?;
+    world.kubectl(["delete", "secret", "login"]).ok().await?;
+    create_login(&world, "login", PASSWORD).await?;
+    let ended = world.wait_phase("own", "Succeeded", PULLED).await?;
+    ensure!(world.logs("own", "main").await? == OWN);
+    digest(&ended)?;
+    // Admission copies the Secrets of a service account into its pods.
+    let patch = r#"{"imagePullSecrets": [{"name": "login"}]}"#;
+    world
+        .kubectl(["create", "serviceaccount", "robot"])
+        .ok()
+        .await?;
+    world
+        .kubectl(["patch", "serviceaccount", "robot", "-p", patch])
+        .ok()
+        .await?;
+    for policy in ["Never", "Always"] {
+        let name = policy.to_lowercase();
+        let robot = pod(&name).spec("serviceAccountName", json!("robot"));
+        world
+            .create(&robot.set("imagePullPolicy", json!(policy)))
+            .await?;
+        world.wait_phase(&name, "Succeeded", PULLED).await?;
+    }
+    // The image is cached now, and still not for others.
+    let stranger = pod("stranger").set("imagePullPolicy", json!("Never"));
+    world.create(&stranger).await?;
+    waits_by(&world, "stranger", "ErrImageNeverPull").await?;
+    told(&world, "nobody", &["Back-off pulling image"]).await?;
+    ensure!(world.jobs(&uid).await?.is_empty(), "it has a job");
+    let leak = ["grep", "-rlF", PASSWORD, "/home/hpcuser/.local/state/knoc"];
+    let found = world.on("login", leak).output().await?;
+    ensure!(found.stdout.is_empty(), "{found:?}");
+    world.on("login", ["rm", "-r", &folder]).ok().await?;
+    repository.remove().await?;
+    world.finish().await
+}
+
+/// The number of files that the image of many layers has, each in a layer of its own.
+const LAYERS: usize = 20;
+
+#[tokio::test]
+async fn an_image_of_many_layers_in_another_compression_runs() -> anyhow::Result<()> {
+    let world = World::new("many-layers").await?;
+    let repository = Repository::new(&world);
+    let folder = format!("/scratch/{}", world.namespace);
+    let make = format!(
+        "mkdir {folder} && cd {folder} && skopeo copy -q --insecure-policy oci:/images/own.oci:1 oci:oci:1 && \
+         umoci config --image oci:1 --config.volume /data --config.volume /srv/own && \
+         for i in $(seq {LAYERS}); do head -c 1048576 /dev/urandom >$i && umoci insert --image oci:1 $i /layers/$i || exit 1; done && \
+         skopeo copy -q --insecure-policy --dest-tls-verify=false --dest-compress-format zstd oci:oci:1 docker://{} && \
+         for i in $(seq {LAYERS}); do cat $i; done | sha256sum",
+        repository.image()
+    );
+    let made = world.on("login", ["sh", "-c", &make]).ok().await?;
+    let (made, sum) = (
+        made.text(),
+        format!("for i in $(seq {LAYERS}); do cat /layers/$i; done | sha256sum"),
+    );
+    let sum_of = made.lines().last().context("no sum")?.to_owned();
+    // Volumes of the image are writable although the root is not; the pod's own come first.
+    let script = format!(
+        "{sum} && echo x >/data/file && cat /data/file && ! touch /srv/own/file 2>&1 && ! touch /file 2>&1"
+    );
+    let pod = PodBuilder::new("layers")
+        .image(&repository.image())
+        .sh(&script)
+        .set("securityContext", json!({"readOnlyRootFilesystem": true}))
+        .spec(
+            "volumes",
+            json!([{"name": "own", "configMap": {"name": "kube-root-ca.crt"}}]),
+        )
+        .set(
+            "volumeMounts",
+            json!([{"name": "own", "mountPath": "/srv"}]),
+        );
+    world.create(&pod).await?;
+    world.wait_phase("layers", "Succeeded", PULLED).await?;
+    let log = world.logs("layers", "main").await?;
+    ensure!(
+        log.starts_with(&sum_of) && log.contains("\nx\n"),
+        "{log} of {made}"
+    );
+    told(
+        &world,
+        "layers",
+        &["Pulled: Successfully pulled image", "Image size: "],
+    )
+    .await?;
     world.on("login", ["rm", "-r", &folder]).ok().await?;
     repository.remove().await?;
     world.finish().await

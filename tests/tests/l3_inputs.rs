@@ -1,5 +1,7 @@
 //! The inputs of pods on the real stack (volumes, variables, images), and which of them are rejected.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
     PodBuilder, World, wait_for,
@@ -60,6 +62,100 @@ async fn volumes_and_variables_arrive() -> anyhow::Result<()> {
         log == "blue\na b'c\"$d\n400\nkept\na b'c\"$d\n9\ninputs\ninputs-blue\n",
         "{log}"
     );
+    world.finish().await
+}
+
+/// How long a change at the API server may take to reach a container.
+const LIVE: Duration = Duration::from_secs(5);
+
+/// Waits until the container shows what the objects now contain: a ConfigMap, a Secret, an annotation, and the
+/// ConfigMap once more in a projected volume.
+async fn shows(world: &World, uid: &str, wanted: &str, within: Duration) -> anyhow::Result<()> {
+    let show = "cat /config/k /secret/k /pod/note; echo ,; cat /all/k";
+    wait_for(
+        &format!("{wanted:?} in the container"),
+        within,
+        async || {
+            let shown = world.exec(uid, "main", ["sh", "-c", show]).ok().await?;
+            let shown = shown.text().replace('\n', "");
+            ensure!(shown == wanted, "{shown:?}");
+            Ok(())
+        },
+    )
+    .await
+}
+
+#[tokio::test]
+async fn a_changed_object_reaches_the_container_within_five_seconds() -> anyhow::Result<()> {
+    let world = World::new("live").await?;
+    let create = ["create", "configmap", "map", "--from-literal=k=old,"];
+    world.kubectl(create).ok().await?;
+    let create = [
+        "create",
+        "secret",
+        "generic",
+        "hidden",
+        "--from-literal=k=old,",
+    ];
+    world.kubectl(create).ok().await?;
+    let note = json!([{"path": "note", "fieldRef": {"fieldPath": "metadata.annotations['note']"}}]);
+    let pod = PodBuilder::new("live")
+        .annotation("note", "old")
+        .spec(
+            "volumes",
+            json!([
+                {"name": "config", "configMap": {"name": "map"}},
+                {"name": "secret", "secret": {"secretName": "hidden"}},
+                {"name": "pod", "downwardAPI": {"items": note}},
+                {"name": "all", "projected": {"sources": [{"configMap": {"name": "map"}}]}},
+            ]),
+        )
+        .set(
+            "volumeMounts",
+            json!([
+                {"name": "config", "mountPath": "/config"},
+                {"name": "secret", "mountPath": "/secret"},
+                {"name": "pod", "mountPath": "/pod"},
+                {"name": "all", "mountPath": "/all"},
+            ]),
+        )
+        .sh("sleep 600");
+    let uid = world.running(&pod).await?;
+    shows(&world, &uid, "old,old,old,old,", SOON).await?;
+    let patch = [
+        "patch",
+        "configmap",
+        "map",
+        "-p",
+        r#"{"data":{"k":"new,"}}"#,
+    ];
+    world.kubectl(patch).ok().await?;
+    shows(&world, &uid, "new,old,old,new,", LIVE).await?;
+    let patch = [
+        "patch",
+        "secret",
+        "hidden",
+        "-p",
+        r#"{"stringData":{"k":"new,"}}"#,
+    ];
+    world.kubectl(patch).ok().await?;
+    shows(&world, &uid, "new,new,old,new,", LIVE).await?;
+    let note = ["annotate", "--overwrite", "pod", "live", "note=new"];
+    world.kubectl(note).ok().await?;
+    shows(&world, &uid, "new,new,new,new,", LIVE).await?;
+    // The volume keeps its files if its object is gone, and gets those of a new one.
+    world.kubectl(["delete", "configmap", "map"]).ok().await?;
+    wait_for("an Event", SOON, async || {
+        let events = world.events("live").await?;
+        let kept = |event: &String| event.contains("FailedMount: The pod keeps its present files");
+        ensure!(events.iter().any(kept), "{events:?}");
+        Ok(())
+    })
+    .await?;
+    shows(&world, &uid, "new,new,new,new,", LIVE).await?;
+    let create = ["create", "configmap", "map", "--from-literal=k=again,"];
+    world.kubectl(create).ok().await?;
+    shows(&world, &uid, "again,new,new,again,", LIVE).await?;
     world.finish().await
 }
 

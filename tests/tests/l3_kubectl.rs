@@ -1,5 +1,4 @@
-//! Unmodified kubectl through API server, kubelet, agent and shim: exec with and without a terminal, cp, and the error
-//! of debug.
+//! Unmodified kubectl through API server, kubelet, agent and shim: exec with and without a terminal, cp and debug.
 
 use std::{ffi::OsStr, path::Path, time::Duration};
 
@@ -128,26 +127,69 @@ async fn a_gibibyte_is_copied_both_ways() -> anyhow::Result<()> {
     world.finish().await
 }
 
+/// Whether kubectl's output is that of a shell that saw the target's program.
+const SEES: &str = "ps -o args | grep -c '[s]leep 600'";
+
 #[tokio::test]
-async fn debug_says_that_it_is_not_supported() -> anyhow::Result<()> {
-    const MESSAGE: &str = "ephemeral containers (kubectl debug) are not supported by this node";
+async fn debug_runs_a_shell_beside_the_program_and_sees_its_processes() -> anyhow::Result<()> {
     let world = target("kubectl-debug").await?;
     let image = format!("--image={}", PodBuilder::image_name());
-    // With input, kubectl waits for the container and shows its end.
-    let debug = ["debug", "-i", "target", "-c", "helper", "--target=main"];
-    let run = world.kubectl(debug).arg(&image).args(["--", "true"]);
-    let refused = run.stdin("").output().await?;
-    ensure!(
-        refused.code != 0 && refused.stderr.contains(MESSAGE),
-        "{refused}"
-    );
-    let told = world
+    let namespace = world.namespace.clone();
+    let name = &["-n", &namespace, "debug", "-it", "target", "-c", "helper"];
+    let args = [&name[..], &["--target=main", &image, "--", "sh"]].concat();
+    let mut terminal = Terminal::start("kubectl", &args, 24, 80)?;
+    terminal.expect_size("24 80").await?;
+    terminal.interrupt_and_exit_with_7().await?;
+    let ended = world
         .wait_for_state("target", "the container's end", SOON, |pod| {
             let statuses = pod.status.as_ref()?.ephemeral_container_statuses.as_ref()?;
             statuses.first()?.state.as_ref()?.terminated.clone()
         })
         .await?;
-    ensure!(told.message.as_deref() == Some(MESSAGE), "{told:?}");
+    ensure!(ended.exit_code == 7, "{ended:?}");
+
+    // The second one has a target, the third one has none.
+    for (name, target, seen) in [("sees", Some("--target=main"), "1"), ("alone", None, "0")] {
+        let debug = ["debug", "target", "--attach=false", "-c", name];
+        let run = world.kubectl(debug).args(target).arg(&image);
+        run.args(["--", "sh", "-c", SEES]).output().await?;
+        world
+            .wait_for_state("target", name, SOON, |pod| {
+                let statuses = pod.status.as_ref()?.ephemeral_container_statuses.as_ref()?;
+                let own = statuses.iter().find(|one| one.name == name)?;
+                own.state.as_ref()?.terminated.clone()
+            })
+            .await?;
+        let log = world.kubectl(["logs", "target", "-c", name]).ok().await?;
+        ensure!(log.text().trim() == seen, "{name}: {log}");
+    }
+    // The pod continues.
+    let pod = world.wait_phase("target", "Running", SOON).await?;
+    let statuses = pod.status.and_then(|status| status.container_statuses);
+    let main = statuses.into_iter().flatten().next().context("no status")?;
+    ensure!(main.restart_count == 0 && main.ready, "{main:?}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn an_ephemeral_container_with_a_rejected_field_is_rejected_alone() -> anyhow::Result<()> {
+    let world = target("kubectl-refused").await?;
+    let image = format!("--image={}", PodBuilder::image_name());
+    let debug = [
+        "debug",
+        "-i",
+        "target",
+        "-c",
+        "helper",
+        "--profile=netadmin",
+    ];
+    let run = world.kubectl(debug).arg(&image).args(["--", "true"]);
+    let refused = run.stdin("").output().await?;
+    let message = "spec.ephemeralContainers[helper].securityContext.capabilities.add";
+    ensure!(
+        refused.code != 0 && refused.stderr.contains(message),
+        "{refused}"
+    );
     wait_for("an Event", SOON, async || {
         let events = world.events("target").await?;
         let told = |event: &String| event.contains("ephemeralContainers");
@@ -155,14 +197,7 @@ async fn debug_says_that_it_is_not_supported() -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
-    // The pod continues.
-    let pod = world.wait_phase("target", "Running", SOON).await?;
-    let statuses = pod.status.and_then(|status| status.container_statuses);
-    let main = statuses.into_iter().flatten().next().context("no status")?;
-    ensure!(main.restart_count == 0 && main.ready, "{main:?}");
-    let exec = ["exec", "target", "-c", "main", "--", "echo", "alive"];
-    let alive = world.kubectl(exec).ok().await?;
-    ensure!(alive.stdout == b"alive\n", "{alive}");
+    world.wait_phase("target", "Running", SOON).await?;
     world.finish().await
 }
 

@@ -3,7 +3,8 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
+use futures::StreamExt as _;
 use k8s_openapi::{
     api::{
         coordination::v1::Lease,
@@ -16,7 +17,7 @@ use knoc_tests::{
     world::{SOON, container_reason, phase_of, why},
 };
 use knoc_translate::quantity;
-use kube::api::ListParams;
+use kube::api::{ListParams, WatchEvent, WatchParams};
 use serde_json::json;
 
 /// The kubelet renews every 10 s.
@@ -350,7 +351,6 @@ async fn the_events_of_a_pod_report_each_step_once() -> anyhow::Result<()> {
     let main = "spec.containers{main}";
     let wanted = [
         ("Pulled", main, String::new()),
-        ("SlurmJobSubmitted", "", format!("job {job} was submitted")),
         ("SlurmJobStarted", "", format!("job {job} has started")),
         ("Created", main, "Created container main".to_owned()),
         ("Started", main, "Started container main".to_owned()),
@@ -374,7 +374,7 @@ async fn the_events_of_a_pod_report_each_step_once() -> anyhow::Result<()> {
             "{image} is not in {pulled:?}"
         );
         // The image may be pulled first, and the job may wait for a moment, which causes further Events.
-        let may_be = ["Pulling", "SlurmJobPending"];
+        let may_be = ["Pulling", "SlurmJobPending", "SlurmJobSubmitted"];
         let steps = told
             .iter()
             .filter(|(reason, ..)| !may_be.contains(&reason.as_str()));
@@ -382,5 +382,65 @@ async fn the_events_of_a_pod_report_each_step_once() -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
+    world.finish().await
+}
+
+/// Every status that the API server stored of the pod, from its creation to its terminal phase, as a watch saw them.
+async fn statuses(world: &World, name: &str, version: &str) -> anyhow::Result<Vec<Pod>> {
+    let only = WatchParams::default().fields(&format!("metadata.name={name}"));
+    let events = world.api::<Pod>().watch(&only, version).await?;
+    let mut events = std::pin::pin!(events);
+    let mut seen: Vec<Pod> = Vec::new();
+    while let Some(event) = events.next().await {
+        let pod = match event? {
+            WatchEvent::Added(pod) | WatchEvent::Modified(pod) => pod,
+            WatchEvent::Bookmark(_) => continue,
+            other @ (WatchEvent::Deleted(_) | WatchEvent::Error(_)) => bail!("{other:?}"),
+        };
+        if seen.last().is_none_or(|last| last.status != pod.status) {
+            seen.push(pod);
+        }
+        if seen.last().is_some_and(|pod| phase_of(pod) == "Succeeded") {
+            return Ok(seen);
+        }
+    }
+    bail!("the watch ended: {seen:#?}")
+}
+
+#[tokio::test]
+async fn a_life_of_a_second_costs_four_statuses_and_four_events() -> anyhow::Result<()> {
+    let world = World::new("cost").await?;
+    let list = world.api::<Pod>().list(&ListParams::default()).await?;
+    let version = list.metadata.resource_version.context("no version")?;
+    let pod = PodBuilder::new("short").sh("sleep 1");
+    let uid = world.create(&pod).await?;
+    let seen = tokio::time::timeout(SOON, statuses(&world, "short", &version));
+    let seen = seen.await.context("the pod did not end in time")??;
+    // The first one is the API server's own, and the scheduler writes that the pod is bound.
+    let ours = seen.iter().filter(|pod| {
+        let status = pod.status.as_ref();
+        status.is_some_and(|status| status.container_statuses.is_some())
+    });
+    let ours = ours.count();
+    ensure!((2..=4).contains(&ours), "{ours} statuses: {seen:#?}");
+    let phases: Vec<_> = seen.iter().map(phase_of).collect();
+    ensure!(phases.contains(&"Running"), "{phases:?}");
+    let pod = seen.last().context("no pod")?;
+    ensure!(pod.metadata.uid.as_deref() == Some(&uid), "{pod:?}");
+    let told = wait_for("the last Event", SOON, async || {
+        let told = told(&world, pod).await?;
+        ensure!(
+            told.iter().any(|(reason, ..)| reason == "Started"),
+            "{told:?}"
+        );
+        Ok(told)
+    })
+    .await?;
+    // The image may be pulled first, for all pods that want it.
+    let told: Vec<_> = told
+        .iter()
+        .filter(|(reason, ..)| reason != "Pulling")
+        .collect();
+    ensure!(told.len() <= 4, "{told:#?}");
     world.finish().await
 }

@@ -13,5 +13,15 @@ pub const LOG_POSITIONS: &str = "log-positions";
 /// by the signal.
 pub const STOP_SIGNAL: &str = "stop-signal";
 
+/// The shim serves `AddEphemeralContainer`.
+pub const EPHEMERAL: &str = "ephemeral-containers";
+
 /// All capabilities of this version's shim.
-pub const ALL: [&str; 5] = [ATTACH, LOG_POSITIONS, PORT_FORWARD, STATS, STOP_SIGNAL];
+pub const ALL: [&str; 6] = [
+    ATTACH,
+    EPHEMERAL,
+    LOG_POSITIONS,
+    PORT_FORWARD,
+    STATS,
+    STOP_SIGNAL,
+];

@@ -6,13 +6,14 @@
 //! ([`logs`]). The shim and the launcher speak [`launch`]. The agent and a shim may be of different
 //! versions; a shim and its launcher are the same binary.
 //!
-//! The crate also has the few helpers that both sides need: [`walk`] and [`tree`] for folders that
-//! others can write, [`host`] and [`setuid`] for facts about the node. It depends only on
+//! The crate also has the few helpers that both sides need: [`walk`], [`tree`] and [`tree_size`] for
+//! folders that others can write, [`host_paths`] for what pods may mount of a node, [`host`] and [`setuid`] for facts about the node. It depends only on
 //! `knoc-proto`, so that neither side can reach the other through it.
 
 pub mod capability;
 pub mod exit_codes;
 pub mod host;
+pub mod host_paths;
 pub mod image_file;
 pub mod jobdir;
 pub mod launch;
@@ -20,4 +21,5 @@ pub mod logs;
 pub mod requeue;
 pub mod setuid;
 pub mod tree;
+pub mod tree_size;
 pub mod walk;

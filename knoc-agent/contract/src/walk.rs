@@ -52,6 +52,11 @@ pub enum WalkError {
         /// Which other user, or why.
         why: String,
     },
+    /// The path leads to what must not be reached.
+    #[error(
+        "{0:?} is part of, or contains, what is never mounted because it can hold keys or KNoC's own files"
+    )]
+    Guarded(PathBuf),
     /// A system call failed.
     #[error("open {path:?}")]
     Io {
@@ -69,7 +74,7 @@ impl WalkError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::Io { source, .. } => source.raw_os_error().unwrap_or_default(),
-            Self::Leaves(_) | Self::TooLong(_) | Self::Untrusted { .. } => 0,
+            Self::Leaves(_) | Self::TooLong(_) | Self::Untrusted { .. } | Self::Guarded(_) => 0,
         }
     }
 }
@@ -86,6 +91,24 @@ pub struct Found {
     pub path: PathBuf,
 }
 
+/// Identifies a file on this host, whatever its name is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileKey {
+    device: u64,
+    inode: u64,
+}
+
+impl FileKey {
+    /// The file with this `stat(2)`.
+    #[must_use]
+    pub fn of(stat: &Stat) -> Self {
+        Self {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        }
+    }
+}
+
 impl Found {
     /// Whether it is a folder.
     #[must_use]
@@ -98,6 +121,22 @@ impl Found {
 /// link never does. With `make`, missing folders are created.
 pub fn inside(root: &Path, path: &Path, make: bool) -> Result<Found, WalkError> {
     Walk::begin(root, Rules::Inside { make })?.follow(path)
+}
+
+/// Like [`inside`], from a folder that is open already, and without ever entering one of `never`.
+pub fn below(root: &Found, path: &Path, make: bool, never: &[FileKey]) -> Result<Found, WalkError> {
+    let at = root.path.clone();
+    let failed = |source: io::Error| WalkError::Io {
+        path: at.clone(),
+        source,
+    };
+    if !root.is_folder() {
+        return Err(failed(Errno::NOTDIR.into()));
+    }
+    let fd = root.fd.try_clone().map_err(failed)?;
+    let mut walk = Walk::from_folder(at, fd, Rules::Inside { make })?;
+    walk.never = never.to_vec();
+    walk.follow(path)
 }
 
 /// Follows the absolute `path`. Each component must belong to root or to this process's user, and
@@ -152,6 +191,8 @@ struct Walk {
     /// The root, then each folder on the way with its name.
     folders: Vec<(OwnedFd, Stat, OsString)>,
     ahead: VecDeque<OsString>,
+    /// What is never entered.
+    never: Vec<FileKey>,
 }
 
 impl Walk {
@@ -162,12 +203,20 @@ impl Walk {
         };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = open(root, flags, Mode::empty()).map_err(failed)?;
-        let stat = fstat(&fd).map_err(failed)?;
+        Self::from_folder(root.to_owned(), fd, rules)
+    }
+
+    fn from_folder(root: PathBuf, fd: OwnedFd, rules: Rules) -> Result<Self, WalkError> {
+        let stat = fstat(&fd).map_err(|errno| WalkError::Io {
+            path: root.clone(),
+            source: errno.into(),
+        })?;
         Ok(Self {
             rules,
-            root: root.to_owned(),
+            root,
             folders: vec![(fd, stat, OsString::new())],
             ahead: VecDeque::new(),
+            never: Vec::new(),
         })
     }
 
@@ -257,6 +306,9 @@ impl Walk {
         };
         let fd = self.open(name).map_err(failed)?;
         let stat = fstat(&fd).map_err(failed)?;
+        if self.never.contains(&FileKey::of(&stat)) {
+            return Err(WalkError::Guarded(self.at(name)));
+        }
         let kind = kind(&stat);
         if let Rules::Owned { shared: false, .. } = self.rules {
             // A link has no mode of its own; a folder may have the sticky bit if it is not the end.

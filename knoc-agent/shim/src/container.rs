@@ -43,6 +43,7 @@ use super::{
     output::{self, Log, Source},
     passwd,
     pod::Pod,
+    processes::ProcessesError,
     role::{ContainerSpec, SlotId},
     signals::{self, Identity},
     usage::{Counters, Used},
@@ -66,6 +67,10 @@ const NOT_STARTED: i32 = 128;
 #[derive(Debug)]
 pub(crate) struct Program {
     pub(crate) identity: Identity,
+    /// The process whose PID namespace it shares.
+    pub(crate) beside: Option<Identity>,
+    /// Whether its PID namespace ends with it, and has no other programs.
+    pub(crate) isolated: bool,
     pub(crate) spec: LaunchSpec,
     pub(crate) hub: Arc<Hub>,
 }
@@ -130,6 +135,8 @@ pub(crate) struct Attempt {
     pub(crate) written: watch::Sender<u64>,
     pub(crate) abort: CancellationToken,
     pub(crate) events: mpsc::Sender<Event>,
+    /// The program of the container whose processes it shares.
+    pub(crate) target: Option<Identity>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -148,6 +155,8 @@ enum AttemptError {
         "no command specified: give the container a command, or use an image that has an entrypoint or a command"
     )]
     NoCommand,
+    #[error("share the processes of the pod")]
+    Processes(#[from] ProcessesError),
     #[error("stopped before it was started")]
     Aborted,
 }
@@ -155,7 +164,7 @@ enum AttemptError {
 impl AttemptError {
     fn reason(&self) -> &'static str {
         match self {
-            Self::Prepare(_) | Self::NoCommand => "CreateContainerError",
+            Self::Prepare(_) | Self::NoCommand | Self::Processes(_) => "CreateContainerError",
             Self::Runtime(_) | Self::NoNamespaces { .. } => "ContainerCannotRun",
             Self::Start(_) => "StartError",
             Self::Aborted => "Error",
@@ -265,7 +274,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let kills_before = pod.oom.unclaimed();
     let mut up = bring_up(pod, attempt, &folders, container).await?;
     folders.message_below(up.message.take());
-    spec.passwd = passwd::of_image(pod, up.identity, &spec).await;
+    spec.passwd = passwd::of_image(pod, (up.identity, up.beside), &spec).await;
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
     let launched = match launch(up.socket, &spec, stdio.theirs, &attempt.abort).await {
         Ok(launched) => launched,
@@ -282,9 +291,12 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let hub = keeper.hub();
     let program = Program {
         identity: up.identity,
+        beside: up.beside,
+        isolated: pod.runtime.isolates() && up.beside.is_none(),
         spec,
         hub: Arc::clone(&hub),
     };
+    let isolated = program.isolated;
     let event = running(attempt, program);
     // The supervisor outlives its attempts.
     attempt.events.send(event).await.ok();
@@ -293,7 +305,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let pump = output::pump(sources, log(pod, attempt, &live), over.clone(), &hub);
     let ending = async {
         let exit = up.runtime.ended(&attempt.abort, up.identity).await;
-        if !pod.runtime.isolates() {
+        if !isolated {
             signals::kill_left(up.identity.pid);
         }
         over.cancel();

@@ -87,7 +87,7 @@ pub(crate) fn launch_spec(
 }
 
 fn variables<'a>(container: &pb::Container, values: &'a pb::PodValues) -> &'a [pb::EnvVar] {
-    let mut all = values.env.iter();
+    let mut all = values.env.iter().chain(&values.ephemeral_env);
     let own = all.find(|env| env.container == container.name);
     own.map_or(&[], |env| &env.vars)
 }

@@ -40,7 +40,7 @@ use super::{
     pod::Pod,
     signals,
 };
-use crate::launch::set_terminal_size;
+use crate::launch::{enter, set_terminal_size};
 
 pub(crate) use self::capture::{Captured, capture};
 
@@ -290,11 +290,10 @@ fn stdio(start: &pb::ExecStart) -> io::Result<(Vec<OwnedFd>, Streams)> {
 fn spawn(pod: &Pod, program: &Program) -> io::Result<(Child, UnixStream)> {
     let (ours, theirs) = StdUnixStream::pair()?;
     ours.set_nonblocking(true)?;
-    let identity = program.identity;
     let mut command = Command::new(&pod.agent);
     command
         .arg("enter")
-        .args([identity.pid.to_string(), identity.start.to_string()])
+        .args(enter::arguments(program.identity, program.beside))
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::from(OwnedFd::from(theirs)))

@@ -9,9 +9,11 @@
 //! Single-threaded and without an async runtime: the launcher must be small, and `setns(2)` requires a single thread.
 
 pub(crate) mod account;
+pub(crate) mod beside;
 pub mod contain;
 pub mod enter;
 pub(crate) mod fds;
+pub mod hold;
 pub(crate) mod ids;
 mod limits;
 pub mod network;

@@ -42,6 +42,7 @@ mod plan;
 mod pod;
 mod probes;
 mod proc;
+mod processes;
 mod report;
 mod resolver;
 mod role;
@@ -49,6 +50,7 @@ mod runtime;
 mod scratch;
 mod serve;
 mod signals;
+mod sizes;
 mod supervisor;
 mod usage;
 mod values_poll;
@@ -100,9 +102,9 @@ use self::{
 
 const COMMANDS: usize = 16;
 
-/// Two threads for logs and reports, and two for work that may take long or hang: removing what a container wrote, and
-/// access to the volumes that it mounts.
-const BLOCKING_THREADS: usize = 4;
+/// Two threads for logs and reports, and three for work that may take long or hang: removing what a container wrote,
+/// measuring it, and access to the volumes that it mounts.
+const BLOCKING_THREADS: usize = 5;
 
 /// How long the shim waits until a connected agent has read the final report.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -296,6 +298,7 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
     };
     let (farewell, mut linked) = link_up(service, up);
     let link_state = farewell.link.subscribe();
+    background.spawn(sizes::watch(pod.volumes.limits(), commands.clone()));
     background.spawn(values_poll::watch(pod.jobdir.clone(), link_state, commands));
     Supervisor::new(
         Arc::clone(&pod),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::volumes::Mounted;
 use crate::{
-    launch::contain::spec::{Point, PointBase},
+    launch::contain::spec::{Point, PointBase, Source},
     runtime::INSIDE,
 };
 
@@ -75,11 +75,12 @@ pub(crate) fn leave_devices(binds: &mut [Mounted]) -> Vec<Link> {
 }
 
 /// Sets where the mount point of each of `binds` is created: in the nearest of `parents` (target, and folder on the host)
-/// and of the earlier binds that it lies in. `binds` are in the order of mounting.
+/// and of the earlier binds that it lies in. `binds` are in the order of mounting. In a path of the node that is mounted
+/// read-only, nothing is created: the mount point must be there.
 pub(crate) fn set_mount_points(parents: &[(PathBuf, PathBuf)], binds: &mut [Mounted]) {
-    let mut covers: Vec<(PathBuf, PointBase)> = parents
+    let mut covers: Vec<(PathBuf, Option<PointBase>)> = parents
         .iter()
-        .map(|(target, folder)| (target.clone(), PointBase::Folder(folder.clone())))
+        .map(|(target, folder)| (target.clone(), Some(PointBase::Folder(folder.clone()))))
         .collect();
     for (index, bind) in binds.iter_mut().enumerate() {
         let nearest = covers
@@ -87,11 +88,15 @@ pub(crate) fn set_mount_points(parents: &[(PathBuf, PathBuf)], binds: &mut [Moun
             .filter_map(|(target, base)| Some((base, bind.target.strip_prefix(target).ok()?)))
             .filter(|(_, rest)| !rest.as_os_str().is_empty())
             .min_by_key(|(_, rest)| rest.components().count());
-        bind.point = nearest.map(|(base, rest)| Point {
-            base: base.clone(),
-            rest: rest.to_owned(),
+        bind.point = nearest.and_then(|(base, rest)| {
+            Some(Point {
+                base: base.clone()?,
+                rest: rest.to_owned(),
+            })
         });
-        covers.push((bind.target.clone(), PointBase::Mount(index)));
+        let foreign = bind.read_only && matches!(bind.source, Source::Host(_));
+        let base = (!foreign).then_some(PointBase::Mount(index));
+        covers.push((bind.target.clone(), base));
     }
 }
 
@@ -109,7 +114,6 @@ pub(crate) fn of_the_image<'a>(folders: &[&'a str], binds: &[Mounted]) -> Vec<&'
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::launch::contain::spec::Source;
 
     fn binds(targets: &[&str]) -> Vec<Mounted> {
         let bind = |(index, target): (usize, &&str)| Mounted {

@@ -33,9 +33,9 @@ pub(crate) enum NameError {
         source: SourceError,
     },
     #[error(
-        "{what}: a subPath of a writable volume needs user namespaces, which this node or its container runtime \
-         (setuid) does not use; mount the whole volume, or have the site allow user namespaces and install the \
-         runtime without its setuid part"
+        "{what}: a hostPath, or a subPath of a writable volume, needs user namespaces, which this node or its container \
+         runtime (setuid) does not use; mount a whole volume of another kind, or have the site allow user namespaces and \
+         install the runtime without its setuid part"
     )]
     NeedsNamespaces { what: String },
 }

@@ -68,6 +68,11 @@ pub(crate) struct Joined {
 }
 
 impl Network {
+    /// Without the helper that joins it, a container would be in the node's network.
+    pub(crate) fn is_host(&self) -> bool {
+        matches!(self, Self::Host)
+    }
+
     /// What the helper of a container has to join; `None` in the node's network.
     pub(crate) fn to_join(&self) -> io::Result<Option<Joined>> {
         let Self::Private(private) = self else {

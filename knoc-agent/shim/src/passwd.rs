@@ -28,8 +28,11 @@ use crate::launch::{
 /// How long the helper may take: the image may lie on a file system that hangs.
 const WAIT: Duration = Duration::from_secs(5);
 
+/// A container, and the process whose PID namespace it shares.
+type Place = (Identity, Option<Identity>);
+
 /// The text of the file, if `spec` needs it. `None` if it cannot be read, as in a container that root has set up.
-pub(crate) async fn of_image(pod: &Pod, container: Identity, spec: &LaunchSpec) -> Option<Vec<u8>> {
+pub(crate) async fn of_image(pod: &Pod, container: Place, spec: &LaunchSpec) -> Option<Vec<u8>> {
     let user = spec.user.as_ref().filter(|_| spec.settle)?;
     if !account::may_be_overwritten(user) {
         return None;
@@ -44,7 +47,7 @@ pub(crate) async fn of_image(pod: &Pod, container: Identity, spec: &LaunchSpec) 
     }
 }
 
-async fn read(pod: &Pod, container: Identity) -> io::Result<Vec<u8>> {
+async fn read(pod: &Pod, container: Place) -> io::Result<Vec<u8>> {
     let (ours, theirs) = StdUnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let mut child = spawn(pod, container, theirs)?;
@@ -74,13 +77,13 @@ async fn read(pod: &Pod, container: Identity) -> io::Result<Vec<u8>> {
 )]
 fn spawn(
     pod: &Pod,
-    container: Identity,
+    (container, beside): Place,
     socket: StdUnixStream,
 ) -> io::Result<super::children::Child> {
     let mut command = Command::new(&pod.agent);
     command
         .arg("enter")
-        .args([container.pid.to_string(), container.start.to_string()])
+        .args(enter::arguments(container, beside))
         .arg(enter::PASSWD)
         .env_clear()
         .current_dir("/")

@@ -78,6 +78,14 @@ pub(crate) enum Phase {
 }
 
 impl Phase {
+    /// The exit code, if the last attempt has ended.
+    pub(crate) fn code(self) -> Option<i32> {
+        match self {
+            Self::Exited { code, .. } => Some(code),
+            Self::Idle | Self::Starting | Self::Running => None,
+        }
+    }
+
     /// Whether a container with this rule has ended and will never be restarted.
     pub(crate) fn is_final(self, rule: RestartRule) -> bool {
         match self {
@@ -146,6 +154,7 @@ pub(crate) enum StopStage {
 pub(crate) struct Container {
     pub(crate) id: SlotId,
     pub(crate) role: Role,
+    /// If it has ended, the rule for its exit code.
     pub(crate) restart: RestartRule,
     pub(crate) phase: Phase,
     pub(crate) health: Health,

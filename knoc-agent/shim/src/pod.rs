@@ -26,6 +26,7 @@ use super::{
     mounts::Mounting,
     network::{self, Network, Tools, Up, Wish},
     oom::OomCounter,
+    processes::Holder,
     role::Role,
     scratch::{Fallback, Scratch},
     volumes::Volumes,
@@ -55,6 +56,8 @@ pub(crate) struct Pod {
     pub(crate) mounting: Mounting,
     /// The compute node's until [`Self::bring_up_network`].
     pub(crate) network: Network,
+    /// Of the PID namespace that the containers share, if they share one.
+    pub(crate) holder: Holder,
 }
 
 impl Pod {
@@ -78,6 +81,7 @@ impl Pod {
         };
         let scratch = Scratch::create(&settings.scratch, fallback)?;
         let runtime = runtime::by_name(&job.runtime, job.runtime_path.as_ref())?;
+        let host_paths = job.host_paths.clone().unwrap_or_default();
         Ok(Self {
             agent: std::env::current_exe()?,
             facts: facts(&spec, endpoint, runtime.isolates()),
@@ -88,11 +92,13 @@ impl Pod {
             ),
             oom: OomCounter::find(),
             cgroup: JobCgroup::find(),
-            volumes: Volumes::create(&spec.volumes, &scratch)?,
+            volumes: Volumes::create(&spec.volumes, &scratch, &host_paths)?
+                .with_site_binds(&job.site_binds),
             scratch,
             children: Children::default(),
             mounting: Mounting::of(&job),
             network: Network::Host,
+            holder: Holder::default(),
             jobdir,
             claim,
             job,
@@ -136,7 +142,14 @@ impl Pod {
     pub(crate) fn containers(&self) -> impl Iterator<Item = (Role, &pb::Container)> {
         let init = self.spec.init_containers.iter();
         let main = self.spec.containers.iter();
-        init.map(|container| (Role::Init, container))
+        let role = |container: &pb::Container| {
+            if container.is_sidecar() {
+                Role::Sidecar
+            } else {
+                Role::Init
+            }
+        };
+        init.map(move |container| (role(container), container))
             .chain(main.map(|container| (Role::Main, container)))
     }
 

@@ -55,6 +55,8 @@ pub(crate) struct Situation<'a> {
     pub(crate) phase: Phase,
     pub(crate) health: Health,
     pub(crate) history: &'a History,
+    /// Why an ephemeral container does not start yet: its target does not run.
+    pub(crate) target_missing: Option<&'a str>,
 }
 
 /// What a container's status depends on besides the container itself.
@@ -90,7 +92,7 @@ fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) 
             started_at: history.started_at.map(nanos).unwrap_or_default(),
         }),
         Phase::Exited { restart_at, .. } => {
-            if context.stopping || phase.is_final(spec.restart) {
+            if context.stopping || phase.is_final(spec.restart_after(phase.code())) {
                 return State::Terminated(history.ended.clone().unwrap_or_default());
             }
             if context.now < restart_at {
@@ -112,7 +114,10 @@ fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) 
         }
         Phase::Idle => match context.values_missing {
             Some(why) => waiting("CreateContainerConfigError", why),
-            None => waiting(creating, ""),
+            None => match now.target_missing {
+                Some(why) => waiting("CreateContainerConfigError", why),
+                None => waiting(creating, ""),
+            },
         },
         Phase::Starting if history.attempt == 0 => waiting(creating, ""),
         Phase::Starting => waiting("ContainerCreating", ""),
@@ -138,6 +143,7 @@ pub(crate) fn status(
         phase,
         health,
         history,
+        target_missing: _,
     } = now;
     let state = state(spec, now, context);
     let over = matches!(state, State::Terminated(_));
@@ -373,6 +379,7 @@ mod tests {
                 phase,
                 health,
                 history: &history,
+                target_missing: None,
             };
             let status = status(&spec(role), situation, &context, String::new());
             (status.started, status.ready)
@@ -423,6 +430,7 @@ mod tests {
                 phase,
                 health: Health::down(),
                 history: &history,
+                target_missing: None,
             };
             let context = StatusContext {
                 pod: &pod,

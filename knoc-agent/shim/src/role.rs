@@ -20,8 +20,7 @@ impl std::fmt::Display for SlotId {
     }
 }
 
-/// What a container is to its pod. [`super::plan`] says what follows from it. So far `pod.proto` can ask for init and main
-/// containers only.
+/// What a container is to its pod. [`super::plan`] says what follows from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
     /// Runs to success before the next container of the startup sequence starts.
@@ -44,7 +43,7 @@ pub(crate) enum RestartRule {
 }
 
 impl RestartRule {
-    /// What the pod's restart policy means for a container of this role.
+    /// What the restart policy of the pod, or the container's own, means for a container of this role.
     pub(crate) fn of(role: Role, policy: RestartPolicy) -> Self {
         match (role, policy) {
             (Role::Sidecar, _)
@@ -80,5 +79,56 @@ pub(crate) struct ContainerSpec {
 impl ContainerSpec {
     pub(crate) fn name(&self) -> &str {
         &self.container.name
+    }
+
+    /// The rule by which the container is restarted, or not, now that its program has ended with `code`; `None`: it has not
+    /// ended. A rule about the exit code comes before every policy, but an init container that succeeded is done.
+    pub(crate) fn restart_after(&self, code: Option<i32>) -> RestartRule {
+        let rules = self.container.restart_rules.iter();
+        let named = |code: i32| rules.clone().any(|rule| rule.names(code));
+        match code {
+            Some(0) if self.role == Role::Init => self.restart,
+            Some(code) if named(code) => RestartRule::Always,
+            Some(_) | None => self.restart,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(role: Role, policy: RestartPolicy, codes: &[i32]) -> ContainerSpec {
+        ContainerSpec {
+            id: SlotId::after(0),
+            role,
+            restart: RestartRule::of(role, policy),
+            container: pb::Container {
+                restart_rules: vec![pb::RestartRule {
+                    not_in: false,
+                    exit_codes: codes.to_vec(),
+                }],
+                ..pb::Container::default()
+            },
+            image: pb::ResolvedImage::default(),
+        }
+    }
+
+    #[test]
+    fn a_rule_about_the_exit_code_comes_before_the_policy() {
+        let main = spec(Role::Main, RestartPolicy::Never, &[42, 0]);
+        assert_eq!(main.restart_after(None), RestartRule::Never);
+        assert_eq!(main.restart_after(Some(42)), RestartRule::Always);
+        assert_eq!(main.restart_after(Some(0)), RestartRule::Always);
+        assert_eq!(main.restart_after(Some(1)), RestartRule::Never);
+        let always = spec(Role::Main, RestartPolicy::Always, &[42]);
+        assert_eq!(always.restart_after(Some(1)), RestartRule::Always);
+    }
+
+    #[test]
+    fn an_init_container_that_succeeded_is_done_whatever_the_rules_say() {
+        let init = spec(Role::Init, RestartPolicy::Never, &[0, 42]);
+        assert_eq!(init.restart_after(Some(42)), RestartRule::Always);
+        assert_eq!(init.restart_after(Some(0)), RestartRule::Never);
     }
 }

@@ -65,6 +65,8 @@ pub(crate) struct Sandbox {
     pub fakeroot: bool,
     /// The GPUs whose devices and driver files the container sees.
     pub gpus: Gpus,
+    /// Whether the runtime's own PID namespace is that of the container, which shares it with others.
+    pub shares_processes: bool,
 }
 
 /// Why a container cannot be brought up with this runtime.

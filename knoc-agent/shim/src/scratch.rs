@@ -17,14 +17,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use knoc_contract::{host::node_name, jobdir::atomic::FileError, tree, walk};
+use knoc_contract::{
+    host::node_name, host_paths::SHIM_FOLDERS as PREFIX, jobdir::atomic::FileError, tree, walk,
+};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Notify;
 
 use super::proc;
 
-const PREFIX: &str = "knoc-shim";
 const MEMORY: &str = "/dev/shm";
 const DEFAULT: &str = "/tmp";
 

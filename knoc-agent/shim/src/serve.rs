@@ -200,6 +200,29 @@ impl Shim for Service {
         }
     }
 
+    async fn add_ephemeral_container(
+        &self,
+        request: Request<pb::AddEphemeralContainerRequest>,
+    ) -> Result<Response<pb::AddEphemeralContainerResponse>, Status> {
+        let pb::AddEphemeralContainerRequest { container, image } = request.into_inner();
+        let container = container.unwrap_or_default();
+        let checked = self.pod.spec().check_ephemeral(&container);
+        checked.map_err(|invalid| ErrorReason::InvalidSpec.status(invalid.to_string()))?;
+        let (answer, added) = oneshot::channel();
+        let image = image.unwrap_or_default();
+        self.command(Command::AddEphemeral {
+            container: Box::new(container),
+            image: Box::new(image),
+            answer,
+        })
+        .await?;
+        match added.await {
+            Ok(Ok(())) => Ok(Response::new(pb::AddEphemeralContainerResponse {})),
+            Ok(Err(why)) => Err(ErrorReason::InvalidRequest.status(why)),
+            Err(_) => Err(ErrorReason::NotRunning.status("the pod has ended")),
+        }
+    }
+
     async fn get_stats(
         &self,
         _request: Request<pb::ShimGetStatsRequest>,

@@ -4,6 +4,7 @@
 //! the plan names. Each time it performs the actions of [`plan::decide`], then publishes the report and the [`Directory`].
 //! What is known about a container is in its [`slot`], which attempts refer to by its [`SlotId`].
 
+mod ephemeral;
 mod probing;
 mod slot;
 mod slots;
@@ -49,6 +50,9 @@ const VALUES_WAIT: Duration = Duration::from_mins(10);
 const VALUES_EXPIRED: &str =
     "the values have expired; the container waits for new ones from the agent";
 
+/// The reason of a pod that exceeds the size limit of a volume, as in Kubernetes.
+const EVICTED: &str = "Evicted";
+
 /// Used if there is nothing to wake up for: so far away that it never comes.
 const NEVER: Duration = Duration::from_hours(24 * 365);
 
@@ -71,6 +75,12 @@ pub(crate) enum Command {
     Note {
         reason: &'static str,
         message: String,
+    },
+    /// An ephemeral container, which was checked against the pod's shape.
+    AddEphemeral {
+        container: Box<pb::Container>,
+        image: Box<pb::ResolvedImage>,
+        answer: oneshot::Sender<Result<(), String>>,
     },
 }
 
@@ -245,7 +255,12 @@ impl Supervisor {
 
     fn execute(&mut self, command: Command) {
         match command {
-            Command::Stop { grace, by, reason } => self.order_stop(grace, by, reason),
+            Command::Stop { grace, by, reason } => {
+                if by == EndedBy::Evicted && self.stop.is_none() {
+                    self.publisher.note(EVICTED, reason.clone(), "");
+                }
+                self.order_stop(grace, by, reason);
+            }
             Command::Stats(samples, answer) => {
                 // The caller may have gone away.
                 answer.send(self.stats(&samples)).ok();
@@ -256,6 +271,14 @@ impl Supervisor {
             }
             Command::Route(route) => self.publisher.update(|report| report.route = Some(route)),
             Command::Note { reason, message } => self.publisher.note(reason, message, ""),
+            Command::AddEphemeral {
+                container,
+                image,
+                answer,
+            } => {
+                // The caller may have gone away.
+                answer.send(self.add_ephemeral(*container, *image)).ok();
+            }
         }
     }
 
@@ -313,9 +336,9 @@ impl Supervisor {
     }
 
     fn stop_container(&mut self, id: SlotId, stage: StopStage) {
-        let (isolated, now) = (self.pod.runtime.isolates(), self.now());
+        let now = self.now();
         if let Some(slot) = self.slots.get_mut(id) {
-            slot.stop(stage, isolated, now);
+            slot.stop(stage, now);
         }
         if stage == StopStage::PreStop {
             self.run_pre_stop(id);
@@ -324,6 +347,10 @@ impl Supervisor {
 
     fn start(&mut self, id: SlotId) {
         let Some(values) = self.values.clone() else {
+            return;
+        };
+        let Ok(target) = self.target_of(id) else {
+            // The status says so; the start of the target wakes the supervisor.
             return;
         };
         let Some(slot) = self.slots.get_mut(id) else {
@@ -337,6 +364,7 @@ impl Supervisor {
             written,
             abort: slot.abort.clone(),
             events: self.events.0.clone(),
+            target,
         };
         let pod = Arc::clone(&self.pod);
         self.attempts
@@ -380,9 +408,8 @@ impl Supervisor {
         }
     }
 
-    /// The statuses of init containers and sidecars, and those of the main containers. A report has no field for
-    /// ephemeral containers yet.
-    fn statuses(&self) -> (Vec<pb::ContainerStatus>, Vec<pb::ContainerStatus>) {
+    /// The statuses of all containers.
+    fn statuses(&self) -> Statuses {
         let view = self.view();
         let context = StatusContext {
             pod: self.pod.spec(),
@@ -391,26 +418,28 @@ impl Supervisor {
             values_missing: (!view.values).then_some(self.values_missing.as_str()),
             now: view.now,
         };
-        let (mut init, mut main) = (Vec::new(), Vec::new());
+        let mut all = Statuses::default();
         for slot in self.slots.iter() {
             let statuses = match slot.spec.role {
-                Role::Init | Role::Sidecar => &mut init,
-                Role::Main => &mut main,
-                Role::Ephemeral => continue,
+                Role::Init | Role::Sidecar => &mut all.init,
+                Role::Main => &mut all.main,
+                Role::Ephemeral => &mut all.ephemeral,
             };
+            let missing = self.target_of(slot.spec.id).err();
             let situation = Situation {
                 phase: slot.phase,
                 health: slot.health,
                 history: &slot.history,
+                target_missing: missing.as_deref(),
             };
             let id = container_id(&self.pod, slot);
             statuses.push(report::status(&slot.spec, situation, &context, id));
         }
-        (init, main)
+        all
     }
 
     fn publish(&mut self) {
-        let (init, main) = self.statuses();
+        let statuses = self.statuses();
         let waits = !self.view().values && self.stop.is_none();
         let revision = self.values.as_ref().map_or(0, |values| values.revision);
         let stop = self
@@ -418,8 +447,7 @@ impl Supervisor {
             .as_ref()
             .map(|stop| (stop.by, stop.reason.clone()));
         self.publisher.update(|report| {
-            report.init_containers = init;
-            report.containers = main;
+            statuses.put_into(report);
             report.waits_for_values = waits;
             report.values_revision = Some(revision);
             if let Some((by, message)) = stop {
@@ -438,7 +466,7 @@ impl Supervisor {
     }
 
     fn finish(&mut self) {
-        let (init, main) = self.statuses();
+        let statuses = self.statuses();
         let by = self
             .stop
             .as_ref()
@@ -463,8 +491,7 @@ impl Supervisor {
         };
         self.publisher.update(|report| {
             report.usage = Some(usage);
-            report.init_containers = init;
-            report.containers = main;
+            statuses.put_into(report);
             report.r#final = true;
             report.waits_for_values = false;
             report.ended_by = by.into();
@@ -473,11 +500,29 @@ impl Supervisor {
                 EndedBy::Deadline => "DeadlineExceeded".clone_into(&mut report.reason),
                 EndedBy::NoValues => no_values.clone_into(&mut report.reason),
                 EndedBy::TimeLimit => "SlurmTimeLimit".clone_into(&mut report.reason),
+                EndedBy::Evicted => EVICTED.clone_into(&mut report.reason),
                 EndedBy::Unspecified | EndedBy::Themselves | EndedBy::Stop | EndedBy::Signal => {}
             }
             report.message = message;
         });
         self.publish_directory();
+    }
+}
+
+/// The statuses of containers, by their place in the report.
+#[derive(Default)]
+struct Statuses {
+    /// Those of init containers and sidecars.
+    init: Vec<pb::ContainerStatus>,
+    main: Vec<pb::ContainerStatus>,
+    ephemeral: Vec<pb::ContainerStatus>,
+}
+
+impl Statuses {
+    fn put_into(self, report: &mut pb::Report) {
+        report.init_containers = self.init;
+        report.containers = self.main;
+        report.ephemeral_containers = self.ephemeral;
     }
 }
 

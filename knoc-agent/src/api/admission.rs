@@ -6,16 +6,11 @@ use knoc_proto::{
 };
 use tonic::Status;
 
-use super::host_paths::HostPaths;
+use super::host_paths;
 use crate::{scheduler::SubmitErrorKind, site::Site};
 
 /// Admits a pod that was never seen before, or rejects it with all reasons in one message.
-pub(super) async fn admit(
-    site: &Site,
-    host_paths: &HostPaths,
-    spec: &PodSpec,
-    cluster_id: &str,
-) -> Result<(), Status> {
+pub(super) fn admit(site: &Site, spec: &PodSpec, cluster_id: &str) -> Result<(), Status> {
     let policy = site.policy.now();
     let namespaces = &policy.namespaces;
     if !namespaces.is_empty() && !namespaces.contains(&spec.namespace) {
@@ -34,8 +29,7 @@ pub(super) async fn admit(
         problems.extend(privileged(spec));
     }
     problems.extend(policy.denied_host_ports(spec));
-    let roots = &site.config.host_paths;
-    problems.extend(host_paths.outside(&spec.volumes, roots).await?);
+    problems.extend(host_paths::problems(spec, &policy, &site.host_paths()));
     if let Err(error) = site
         .scheduler
         .render(&super::submit_request(site, spec, cluster_id))

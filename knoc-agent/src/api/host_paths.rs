@@ -1,171 +1,154 @@
-//! Checks host paths for admission, off the runtime's threads.
-//!
-//! A shared file system may hang. Therefore each look-up runs on a blocking thread, its caller
-//! waits until a deadline, and only a few look-ups run at the same time, so that a hanging file
-//! system blocks only a few threads.
+//! PURE: whether the site lets a pod mount the host paths that it names. Only the text of a path is judged here: the path
+//! exists on the compute node, where the shim opens it and judges the place to which it leads.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
+use std::path::Path;
+
+use knoc_contract::host_paths::HostPaths;
+use knoc_proto::{
+    pb::{self, volume::Source},
+    pod::PodSpec,
 };
 
-use knoc_proto::{error::chain, pb, reason::ErrorReason};
-use tokio::sync::Semaphore;
-use tonic::Status;
+use crate::config::Policy;
 
-/// The number of concurrent look-ups. Each one blocks a thread until the file system answers.
-const AT_ONCE: usize = 4;
-/// A healthy file system answers within milliseconds.
-const DEADLINE: Duration = Duration::from_secs(5);
-
-/// The look-ups of one agent.
-#[derive(Debug)]
-pub(super) struct HostPaths {
-    permits: Arc<Semaphore>,
-    deadline: Duration,
-}
-
-impl Default for HostPaths {
-    fn default() -> Self {
-        Self {
-            permits: Arc::new(Semaphore::new(AT_ONCE)),
-            deadline: DEADLINE,
-        }
-    }
-}
-
-impl HostPaths {
-    /// The host paths among `volumes` that are outside `roots`, one sentence for each. Without host
-    /// paths, no file system is touched.
-    ///
-    /// # Errors
-    ///
-    /// The file system did not answer in time. The same request may succeed later.
-    pub(super) async fn outside(
-        &self,
-        volumes: &[pb::Volume],
-        roots: &[PathBuf],
-    ) -> Result<Vec<String>, Status> {
-        let volumes: Vec<_> = volumes
-            .iter()
-            .filter(|volume| is_host_path(volume))
-            .cloned()
-            .collect();
-        if volumes.is_empty() {
-            return Ok(Vec::new());
-        }
-        let roots = roots.to_vec();
-        self.look_up(move || outside(&volumes, &roots)).await
-    }
-
-    /// Runs `work` on a blocking thread. The permit is returned only when the work has ended, even
-    /// after the deadline.
-    async fn look_up<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, Status> {
-        let permits = Arc::clone(&self.permits);
-        let looked = tokio::time::timeout(self.deadline, async move {
-            let permit = permits.acquire_owned().await;
-            let done = tokio::task::spawn_blocking(move || {
-                let found = work();
-                drop(permit);
-                found
-            });
-            done.await
-        });
-        match looked.await {
-            Ok(Ok(found)) => Ok(found),
-            Ok(Err(error)) => {
-                let message = format!("look up host paths: {}", chain(&error));
-                Err(ErrorReason::Internal.status(message))
-            }
-            Err(_) => {
-                let message = format!(
-                    "look up host paths: the file system did not answer within {:?}",
-                    self.deadline
-                );
-                Err(ErrorReason::Internal.status(message))
-            }
-        }
-    }
-}
-
-fn is_host_path(volume: &pb::Volume) -> bool {
-    matches!(volume.source, Some(pb::volume::Source::HostPath(_)))
-}
-
-/// The host paths outside the site's roots, one sentence for each. Links are followed: the place
-/// that a path leads to counts.
-fn outside(volumes: &[pb::Volume], roots: &[PathBuf]) -> Vec<String> {
-    let canonical = |path: &Path| std::fs::canonicalize(path).ok();
-    let roots: Vec<PathBuf> = roots.iter().filter_map(|root| canonical(root)).collect();
+/// One problem for each path of the compute nodes that the site does not let this pod mount.
+pub(super) fn problems(spec: &PodSpec, policy: &Policy, allowed: &HostPaths) -> Vec<String> {
     let problem = |volume: &pb::Volume| {
-        let Some(pb::volume::Source::HostPath(host)) = &volume.source else {
-            return None;
+        let source = volume.source.as_ref()?;
+        let (kind, claim, read_only) = match source {
+            Source::HostPath(host) => ("hostPath.path", &host.claim, host.read_only),
+            Source::Nfs(nfs) => ("nfs", &nfs.claim, nfs.read_only),
+            Source::Csi(csi) => ("csi", &csi.claim, csi.read_only),
+            Source::EmptyDir(_) | Source::Files(_) => return None,
         };
-        let inside = canonical(Path::new(&host.path))
-            .is_some_and(|path| roots.iter().any(|root| path.starts_with(root)));
-        (!inside).then(|| {
-            let (name, path) = (&volume.name, &host.path);
-            format!("volume {name:?}: {path:?} is not under host_paths of the site file")
+        let path = match (source, policy.mapped(source)) {
+            (_, Some(mapped)) => mapped,
+            (Source::HostPath(host), None) => Ok(host.path.clone()),
+            (_, None) => return None,
+        };
+        let writes = !read_only && is_written(spec, &volume.name);
+        let judged = path.and_then(|path| {
+            let judged = allowed.judge(Path::new(&path), writes);
+            judged.map(drop).map_err(|refusal| refusal.to_string())
+        });
+        let why = judged.err()?;
+        let name = &volume.name;
+        Some(if claim.is_empty() {
+            format!("spec.volumes[{name}].{kind}: {why}")
+        } else {
+            format!("spec.volumes[{name}]: the volume of the claim {claim:?}: {why}")
         })
     };
-    volumes.iter().filter_map(problem).collect()
+    spec.volumes.iter().filter_map(problem).collect()
+}
+
+/// Whether a container mounts the volume and may write there.
+fn is_written(spec: &PodSpec, volume: &str) -> bool {
+    let mounts = spec
+        .all_containers()
+        .flat_map(|container| &container.mounts);
+    let mut mounts = mounts.filter(|mount| mount.volume == volume);
+    mounts.any(|mount| !mount.read_only)
 }
 
 #[cfg(test)]
 mod tests {
+    use knoc_contract::host_paths::Prefix;
+
     use super::*;
 
-    #[test]
-    fn host_paths_stay_under_the_sites_roots() {
-        let folder = tempfile::tempdir().unwrap();
-        let (root, other) = (folder.path().join("root"), folder.path().join("other"));
-        std::fs::create_dir_all(root.join("data")).unwrap();
-        std::fs::create_dir_all(&other).unwrap();
-        std::os::unix::fs::symlink(&other, root.join("out")).unwrap();
-        let problems = |path: &Path, roots: &[PathBuf]| {
-            let path = path.display().to_string();
-            let source = pb::volume::Source::HostPath(pb::HostPath { path });
-            let volume = pb::Volume {
-                name: "v".to_owned(),
-                source: Some(source),
-            };
-            outside(&[volume], roots).len()
+    /// The problems of a pod that mounts this path twice, the second time as given.
+    fn of(path: &str, read_only: bool, of_volume: bool) -> String {
+        let mount = |path: &str, read_only| pb::Mount {
+            volume: "v".to_owned(),
+            path: path.to_owned(),
+            read_only,
+            ..pb::Mount::default()
         };
-        let roots = [root.clone()];
-        assert_eq!(problems(&root.join("data"), &roots), 0);
-        assert_eq!(problems(&root.join("data"), &[]), 1, "no roots, no paths");
-        assert_eq!(
-            problems(&root.join("out"), &roots),
-            1,
-            "a link that leads out"
-        );
-        assert_eq!(problems(&root.join("../other"), &roots), 1);
-        assert_eq!(problems(&root.join("nothing"), &roots), 1);
-    }
-
-    #[tokio::test]
-    async fn a_file_system_that_hangs_delays_an_answer_and_holds_few_threads() {
-        let lookups = HostPaths {
-            deadline: Duration::from_millis(50),
+        let host = pb::HostPath {
+            path: path.to_owned(),
+            read_only: of_volume,
+            ..pb::HostPath::default()
+        };
+        let spec = pb::PodSpec {
+            volumes: vec![pb::Volume {
+                name: "v".to_owned(),
+                source: Some(pb::volume::Source::HostPath(host)),
+            }],
+            containers: vec![pb::Container {
+                mounts: vec![mount("/a", true), mount("/b", read_only)],
+                ..pb::Container::default()
+            }],
+            ..pb::PodSpec::default()
+        };
+        let prefix = |path: &str, writable| Prefix {
+            path: path.into(),
+            writable,
+        };
+        let allowed = HostPaths {
+            prefixes: vec![prefix("/data", false), prefix("/scratch", true)],
             ..HostPaths::default()
         };
-        let (release, held) = std::sync::mpsc::channel::<()>();
-        let held = Arc::new(std::sync::Mutex::new(held));
-        for _ in 0..AT_ONCE {
-            let held = Arc::clone(&held);
-            let hangs = move || drop(held.lock().map(|held| held.recv()));
-            let late = lookups.look_up(hangs).await.unwrap_err();
-            assert!(late.message().contains("did not answer"), "{late}");
-        }
-        assert_eq!(lookups.permits.available_permits(), 0);
-        lookups.look_up(|| ()).await.unwrap_err();
-        drop(release);
-        let all = u32::try_from(AT_ONCE).unwrap();
-        drop(lookups.permits.acquire_many(all).await.unwrap());
-        lookups.look_up(|| ()).await.unwrap();
+        let spec = PodSpec::accepted_before("u".try_into().unwrap(), spec);
+        problems(&spec, &Policy::default(), &allowed).join("; ")
+    }
+
+    #[test]
+    fn a_read_only_path_is_mounted_read_only_everywhere() {
+        assert_eq!(of("/scratch/x", false, false), "");
+        assert_eq!(of("/data/x", true, false), "");
+        assert_eq!(of("/data/x", false, true), "");
+        let problem = of("/data/x", false, false);
+        assert!(
+            problem.starts_with("spec.volumes[v].hostPath.path: \"/data/x\"")
+                && problem.contains("readOnly: true"),
+            "{problem}"
+        );
+        assert!(of("/etc", true, false).contains("/data, /scratch"));
+    }
+
+    #[test]
+    fn what_the_site_maps_is_judged_by_the_path_that_it_is_mapped_to() {
+        let source = Source::Nfs(pb::NfsVolume {
+            server: "filer".to_owned(),
+            path: "/export/x".to_owned(),
+            read_only: true,
+            claim: "c".to_owned(),
+        });
+        let spec = pb::PodSpec {
+            volumes: vec![pb::Volume {
+                name: "v".to_owned(),
+                source: Some(source),
+            }],
+            ..pb::PodSpec::default()
+        };
+        let spec = PodSpec::accepted_before("u".try_into().unwrap(), spec);
+        let prefix = Prefix {
+            path: "/data".into(),
+            writable: false,
+        };
+        let allowed = HostPaths {
+            prefixes: vec![prefix],
+            ..HostPaths::default()
+        };
+        let entry = |path: &str| crate::config::Nfs {
+            server: "filer".to_owned(),
+            export: "/export".into(),
+            path: path.into(),
+        };
+        let of = |nfs| {
+            let policy = Policy {
+                nfs,
+                ..Policy::default()
+            };
+            problems(&spec, &policy, &allowed).join("; ")
+        };
+        assert_eq!(of(vec![entry("/data")]), "");
+        let unmapped = of(Vec::new());
+        assert!(
+            unmapped.starts_with("spec.volumes[v]: the volume of the claim \"c\": the site maps"),
+            "{unmapped}"
+        );
+        assert!(of(vec![entry("/etc")]).contains("\"/etc/x\" is not below"));
     }
 }

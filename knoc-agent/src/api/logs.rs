@@ -328,7 +328,11 @@ fn find<'a>(
     pod: &'a pb::PodObserved,
     container: &ContainerName,
 ) -> Option<&'a pb::ContainerStatus> {
-    let mut all = pod.init_containers.iter().chain(&pod.containers);
+    let mut all = pod
+        .init_containers
+        .iter()
+        .chain(&pod.containers)
+        .chain(&pod.ephemeral_containers);
     all.find(|status| status.name == container.as_str())
 }
 

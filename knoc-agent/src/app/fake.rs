@@ -93,7 +93,7 @@ impl Fake {
     pub(crate) async fn ensure_as(&self, spec: pb::PodSpec) -> Result<(), RequestError> {
         let spec = PodSpec::try_from(spec).unwrap();
         let values = PodValues::check(values(), &spec).unwrap();
-        let ensured = self.registry.ensure(spec, values, String::new());
+        let ensured = self.registry.ensure(spec, values, None, String::new());
         ensured.await.map(drop)
     }
 

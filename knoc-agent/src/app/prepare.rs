@@ -134,6 +134,7 @@ pub(super) async fn prepare(
     let (shim_steps, step_requests) =
         ShimSteps::new(shim_route.clone(), limits.srun_links, limits.srun_idle);
     let site = Arc::new(Site {
+        sockets: socket_places(&config).candidates(),
         board: Board::new(lease.epoch()),
         runtime: RuntimeInfo {
             name: name.to_owned(),

@@ -21,8 +21,13 @@ const MAX_THREADS: usize = 256;
 const MAX_SRUN_LINKS: usize = 1000;
 
 /// Reports every mistake of `config` in the document that it was read from.
-pub(super) fn check(config: &Config, document: &mut Document) {
-    Check { config, document }.all();
+pub(super) fn check(config: &Config, home: &Path, document: &mut Document) {
+    let check = Check {
+        config,
+        home,
+        document,
+    };
+    check.all();
 }
 
 /// The maximum number of entries; every request is compared with each of them.
@@ -37,11 +42,12 @@ fn is_image_prefix(text: &str) -> bool {
 
 struct Check<'a> {
     config: &'a Config,
+    home: &'a Path,
     document: &'a mut Document,
 }
 
 impl Check<'_> {
-    fn all(&mut self) {
+    fn all(mut self) {
         if self.config.site.is_empty() {
             self.wrong("site", "is missing: the name of this site, a DNS label");
         } else if let Err(error) = SiteName::try_from(self.config.site.as_str()) {
@@ -115,10 +121,12 @@ impl Check<'_> {
                 self.wrong(&format!("tools.{name}"), "must be absolute");
             }
         }
-        if !config.host_paths.is_empty() {
-            let what =
-                "must be empty: no pod can mount host paths yet, hostPath is rejected by name";
-            self.wrong("host_paths", what);
+        let wrong = config.host_path_mistakes(self.home);
+        if !wrong.is_empty() {
+            self.wrong("policy.host_paths", wrong.join("; "));
+        }
+        for (key, what) in config.mount_mistakes(self.home) {
+            self.wrong(key, what);
         }
     }
 

@@ -67,7 +67,6 @@ site = 'My-Site'
 scheduler = 'pbs'
 state_dir = 'state'
 image_roots = ['/images', 'more']
-host_paths = ['/data']
 
 [limits]
 sbatch_rate = 0
@@ -90,6 +89,7 @@ max_bytes = 1
 
 [policy]
 flags = ['mail', '--hint']
+host_paths = [{path = '/data/..'}]
 
 [[registry]]
 prefix = ''
@@ -106,16 +106,16 @@ scratch = 'tmp'
         "agent.toml:2: scheduler: unknown variant `pbs`, expected `slurm` or `local`",
         "agent.toml:3: state_dir: must be absolute or begin with `~/`: [\"state\"]",
         "agent.toml:4: image_roots: must be absolute or begin with `~/`: [\"more\"]",
-        "agent.toml:5: host_paths: must be empty: no pod can mount host paths yet",
-        "agent.toml:8: limits.sbatch_rate: must be above 0",
-        "agent.toml:9: limits.sbatch_burst: must be above 0",
-        "agent.toml:10: limits.poll_min: must be at most `poll_max`, 30s",
-        "agent.toml:11: limits.poll_mix: unknown field `poll_mix`, expected one of `sbatch_rate`",
-        "agent.toml:14: listen.shim_addresses: \"login1\" is not HOST:PORT",
-        "agent.toml:16: tls: missing field `key`",
-        "agent.toml:21: tools.sbatch: must be absolute",
-        "agent.toml:24: logs.max_bytes: must be at least 4096",
-        "agent.toml:27: policy.flags: names begin with `--`: [\"mail\"]",
+        "agent.toml:7: limits.sbatch_rate: must be above 0",
+        "agent.toml:8: limits.sbatch_burst: must be above 0",
+        "agent.toml:9: limits.poll_min: must be at most `poll_max`, 30s",
+        "agent.toml:10: limits.poll_mix: unknown field `poll_mix`, expected one of `sbatch_rate`",
+        "agent.toml:13: listen.shim_addresses: \"login1\" is not HOST:PORT",
+        "agent.toml:15: tls: missing field `key`",
+        "agent.toml:20: tools.sbatch: must be absolute",
+        "agent.toml:23: logs.max_bytes: must be at least 4096",
+        "agent.toml:26: policy.flags: names begin with `--`: [\"mail\"]",
+        "agent.toml:27: policy.host_paths: \"/data/..\" must not contain '..'",
         "agent.toml:29: registry.prefix: must be the name of a registry",
         "agent.toml:32: gres: must be like `\"nvidia.com/gpu\" = \"gpu\"`: \"gpu\" = \"gpu\"",
         "agent.toml:36: job.scratch: must be absolute or begin with `~/`: [\"tmp\"]",
@@ -179,4 +179,80 @@ fn without_shm_secrets_are_an_error_unless_the_site_allows_disk() {
         error.starts_with("agent.toml:3: logs.max_pod_bytes: must be at least 1048576"),
         "{error}"
     );
+}
+
+#[test]
+fn host_paths_leave_keys_and_what_a_login_executes_alone() {
+    let config = parse(
+        "site = 'x'\n[policy]\nhost_paths = [{path = '/data'}, {path = '~/data', writable = true}, {path = '/home'}]",
+    )
+    .unwrap();
+    let paths = config.host_paths(&config.policy, &["/run/user/7/knoc/agent.sock".into()]);
+    assert_eq!(paths.prefixes[1].path, Path::new("/home/u/data"));
+    assert!(paths.prefixes[1].writable && !paths.prefixes[0].writable);
+    let guarded = |path: &str| paths.guarded.iter().any(|known| known == Path::new(path));
+    assert!(guarded("/home/u/.local/state/knoc") && guarded("/run/user/7/knoc/agent.sock"));
+    for (entries, wanted) in [
+        ("{path = 'data'}", "\"data\" must be an absolute path"),
+        (
+            "{path = '/a'}, {path = '/a', writable = true}",
+            "listed twice",
+        ),
+        (
+            "{path = '~/', writable = true}",
+            "contains the home directory /home/u",
+        ),
+        (
+            "{path = '/home', writable = true}",
+            "contains the home directory /home/u",
+        ),
+        ("{path = '~/.ssh'}", "lies in /home/u/.ssh"),
+        ("{path = '/proc/self'}", "lies in /proc"),
+        (
+            "{path = '~/.local/state/knoc/images'}",
+            "lies in /home/u/.local/state/knoc",
+        ),
+        ("{path = '/a', write = true}", "unknown field `write`"),
+        ("'/a'", "policy.host_paths"),
+    ] {
+        let error = parse(&format!("site = 'x'\n[policy]\nhost_paths = [{entries}]")).unwrap_err();
+        assert!(error.contains(wanted), "{entries}: {error}");
+        assert!(error.contains("agent.toml:3: policy.host_paths"), "{error}");
+    }
+}
+
+#[test]
+fn binds_of_the_site_are_checked_as_host_paths_are() {
+    let binds =
+        |entries: &str| parse(&format!("site = 'x'\n{entries}")).map(|config| config.site_binds());
+    let right = "[[bind]]\npath = '~/tools'\ntarget = '/opt/tools'\n[[bind]]\npath = '/etc/slurm'\npartitions = ['a']\n\
+                 [[bind]]\npath = '/gpu/slurm'\ntarget = '/etc/slurm'\npartitions = ['b']\nwritable = true";
+    let binds_of = binds(right).unwrap();
+    assert_eq!(
+        (&*binds_of[0].path, &*binds_of[0].target),
+        ("/home/u/tools", "/opt/tools")
+    );
+    assert_eq!(
+        (&*binds_of[1].target, binds_of[2].writable),
+        ("/etc/slurm", true)
+    );
+    for (entry, wanted) in [
+        ("path = 'x'", "bind.path: \"x\" must be an absolute path"),
+        (
+            "path = '/x'\ntarget = '/'",
+            "bind.target: \"/\" is the container's root",
+        ),
+        ("path = '/x'\ntarget = '/proc/x'", "lies in /proc"),
+        ("path = '/x'\ntarget = '/.knoc/x'", "lies in /.knoc"),
+        ("path = '/home/u'", "bind.path: \"/home/u\" contains"),
+        ("path = '~/.ssh'", "bind.path: \"/home/u/.ssh\" is"),
+        (
+            "path = '/x'\n[[bind]]\npath = '/y'\ntarget = '/x'\npartitions = ['a']",
+            "listed twice",
+        ),
+        ("source = '/x'", "unknown field `source`"),
+    ] {
+        let error = binds(&format!("[[bind]]\n{entry}")).unwrap_err();
+        assert!(error.contains(wanted), "{entry}: {error}");
+    }
 }

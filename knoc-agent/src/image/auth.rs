@@ -23,15 +23,24 @@ const MARGIN: Duration = Duration::from_secs(10);
 /// The longest lifetime that is accepted, whatever the answer says.
 const LONGEST: Duration = Duration::from_hours(1);
 
+/// What a registry demands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Challenge {
+    /// A user name and a password.
+    Basic,
+    /// A token.
+    Bearer(Realm),
+}
+
 /// Where a token can be requested.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Challenge {
+pub(super) struct Realm {
     pub(super) realm: String,
     pub(super) service: Option<String>,
     pub(super) scope: Option<String>,
 }
 
-/// The `Bearer` challenge among the headers of a 401 response.
+/// The challenge in the headers of a 401 response, `Bearer` before `Basic`.
 pub(super) fn challenge<'a>(
     headers: impl Iterator<Item = &'a [u8]>,
 ) -> Result<Challenge, &'static str> {
@@ -55,23 +64,21 @@ pub(super) fn challenge<'a>(
                 found.map(|(_, value)| value.to_unescaped())
             };
             let realm = value("realm").ok_or("its WWW-Authenticate header names no realm")?;
-            return Ok(Challenge {
+            return Ok(Challenge::Bearer(Realm {
                 realm,
                 service: value("service"),
                 scope: value("scope"),
-            });
+            }));
         }
     }
     if basic {
-        return Err(
-            "it asks for a user name and a password, and credentials for registries are not supported yet",
-        );
+        return Ok(Challenge::Basic);
     }
     Err("it asks for credentials of an unknown kind")
 }
 
 /// The URL that issues the token: the realm with its query.
-pub(super) fn token_url(challenge: &Challenge, scope: &str) -> String {
+pub(super) fn token_url(challenge: &Realm, scope: &str) -> String {
     let realm = challenge.realm.split('#').next();
     let mut url = realm.unwrap_or_default().to_owned();
     let scope = challenge.scope.as_deref().unwrap_or(scope);
@@ -123,8 +130,11 @@ pub(super) fn token(body: &[u8]) -> Result<Token, String> {
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> Result<Challenge, &'static str> {
-        challenge([text.as_bytes()].into_iter())
+    fn read(text: &str) -> Result<Realm, &'static str> {
+        match challenge([text.as_bytes()].into_iter())? {
+            Challenge::Bearer(realm) => Ok(realm),
+            Challenge::Basic => Err("basic"),
+        }
     }
 
     #[test]
@@ -140,7 +150,12 @@ mod tests {
             token_url(&found, "repository:x:pull"),
             "https://a.b/t?x=1&scope=repository%3Ax%3Apull"
         );
-        assert!(read(r#"Basic realm="x""#).unwrap_err().contains("password"));
+        assert_eq!(read(r#"Basic realm="x""#), Err("basic"));
+        let both = [&b"Basic realm=\"x\""[..], b"Bearer realm=\"https://a.b/t\""];
+        assert!(matches!(
+            challenge(both.into_iter()),
+            Ok(Challenge::Bearer(_))
+        ));
         assert!(read("Bearer service=\"x\"").unwrap_err().contains("realm"));
         assert!(read("Negotiate").is_err());
         assert!(read("\u{0}").is_err());

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! images/sha256-<hex>.sif    renamed into place when complete
-//! images/sha256-<hex>.json   the image's config; written before the SIF
+//! images/sha256-<hex>.json   the image's config, and who may use it; written before the SIF
 //! images/tags.json           name → digest, as last seen; IfNotPresent uses it
 //! images/.tmp/               pulls in progress
 //! ```
@@ -15,7 +15,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -24,10 +24,13 @@ use knoc_contract::{
     tree,
 };
 use knoc_proto::{error::chain, pb};
+use serde::{Deserialize, Serialize};
 
 use super::{
+    access::Access,
     claims::{Claims, Kept},
     file::ImageFile,
+    login::Credential,
 };
 
 /// How many names have their digest recorded; if there are more, some cost another request to the
@@ -39,6 +42,7 @@ const USE_NOTED: Duration = Duration::from_mins(10);
 impl From<ImageFile> for pb::ImageConfig {
     fn from(file: ImageFile) -> Self {
         Self {
+            volumes: file.volume_paths(),
             entrypoint: file.entrypoint.unwrap_or_default(),
             cmd: file.cmd.unwrap_or_default(),
             env: file.env.unwrap_or_default(),
@@ -48,6 +52,15 @@ impl From<ImageFile> for pb::ImageConfig {
     }
 }
 
+/// What is recorded about an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Entry {
+    #[serde(flatten)]
+    pub(super) file: ImageFile,
+    #[serde(flatten)]
+    pub(super) access: Access,
+}
+
 /// The cache directory.
 #[derive(Debug)]
 pub(super) struct Cache {
@@ -55,6 +68,8 @@ pub(super) struct Cache {
     root: PathBuf,
     /// `None` until `tags.json` has been read.
     tags: Mutex<Option<BTreeMap<String, String>>>,
+    /// Held while an image's record is changed.
+    recording: Mutex<()>,
     pub(super) claims: Mutex<Claims>,
     /// Held while images are removed.
     pub(super) making: Mutex<()>,
@@ -66,6 +81,7 @@ impl Cache {
             root: state.images(),
             state,
             tags: Mutex::new(None),
+            recording: Mutex::default(),
             claims: Mutex::default(),
             making: Mutex::default(),
         }
@@ -84,16 +100,63 @@ impl Cache {
         self.root.join(".tmp")
     }
 
-    /// The config of an image that is cached completely and is about to be used; the caller holds
+    /// The record of an image that is cached completely and is about to be used; the caller holds
     /// it. Blocking.
-    pub(super) fn get(&self, digest: &str) -> Option<ImageFile> {
+    pub(super) fn get(&self, digest: &str) -> Option<Entry> {
+        let entry = self.entry(digest);
+        if entry.is_some() {
+            note_use(&self.config(digest), jiff::Timestamp::now().into());
+        }
+        entry
+    }
+
+    fn entry(&self, digest: &str) -> Option<Entry> {
         if !self.sif(digest).is_file() {
             return None;
         }
-        let config = self.config(digest);
-        let file = read_json(&config).ok().flatten();
-        note_use(&config, jiff::Timestamp::now().into());
-        file
+        read_json(&self.config(digest)).ok().flatten()
+    }
+
+    /// Records in a cached image that the repository gave it for this credential. Blocking.
+    pub(super) fn grant(
+        &self,
+        digest: &str,
+        repository: &str,
+        credential: &Credential,
+    ) -> Result<(), JobDirError> {
+        let _one = self.record();
+        let Some(mut entry) = self.entry(digest) else {
+            return Ok(());
+        };
+        if entry.access.grant(repository, credential) {
+            write_json(&self.config(digest), &entry)?;
+        }
+        Ok(())
+    }
+
+    /// Records in a cached image what another pull of it found out. Returns `false` if the image is not cached.
+    /// Blocking.
+    pub(super) fn join(&self, digest: &str, access: Access) -> Result<bool, JobDirError> {
+        let _one = self.record();
+        self.join_recorded(digest, access)
+    }
+
+    fn join_recorded(&self, digest: &str, access: Access) -> Result<bool, JobDirError> {
+        let Some(mut entry) = self.entry(digest) else {
+            return Ok(false);
+        };
+        let before = entry.access.clone();
+        entry.access.join(access);
+        if entry.access != before {
+            write_json(&self.config(digest), &entry)?;
+        }
+        Ok(true)
+    }
+
+    fn record(&self) -> MutexGuard<'_, ()> {
+        self.recording
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All cached images. Blocking.
@@ -140,15 +203,15 @@ impl Cache {
         }
     }
 
-    /// Moves a pulled file into the cache. Blocking.
-    pub(super) fn put(
-        &self,
-        digest: &str,
-        file: &ImageFile,
-        sif: &Path,
-    ) -> Result<(), JobDirError> {
+    /// Moves a pulled file into the cache. An image that is there already stays, because jobs check
+    /// that it is the file that they were submitted with. Blocking.
+    pub(super) fn put(&self, digest: &str, entry: &Entry, sif: &Path) -> Result<(), JobDirError> {
         use knoc_contract::jobdir::atomic::{FileError, sync_parent};
-        write_json(&self.config(digest), file)?;
+        let _one = self.record();
+        if self.join_recorded(digest, entry.access.clone())? {
+            return Ok(());
+        }
+        write_json(&self.config(digest), entry)?;
         let sync = std::fs::File::open(sif).and_then(|sif| sif.sync_all());
         sync.map_err(FileError::on("sync", sif))?;
         let target = self.sif(digest);
@@ -244,10 +307,21 @@ mod tests {
         assert_eq!(cache.get("sha256:ab"), None);
         let pulled = dir.path().join("pulled");
         std::fs::File::create(&pulled).unwrap();
-        cache
-            .put("sha256:ab", &ImageFile::default(), &pulled)
-            .unwrap();
-        assert_eq!(cache.get("sha256:ab"), Some(ImageFile::default()));
+        let entry = Entry {
+            file: ImageFile {
+                cmd: Some(vec!["/bin/sh".to_owned()]),
+                ..ImageFile::default()
+            },
+            access: Access::pulled("a/b", true),
+        };
+        cache.put("sha256:ab", &entry, &pulled).unwrap();
+        assert_eq!(cache.get("sha256:ab"), Some(entry));
+        // What agents wrote that sent no credentials.
+        let older = state.images().join("sha256-cd");
+        std::fs::File::create(older.with_extension("sif")).unwrap();
+        write_json(&older.with_extension("json"), &ImageFile::default()).unwrap();
+        let older = cache.get("sha256:cd").map(|entry| entry.access);
+        assert_eq!(older, Some(Access::pulled("a/b", false)));
         assert!(state.images().join("sha256-ab.sif").is_file());
         cache.remember("busybox", "sha256:ab").unwrap();
         let again = Cache::new(state);

@@ -85,7 +85,7 @@ impl Images {
                 cure,
             );
         };
-        let source = match reference::source(&name, &self.settings().registries) {
+        let source = match reference::source(&name, &self.settings().registries, None) {
             Ok(source) => source,
             Err(message) => return finding(&check, Err(message), cure),
         };

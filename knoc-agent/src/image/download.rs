@@ -22,6 +22,7 @@ use tokio::{fs::File, io::AsyncWriteExt as _, time::Instant};
 use super::{
     digest::Digest,
     manifest::{self, Descriptor, Image, Packing},
+    progress::Progress,
     reference::Source,
     registry::{RegistryClient, describe},
     slots::FairSlots,
@@ -93,6 +94,7 @@ pub(super) struct Download<'a> {
     /// The slots, one of which this download holds.
     pub(super) slots: &'a FairSlots,
     pub(super) stall: Duration,
+    pub(super) progress: &'a Progress,
 }
 
 impl Download<'_> {
@@ -148,6 +150,7 @@ impl Download<'_> {
                     layer.digest, layer.size
                 ));
             }
+            self.progress.receive(length);
             period.bytes += length;
             file.write_all(&chunk).await.map_err(failed)?;
             if received < layer.size && Instant::now() >= period.end(self.stall) {

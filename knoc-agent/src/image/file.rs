@@ -1,11 +1,18 @@
 //! PURE: the part of an image's config that a container starts from.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    path::{Component, Path},
+};
 
 use serde::{Deserialize, Serialize};
 
-use super::manifest::texts;
+use super::manifest::{ARCHITECTURE, texts};
 
+/// How many volumes of an image are used.
+const MAX_VOLUMES: usize = 100;
+/// Folders in which nothing of an image can be mounted.
+const RESERVED: [&str; 4] = ["proc", "sys", "dev", ".knoc"];
 /// The largest size of all these texts together; images usually have some hundred bytes.
 const MAX_TEXTS: usize = 64 * 1024;
 
@@ -22,7 +29,12 @@ pub(super) struct ImageFile {
     pub(super) env: Option<Vec<String>>,
     pub(super) working_dir: Option<String>,
     pub(super) user: Option<String>,
+    pub(super) volumes: Option<BTreeMap<String, Option<Nothing>>>,
 }
+
+/// What the specification has as the value of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Nothing {}
 
 impl ImageFile {
     /// Parses a registry's config blob. Every container of a pod has a copy of it, so its size is
@@ -30,10 +42,26 @@ impl ImageFile {
     pub(super) fn of_oci(text: &[u8]) -> Result<Self, String> {
         #[derive(Deserialize)]
         struct Blob {
+            #[serde(default)]
+            os: String,
+            #[serde(default)]
+            architecture: String,
             config: Option<ImageFile>,
         }
         let blob: Blob = serde_json::from_slice(text)
             .map_err(|error| format!("the image's config cannot be read: {error}"))?;
+        let architecture = match blob.architecture.as_str() {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            architecture => architecture,
+        };
+        let fits = |own: &str, wanted: &str| own.is_empty() || own == wanted;
+        if !fits(&blob.os, "linux") || !fits(architecture, ARCHITECTURE) {
+            return Err(format!(
+                "the image is for {}/{architecture}, and the nodes are linux/{ARCHITECTURE}",
+                blob.os
+            ));
+        }
         let file = blob.config.unwrap_or_default();
         let length = file.length();
         if length > MAX_TEXTS {
@@ -49,7 +77,18 @@ impl ImageFile {
             .into_iter()
             .flatten();
         let single = [&self.working_dir, &self.user].into_iter().flatten();
-        lists.flatten().chain(single).map(String::len).sum()
+        let volumes = self.volumes.iter().flat_map(BTreeMap::keys);
+        let all = lists.flatten().chain(single).chain(volumes);
+        all.map(String::len).sum()
+    }
+
+    /// The folders that the image declares as volumes, as absolute paths, as far as a folder can be mounted there.
+    pub(super) fn volume_paths(&self) -> Vec<String> {
+        let named = self.volumes.iter().flat_map(BTreeMap::keys);
+        named
+            .filter_map(|path| volume(path))
+            .take(MAX_VOLUMES)
+            .collect()
     }
 
     /// Parses the JSON that Apptainer writes into a SIF; `None` if it is some other JSON.
@@ -63,13 +102,32 @@ impl ImageFile {
     }
 }
 
+/// The path of a volume, without what does not belong there. `None` for a path that leaves the root, for the root itself
+/// and for the system's folders.
+fn volume(path: &str) -> Option<String> {
+    let mut clean = String::new();
+    for part in Path::new(path).components() {
+        match part {
+            Component::RootDir | Component::CurDir => {}
+            Component::Normal(name) => {
+                clean.push('/');
+                clean.push_str(name.to_str()?);
+            }
+            Component::ParentDir | Component::Prefix(_) => return None,
+        }
+    }
+    let first = clean.split('/').nth(1)?;
+    let usable = !RESERVED.contains(&first) && !clean.contains('\0');
+    usable.then_some(clean)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn configs_of_registries_and_of_sifs() {
-        let blob = br#"{"architecture":"amd64","config":{"Cmd":["/bin/sh"],"Env":["A=b"],"Entrypoint":null,"WorkingDir":"/w","User":"1000"}}"#;
+        let blob = br#"{"config":{"Cmd":["/bin/sh"],"Env":["A=b"],"Entrypoint":null,"WorkingDir":"/w","User":"1000"}}"#;
         let config = ImageFile::of_oci(blob).unwrap();
         assert_eq!(config.cmd.unwrap(), ["/bin/sh"]);
         let rest = (config.working_dir.as_deref(), config.user.as_deref());
@@ -80,6 +138,16 @@ mod tests {
         assert_eq!(ImageFile::of_sif(sif).unwrap().cmd.unwrap(), ["/bin/sh"]);
         assert_eq!(ImageFile::of_sif(r#"{"data":{"attributes":{}}}"#), None);
         assert_eq!(ImageFile::of_sif("[]"), None);
+        let other = ImageFile::of_oci(br#"{"os":"linux","architecture":"riscv64"}"#).unwrap_err();
+        assert!(other.contains("is for linux/riscv64"), "{other}");
+        ImageFile::of_oci(br#"{"os":"windows"}"#).unwrap_err();
+        let volumes = ImageFile::of_oci(
+            br#"{"config":{"Volumes":{"/data":{},"srv//x/":null,"/a/../b":{},"/":{},"/proc/x":{},"/dev":{}}}}"#,
+        );
+        let volumes = volumes.unwrap();
+        assert_eq!(volumes.volume_paths(), ["/data", "/srv/x"]);
+        let text = serde_json::to_string(&volumes).unwrap();
+        assert_eq!(serde_json::from_str::<ImageFile>(&text).unwrap(), volumes);
         let long = format!(r#"{{"config":{{"Env":["A={}"]}}}}"#, "x".repeat(MAX_TEXTS));
         let why = ImageFile::of_oci(long.as_bytes()).unwrap_err();
         assert!(why.contains("have 65538 bytes"), "{why}");

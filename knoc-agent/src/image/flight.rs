@@ -8,6 +8,7 @@ use std::{
     collections::HashMap,
     fmt,
     future::Future,
+    hash::Hash,
     sync::{Mutex, PoisonError},
 };
 
@@ -19,17 +20,17 @@ use futures::{
 type Work<V> = BoxFuture<'static, V>;
 
 /// The work in flight, by key.
-pub(super) struct Flights<V: Clone> {
-    flights: Mutex<HashMap<String, WeakShared<Work<V>>>>,
+pub(super) struct Flights<K, V: Clone> {
+    flights: Mutex<HashMap<K, WeakShared<Work<V>>>>,
 }
 
-impl<V: Clone> fmt::Debug for Flights<V> {
+impl<K, V: Clone> fmt::Debug for Flights<K, V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Flights").finish_non_exhaustive()
     }
 }
 
-impl<V: Clone> Default for Flights<V> {
+impl<K, V: Clone> Default for Flights<K, V> {
     fn default() -> Self {
         Self {
             flights: Mutex::new(HashMap::new()),
@@ -37,23 +38,23 @@ impl<V: Clone> Default for Flights<V> {
     }
 }
 
-impl<V: Clone + Send + Sync + 'static> Flights<V> {
+impl<K: Eq + Hash, V: Clone + Send + Sync + 'static> Flights<K, V> {
     /// Waits for the work on `key`, which `start` begins if there is none.
-    pub(super) async fn join<F>(&self, key: &str, start: impl FnOnce() -> F) -> V
+    pub(super) async fn join<F>(&self, key: K, start: impl FnOnce() -> F) -> V
     where
         F: Future<Output = V> + Send + 'static,
     {
         let flight: Shared<Work<V>> = {
             let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
             flights.retain(|_, flight| flight.upgrade().is_some());
-            let there = flights.get(key).and_then(WeakShared::upgrade);
+            let there = flights.get(&key).and_then(WeakShared::upgrade);
             // Work that has finished is still listed only because a waiting caller has not read its
             // outcome yet.
             if let Some(flight) = there.filter(|flight| flight.peek().is_none()) {
                 flight
             } else {
                 let flight = start().boxed().shared();
-                flights.extend(flight.downgrade().map(|weak| (key.to_owned(), weak)));
+                flights.extend(flight.downgrade().map(|weak| (key, weak)));
                 flight
             }
         };

@@ -61,8 +61,8 @@ fn in_its_folder(digest: &Digest) {
 /// If the result is a URL that is invalid, or a token that could end its header.
 pub fn auth_headers(data: &[u8]) {
     let lines = data.split(|byte| *byte == b'\n');
-    if let Ok(challenge) = auth::challenge(lines) {
-        let text = auth::token_url(&challenge, "repository:a/b:pull");
+    if let Ok(auth::Challenge::Bearer(realm)) = auth::challenge(lines) {
+        let text = auth::token_url(&realm, "repository:a/b:pull");
         if let Ok(url) = Url::parse(&text) {
             assert!(!url.host.is_empty() && !url.host.contains(['@', '/', '?', '#']));
             assert!(url.port > 0 && url.path.starts_with('/'));

@@ -4,7 +4,7 @@
 //! Connections are not pooled: each request has its own, which closes with the response, so that a
 //! limit on requests is a limit on connections. Every connection follows [`Rules`], the first one
 //! as well as those of redirects; the address that is checked is the address that is connected to.
-//! A token is sent to its own origin and to no other.
+//! Credentials and tokens are sent to their own origin and to no other.
 //!
 //! Owner task: none; an [`Answer`] owns the task that drives its connection. Cancel safety:
 //! dropping a request or an answer closes its connection.
@@ -61,7 +61,7 @@ pub(super) struct Request<'a> {
     /// The accepted media types.
     pub(super) accept: &'a str,
     /// Sent only to the origin of `url`.
-    pub(super) bearer: Option<HeaderValue>,
+    pub(super) authorization: Option<HeaderValue>,
     /// Whether the registry itself is accessed over plain HTTP.
     pub(super) plain: bool,
 }
@@ -160,8 +160,11 @@ impl Client {
         let origin = request.url.clone();
         let mut url = request.url.clone();
         for _ in 0..=MAX_REDIRECTS {
-            let bearer = request.bearer.as_ref().filter(|_| url.same_origin(&origin));
-            let answer = self.once(&request, &url, bearer).await?;
+            let authorization = request
+                .authorization
+                .as_ref()
+                .filter(|_| url.same_origin(&origin));
+            let answer = self.once(&request, &url, authorization).await?;
             if !answer.status.is_redirection() {
                 return Ok(answer);
             }
@@ -179,7 +182,7 @@ impl Client {
         &self,
         request: &Request<'_>,
         url: &Url,
-        bearer: Option<&HeaderValue>,
+        authorization: Option<&HeaderValue>,
     ) -> Result<Answer, String> {
         self.rules.scheme(url, request.plain)?;
         let uri: Uri = format!("{}://{}{}", url.scheme(), url.authority(), url.path)
@@ -216,8 +219,8 @@ impl Client {
             .header(header::USER_AGENT, USER_AGENT)
             .header(header::ACCEPT, request.accept)
             .header(header::ACCEPT_ENCODING, "identity");
-        if let Some(bearer) = bearer {
-            head = head.header(header::AUTHORIZATION, bearer);
+        if let Some(authorization) = authorization {
+            head = head.header(header::AUTHORIZATION, authorization);
         }
         if let Some(basic) = absolute.and_then(Intercept::basic_auth) {
             head = head.header(header::PROXY_AUTHORIZATION, basic);

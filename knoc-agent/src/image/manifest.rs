@@ -25,10 +25,17 @@ const MAX_ENTRIES: usize = 1000;
 pub(super) const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
      application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json";
 /// The architecture of the site's nodes, which is assumed to be the agent's own.
-const ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") {
+pub(super) const ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") {
     "arm64"
 } else {
     "amd64"
+};
+
+/// Its variant that is the same as none.
+const BASELINE: &str = if cfg!(target_arch = "aarch64") {
+    "v8"
+} else {
+    "v1"
 };
 
 /// A list of at most `N` elements.
@@ -122,6 +129,8 @@ struct Platform {
     os: String,
     #[serde(default)]
     architecture: String,
+    #[serde(default)]
+    variant: String,
 }
 
 /// Parses a registry's answer.
@@ -155,7 +164,19 @@ fn choose(entries: &[RawDescriptor]) -> Result<Digest, String> {
         let platform = entry.platform.as_ref();
         platform.is_some_and(|it| it.os == "linux" && it.architecture == ARCHITECTURE)
     };
-    let Some(entry) = entries.iter().find(fits) else {
+    // The variant that every processor of the architecture runs, or else the one that asks for least.
+    let variant = |entry: &&RawDescriptor| {
+        let variant = entry.platform.as_ref().map_or("", |it| it.variant.as_str());
+        let baseline = ["", BASELINE].contains(&variant);
+        (!baseline, variant.to_owned())
+    };
+    let of_no_platform = || match entries {
+        // The image's config says what it is for.
+        [one] if one.platform.is_none() => Some(one),
+        _ => None,
+    };
+    let fitting = entries.iter().filter(fits).min_by_key(variant);
+    let Some(entry) = fitting.or_else(of_no_platform) else {
         let names = entries.iter().filter_map(|entry| entry.platform.as_ref());
         let names = names.map(|it| format!("{}/{}", it.os, it.architecture));
         let names: Vec<String> = names.take(10).collect();

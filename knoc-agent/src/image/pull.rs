@@ -20,8 +20,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Settings,
-    cache::Cache,
+    access::Access,
+    cache::{Cache, Entry},
     download::{Download, Layout},
+    progress::{Progress, Step},
     reference::Source,
     registry::{Found, RegistryClient, describe},
     slots::FairSlots,
@@ -47,6 +49,8 @@ pub(super) struct Puller {
     pub(super) settings: Arc<Settings>,
     pub(super) cache: Arc<Cache>,
     pub(super) registry: Arc<RegistryClient>,
+    /// Tells those who wait how far it is.
+    pub(super) progress: Arc<Progress>,
     /// Slots for whole pulls.
     pub(super) pulls: Arc<FairSlots>,
     /// Slots for conversions, which use the login node's processors.
@@ -54,8 +58,13 @@ pub(super) struct Puller {
 }
 
 impl Puller {
-    /// Pulls the image that was found at `source`.
-    pub(super) async fn pull(self, source: Source, found: Found) -> Result<(), String> {
+    /// Pulls the image that was found at `source`, for pods that may use it by `access`.
+    pub(super) async fn pull(
+        self,
+        source: Source,
+        found: Found,
+        access: Access,
+    ) -> Result<(), String> {
         let size = found.image.size();
         let limit = self.settings.limits.size;
         if size > limit {
@@ -66,6 +75,7 @@ impl Puller {
         }
         let registry = source.reference.registry();
         let _slot = self.pulls.acquire(registry).await;
+        self.progress.enter(Step::Downloads);
         let begin = tokio::time::Instant::now();
         let (cache, room) = (Arc::clone(&self.cache), self.settings.limits.cache);
         let mut reserved = blocking(move || cache.reserve(size, room)).await?;
@@ -78,14 +88,23 @@ impl Puller {
             layout: &layout,
             slots: &self.pulls,
             stall: self.settings.limits.stall,
+            progress: &self.progress,
         };
         // Fetched only now, so that a pull that waits for a slot holds little memory.
         let config = self.registry.config(&source, &found.image).await?;
         download.layers(&found.image).await?;
         let fetched = begin.elapsed();
+        self.progress.enter(Step::Checks);
         let _converting = self.conversions.acquire(registry).await;
         let checked = self.check(layout, &found, config.text).await;
         checked.map_err(|text| describe(&source, &text))?;
+        let digest = found.digest.to_string();
+        // What was downloaded proves that the source has the image, if it is cached already.
+        let (cache, cached, also) = (Arc::clone(&self.cache), digest.clone(), access.clone());
+        if blocking(move || cache.join(&cached, also).map_err(|err| chain(&err))).await? {
+            return Ok(());
+        }
+        self.progress.enter(Step::Converts);
         self.convert(&temporary).await?;
         let image = source.reference.at(&found.digest);
         tracing::info!(%image, bytes = size, ?fetched, elapsed = ?begin.elapsed(), "pulled");
@@ -97,7 +116,11 @@ impl Puller {
             let about = about.map_err(|error| format!("{}: {error}", sif.display()))?;
             reserved.at_least(about.len());
             cache.make_room(room)?;
-            let put = cache.put(&found.digest.to_string(), &config.file, &sif);
+            let entry = Entry {
+                file: config.file,
+                access,
+            };
+            let put = cache.put(&digest, &entry, &sif);
             put.map_err(|err| chain(&err))?;
             temporary.remove();
             Ok(())

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{ImageError, ImageErrorKind, Name, digest::Digest};
+use super::{ImageError, ImageErrorKind, Name, digest::Digest, login::Login};
 use crate::config::Registry;
 
 /// A parsed image reference.
@@ -60,12 +60,14 @@ pub fn parse(image: &str) -> Result<Reference, ImageError> {
 }
 
 /// Where an image is fetched from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Source {
     /// The name at the mirror, or the name itself if there is no mirror.
     pub reference: Name,
     /// Whether plain HTTP is used.
     pub insecure: bool,
+    /// The credentials for it.
+    pub login: Option<Login>,
 }
 
 impl Source {
@@ -74,7 +76,7 @@ impl Source {
     pub fn at(&self, digest: &Digest) -> Self {
         Self {
             reference: self.reference.at(digest),
-            insecure: self.insecure,
+            ..self.clone()
         }
     }
 }
@@ -96,8 +98,13 @@ pub fn allowed(name: &Name, allowed: &[String]) -> Result<(), String> {
 }
 
 /// The source of an image: the first mirror whose prefix matches up to a `/`, or the registry
-/// itself.
-pub fn source(name: &Name, registries: &[Registry]) -> Result<Source, String> {
+/// itself. A pod's credentials are for the registry that it names, so a mirror gets them only if the
+/// site file says so.
+pub fn source(
+    name: &Name,
+    registries: &[Registry],
+    login: Option<&Login>,
+) -> Result<Source, String> {
     let full = name.repository_path();
     for entry in registries {
         let prefix = entry.prefix.trim_end_matches('/');
@@ -114,14 +121,17 @@ pub fn source(name: &Name, registries: &[Registry]) -> Result<Source, String> {
             .or_else(|| mirror.strip_prefix("https://"))
             .unwrap_or(mirror);
         let reference = rename(name, &format!("{mirror}{rest}"))?;
+        let trusted = entry.credentials || reference.registry() == name.registry();
         return Ok(Source {
             reference,
             insecure: entry.insecure || plain.is_some(),
+            login: login.filter(|_| trusted).cloned(),
         });
     }
     Ok(Source {
         reference: name.clone(),
         insecure: false,
+        login: login.cloned(),
     })
 }
 
@@ -216,6 +226,7 @@ mod tests {
             prefix: prefix.to_owned(),
             mirror: mirror.map(str::to_owned),
             insecure,
+            credentials: false,
         }
     }
 
@@ -244,12 +255,30 @@ mod tests {
             let Ok(Reference::Registry(name)) = parse(image) else {
                 unreachable!("{image}")
             };
-            let source = source(&name, &registries).unwrap();
+            let source = source(&name, &registries, None).unwrap();
             assert_eq!(
                 (source.reference.whole().as_str(), source.insecure),
                 (expected, insecure)
             );
         }
+    }
+
+    #[test]
+    fn a_mirror_gets_credentials_only_if_the_site_says_so() {
+        let login = Login::new("ann", "password");
+        let mut registries = [
+            registry("docker.io", Some("ctl:5000"), true),
+            registry("quay.io/x", Some("quay.io/y"), false),
+        ];
+        let of = |registries: &[Registry], image: &str| {
+            let name: Name = image.parse().unwrap();
+            source(&name, registries, login.as_ref()).unwrap().login
+        };
+        assert_eq!(of(&registries, "busybox"), None);
+        assert_eq!(of(&registries, "quay.io/x/a"), login, "the same registry");
+        assert_eq!(of(&registries, "ghcr.io/x/a"), login);
+        registries[0].credentials = true;
+        assert_eq!(of(&registries, "busybox"), login);
     }
 
     #[test]
@@ -279,7 +308,7 @@ mod tests {
         fn no_text_panics(image in ".*") {
             if let Ok(Reference::Registry(name)) = parse(&image) {
                 let registries = [registry("docker.io", Some("ctl:5000"), true)];
-                source(&name, &registries).ok();
+                source(&name, &registries, None).ok();
             }
         }
     }

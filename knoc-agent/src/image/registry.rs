@@ -2,8 +2,8 @@
 //!
 //! Everything is bounded: the time of a request, the sizes of answers, redirects, and the number of
 //! requests in flight, in total and per registry. Everything that has a digest is checked against
-//! it. The only credentials that a request carries are tokens that the registry's own realm issued
-//! to us.
+//! it. A request carries the credentials of its [`Source`], or the token that the registry's own
+//! realm issued for them.
 
 use std::{
     collections::HashMap,
@@ -16,11 +16,12 @@ use tokio::time::Instant;
 
 use super::{
     Settings,
-    auth::{self, MAX_TOKEN},
+    auth::{self, Challenge, MAX_TOKEN, Realm},
     digest::Digest,
     file::ImageFile,
     guard::{self, Url},
     http::{Answer, Client, Request},
+    login::Login,
     manifest::{self, Descriptor, Image, MAX_CONFIG, MAX_MANIFEST, Manifest},
     reference::Source,
     slots::FairSlots,
@@ -33,8 +34,12 @@ const QUESTIONS: usize = 16;
 const QUESTIONS_EACH: usize = 4;
 /// The largest body of an error response that is read.
 const MAX_REASONS: usize = 16 * 1024;
+/// How long a registry that demands a password is sent it without being asked.
+const BASIC_LIFETIME: Duration = Duration::from_mins(5);
 /// How many tokens are kept; if there are more, all are dropped and requested again.
 const MAX_TOKENS: usize = 256;
+/// How many indexes may lead to an image, one naming the next.
+const MAX_INDEXES: usize = 3;
 /// The header with the digest of the content.
 const CONTENT_DIGEST: header::HeaderName = header::HeaderName::from_static("docker-content-digest");
 
@@ -55,13 +60,16 @@ pub(super) struct Config {
     pub(super) file: ImageFile,
 }
 
+/// What a token is for: the origin, the repository, and whose it is.
+type TokenKey = (String, String, Option<Login>);
+
 /// The client of all registries.
 #[derive(Debug)]
 pub(super) struct RegistryClient {
     http: Client,
     questions: Arc<FairSlots>,
-    /// Tokens by origin and repository.
-    tokens: Mutex<HashMap<(String, String), (HeaderValue, Instant)>>,
+    /// What registries accept, and until when.
+    tokens: Mutex<HashMap<TokenKey, (HeaderValue, Instant)>>,
     timeout: Duration,
 }
 
@@ -144,19 +152,19 @@ impl RegistryClient {
     }
 
     async fn image(&self, source: &Source) -> Result<(Digest, Image), String> {
-        let version = source.reference.version();
-        let named = source.reference.digest();
-        let (digest, text) = self.manifest(source, &version, named).await?;
-        let digest = match manifest::read(&text)? {
-            Manifest::Image(image) => return Ok((digest, image)),
-            Manifest::Index(digest) => digest,
-        };
-        let version = digest.to_string();
-        let (digest, text) = self.manifest(source, &version, Some(&digest)).await?;
-        match manifest::read(&text)? {
-            Manifest::Image(image) => Ok((digest, image)),
-            Manifest::Index(_) => Err("the index names another index".to_owned()),
+        let mut version = source.reference.version();
+        let mut named = source.reference.digest().cloned();
+        for _ in 0..=MAX_INDEXES {
+            let (digest, text) = self.manifest(source, &version, named.as_ref()).await?;
+            match manifest::read(&text)? {
+                Manifest::Image(image) => return Ok((digest, image)),
+                Manifest::Index(digest) => {
+                    version = digest.to_string();
+                    named = Some(digest);
+                }
+            }
         }
+        Err(format!("more than {MAX_INDEXES} indexes lead to the image"))
     }
 
     async fn manifest(
@@ -226,7 +234,7 @@ impl RegistryClient {
         method: Method,
         path: &str,
         accept: &'a str,
-        bearer: Option<HeaderValue>,
+        authorization: Option<HeaderValue>,
     ) -> Result<Request<'a>, String> {
         let base = guard::base(source.reference.registry(), source.insecure)?;
         let path = match path {
@@ -237,12 +245,12 @@ impl RegistryClient {
             method,
             url: Url { path, ..base },
             accept,
-            bearer,
+            authorization,
             plain: source.insecure,
         })
     }
 
-    /// Sends a request about a repository, with a token if one is demanded.
+    /// Sends a request about a repository, with credentials or a token if they are demanded.
     async fn ask(
         &self,
         source: &Source,
@@ -250,25 +258,26 @@ impl RegistryClient {
         path: &str,
         accept: &str,
     ) -> Result<Answer, String> {
-        let bearer = self.token(source);
-        let first = Self::request(source, method.clone(), path, accept, bearer)?;
+        let known = self.token(source);
+        let first = Self::request(source, method.clone(), path, accept, known)?;
         let answer = self.http.ask(first.clone()).await?;
-        // Only the registry itself receives a token, not a server that it redirects to.
+        // Only the registry itself receives credentials, not a server that it redirects to.
         let demanded = answer.status == StatusCode::UNAUTHORIZED;
         if !demanded || !answer.url.same_origin(&first.url) {
             return Ok(answer);
         }
-        let bearer = self.fetch_token(source, &answer).await?;
+        let authorization = self.authorize(source, &answer).await?;
         drop(answer);
-        let again = Self::request(source, method, path, accept, Some(bearer))?;
+        let again = Self::request(source, method, path, accept, Some(authorization))?;
         self.http.ask(again).await
     }
 
-    fn token_key(source: &Source) -> (String, String) {
+    fn token_key(source: &Source) -> TokenKey {
         let reference = &source.reference;
         (
             format!("{} {}", source.insecure, reference.registry()),
             reference.repository().to_owned(),
+            source.login.clone(),
         )
     }
 
@@ -278,7 +287,8 @@ impl RegistryClient {
         (*until > Instant::now()).then(|| bearer.clone())
     }
 
-    async fn fetch_token(
+    /// What the registry that sent this response demands.
+    async fn authorize(
         &self,
         source: &Source,
         unauthorized: &Answer,
@@ -289,15 +299,29 @@ impl RegistryClient {
             .iter();
         let challenge = auth::challenge(headers.map(HeaderValue::as_bytes));
         let challenge = challenge.map_err(|why| format!("{}: {why}", unauthorized.url))?;
+        match (challenge, &source.login) {
+            (Challenge::Bearer(realm), _) => self.fetch_token(source, &realm).await,
+            (Challenge::Basic, Some(login)) => {
+                self.keep(source, &login.header(), BASIC_LIFETIME);
+                Ok(login.header())
+            }
+            (Challenge::Basic, None) => Err(format!(
+                "{}: it demands a user name and a password, and no imagePullSecret of the pod has any for it",
+                unauthorized.url
+            )),
+        }
+    }
+
+    async fn fetch_token(&self, source: &Source, challenge: &Realm) -> Result<HeaderValue, String> {
         let scope = format!("repository:{}:pull", source.reference.repository());
-        let url = Url::parse(&auth::token_url(&challenge, &scope));
+        let url = Url::parse(&auth::token_url(challenge, &scope));
         let realm = &challenge.realm;
         let url = url.map_err(|why| format!("the token realm {realm:?} is refused: {why}"))?;
         let answer = self.http.ask(Request {
             method: Method::GET,
             url,
             accept: "application/json",
-            bearer: None,
+            authorization: source.login.as_ref().map(Login::header),
             plain: source.insecure,
         });
         let failed = |why: String| format!("the token realm: {why}");
@@ -305,13 +329,17 @@ impl RegistryClient {
         let mut answer = answer.map_err(failed)?;
         let body = answer.whole(MAX_TOKEN, "the token").await.map_err(failed)?;
         let token = auth::token(&body).map_err(failed)?;
+        self.keep(source, &token.bearer, token.lifetime);
+        Ok(token.bearer)
+    }
+
+    fn keep(&self, source: &Source, header: &HeaderValue, lifetime: Duration) {
         let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
         if tokens.len() >= MAX_TOKENS {
             tokens.clear();
         }
-        let until = Instant::now() + token.lifetime;
-        tokens.insert(Self::token_key(source), (token.bearer.clone(), until));
-        Ok(token.bearer)
+        let until = Instant::now() + lifetime;
+        tokens.insert(Self::token_key(source), (header.clone(), until));
     }
 }
 

@@ -1,16 +1,22 @@
 //! [`Images`]: resolves an image name and a pull policy to a file and its config.
 
-use std::sync::Arc;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
 
 use knoc_contract::host::node_name;
 use knoc_proto::pb::{self, PullPolicy};
 
 use super::{
-    Hold, ImageError, ImageErrorKind, Name, ResolvedImage, Settings,
-    cache::Cache,
+    Credential, Hold, ImageError, ImageErrorKind, Name, ResolvedImage, Settings,
+    access::{Access, Verdict},
+    cache::{Cache, Entry},
     file::ImageFile,
     flight::Flights,
     local::{self, Roots},
+    login::Login,
+    progress::{Progress, PullWatch},
     pull::{PULLS, PULLS_EACH, Puller},
     reference::{self, Reference, Source},
     registry::{Found, RegistryClient},
@@ -27,6 +33,9 @@ enum Resolution {
     There(Found),
 }
 
+/// Who shares a pull: the digest, the repository, and the credentials.
+type PullKey = (String, String, Option<Login>);
+
 /// The images of this site.
 #[derive(Debug)]
 pub struct Images {
@@ -35,8 +44,10 @@ pub struct Images {
     registry: Arc<RegistryClient>,
     pull_slots: Arc<FairSlots>,
     conversions: Arc<FairSlots>,
-    resolutions: Flights<Result<Resolution, String>>,
-    pulls: Flights<Result<(), String>>,
+    resolutions: Flights<Source, Result<Resolution, String>>,
+    pulls: Flights<PullKey, Result<(), String>>,
+    /// The pulls in progress, by what they are shared by.
+    progress: Mutex<HashMap<PullKey, Weak<Progress>>>,
     sifs: Sifs,
 }
 
@@ -53,6 +64,7 @@ impl Images {
             conversions: FairSlots::new(settings.concurrency, settings.concurrency),
             resolutions: Flights::default(),
             pulls: Flights::default(),
+            progress: Mutex::default(),
             sifs: Sifs::default(),
             settings,
         }
@@ -96,13 +108,28 @@ impl Images {
         allowed.map_err(|message| ImageError::new(image, ImageErrorKind::Denied, message))
     }
 
-    /// Resolves the image of a container, and pulls it if the pull policy says so.
-    ///
-    /// Cancel safety: a dropped call leaves nothing behind; a pull that others wait for continues.
+    /// Resolves the image of a container, without telling how far a pull has come.
     pub async fn resolve(
         &self,
         image: &str,
         policy: PullPolicy,
+        credentials: &[Credential],
+    ) -> Result<ResolvedImage, ImageError> {
+        let watch = PullWatch::default();
+        self.resolve_watched(image, policy, credentials, &watch)
+            .await
+    }
+
+    /// Resolves the image of a container, and pulls it if the pull policy says so. The credentials
+    /// are tried in their order; without any, the registry is asked without.
+    ///
+    /// Cancel safety: a dropped call leaves nothing behind; a pull that others wait for continues.
+    pub async fn resolve_watched(
+        &self,
+        image: &str,
+        policy: PullPolicy,
+        credentials: &[Credential],
+        watch: &PullWatch,
     ) -> Result<ResolvedImage, ImageError> {
         if self.settings.program.is_none() {
             let path = image.into();
@@ -116,7 +143,16 @@ impl Images {
         }
         match reference::parse(image)? {
             Reference::Path(path) => self.local(image, path).await,
-            Reference::Registry(name) => self.remote(image, &name, policy).await,
+            Reference::Registry(name) => {
+                let wanted = Wanted {
+                    image,
+                    name: &name,
+                    policy,
+                    credentials,
+                    watch,
+                };
+                self.remote(wanted).await
+            }
         }
     }
 
@@ -153,52 +189,110 @@ impl Images {
         }
     }
 
-    async fn remote(
-        &self,
-        image: &str,
-        name: &Name,
-        policy: PullPolicy,
-    ) -> Result<ResolvedImage, ImageError> {
+    async fn remote(&self, wanted: Wanted<'_>) -> Result<ResolvedImage, ImageError> {
+        let Wanted {
+            image,
+            name,
+            policy,
+            credentials,
+            watch,
+        } = wanted;
         // Checked again here, because the site's policy may have changed since admission.
         self.allowed(image, name)?;
-        if policy != PullPolicy::Always
-            && let Some(known) = known(&self.cache, name).await
-        {
+        let repository = name.repository_path();
+        let cached = if policy == PullPolicy::Always {
+            None
+        } else {
+            known(&self.cache, name).await
+        };
+        let present = cached.is_some();
+        let usable = |known: &Known| {
+            known.entry.access.verdict(&repository, credentials) == Verdict::Granted
+        };
+        if let Some(known) = cached.filter(usable) {
             return Ok(self.resolved(name, known));
         }
         if policy == PullPolicy::Never {
-            let message = "it is not cached, and imagePullPolicy is Never";
-            return Err(ImageError::new(image, ImageErrorKind::NeverPull, message));
+            return Err(ImageError::never(image, present));
         }
         let failed = |message: String| ImageError::new(image, ImageErrorKind::Pull, message);
-        let source = reference::source(name, &self.settings.registries).map_err(failed)?;
-        let found = match self.ask_registry(name, &source).await.map_err(failed)? {
-            Resolution::Here(digest) => {
-                if let Some(known) = here(&self.cache, digest).await {
-                    return Ok(self.resolved(name, known));
-                }
-                // The image was removed from the cache in this moment.
-                self.registry.resolve(&source).await.map_err(failed)?
+        let anonymous = [Credential::default()];
+        let tries = if credentials.is_empty() {
+            anonymous.as_slice()
+        } else {
+            credentials
+        };
+        let mut tried: Vec<Source> = Vec::new();
+        let mut errors: Vec<String> = Vec::new();
+        for credential in tries {
+            let source =
+                reference::source(name, &self.settings.registries, credential.login.as_ref());
+            let source = source.map_err(failed)?;
+            if tried.contains(&source) {
+                continue;
             }
+            match self.from_registry(name, &source, credential, watch).await {
+                Ok(known) => return Ok(self.resolved(name, known)),
+                Err(error) if errors.contains(&error) => {}
+                Err(error) => errors.push(error),
+            }
+            tried.push(source);
+        }
+        Err(failed(errors.join("; ")))
+    }
+
+    /// Asks the registry with one of the credentials, and pulls the image unless the pod may use the cached one.
+    async fn from_registry(
+        &self,
+        name: &Name,
+        source: &Source,
+        credential: &Credential,
+        watch: &PullWatch,
+    ) -> Result<Known, String> {
+        let repository = name.repository_path();
+        // A mirror may not get the credentials.
+        let credential = &Credential {
+            login: source.login.clone(),
+            ..credential.clone()
+        };
+        let verdict = |known: &Known| {
+            let own = std::slice::from_ref(credential);
+            known.entry.access.verdict(&repository, own)
+        };
+        let found = match self.ask_registry(name, source).await? {
             Resolution::There(found) => found,
+            Resolution::Here(digest) => {
+                let asked = source.reference.digest().is_none();
+                match here(&self.cache, digest).await {
+                    Some(known) if verdict(&known) == Verdict::Granted => return Ok(known),
+                    Some(known) if asked && verdict(&known) == Verdict::Ask => {
+                        self.grant(&known.digest, &repository, credential).await;
+                        return Ok(known);
+                    }
+                    // The registry must give the manifest or the whole image, or the image was removed from the cache
+                    // in this moment.
+                    Some(_) | None => self.registry.resolve(source).await?,
+                }
+            }
         };
         let digest = found.digest.to_string();
         let _hold = self.cache.hold(&digest);
-        if here(&self.cache, digest.clone()).await.is_none() {
-            self.pull(source, found).await.map_err(failed)?;
+        let cached = here(&self.cache, digest.clone()).await;
+        if cached.is_none_or(|known| verdict(&known) == Verdict::Prove) {
+            self.pull(source.clone(), found, repository.clone(), watch)
+                .await?;
         }
+        self.grant(&digest, &repository, credential).await;
         self.remember(name.whole(), &digest).await;
         let known = here(&self.cache, digest).await;
-        let known = known
-            .ok_or_else(|| failed("it was removed from the cache while it was pulled".to_owned()));
-        Ok(self.resolved(name, known?))
+        known.ok_or_else(|| "it was removed from the cache while it was pulled".to_owned())
     }
 
     fn resolved(&self, name: &Name, known: Known) -> ResolvedImage {
         ResolvedImage {
             path: self.cache.sif(&known.digest),
             image_id: reference::image_id(name, &known.digest),
-            config: known.file.into(),
+            config: known.entry.file.into(),
             file: None,
             hold: Some(known.hold),
         }
@@ -224,19 +318,54 @@ impl Images {
             }
             Ok(Resolution::There(found))
         };
-        self.resolutions.join(&source.reference.whole(), ask).await
+        self.resolutions.join(source.clone(), ask).await
     }
 
-    async fn pull(&self, source: Source, found: Found) -> Result<(), String> {
+    async fn pull(
+        &self,
+        source: Source,
+        found: Found,
+        repository: String,
+        watch: &PullWatch,
+    ) -> Result<(), String> {
+        let access = Access::pulled(&repository, source.login.is_some());
+        let key = (found.digest.to_string(), repository, source.login.clone());
+        let progress = self.progress_of(&key, found.image.size());
+        watch.follow(Arc::clone(&progress));
         let puller = Puller {
             settings: Arc::clone(&self.settings),
             cache: Arc::clone(&self.cache),
             registry: Arc::clone(&self.registry),
+            progress,
             pulls: Arc::clone(&self.pull_slots),
             conversions: Arc::clone(&self.conversions),
         };
-        let key = found.digest.to_string();
-        self.pulls.join(&key, || puller.pull(source, found)).await
+        let pull = || puller.pull(source, found, access);
+        self.pulls.join(key, pull).await
+    }
+
+    /// The progress of the pull of that key, which may be under way.
+    fn progress_of(&self, key: &PullKey, bytes: u64) -> Arc<Progress> {
+        let mut all = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, progress| progress.strong_count() > 0);
+        if let Some(progress) = all.get(key).and_then(Weak::upgrade) {
+            return progress;
+        }
+        let progress = Arc::new(Progress::new(bytes));
+        all.insert(key.clone(), Arc::downgrade(&progress));
+        progress
+    }
+
+    /// Records that the registry gave a cached image for this credential.
+    async fn grant(&self, digest: &str, repository: &str, credential: &Credential) {
+        let (cache, digest) = (Arc::clone(&self.cache), digest.to_owned());
+        let (repository, credential) = (repository.to_owned(), credential.clone());
+        let record = move || cache.grant(&digest, &repository, &credential);
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(record).await {
+            // Costs another request to the registry next time.
+            let error = knoc_proto::error::chain(&error);
+            tracing::warn!(error, "cannot record who may use an image");
+        }
     }
 
     async fn remember(&self, name: String, digest: &str) {
@@ -244,11 +373,22 @@ impl Images {
     }
 }
 
+/// What a pod wants of a registry.
+#[derive(Debug, Clone, Copy)]
+struct Wanted<'a> {
+    /// The image as the pod names it.
+    image: &'a str,
+    name: &'a Name,
+    policy: PullPolicy,
+    credentials: &'a [Credential],
+    watch: &'a PullWatch,
+}
+
 /// A cached image that is held, so that it is not removed.
 #[derive(Debug)]
 struct Known {
     digest: String,
-    file: ImageFile,
+    entry: Entry,
     hold: Hold,
 }
 
@@ -269,8 +409,12 @@ async fn here(cache: &Arc<Cache>, digest: String) -> Option<Known> {
     let look = move || {
         // Hold it first and look it up then, so that an image that is found stays.
         let hold = cache.hold(&digest);
-        let file = cache.get(&digest)?;
-        Some(Known { digest, file, hold })
+        let entry = cache.get(&digest)?;
+        Some(Known {
+            digest,
+            entry,
+            hold,
+        })
     };
     tokio::task::spawn_blocking(look).await.ok().flatten()
 }

@@ -46,7 +46,7 @@ impl FileId {
 #[derive(Debug, Default)]
 pub(super) struct Sifs {
     known: Mutex<HashMap<FileId, ImageFile>>,
-    reading: Flights<Result<ImageFile, String>>,
+    reading: Flights<FileId, Result<ImageFile, String>>,
 }
 
 impl Sifs {
@@ -66,7 +66,7 @@ impl Sifs {
         }
         let settings = Arc::clone(settings);
         let read = || async move { read(&settings, sif).await.map_err(|error| why(&error)) };
-        let file = self.reading.join(&format!("{id:?}"), read).await?;
+        let file = self.reading.join(id, read).await?;
         let mut known = self.known();
         if known.len() >= KEPT {
             known.clear();

@@ -181,20 +181,21 @@ fn a_line_marked_default_changes_nothing_and_an_example_does() {
         .replace("# prefix = ", "prefix = ");
     let plain_http = with_registry.replace("# insecure = false", "insecure = false");
     assert_eq!(in_force(&with_registry), in_force(&plain_http));
-    let mut section = "";
-    let with_dial_out: Vec<_> = template
-        .lines()
-        .map(|line| {
-            let bare = line.trim_start_matches("# ");
-            if bare.starts_with('[') {
-                section = bare;
-            }
-            let whole =
-                section == "[[dial_out]]" && (bare == section || bare.contains("# example"));
-            if whole { bare } else { line }
-        })
-        .collect();
-    assert_ne!(in_force(&with_dial_out.join("\n")), before);
+    for table in ["[[dial_out]]", "[[bind]]"] {
+        let mut section = "";
+        let with_table: Vec<_> = template
+            .lines()
+            .map(|line| {
+                let bare = line.trim_start_matches("# ");
+                if bare.starts_with('[') {
+                    section = bare;
+                }
+                let whole = section == table && (bare == section || bare.contains("# example"));
+                if whole { bare } else { line }
+            })
+            .collect();
+        assert_ne!(in_force(&with_table.join("\n")), before, "{table}");
+    }
 }
 
 #[test]

@@ -143,8 +143,6 @@ image_roots = []
 # An image file, its folder in image_roots and all folders above must belong to root or to you, and nobody else may be able to
 # write to them. `true` lifts this requirement: everybody who can write there then chooses what runs as you.
 # trust_shared_roots = false  # default
-# Folders below which pods can mount host paths. Must be empty in this version, which rejects every hostPath volume.
-# host_paths = []  # default
 
 [listen]
 # The address for kubelets and knocctl (mutual TLS). "none" opens no port, for links over SSH and for [[dial_out]].
@@ -189,6 +187,8 @@ key = @KEY@
 # prefix = "docker.io"  # example
 # mirror = "registry.example.org:5000"  # example
 # insecure = false  # default
+# Whether the mirror gets the credentials that pods have for images under the prefix (imagePullSecrets).
+# credentials = false  # default
 
 # Limits that the Kubernetes cluster cannot extend.
 [policy]
@@ -214,6 +214,15 @@ registries = []
 # Ports of compute nodes from which connections are forwarded to a pod that asks for it (hostPort), each a port or a range.
 # Everybody who reaches the node can connect to them. If empty, none.
 # host_ports = ["20000-20999"]  # example
+# Paths of the compute nodes that pods can mount as hostPath volumes, with everything below them; the most specific path decides. Links
+# in these paths are followed; below them, a link that leads out is not. Your home directory itself, ~/.ssh, keys and KNoC's own folders
+# are never mounted, and neither is a folder that contains them. A job keeps the paths that it was submitted with.
+# host_paths = [{ path = "/data" }, { path = "/scratch", writable = true }]  # example
+# Where the compute nodes have what persistent volumes name: exports of NFS servers, with what is below them, and volumes of CSI drivers.
+# In the path of a driver, {handle} stands for the volumeHandle of a volume and {NAME} for its attribute of that name. All of these
+# paths must be below host_paths.
+# nfs = [{ server = "filer.example.org", export = "/export/data", path = "/data" }]  # example
+# csi = [{ driver = "nfs.csi.k8s.io", path = "/scratch/{subdir}" }]  # example
 # Additional sbatch flags that pods can pass with the annotation knoc.io/flags.
 # flags = ["--mail-type", "--mail-user", "--mem-per-cpu", "--cores-per-socket", "--hint"]  # default
 
@@ -225,6 +234,15 @@ registries = []
 [gres]
 "nvidia.com/gpu" = "gpu"
 # "amd.com/gpu" = "gpu"  # example
+
+# Paths of the compute nodes that every container has, whatever its pod asks for, such as module trees or Slurm's configuration; a volume
+# that a pod mounts at the same path replaces it. target is the path in the container, if it is another one. partitions: the
+# partitions whose jobs have it; if unset, all. A container does not start if the path is missing.
+# [[bind]]
+# path = "/opt/modules"  # example
+# target = "/opt/modules"  # example
+# writable = false  # default
+# partitions = ["gpu"]  # example
 
 # Defaults for jobs whose pod does not request anything else.
 [job]

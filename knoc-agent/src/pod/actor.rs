@@ -7,7 +7,9 @@
 //! shim's final report is published at once, since the report itself is on disk already.
 
 mod create;
+mod credentials;
 mod effects;
+mod ephemeral;
 mod values;
 
 use std::{cmp::Ordering, sync::Arc, time::Duration};
@@ -28,7 +30,7 @@ use super::{
     stage::{self, StageError},
     state::{Effect, Event, Facts, Pod, State, Timeouts, step},
 };
-use crate::{config::Config, site::Site};
+use crate::{config::Config, image::Credentials, site::Site};
 
 /// A pod that was found on disk.
 #[derive(Debug)]
@@ -69,6 +71,9 @@ struct Actor {
     /// The version that its job execs, as its job directory states it.
     version: String,
     values: values::Held,
+    ephemeral: ephemeral::Adding,
+    /// The credentials for its images: from the request that brought them until the images are there.
+    credentials: Option<Arc<Credentials>>,
     effects: JoinSet<Event>,
     /// The effects that are ending a job.
     cancels: Vec<AbortHandle>,
@@ -179,6 +184,8 @@ impl NewActor {
             own,
             wants,
             values: values::Held::default(),
+            ephemeral: ephemeral::Adding::default(),
+            credentials: None,
             unsaved: None,
             effects: JoinSet::new(),
             cancels: Vec::new(),
@@ -215,6 +222,10 @@ impl Actor {
                     Some(event) => Input::Event(event),
                     None => continue,
                 },
+                Some(step) = self.ephemeral.next() => {
+                    self.ephemeral_step(&pod, step).await;
+                    continue;
+                }
                 input = inputs.recv() => match input {
                     Some(input) => input,
                     None => break,
@@ -230,6 +241,7 @@ impl Actor {
         // the restart.
         self.effects.shutdown().await;
         self.staging.shutdown().await;
+        self.ephemeral.end().await;
     }
 
     async fn take(&mut self, pod: Pod, input: Input) -> Pod {
@@ -247,11 +259,13 @@ impl Actor {
                 }
                 let pod = self.apply(pod, event).await;
                 self.push_values(&pod, reported);
+                self.add_ephemeral(&pod);
                 pod
             }
             Input::Ensure {
                 spec,
                 values,
+                credentials,
                 cluster_id,
                 reply,
             } => {
@@ -260,11 +274,19 @@ impl Actor {
                     Ok(()) => self.update_values(&pod, *values).await,
                     Err(error) => Err(error),
                 };
+                let credentials = credentials.filter(|_| answer.is_ok());
+                let pod = self.take_credentials(pod, credentials).await;
+                self.add_ephemeral(&pod);
                 drop(reply.send(answer.map(|()| (self.observed(&pod), false))));
                 pod
             }
-            Input::Values { values, reply } => {
+            Input::Values {
+                values,
+                credentials,
+                reply,
+            } => {
                 let result = self.check_and_update_values(&pod, *values).await;
+                let pod = self.take_credentials(pod, credentials).await;
                 drop(reply.send(result));
                 pod
             }
@@ -298,6 +320,7 @@ impl Actor {
         }
         let pod = self.apply(pod, Event::Link(up)).await;
         self.push_values(&pod, false);
+        self.add_ephemeral(&pod);
         pod
     }
 
@@ -332,7 +355,7 @@ impl Actor {
                 Err(RequestError::new(ErrorReason::SpecConflict, message)),
             );
         }
-        let spec = Arc::new(spec);
+        let spec = Arc::new(super::update::merged(&self.spec, spec));
         if let Err(error) = self.rewrite_spec(Arc::clone(&spec)).await {
             return (pod, Err(error));
         }
@@ -351,6 +374,7 @@ impl Actor {
         if pod.is_finished() || pod.deletion.is_some() {
             // The images are for a pod that is no longer wanted.
             self.staging.abort_all();
+            self.ephemeral.abort();
         }
         if final_report {
             self.show(&pod);
@@ -380,7 +404,8 @@ impl Actor {
 
     fn observed(&self, pod: &Pod) -> pb::PodObserved {
         let mut observed = observed(pod, &self.spec, &self.cluster_id);
-        observed.values_wanted = self.wants_values(pod);
+        observed.values_wanted = self.wants_values(pod) || self.wants_credentials(pod);
+        observed.ephemeral_containers = self.ephemeral.statuses(pod, &self.spec);
         observed
     }
 

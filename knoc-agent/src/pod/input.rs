@@ -13,7 +13,7 @@ use knoc_proto::{
 use tokio::sync::oneshot;
 
 use super::state::Event;
-use crate::scheduler::JobRef;
+use crate::{image::Credentials, scheduler::JobRef};
 
 /// What the poller must know about a pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -64,6 +64,8 @@ pub enum Input {
         spec: Box<PodSpec>,
         /// The pod's values.
         values: Box<PodValues>,
+        /// The credentials for its images, if the caller sent any.
+        credentials: Option<Credentials>,
         /// The cluster that wants the pod.
         cluster_id: String,
         /// Answers with the pod, and whether it is new.
@@ -73,6 +75,8 @@ pub enum Input {
     Values {
         /// The values, which the actor checks against the shape.
         values: Box<pb::PodValues>,
+        /// The credentials for its images, if the caller sent any.
+        credentials: Option<Credentials>,
         /// Answers once the values are staged, or written on the compute node.
         reply: Reply<()>,
     },

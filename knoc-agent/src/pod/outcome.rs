@@ -84,6 +84,11 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
     };
     match report.ended_by() {
         pb::EndedBy::Unspecified | pb::EndedBy::Themselves | pb::EndedBy::NoValues => own,
+        // A kubelet sets the condition DisruptionTarget for its evictions.
+        pb::EndedBy::Evicted => Outcome {
+            disruption: true,
+            ..own
+        },
         pb::EndedBy::Stop => match evidence.cause {
             // Failed even if its containers still succeed.
             Some(cause @ Cause::Deadline) => failed(cause, own.finished_at),

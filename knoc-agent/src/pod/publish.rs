@@ -31,7 +31,15 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
     if let Some(outcome) = pod.outcome()
         && (pod.report.is_some() || was_started(pod))
     {
-        settle(&mut init, &mut regular, outcome, pod.since);
+        let last = spec.init_containers.last();
+        let last_is_sidecar = last.is_some_and(pb::Container::is_sidecar);
+        let initialized = is_initialized(&init, last_is_sidecar) || regular.iter().any(was_begun);
+        settle(
+            &mut init,
+            if initialized { &mut regular } else { &mut [] },
+            outcome,
+            pod.since,
+        );
     }
     pb::PodObserved {
         uid: spec.uid.clone(),
@@ -65,6 +73,8 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
         message,
         generation: 0,
         last_usage: pod.report.as_ref().and_then(|report| report.usage),
+        // The actor knows those that the shim does not have yet.
+        ephemeral_containers: Vec::new(),
     }
 }
 
@@ -107,7 +117,8 @@ fn phase_before_job(before: &BeforeJob) -> (pb::PodPhase, String, String) {
             trouble: Some(trouble),
             ..
         } => {
-            let (reason, message) = (trouble.reason.clone(), trouble.message.clone());
+            let failure = &trouble.failure;
+            let (reason, message) = (failure.reason.clone(), failure.message.clone());
             (Phase::Staging, reason, message)
         }
         BeforeJob::Throttled {
@@ -229,15 +240,8 @@ fn status(
     })
 }
 
-/// No container of a finished pod is shown as running. As in Kubernetes, containers that the pod
-/// never reached still wait: the regular ones if the pod was not initialized, and the init
-/// containers after the one at which it ended.
-fn settle(
-    init: &mut [pb::ContainerStatus],
-    regular: &mut [pb::ContainerStatus],
-    outcome: &Outcome,
-    since: Timestamp,
-) {
+/// Whether the last init container has succeeded, or has started if it is a sidecar.
+fn is_initialized(init: &[pb::ContainerStatus], last_is_sidecar: bool) -> bool {
     let done = |status: &pb::ContainerStatus| {
         let ended = match &status.state {
             Some(Status::Terminated(ended)) => Some(ended),
@@ -247,17 +251,35 @@ fn settle(
         };
         ended.is_some_and(|ended| ended.exit_code == 0)
     };
-    let begun = |status: &pb::ContainerStatus| {
-        let waits = matches!(status.state, Some(Status::Waiting(_)) | None);
-        !waits || status.last_termination.is_some() || status.restart_count > 0
-    };
-    if init.last().is_none_or(done) || regular.iter().any(begun) {
-        for status in regular {
-            settle_one(status, outcome, since);
+    init.last().is_none_or(|last| {
+        if last_is_sidecar {
+            was_begun(last)
+        } else {
+            done(last)
         }
+    })
+}
+
+/// Whether an attempt of the container was ever begun.
+fn was_begun(status: &pb::ContainerStatus) -> bool {
+    let waits = matches!(status.state, Some(Status::Waiting(_)) | None);
+    !waits || status.last_termination.is_some() || status.restart_count > 0
+}
+
+/// No container of a finished pod is shown as running. As in Kubernetes, containers that the pod
+/// never reached still wait: the `regular` ones, of which there are none here if the pod was not
+/// initialized, and the init containers after the one at which it ended.
+fn settle(
+    init: &mut [pb::ContainerStatus],
+    regular: &mut [pb::ContainerStatus],
+    outcome: &Outcome,
+    since: Timestamp,
+) {
+    for status in regular {
+        settle_one(status, outcome, since);
     }
     // If nothing is known, at least the first one was tried.
-    let tried = init.iter().rposition(begun).map_or(1, |last| last + 1);
+    let tried = init.iter().rposition(was_begun).map_or(1, |last| last + 1);
     for status in init.iter_mut().take(tried) {
         settle_one(status, outcome, since);
     }
@@ -272,8 +294,9 @@ fn was_started(pod: &Pod) -> bool {
 fn waiting(pod: &Pod, container: &pb::Container, message: &str) -> pb::Waiting {
     let own = pod
         .trouble()
-        .filter(|trouble| trouble.container == container.name);
-    let own = own.map(|trouble| (&trouble.reason, &trouble.message));
+        .map(|trouble| &trouble.failure)
+        .filter(|failure| failure.container == container.name);
+    let own = own.map(|failure| (&failure.reason, &failure.message));
     let (reason, message) = own.map_or(("ContainerCreating", message), |(reason, message)| {
         (reason, message)
     });
@@ -284,7 +307,7 @@ fn waiting(pod: &Pod, container: &pb::Container, message: &str) -> pb::Waiting {
 }
 
 /// A container of a finished pod that was last seen running: nobody knows how it ended.
-fn settle_one(status: &mut pb::ContainerStatus, outcome: &Outcome, since: Timestamp) {
+pub(super) fn settle_one(status: &mut pb::ContainerStatus, outcome: &Outcome, since: Timestamp) {
     let started_at = match &status.state {
         Some(Status::Terminated(_)) => return,
         Some(Status::Running(running)) => running.started_at,

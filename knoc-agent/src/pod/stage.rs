@@ -22,13 +22,19 @@ use super::{
     record::Record,
     state::{Event, Note},
 };
-use crate::{config::MemoryFallback, image::Hold, site::Site};
+use crate::{
+    config::MemoryFallback,
+    image::{Credentials, Hold, PullWatch},
+    site::Site,
+};
 
 /// Why staging cannot continue, with Kubernetes' reasons where they exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StageError {
     /// The container that failed; empty for the pod as a whole.
     pub container: String,
+    /// The container's image, if that is what failed; otherwise empty.
+    pub image: String,
     /// `ErrImagePull`, `StagingFailed` …
     pub reason: String,
     /// The message for users.
@@ -41,6 +47,7 @@ impl StageError {
         let reason = "StagingFailed".to_owned();
         Self {
             container: String::new(),
+            image: String::new(),
             reason,
             message: chain(error),
         }
@@ -52,6 +59,8 @@ impl StageError {
 const IMAGES_AT_ONCE: usize = 4;
 /// A pull that takes longer than this gets an Event.
 const WORTH_A_NOTE: Duration = Duration::from_millis(300);
+/// Then its progress gets an Event after this time, and after twice as long each time.
+const PROGRESS: Duration = Duration::from_secs(30);
 /// An image in the cache is found faster than this, even on a shared file system.
 const CACHE_LOOKUP: Duration = Duration::from_millis(50);
 
@@ -83,46 +92,62 @@ async fn image(
     site: &Site,
     spec: &PodSpec,
     container: pb::Container,
+    credentials: &Credentials,
     own: &mpsc::WeakSender<Input>,
 ) -> Result<(pb::ResolvedImage, Option<Hold>), StageError> {
     let container = &container;
     let began = Instant::now();
-    let resolving = site
-        .images
-        .resolve(&container.image, container.pull_policy());
+    let watch = PullWatch::default();
+    let resolving = site.images.resolve_watched(
+        &container.image,
+        container.pull_policy(),
+        credentials.of(&container.image),
+        &watch,
+    );
     tokio::pin!(resolving);
-    let mut pulling = false;
+    let mut next = WORTH_A_NOTE;
     let resolved = loop {
         tokio::select! {
             biased;
             resolved = &mut resolving => break resolved,
-            () = tokio::time::sleep(WORTH_A_NOTE), if !pulling => {
-                pulling = true;
-                let message = format!("Pulling image {:?}", container.image);
+            () = tokio::time::sleep_until(began + next) => {
+                let first = next == WORTH_A_NOTE;
+                let how_far = watch.progress().filter(|_| !first);
+                let how_far = how_far.map_or_else(String::new, |text| format!(": {text}"));
+                let message = format!("Pulling image {:?}{how_far}", container.image);
                 note(own, container, "Pulling", message).await;
+                next = if first { PROGRESS } else { next.saturating_mul(2) };
             }
         }
     };
     let resolved = resolved.map_err(|error| StageError {
         container: container.name.clone(),
+        image: container.image.clone(),
         reason: error.reason().to_owned(),
-        message: error.to_string(),
+        message: error.waiting(),
     })?;
-    if pulling {
-        let seconds = began.elapsed().as_secs_f64();
-        let message = format!(
-            "Successfully pulled image {:?} in {seconds:.1}s",
-            container.image
-        );
-        note(own, container, "Pulled", message).await;
-    } else {
-        tell(own, present(container)).await;
+    match pulled(&container.image, &watch, began.elapsed()) {
+        Some(message) => note(own, container, "Pulled", message).await,
+        None => tell(own, present(container)).await,
     }
     answer(spec, container, resolved).map_err(|message| StageError {
         container: container.name.clone(),
+        image: String::new(),
         reason: "CreateContainerConfigError".to_owned(),
         message,
     })
+}
+
+/// The message about an image that was pulled; `None` if it was there already.
+fn pulled(image: &str, watch: &PullWatch, took: Duration) -> Option<String> {
+    let (waited, bytes) = watch.pulled()?;
+    let (alone, took) = (
+        took.saturating_sub(waited).as_secs_f64(),
+        took.as_secs_f64(),
+    );
+    Some(format!(
+        "Successfully pulled image {image:?} in {alone:.3}s ({took:.3}s including waiting). Image size: {bytes} bytes."
+    ))
 }
 
 async fn note(
@@ -157,11 +182,24 @@ pub(crate) fn present(container: &pb::Container) -> Note {
         warning: false,
         reason: "Pulled",
         message: format!(
-            "Container image {:?} already present on machine",
+            "Container image {:?} already present on machine and can be accessed by the pod",
             container.image
         ),
         container: container.name.clone(),
     }
+}
+
+/// The image of one ephemeral container.
+pub(crate) async fn image_of(
+    site: &Site,
+    spec: &PodSpec,
+    name: &str,
+    credentials: &Credentials,
+    own: &mpsc::WeakSender<Input>,
+) -> Result<Found, StageError> {
+    let container = spec.ephemeral_container(name).cloned();
+    let found = image(site, spec, container.unwrap_or_default(), credentials, own).await?;
+    Ok(Found::new(vec![found]))
 }
 
 /// The image of `container`, without a note. `None` if there is none yet; the usual staging then reports the reason.
@@ -169,18 +207,24 @@ async fn image_without_note(
     site: &Site,
     spec: &PodSpec,
     container: pb::Container,
+    credentials: &Credentials,
 ) -> Option<(pb::ResolvedImage, Option<Hold>)> {
-    let policy = container.pull_policy();
-    let resolved = site.images.resolve(&container.image, policy).await.ok()?;
+    let (policy, credentials) = (container.pull_policy(), credentials.of(&container.image));
+    let resolved = site.images.resolve(&container.image, policy, credentials);
+    let resolved = resolved.await.ok()?;
     answer(spec, &container, resolved).ok()
 }
 
 /// The images of a pod if all of them are found within [`CACHE_LOOKUP`]. Otherwise the pod is staged as
 /// usual.
-pub(crate) async fn cached_images(site: &Site, spec: &PodSpec) -> Option<Found> {
+pub(crate) async fn cached_images(
+    site: &Site,
+    spec: &PodSpec,
+    credentials: Arc<Credentials>,
+) -> Option<Found> {
     let resolving = spec
         .all_containers()
-        .map(|container| image_without_note(site, spec, container.clone()));
+        .map(|container| image_without_note(site, spec, container.clone(), &credentials));
     let resolving: Vec<_> = resolving.collect();
     let resolving = stream::iter(resolving).buffered(IMAGES_AT_ONCE);
     let found = tokio::time::timeout(CACHE_LOOKUP, resolving.collect::<Vec<_>>());
@@ -279,11 +323,12 @@ pub(crate) fn link_pin(dir: &JobDir) -> Result<String, StageError> {
 pub(crate) async fn resolve(
     site: Arc<Site>,
     spec: Arc<PodSpec>,
+    credentials: Arc<Credentials>,
     own: mpsc::WeakSender<Input>,
 ) -> Result<Found, StageError> {
     let images = spec
         .all_containers()
-        .map(|container| image(&site, &spec, container.clone(), &own));
+        .map(|container| image(&site, &spec, container.clone(), &credentials, &own));
     // Collected, because a stream over the borrowing iterator is not `Send` and could not be
     // spawned.
     let images: Vec<_> = images.collect();
@@ -326,5 +371,10 @@ pub(crate) fn job_file(
         }),
         cluster_id,
         version: site.versions.own().to_owned(),
+        site_binds: config.site_binds(),
+        host_paths: Some(pb::HostPathPolicy {
+            mapped: site.policy.now().all_mapped(&spec.volumes),
+            ..(&site.host_paths()).into()
+        }),
     }
 }

@@ -26,7 +26,7 @@ use knoc_proto::pb;
 pub use event::{Effect, Event, Note};
 pub(crate) use pod::nanos;
 pub use pod::{Deletion, Facts, Pod};
-pub use states::{BeforeJob, Ending, JobStage, Look, Otherwise, State, Trouble};
+pub use states::{BeforeJob, Ending, Failure, JobStage, Look, Otherwise, State, Trouble};
 pub use timeouts::Timeouts;
 
 /// One step of the machine.
@@ -37,9 +37,19 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
         Event::Staged => before_job::staged(&mut pod, now),
         Event::StageFailed {
             container,
+            image,
             reason,
             message,
-        } => before_job::stage_failed(&mut pod, container, reason, message, now),
+        } => {
+            let failure = Failure {
+                container,
+                image,
+                reason,
+                message,
+            };
+            before_job::stage_failed(&mut pod, failure, now)
+        }
+        Event::Credentials => before_job::credentials(&mut pod),
         Event::Submitted(submitted) => before_job::submitted(&mut pod, submitted, now),
         Event::SubmitFailed { kind, message } => {
             before_job::submit_failed(&mut pod, kind, message, now)

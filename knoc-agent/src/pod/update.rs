@@ -1,9 +1,22 @@
 //! PURE: what a newer generation of a pod's shape may change.
 
-use knoc_proto::pb;
+use knoc_proto::{pb, pod::PodSpec};
 
-/// Whether `new` may replace `old`. Labels and annotations may change, and `activeDeadlineSeconds`
-/// may be lowered.
+/// The shape that `new` makes of `old`: ephemeral containers are never removed, although an older
+/// kubelet does not send them.
+pub(super) fn merged(old: &pb::PodSpec, new: PodSpec) -> PodSpec {
+    let uid = new.uid().clone();
+    let mut new = new.into_inner();
+    let sent = std::mem::take(&mut new.ephemeral_containers);
+    let mut all = old.ephemeral_containers.clone();
+    let known = |name: &str| old.ephemeral_containers.iter().any(|one| one.name == name);
+    all.extend(sent.into_iter().filter(|one| !known(&one.name)));
+    new.ephemeral_containers = all;
+    PodSpec::accepted_before(uid, new)
+}
+
+/// Whether `new` may replace `old`. Labels and annotations may change, `activeDeadlineSeconds` may
+/// be lowered, and ephemeral containers may be added.
 pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String> {
     let deadline_falls = new.active_deadline_seconds > 0
         && (old.active_deadline_seconds == 0
@@ -11,9 +24,19 @@ pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String
     if new.active_deadline_seconds != old.active_deadline_seconds && !deadline_falls {
         return Err("activeDeadlineSeconds may only be lowered".to_owned());
     }
+    for known in &old.ephemeral_containers {
+        let mut sent = new.ephemeral_containers.iter();
+        if sent.any(|one| one.name == known.name && !same_container(one, known)) {
+            return Err(format!(
+                "the ephemeral container {:?} exists, and cannot change",
+                known.name
+            ));
+        }
+    }
     let comparable = |spec: &pb::PodSpec| pb::PodSpec {
         generation: 0,
         active_deadline_seconds: 0,
+        ephemeral_containers: Vec::new(),
         labels: std::collections::HashMap::default(),
         annotations: std::collections::HashMap::default(),
         ..spec.clone()
@@ -22,7 +45,7 @@ pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String
         Ok(())
     } else {
         Err(format!(
-            "pod {} exists, and only labels, annotations and a lower activeDeadlineSeconds may change",
+            "pod {} exists: only labels, annotations and a lower activeDeadlineSeconds may change, and ephemeral containers may be added",
             old.uid
         ))
     }
@@ -35,15 +58,29 @@ pub(super) fn same(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
     let comparable = |spec: &pb::PodSpec| {
         let mut spec = spec.clone();
         let containers = spec.init_containers.iter_mut().chain(&mut spec.containers);
-        containers.for_each(|container| {
-            container.run_as_user = None;
-            container.run_as_non_root = false;
-        });
+        containers.for_each(forget_additions);
         spec.cluster_domain.clear();
         spec.resolver = None;
+        // An older kubelet does not send them.
+        spec.ephemeral_containers.clear();
         spec
     };
     old == new || comparable(old) == comparable(new)
+}
+
+/// Clears what older kubelets did not send.
+fn forget_additions(container: &mut pb::Container) {
+    container.run_as_user = None;
+    container.run_as_non_root = false;
+}
+
+fn same_container(one: &pb::Container, other: &pb::Container) -> bool {
+    let comparable = |container: &pb::Container| {
+        let mut container = container.clone();
+        forget_additions(&mut container);
+        container
+    };
+    one == other || comparable(one) == comparable(other)
 }
 
 #[cfg(test)]
@@ -79,6 +116,36 @@ mod tests {
         allowed(&of(None), &of(Some(1000))).unwrap();
         assert!(same(&of(None), &of(Some(1000))));
         assert!(!same(&of(None), &old));
+    }
+
+    #[test]
+    fn ephemeral_containers_are_added_and_neither_changed_nor_removed() {
+        let with = |names: &[&str], image: &str| pb::PodSpec {
+            uid: "u".into(),
+            ephemeral_containers: names
+                .iter()
+                .map(|name| pb::Container {
+                    name: (*name).into(),
+                    image: image.into(),
+                    ..Default::default()
+                })
+                .collect(),
+            ..Default::default()
+        };
+        let old = with(&["a"], "x");
+        allowed(&old, &with(&["a", "b"], "x")).unwrap();
+        allowed(&old, &with(&[], "x")).unwrap();
+        let error = allowed(&old, &with(&["a"], "y")).unwrap_err();
+        assert!(error.contains("\"a\""), "{error}");
+        let uid = knoc_proto::ids::PodUid::try_from("u").unwrap();
+        let merge = |new| {
+            let new = PodSpec::accepted_before(uid.clone(), new);
+            let all = merged(&old, new).into_inner().ephemeral_containers;
+            let names: Vec<_> = all.into_iter().map(|one| one.name).collect();
+            names.join(" ")
+        };
+        assert_eq!(merge(with(&["b", "a"], "x")), "a b");
+        assert_eq!(merge(with(&[], "x")), "a");
     }
 
     #[test]

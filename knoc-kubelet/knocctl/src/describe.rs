@@ -39,6 +39,7 @@ fn text(pod: &pb::PodObserved) -> String {
     let kinds = [
         ("Init containers", &pod.init_containers),
         ("Containers", &pod.containers),
+        ("Ephemeral containers", &pod.ephemeral_containers),
     ];
     for (heading, list) in kinds {
         if !list.is_empty() {

@@ -204,6 +204,11 @@ fn check_needs(pod: &Pod, path: &Path) -> Result<(), ManifestError> {
             .map(|name| format!("ConfigMap {name}")),
     );
     list.extend(needs.secrets.iter().map(|name| format!("Secret {name}")));
+    list.extend(needs.trust_bundles.iter().map(ToString::to_string));
+    let pull_secrets = translate::pull_secrets(pod).into_iter();
+    list.extend(pull_secrets.map(|name| format!("image pull Secret {name}")));
+    let claims = needs.claims.iter();
+    list.extend(claims.map(|name| format!("PersistentVolumeClaim {name}")));
     if !needs.tokens.is_empty() {
         list.push("a service account token".to_owned());
     }
@@ -295,6 +300,12 @@ spec:
             "valueFrom: {secretKeyRef: {name: db, key: password}}}",
         );
         assert!(read(&text).unwrap_err().to_string().contains("Secret db"));
+        let text = POD.replace(
+            "  restartPolicy: Never",
+            "  restartPolicy: Never\n  imagePullSecrets: [{name: hub}]",
+        );
+        let error = read(&text).unwrap_err().to_string();
+        assert!(error.contains("image pull Secret hub"), "{error}");
     }
 
     #[test]

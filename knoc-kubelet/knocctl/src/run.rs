@@ -124,15 +124,16 @@ async fn wait(session: &mut Session, uid: &str) -> Result<ExitCode, CtlError> {
     Ok(ExitCode::from(code(&pod)))
 }
 
-/// The pod's exit code: 0 if it succeeded, else that of the first failed container, else 1.
+/// The pod's exit code: 0 if it succeeded, else that of the first failed container, else that of the first failed init
+/// container (a sidecar that was stopped counts as failed, but never alone), else 1.
 fn code(pod: &pb::PodObserved) -> u8 {
     if view::outcome(pod) == Some("Succeeded") {
         return 0;
     }
     let codes = pod
-        .init_containers
+        .containers
         .iter()
-        .chain(&pod.containers)
+        .chain(&pod.init_containers)
         .filter_map(|container| {
             let Some(pb::container_status::State::Terminated(ended)) = &container.state else {
                 return None;

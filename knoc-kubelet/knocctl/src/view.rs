@@ -137,6 +137,7 @@ pub(crate) fn pod(pod: &pb::PodObserved) -> Value {
         "outcome": outcome,
         "initContainers": pod.init_containers.iter().map(container).collect::<Vec<_>>(),
         "containers": pod.containers.iter().map(container).collect::<Vec<_>>(),
+        "ephemeralContainers": pod.ephemeral_containers.iter().map(container).collect::<Vec<_>>(),
         "notes": pod.notes.iter().map(note).collect::<Vec<_>>(),
     }))
 }

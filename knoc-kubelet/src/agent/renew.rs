@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use knoc_link::{
-    Credentials, CredentialsError, ExpectPeer, LinkError, Route,
+    Carrier, Credentials, CredentialsError, ExpectPeer, LinkError, Route,
     dial_in::DialIn,
     pki::{self, CertificateInfo, CertifiedKey, PkiError, Request, Validity},
 };
@@ -39,6 +39,17 @@ pub enum Way {
     Dial(Route),
     /// The agent dials the kubelet.
     DialIn(DialIn),
+}
+
+impl Way {
+    /// Whether a connection may be a login.
+    #[must_use]
+    pub fn costs_logins(&self) -> bool {
+        match self {
+            Self::Dial(route) => route.carriers().iter().any(Carrier::starts_a_process),
+            Self::DialIn(_) => false,
+        }
+    }
 }
 
 /// How to connect to the agent.

@@ -187,8 +187,13 @@ impl AgentWatch {
         match event.event {
             Some(Event::Item(pod)) => {
                 if let Some(uid) = checked(&pod.uid) {
+                    let ended = pod.phase() == pb::PodPhase::Finished;
                     self.store.set_observed(&uid, Arc::new(pod));
-                    self.queue.push(&uid);
+                    if ended {
+                        self.queue.push_urgent(&uid);
+                    } else {
+                        self.queue.push(&uid);
+                    }
                 }
             }
             Some(Event::RemovedUid(uid)) => {

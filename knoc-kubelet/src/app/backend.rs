@@ -76,7 +76,8 @@ impl log_reader::Source for PodLog {
     type Chunks = Messages<pb::LogChunk>;
 
     async fn open(&self, request: pb::ReadLogsRequest) -> Result<Self::Chunks, tonic::Status> {
-        let answer = self.agent.bulk().read_logs(request).await?;
+        let answer = self.agent.bulk().await.read_logs(request).await;
+        let answer = answer.inspect_err(|status| self.agent.noticed(status))?;
         Ok(bulk::output(&answer))
     }
 
@@ -130,7 +131,8 @@ impl Backend for KubeletBackend {
         input: mpsc::Receiver<pb::ExecInput>,
     ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>> {
         Box::pin(async move {
-            let answer = self.agent.bulk().exec(sent(input)).await?;
+            let answer = self.agent.bulk().await.exec(sent(input)).await;
+            let answer = answer.inspect_err(|status| self.agent.noticed(status))?;
             Ok(bulk::output(&answer).boxed() as ExecStream)
         })
     }
@@ -141,7 +143,8 @@ impl Backend for KubeletBackend {
     ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>> {
         Box::pin(async move {
             self.needs("attach")?;
-            let answer = self.agent.bulk().attach(sent(input)).await?;
+            let answer = self.agent.bulk().await.attach(sent(input)).await;
+            let answer = answer.inspect_err(|status| self.agent.noticed(status))?;
             Ok(bulk::output(&answer).boxed() as ExecStream)
         })
     }
@@ -152,7 +155,8 @@ impl Backend for KubeletBackend {
     ) -> BoxFuture<'_, Result<PortForwardStream, tonic::Status>> {
         Box::pin(async move {
             self.needs("port-forward")?;
-            let answer = self.agent.bulk().port_forward(sent(input)).await?;
+            let answer = self.agent.bulk().await.port_forward(sent(input)).await;
+            let answer = answer.inspect_err(|status| self.agent.noticed(status))?;
             Ok(bulk::output(&answer).boxed() as PortForwardStream)
         })
     }

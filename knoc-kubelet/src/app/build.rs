@@ -113,7 +113,10 @@ impl App {
         let (dialer, reception) = dialer(&config.agent)?;
         let link = |source| BuildError::Link { source };
         let channels = dialer.dial().map_err(link)?;
-        let agent = Agent::new(channels.control, channels.bulk, &cluster_id);
+        let mut agent = Agent::new(channels.control, channels.bulk, &cluster_id);
+        if dialer.way.costs_logins() {
+            agent = agent.over_logins();
+        }
         let agent = agent.of_node(&config.node.name);
         let host = nix::unistd::gethostname()
             .ok()

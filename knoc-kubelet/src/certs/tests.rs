@@ -16,11 +16,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, IsCa, Issuer as Signer,
     KeyPair,
 };
-use tokio::{
-    sync::{mpsc, watch},
-    task::JoinSet,
-    time::Instant,
-};
+use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
@@ -28,7 +24,7 @@ use super::{
     authority::{Answer, AuthorityError},
     request::Request,
 };
-use crate::pods::events::{Events, Note};
+use crate::pods::events::{Events, Notes};
 
 /// Twice the longest wait of the rotator, in paused time.
 const PATIENCE: Duration = Duration::from_hours(24 * 900);
@@ -158,7 +154,7 @@ impl Authority for FakeAuthority {
 struct Running {
     pairs: Pairs,
     health: watch::Receiver<Health>,
-    notes: mpsc::Receiver<Note>,
+    notes: Notes,
     tasks: JoinSet<()>,
     _stop: DropGuard,
 }

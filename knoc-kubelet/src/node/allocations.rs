@@ -17,7 +17,7 @@ use crate::agent::tells_capacity;
 /// Amounts by resource name: `cpu` in thousandths, `memory` and `ephemeral-storage` in bytes, others as counts.
 pub(crate) type Amounts = BTreeMap<String, i64>;
 
-/// What a pod requests, by Kubernetes' rule: the larger of its largest init container and the sum of its containers.
+/// What a pod requests, by Kubernetes' rule ([`knoc_translate::over_containers`]).
 pub(crate) fn requests(shape: &pb::PodSpec) -> Amounts {
     let (init, regular) = (&shape.init_containers, &shape.containers);
     let of = |amount: fn(&pb::Resources) -> i64| {

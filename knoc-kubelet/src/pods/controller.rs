@@ -10,6 +10,8 @@ mod ensure;
 mod loop_health;
 mod memory;
 mod notes;
+mod pull_secrets;
+mod status_writer;
 mod worker;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};

@@ -1,4 +1,5 @@
-//! Task: writes Events, with one POST each, aggregated and rate-limited. It never delays a status.
+//! Task: writes Events, with one POST each, aggregated and rate-limited. It never delays a status, and while statuses are
+//! being written it writes one Event at a time.
 //!
 //! In: a bounded channel. If it is full, or if an object exceeds its rate, the Event is dropped and logged. The name of
 //! an Event is derived from its contents: after a restart the same Event is not written twice (the API server answers
@@ -8,6 +9,10 @@
 use std::{
     collections::HashMap,
     hash::{DefaultHasher, Hash, Hasher},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -39,6 +44,8 @@ const MESSAGE: usize = 1024;
 const NAME: usize = 200;
 /// Writes at a time.
 const AT_ONCE: usize = 4;
+/// Writes at a time while statuses are being written, for which somebody may wait.
+const BESIDE_STATUSES: usize = 1;
 
 /// An Event to be written.
 #[derive(Clone, Debug)]
@@ -61,19 +68,63 @@ pub struct Note {
 
 /// The sending end of the channel of Events; clones share the channel.
 #[derive(Clone, Debug)]
-pub struct Events(mpsc::Sender<Note>);
+pub struct Events {
+    notes: mpsc::Sender<Note>,
+    /// How many statuses are being written.
+    statuses: Arc<AtomicUsize>,
+}
+
+/// The task's end of the channel.
+#[derive(Debug)]
+pub struct Notes {
+    notes: mpsc::Receiver<Note>,
+    statuses: Arc<AtomicUsize>,
+}
+
+impl Notes {
+    /// The next Event that was recorded; None if nobody can record another one.
+    pub async fn recv(&mut self) -> Option<Note> {
+        self.notes.recv().await
+    }
+}
+
+/// A status that is being written, until this is dropped.
+#[derive(Debug)]
+pub struct StatusWrite(Arc<AtomicUsize>);
+
+impl Drop for StatusWrite {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 impl Events {
     /// The sender, and the task's end of the channel.
     #[must_use]
-    pub fn channel() -> (Self, mpsc::Receiver<Note>) {
+    pub fn channel() -> (Self, Notes) {
         let (sender, receiver) = mpsc::channel(WAITING);
-        (Self(sender), receiver)
+        let statuses = Arc::<AtomicUsize>::default();
+        let events = Self {
+            notes: sender,
+            statuses: Arc::clone(&statuses),
+        };
+        let notes = Notes {
+            notes: receiver,
+            statuses,
+        };
+        (events, notes)
+    }
+
+    /// A status is written now, for which Events make room.
+    #[must_use]
+    pub fn status_write(&self) -> StatusWrite {
+        self.statuses.fetch_add(1, Ordering::Relaxed);
+        StatusWrite(Arc::clone(&self.statuses))
     }
 
     /// Queues an Event; never waits.
     pub fn record(&self, note: Note) {
-        if let Err(error) = self.0.try_send(note) {
+        if let Err(error) = self.notes.try_send(note) {
             tracing::warn!(%error, "an Event was dropped, too many wait to be written");
         }
     }
@@ -82,13 +133,20 @@ impl Events {
 /// A pod, or a container of it, as the object of an Event.
 #[must_use]
 pub fn about_pod(pod: &Pod, container: &str) -> ObjectReference {
-    let init = pod.spec.as_ref().is_some_and(|spec| {
-        spec.init_containers
-            .iter()
-            .flatten()
-            .any(|candidate| candidate.name == container)
-    });
-    let kind = if init { "initContainers" } else { "containers" };
+    let spec = pod.spec.as_ref();
+    let mut init = spec
+        .into_iter()
+        .flat_map(|spec| spec.init_containers.iter().flatten());
+    let mut ephemeral = spec
+        .into_iter()
+        .flat_map(|spec| spec.ephemeral_containers.iter().flatten());
+    let kind = if init.any(|one| one.name == container) {
+        "initContainers"
+    } else if ephemeral.any(|one| one.name == container) {
+        "ephemeralContainers"
+    } else {
+        "containers"
+    };
     ObjectReference {
         api_version: Some("v1".to_owned()),
         kind: Some("Pod".to_owned()),
@@ -135,12 +193,12 @@ impl Recorder {
     }
 
     /// Writes until `shutdown`, and then finishes the writes that are running.
-    pub async fn run(mut self, mut notes: mpsc::Receiver<Note>, shutdown: CancellationToken) {
+    pub async fn run(mut self, mut from: Notes, shutdown: CancellationToken) {
         let mut writes = tokio::task::JoinSet::new();
         loop {
             let note = tokio::select! {
                 biased;
-                note = notes.recv() => note,
+                note = from.recv() => note,
                 () = shutdown.cancelled() => None,
             };
             let Some(note) = note else { break };
@@ -153,7 +211,9 @@ impl Recorder {
                 );
                 continue;
             }
-            if writes.len() >= AT_ONCE {
+            let beside = from.statuses.load(Ordering::Relaxed) > 0;
+            let most = if beside { BESIDE_STATUSES } else { AT_ONCE };
+            while writes.len() >= most {
                 writes.join_next().await;
             }
             let (namespace, name, body) = self.event(&note);

@@ -12,6 +12,8 @@ use kube::{
 };
 use serde_json::{Map, Value, json};
 
+use super::resize::RESIZE_PENDING;
+
 /// The deadline of each write.
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -76,13 +78,14 @@ pub fn patch(pod: &Pod, wanted: &PodStatus) -> Option<Value> {
         .status
         .as_ref()
         .and_then(|status| status.conditions.as_deref());
-    let conditions: Vec<_> = wanted
-        .conditions
-        .iter()
-        .flatten()
-        .filter(|condition| !is_there(before.unwrap_or_default(), condition))
-        .map(condition_patch)
-        .collect();
+    let changed = wanted.conditions.iter().flatten();
+    let changed = changed.filter(|condition| !is_there(before.unwrap_or_default(), condition));
+    let mut conditions: Vec<_> = changed.map(condition_patch).collect();
+    let resizes = |list: &[PodCondition]| list.iter().any(|one| one.type_ == RESIZE_PENDING);
+    let wants = wanted.conditions.as_deref();
+    if before.is_some_and(resizes) && wants.is_some_and(|list| !resizes(list)) {
+        conditions.push(json!({"type": RESIZE_PENDING, "$patch": "delete"}));
+    }
     if !conditions.is_empty() {
         changes.insert("conditions".to_owned(), conditions.into());
     }
@@ -194,6 +197,17 @@ mod tests {
 
     fn status(status: Value) -> PodStatus {
         serde_json::from_value(status).unwrap()
+    }
+
+    #[test]
+    fn a_resize_that_was_taken_back_is_no_condition_any_more() {
+        let pod = pod(&json!({"conditions": [{"type": "PodResizePending", "status": "True"}]}));
+        let wanted = status(json!({"conditions": []}));
+        let sent = patch(&pod, &wanted).unwrap();
+        assert_eq!(
+            sent["status"]["conditions"],
+            json!([{"type": "PodResizePending", "$patch": "delete"}])
+        );
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The keys of pods to reconcile. Each key is at most once in the queue and is handed to one worker at a time.
 //!
-//! A key that is pushed while its worker runs is handed out once more when the worker is done.
+//! A key that is pushed while its worker runs is handed out once more when the worker is done. Keys that are pushed as
+//! urgent are handed out before all others: among hundreds of pods, those that have ended are reported first.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
@@ -12,12 +13,21 @@ use tokio::{sync::Notify, time::Instant};
 
 use knoc_proto::ids::PodUid;
 
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Urgency {
+    #[default]
+    Usual,
+    Urgent,
+}
+
 #[derive(Default, Debug)]
 struct State {
+    urgent: VecDeque<PodUid>,
     ready: VecDeque<PodUid>,
-    queued: HashSet<PodUid>,
+    /// The keys of `urgent` and `ready`. A key that became urgent later leaves its entry in `ready`, which is skipped.
+    queued: HashMap<PodUid, Urgency>,
     running: HashSet<PodUid>,
-    again: HashSet<PodUid>,
+    again: HashMap<PodUid, Urgency>,
     later: BTreeSet<(Instant, PodUid)>,
     due: HashMap<PodUid, Instant>,
 }
@@ -35,7 +45,13 @@ pub struct Queue(Arc<Shared>);
 impl Queue {
     /// Queues this key now.
     pub fn push(&self, uid: &PodUid) {
-        self.state().push(uid);
+        self.state().push(uid, Urgency::Usual);
+        self.0.changed.notify_one();
+    }
+
+    /// Queues this key before all that are not urgent.
+    pub fn push_urgent(&self, uid: &PodUid) {
+        self.state().push(uid, Urgency::Urgent);
         self.0.changed.notify_one();
     }
 
@@ -74,8 +90,8 @@ impl Queue {
     pub fn done(&self, uid: &PodUid) {
         let mut state = self.state();
         state.running.remove(uid);
-        if state.again.remove(uid) {
-            state.push(uid);
+        if let Some(urgency) = state.again.remove(uid) {
+            state.push(uid, urgency);
         }
         drop(state);
         self.0.changed.notify_one();
@@ -87,11 +103,20 @@ impl Queue {
 }
 
 impl State {
-    fn push(&mut self, uid: &PodUid) {
+    fn push(&mut self, uid: &PodUid, urgency: Urgency) {
         if self.running.contains(uid) {
-            self.again.insert(uid.clone());
-        } else if self.queued.insert(uid.clone()) {
-            self.ready.push_back(uid.clone());
+            let again = self.again.entry(uid.clone()).or_default();
+            *again = urgency.max(*again);
+            return;
+        }
+        let before = self.queued.get(uid);
+        if before.is_some_and(|before| *before >= urgency) {
+            return;
+        }
+        self.queued.insert(uid.clone(), urgency);
+        match urgency {
+            Urgency::Urgent => self.urgent.push_back(uid.clone()),
+            Urgency::Usual => self.ready.push_back(uid.clone()),
         }
     }
 
@@ -112,15 +137,19 @@ impl State {
             && let Some((_, uid)) = self.later.pop_first()
         {
             self.due.remove(&uid);
-            self.push(&uid);
+            self.push(&uid, Urgency::Usual);
         }
     }
 
     fn pop(&mut self) -> Option<PodUid> {
-        let uid = self.ready.pop_front()?;
-        self.queued.remove(&uid);
-        self.running.insert(uid.clone());
-        Some(uid)
+        loop {
+            let urgent = self.urgent.pop_front();
+            let uid = urgent.or_else(|| self.ready.pop_front())?;
+            if self.queued.remove(&uid).is_some() {
+                self.running.insert(uid.clone());
+                return Some(uid);
+            }
+        }
     }
 }
 
@@ -149,6 +178,33 @@ mod tests {
         queue.done(&uid("a"));
         let none = tokio::time::timeout(Duration::from_secs(1), queue.next()).await;
         assert!(none.is_err(), "pushed twice, looked at once more");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_urgent_key_comes_first_and_once() {
+        let queue = Queue::default();
+        for name in ["a", "b", "c"] {
+            queue.push(&uid(name));
+        }
+        queue.push_urgent(&uid("c"));
+        queue.push(&uid("c"));
+        queue.push_urgent(&uid("d"));
+        for name in ["c", "d", "a"] {
+            assert_eq!(queue.next().await.as_str(), name);
+            queue.done(&uid(name));
+        }
+        // What became urgent while its worker ran is urgent afterwards.
+        queue.push(&uid("e"));
+        assert_eq!(queue.next().await.as_str(), "b");
+        queue.push_urgent(&uid("b"));
+        queue.push(&uid("b"));
+        queue.done(&uid("b"));
+        for name in ["b", "e"] {
+            assert_eq!(queue.next().await.as_str(), name);
+            queue.done(&uid(name));
+        }
+        let none = tokio::time::timeout(Duration::from_secs(1), queue.next()).await;
+        assert!(none.is_err(), "each of them once");
     }
 
     #[tokio::test(start_paused = true)]

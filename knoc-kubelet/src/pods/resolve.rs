@@ -1,26 +1,33 @@
-//! Fetches what a pod refers to: ConfigMaps, Secrets, service account tokens and service variables.
+//! Fetches what a pod refers to: ConfigMaps, Secrets, service account tokens, service variables and claims with their volumes.
 //!
 //! Sends one GET per object, all at once, each with a deadline: the kubelet needs only the right to `get`, and the
 //! start of a pod costs one round trip. A missing object is simply absent from the result; [`knoc_translate::values`]
 //! decides whether that matters. Secrets are not kept; tokens are, until they are due to be renewed.
 
+mod trust;
+
 use std::{collections::BTreeMap, time::Duration};
 
-use futures::future::{join_all, try_join, try_join3};
+use futures::future::{join_all, try_join3};
 use jiff::Timestamp;
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
         authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
-        core::v1::{ConfigMap, Pod, Secret, ServiceAccount},
+        core::v1::{
+            ConfigMap, PersistentVolume, PersistentVolumeClaim, Pod, Secret, ServiceAccount,
+        },
     },
 };
 use knoc_proto::pb;
-use knoc_translate::{Needs, Resolved, Token, TokenRequestKey};
+use knoc_translate::{FoundClaim, Needs, Resolved, Token, TokenRequestKey};
 use kube::{Api, Client, Resource, api::PostParams};
 use serde::de::DeserializeOwned;
 
-use super::services::Services;
+use super::{
+    references::{Key, Kind, Version},
+    services::Services,
+};
 
 /// The deadline of each request to the API server.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -36,7 +43,7 @@ pub(crate) enum ResolveError {
     /// The API server denied the request or failed.
     #[error("get {kind} \"{name}\"")]
     Get {
-        /// "configmap" or "secret".
+        /// "configmap", "secret" …
         kind: &'static str,
         /// The object's name.
         name: String,
@@ -71,6 +78,15 @@ pub(crate) struct CachedToken {
 /// The tokens that were issued for one pod.
 pub(crate) type Tokens = BTreeMap<TokenRequestKey, CachedToken>;
 
+/// Fetches Secrets of the pod's namespace. Those that do not exist are absent from the result.
+pub(crate) async fn secrets(
+    client: &Client,
+    namespace: &str,
+    names: &[String],
+) -> Result<BTreeMap<String, Secret>, ResolveError> {
+    get_all(client, "secret", namespace, names).await
+}
+
 /// Fetches everything that `needs` names.
 pub(crate) async fn resolve(
     client: &Client,
@@ -93,13 +109,14 @@ pub(crate) async fn resolve(
         .as_ref()
         .and_then(|spec| spec.enable_service_links)
         .unwrap_or(true);
-    let (objects, issued) = try_join(
+    let (objects, issued, trust_bundles) = try_join3(
         try_join3(
             get_all::<ConfigMap>(client, "configmap", namespace, &needs.config_maps),
             get_all::<Secret>(client, "secret", namespace, &needs.secrets),
             async { Ok(services.variables(namespace, links).await) },
         ),
         issue_all(client, pod, due, now),
+        trust::get_all(client, &needs.trust_bundles),
     )
     .await?;
     tokens.extend(issued);
@@ -111,6 +128,7 @@ pub(crate) async fn resolve(
             .iter()
             .map(|(ask, kept)| (ask.clone(), kept.token.clone()))
             .collect(),
+        trust_bundles,
         services,
         allocatable: allocatable.clone(),
     })
@@ -132,21 +150,56 @@ where
     let gets = names.iter().map(|name| {
         let api = api.clone();
         async move {
-            match tokio::time::timeout(DEADLINE, api.get_opt(name)).await {
-                Err(_) => Err(ResolveError::Late {
-                    what: format!("get {kind} \"{name}\""),
-                }),
-                Ok(Err(source)) => Err(ResolveError::Get {
-                    kind,
-                    name: name.clone(),
-                    source,
-                }),
-                Ok(Ok(found)) => Ok(found.map(|object| (name.clone(), object))),
-            }
+            let found = get(&api, kind, name).await?;
+            Ok(found.map(|object| (name.clone(), object)))
         }
     });
     let found: Result<Vec<_>, _> = join_all(gets).await.into_iter().collect();
     Ok(found?.into_iter().flatten().collect())
+}
+
+async fn get<K>(api: &Api<K>, kind: &'static str, name: &str) -> Result<Option<K>, ResolveError>
+where
+    K: Clone + DeserializeOwned + std::fmt::Debug,
+{
+    match tokio::time::timeout(DEADLINE, api.get_opt(name)).await {
+        Err(_) => Err(ResolveError::Late {
+            what: format!("get {kind} \"{name}\""),
+        }),
+        Ok(Err(source)) => Err(ResolveError::Get {
+            kind,
+            name: name.to_owned(),
+            source,
+        }),
+        Ok(Ok(found)) => Ok(found),
+    }
+}
+
+/// Fetches the pod's claims of these names, and the volumes that they name.
+pub(crate) async fn claims(
+    client: &Client,
+    pod: &Pod,
+    names: &[String],
+) -> Result<BTreeMap<String, FoundClaim>, ResolveError> {
+    let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
+    let kind = "persistentvolumeclaim";
+    let claims: BTreeMap<_, PersistentVolumeClaim> =
+        get_all(client, kind, namespace, names).await?;
+    let volumes: Api<PersistentVolume> = Api::all(client.clone());
+    let gets = claims.into_iter().map(|(name, claim)| {
+        let volumes = volumes.clone();
+        async move {
+            let spec = claim.spec.as_ref();
+            let volume = spec.and_then(|spec| spec.volume_name.clone());
+            let volume = match volume.filter(|volume| !volume.is_empty()) {
+                Some(volume) => get(&volumes, "persistentvolume", &volume).await?,
+                None => None,
+            };
+            let claim = Some(claim);
+            Ok((name, FoundClaim { claim, volume }))
+        }
+    });
+    join_all(gets).await.into_iter().collect()
 }
 
 async fn issue_all(
@@ -227,22 +280,41 @@ fn renewal(now: Timestamp, expires: Timestamp) -> Timestamp {
         .unwrap_or(expires)
 }
 
-/// When the values are to be resolved again; None if nothing in them can change.
-pub(crate) fn refresh_at(needs: &Needs, tokens: &Tokens, now: Timestamp) -> Option<Timestamp> {
-    let renewal = tokens.values().map(|kept| kept.renew_at).min();
-    // The cluster's CA changes only with the cluster, so it is refreshed together with the token.
-    let changes = needs
-        .config_maps
-        .iter()
-        .any(|name| name != "kube-root-ca.crt")
-        || !needs.secrets.is_empty();
-    let jittered = rand::random_range(50..=70i64);
-    let look = changes.then(|| {
-        now.checked_add(jiff::SignedDuration::from_secs(jittered))
-            .ok()
+/// When the tokens are due to be renewed; None if there are none.
+pub(crate) fn renew_at(tokens: &Tokens) -> Option<Timestamp> {
+    tokens.values().map(|kept| kept.renew_at).min()
+}
+
+/// When to read objects again that nothing watches.
+pub(crate) fn look_at(now: Timestamp) -> Option<Timestamp> {
+    let jittered = jiff::SignedDuration::from_secs(rand::random_range(50..=70i64));
+    now.checked_add(jittered).ok()
+}
+
+/// The objects that may change, with the versions that were read. The cluster's CA changes only with the cluster, so it
+/// is read again together with the token.
+pub(crate) fn versions(
+    namespace: &str,
+    needs: &Needs,
+    resolved: &Resolved,
+) -> BTreeMap<Key, Version> {
+    let key = |kind, name: &String| Key {
+        kind,
+        namespace: namespace.to_owned(),
+        name: name.clone(),
+    };
+    let maps = needs.config_maps.iter().filter_map(|name| {
+        let found = resolved.config_maps.get(name);
+        let fixed = found.is_some_and(|map| map.immutable == Some(true));
+        let version = found.and_then(|map| map.metadata.resource_version.clone());
+        let changes = !fixed && name != "kube-root-ca.crt";
+        changes.then(|| (key(Kind::ConfigMap, name), version))
     });
-    match (renewal, look.flatten()) {
-        (Some(renewal), Some(look)) => Some(renewal.min(look)),
-        (renewal, look) => renewal.or(look),
-    }
+    let secrets = needs.secrets.iter().filter_map(|name| {
+        let found = resolved.secrets.get(name);
+        let fixed = found.is_some_and(|secret| secret.immutable == Some(true));
+        let version = found.and_then(|secret| secret.metadata.resource_version.clone());
+        (!fixed).then(|| (key(Kind::Secret, name), version))
+    });
+    maps.chain(secrets).collect()
 }

@@ -23,10 +23,6 @@ use phase::Phase;
 /// The longest message in bytes. Messages come from the agent, Slurm and registries.
 const MESSAGE: usize = 8 << 10;
 
-/// The message for each request for an ephemeral container.
-pub const NO_EPHEMERAL: &str =
-    "ephemeral containers (kubectl debug) are not supported by this node";
-
 /// What a status is computed from.
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a> {
@@ -38,6 +34,9 @@ pub struct Input<'a> {
     pub hold: Option<&'a Hold>,
     /// Why the pod will never run.
     pub rejection: Option<&'a Rejection>,
+    /// The fields that its verdicts reject, as `path: why`. Those of an ephemeral container of a running pod reject that
+    /// container only.
+    pub refused: &'a [String],
     /// Whether the link has been down for longer than a restart of the agent takes.
     pub unreachable: bool,
     /// Whether the compute node's address is the pod's, too; otherwise the pod has none.
@@ -86,6 +85,15 @@ impl Rejection {
     }
 }
 
+/// Why the ephemeral container of this name is rejected, if one of these rejections is about it.
+#[must_use]
+pub fn refused(rejected: &[String], container: &str) -> Option<String> {
+    let path = format!("spec.ephemeralContainers[{container}]");
+    let about = rejected.iter().filter(|why| why.starts_with(&path));
+    let all: Vec<&str> = about.map(String::as_str).collect();
+    Some(all.join("; ")).filter(|all| !all.is_empty())
+}
+
 /// Is the pod's phase in the API server Succeeded or Failed?
 #[must_use]
 pub fn is_terminal(pod: &Pod) -> bool {
@@ -110,6 +118,8 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
     let (reason, message) = reason_and_message(input);
     let host_ip = input.observed.map(|observed| observed.host_ip.clone());
     let host_ip = host_ip.filter(|ip| !ip.is_empty());
+    // The address stays while it is not known, for example after a restart.
+    let host_ip = host_ip.or_else(|| input.pod.status.as_ref()?.host_ip.clone());
     let pod_ip = host_ip.clone().filter(|_| input.pod_ip_of_node);
     Some(sanitized(PodStatus {
         phase: Some(phase.as_str().to_owned()),
@@ -124,7 +134,7 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
         observed_generation: observed_generation(input, published_generation(input)),
         init_container_statuses: Some(statuses.init).filter(|list| !list.is_empty()),
         container_statuses: Some(statuses.regular),
-        ephemeral_container_statuses: containers::ephemeral(input.pod),
+        ephemeral_container_statuses: containers::ephemeral(input),
         ..PodStatus::default()
     }))
 }
@@ -136,6 +146,7 @@ fn sanitized(mut status: PodStatus) -> PodStatus {
         .init_container_statuses
         .iter_mut()
         .chain(&mut status.container_statuses)
+        .chain(&mut status.ephemeral_container_statuses)
         .flatten();
     let waiting = containers
         .filter_map(|container| container.state.as_mut()?.waiting.as_mut())
@@ -228,7 +239,9 @@ fn reason_and_message(input: &Input<'_>) -> (Option<String>, Option<String>) {
         return (None, some(&hold.message));
     }
     let Some(observed) = input.observed else {
-        return (None, None);
+        // Nothing is known (yet), for example after a restart: what was published stays.
+        let published = input.pod.status.as_ref();
+        return (None, published.and_then(|status| status.message.clone()));
     };
     match observed.phase() {
         PodPhase::Finished => {

@@ -73,6 +73,12 @@ impl Store {
             .collect()
     }
 
+    /// How many pods are bound to our node.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.read().desired.len()
+    }
+
     fn read(&self) -> RwLockReadGuard<'_, Inner> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }

@@ -22,7 +22,7 @@ use super::{
     Context,
     remote::{self, RemoteError, Start, Streams},
     stop::Stop,
-    target::{ContainerTarget, HttpError},
+    target::{Attachable, ContainerTarget, HttpError},
     upgrade::{self, Carrier, ErrorResponse, Io, Purpose, run_session},
 };
 
@@ -74,12 +74,11 @@ fn attach_start(
     _query: &Query,
     wanted: Wanted,
 ) -> Result<Start, HttpError> {
-    let (uid, spec) = target.attach(context, container)?;
-    let tty = spec.tty.unwrap_or_default();
+    let (uid, Attachable { stdin, tty }) = target.attach(context, container)?;
     Ok(Start::Attach(pb::AttachStart {
         uid: uid.into(),
         container: container.clone(),
-        stdin: wanted.stdin && spec.stdin.unwrap_or_default(),
+        stdin: wanted.stdin && stdin,
         stdout: wanted.stdout,
         stderr: wanted.stderr && !tty,
         tty,

@@ -26,7 +26,6 @@ use super::{
     remote::client_message,
     target::{self, HttpError, container_status},
 };
-use crate::pods::NO_EPHEMERAL;
 
 /// Answers a request for a log.
 pub(super) async fn container_logs(
@@ -94,11 +93,6 @@ fn prepare(
     if !has_container(&view.pod, container) {
         let text = format!("container {container:?} not found in pod {name:?}\n");
         return Err(not_found(text));
-    }
-    if target::is_ephemeral(&view.pod, container) {
-        let text =
-            format!("container {container:?} in pod {name:?} never started: {NO_EPHEMERAL}\n");
-        return Err(HttpError(StatusCode::BAD_REQUEST, text));
     }
     readable(&view, name, container, options.previous)
         .map_err(|text| HttpError(StatusCode::BAD_REQUEST, text))?;

@@ -110,7 +110,11 @@ async fn checkpoint() -> Response {
 
 /// PURE: the pod with its running containers only; `None` if none runs.
 fn running(observed: &pb::PodObserved) -> Option<Pod> {
-    let all = observed.init_containers.iter().chain(&observed.containers);
+    let all = observed
+        .init_containers
+        .iter()
+        .chain(&observed.containers)
+        .chain(&observed.ephemeral_containers);
     let containers: Vec<Container> = all
         .filter(|status| matches!(status.state, Some(Running::Running(_))))
         .map(|status| Container {

@@ -3,7 +3,7 @@
 
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
-use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{
     ids::PodUid,
     pb::{self, container_status::State},
@@ -11,7 +11,6 @@ use knoc_proto::{
 use serde::Deserialize;
 
 use super::{Context, PodView};
-use crate::pods::NO_EPHEMERAL;
 
 /// An error answer: status and text.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,6 +39,13 @@ pub(super) struct Target {
     pub(super) pod: String,
     /// If the path has a UID, it must be that of the pod.
     pub(super) uid: Option<String>,
+}
+
+/// What a container has for an attach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Attachable {
+    pub(super) stdin: bool,
+    pub(super) tty: bool,
 }
 
 /// The container that a path names.
@@ -75,31 +81,27 @@ impl Target {
         if self.is_uid_of(&view.pod) && runs(&view, container) {
             return uid(&view);
         }
-        let why = ephemeral(&view.pod, container);
         Err(HttpError::internal(format!(
-            "container not found ({container:?}){why}"
+            "container not found ({container:?})"
         )))
     }
 
-    /// The UID of the pod and the container, if it runs, to attach to it.
+    /// The UID of the pod and what the container has, if it runs, to attach to it.
     pub(super) fn attach(
         &self,
         context: &Context,
         container: &str,
-    ) -> Result<(PodUid, Container), HttpError> {
+    ) -> Result<(PodUid, Attachable), HttpError> {
         let view = self.pod(context)?;
         let name = self.full_name();
         if !self.is_uid_of(&view.pod) {
             return Err(HttpError::internal(format!("pod {name} not found")));
         }
-        match container_spec(&view.pod, container) {
-            Some(spec) if runs(&view, container) => Ok((uid(&view)?, spec.clone())),
-            Some(_) | None => {
-                let why = ephemeral(&view.pod, container);
-                Err(HttpError::internal(format!(
-                    "container {container} not found in pod {name}{why}"
-                )))
-            }
+        match streams(&view.pod, container) {
+            Some(streams) if runs(&view, container) => Ok((uid(&view)?, streams)),
+            Some(_) | None => Err(HttpError::internal(format!(
+                "container {container} not found in pod {name}"
+            ))),
         }
     }
 
@@ -137,11 +139,23 @@ fn runs(view: &PodView, container: &str) -> bool {
         .is_some_and(|status| matches!(status.state, Some(State::Running(_))))
 }
 
-fn container_spec<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {
+/// What a container of the pod, of whatever kind, has for an attach.
+fn streams(pod: &Pod, name: &str) -> Option<Attachable> {
     let spec = pod.spec.as_ref()?;
     let init = spec.init_containers.iter().flatten();
-    let mut all = spec.containers.iter().chain(init);
-    all.find(|container| container.name == name)
+    let mut lasting = spec.containers.iter().chain(init);
+    let lasting = lasting
+        .find(|one| one.name == name)
+        .map(|one| (one.stdin, one.tty));
+    let mut ephemeral = spec.ephemeral_containers.iter().flatten();
+    let ephemeral = ephemeral
+        .find(|one| one.name == name)
+        .map(|one| (one.stdin, one.tty));
+    let (stdin, tty) = lasting.or(ephemeral)?;
+    Some(Attachable {
+        stdin: stdin == Some(true),
+        tty: tty == Some(true),
+    })
 }
 
 /// The observed status of a container.
@@ -153,23 +167,6 @@ pub(super) fn container_status<'a>(
         .containers
         .iter()
         .chain(&observed.init_containers)
+        .chain(&observed.ephemeral_containers)
         .find(|status| status.name == container)
-}
-
-/// Is it an ephemeral container of the pod?
-pub(super) fn is_ephemeral(pod: &Pod, container: &str) -> bool {
-    let spec = pod.spec.as_ref();
-    let mut all = spec
-        .into_iter()
-        .flat_map(|it| it.ephemeral_containers.iter().flatten());
-    all.any(|one| one.name == container)
-}
-
-/// The addition to the error for an ephemeral container, which never runs.
-fn ephemeral(pod: &Pod, container: &str) -> String {
-    if is_ephemeral(pod, container) {
-        format!(": {NO_EPHEMERAL}")
-    } else {
-        String::new()
-    }
 }

@@ -15,7 +15,9 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::{
     api::core::v1 as core,
-    apimachinery::pkg::{api::resource::Quantity, util::intstr::IntOrString},
+    apimachinery::pkg::{
+        api::resource::Quantity, apis::meta::v1::LabelSelector, util::intstr::IntOrString,
+    },
 };
 
 use crate::verdict::fields::{has_verdict, is_admitted, is_honoured};
@@ -76,16 +78,19 @@ carried! {
             containers: Vec<core::Container>,
             dns_config: Option<core::PodDNSConfig>,
             dns_policy: Option<String>,
+            ephemeral_containers: Option<Vec<core::EphemeralContainer>>,
             host_aliases: Option<Vec<core::HostAlias>>,
             host_network: Option<bool>,
             hostname: Option<String>,
             hostname_override: Option<String>,
+            image_pull_secrets: Option<Vec<core::LocalObjectReference>>,
             init_containers: Option<Vec<core::Container>>,
             node_name: Option<String>,
             restart_policy: Option<String>,
             security_context: Option<core::PodSecurityContext>,
             service_account_name: Option<String>,
             set_hostname_as_fqdn: Option<bool>,
+            share_process_namespace: Option<bool>,
             subdomain: Option<String>,
             termination_grace_period_seconds: Option<i64>,
             volumes: Option<Vec<core::Volume>>,
@@ -95,9 +100,9 @@ carried! {
             service_account, tolerations,
         }
         left {
-            ephemeral_containers, eviction_responders, host_ipc, host_pid, host_users, image_pull_secrets, os, overhead, preemption_policy, priority, priority_class_name,
+            eviction_responders, host_ipc, host_pid, host_users, os, overhead, preemption_policy, priority, priority_class_name,
             resource_claims, resources, runtime_class_name, scheduler_name, scheduling_gates, scheduling_group,
-            share_process_namespace, topology_spread_constraints,
+            topology_spread_constraints,
         }
     }
 
@@ -151,6 +156,8 @@ carried! {
             ports: Option<Vec<core::ContainerPort>>,
             readiness_probe: Option<core::Probe>,
             resources: Option<core::ResourceRequirements>,
+            restart_policy: Option<String>,
+            restart_policy_rules: Option<Vec<core::ContainerRestartRule>>,
             security_context: Option<core::SecurityContext>,
             startup_probe: Option<core::Probe>,
             stdin: Option<bool>,
@@ -162,7 +169,48 @@ carried! {
             working_dir: Option<String>,
         }
         elsewhere {}
-        left { resize_policy, restart_policy, restart_policy_rules, volume_devices }
+        left { resize_policy, volume_devices }
+    }
+
+    /// An ephemeral container.
+    EphemeralContainer of core::EphemeralContainer, judged as "EphemeralContainer" {
+        taken {
+            args: Option<Vec<String>>,
+            command: Option<Vec<String>>,
+            env: Option<Vec<core::EnvVar>>,
+            env_from: Option<Vec<core::EnvFromSource>>,
+            image: Option<String>,
+            image_pull_policy: Option<String>,
+            name: String,
+            security_context: Option<core::SecurityContext>,
+            stdin: Option<bool>,
+            stdin_once: Option<bool>,
+            target_container_name: Option<String>,
+            termination_message_path: Option<String>,
+            termination_message_policy: Option<String>,
+            tty: Option<bool>,
+            volume_mounts: Option<Vec<core::VolumeMount>>,
+            working_dir: Option<String>,
+        }
+        elsewhere {}
+        left {
+            lifecycle, liveness_probe, ports, readiness_probe, resize_policy, resources, restart_policy,
+            restart_policy_rules, startup_probe, volume_devices,
+        }
+    }
+
+    /// A rule about the exit codes of a container.
+    RestartRule of core::ContainerRestartRule, judged as "ContainerRestartRule" {
+        taken { exit_codes: Option<core::ContainerRestartRuleOnExitCodes> }
+        elsewhere {}
+        left { action }
+    }
+
+    /// The exit codes of such a rule.
+    ExitCodes of core::ContainerRestartRuleOnExitCodes, judged as "ContainerRestartRuleOnExitCodes" {
+        taken { operator: String, values: Option<Vec<i32>> }
+        elsewhere {}
+        left {}
     }
 
     /// A port of a container, to which probes and hooks may refer by its name, and a port of the node may lead.
@@ -198,9 +246,13 @@ carried! {
 
     /// The hooks of a container.
     Lifecycle of core::Lifecycle, judged as "Lifecycle" {
-        taken { post_start: Option<core::LifecycleHandler>, pre_stop: Option<core::LifecycleHandler> }
+        taken {
+            post_start: Option<core::LifecycleHandler>,
+            pre_stop: Option<core::LifecycleHandler>,
+            stop_signal: Option<String>,
+        }
         elsewhere {}
-        left { stop_signal }
+        left {}
     }
 
     /// A hook.
@@ -370,14 +422,18 @@ carried! {
             config_map: Option<core::ConfigMapVolumeSource>,
             downward_api: Option<core::DownwardAPIVolumeSource>,
             empty_dir: Option<core::EmptyDirVolumeSource>,
+            host_path: Option<core::HostPathVolumeSource>,
+            ephemeral: Option<core::EphemeralVolumeSource>,
             name: String,
+            nfs: Option<core::NFSVolumeSource>,
+            persistent_volume_claim: Option<core::PersistentVolumeClaimVolumeSource>,
             projected: Option<core::ProjectedVolumeSource>,
             secret: Option<core::SecretVolumeSource>,
         }
         elsewhere {}
         left {
-            aws_elastic_block_store, azure_disk, azure_file, cephfs, cinder, csi, ephemeral, fc, flex_volume, flocker,
-            gce_persistent_disk, git_repo, glusterfs, host_path, image, iscsi, nfs, persistent_volume_claim,
+            aws_elastic_block_store, azure_disk, azure_file, cephfs, cinder, csi, fc, flex_volume, flocker,
+            gce_persistent_disk, git_repo, glusterfs, image, iscsi,
             photon_persistent_disk, portworx_volume, quobyte, rbd, scale_io, storageos, vsphere_volume,
         }
     }
@@ -387,6 +443,27 @@ carried! {
         taken { medium: Option<String>, size_limit: Option<Quantity> }
         elsewhere {}
         left { mode }
+    }
+
+    /// The source `persistentVolumeClaim`: the volume that a claim is bound to.
+    ClaimVolume of core::PersistentVolumeClaimVolumeSource, judged as "PersistentVolumeClaimVolumeSource" {
+        taken { claim_name: String, read_only: Option<bool> }
+        elsewhere {}
+        left {}
+    }
+
+    /// The source `nfs`, of a pod or of a PersistentVolume.
+    NfsVolume of core::NFSVolumeSource, judged as "NFSVolumeSource" {
+        taken { path: String, read_only: Option<bool>, server: String }
+        elsewhere {}
+        left {}
+    }
+
+    /// The source `hostPath`: a path of the compute node.
+    HostPathVolume of core::HostPathVolumeSource, judged as "HostPathVolumeSource" {
+        taken { path: String, type_: Option<String> }
+        elsewhere {}
+        left {}
     }
 
     /// The source `configMap`: the keys of a ConfigMap as files.
@@ -456,13 +533,27 @@ carried! {
     /// One source of a projected volume.
     VolumeProjection of core::VolumeProjection, judged as "VolumeProjection" {
         taken {
+            cluster_trust_bundle: Option<core::ClusterTrustBundleProjection>,
             config_map: Option<core::ConfigMapProjection>,
             downward_api: Option<core::DownwardAPIProjection>,
             secret: Option<core::SecretProjection>,
             service_account_token: Option<core::ServiceAccountTokenProjection>,
         }
         elsewhere {}
-        left { cluster_trust_bundle, pod_certificate }
+        left { pod_certificate }
+    }
+
+    /// Certificates of trust anchors in a projected volume.
+    TrustBundleProjection of core::ClusterTrustBundleProjection, judged as "ClusterTrustBundleProjection" {
+        taken {
+            label_selector: Option<LabelSelector>,
+            name: Option<String>,
+            optional: Option<bool>,
+            path: String,
+            signer_name: Option<String>,
+        }
+        elsewhere {}
+        left { user }
     }
 
     /// A ConfigMap in a projected volume.

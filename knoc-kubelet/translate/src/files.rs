@@ -6,11 +6,11 @@ use k8s_openapi::api::core::v1::{self as core, Pod};
 use knoc_proto::{paths, pb};
 
 use super::{
-    Needs, Resolved, TokenRequestKey,
+    Needs, Resolved, TokenRequestKey, TrustBundleKey,
     carried::{
         ConfigMapProjection, DownwardApiFile, DownwardApiProjection, FileFieldRef, KeyToPath,
         PodSpec, ResourceFieldSelector, ResourceRequirements, SecretProjection, TokenProjection,
-        VolumeProjection,
+        TrustBundleProjection, VolumeProjection,
     },
     quantity,
     volume::FilesSource,
@@ -46,6 +46,9 @@ fn projection_needs(source: VolumeProjection<'_>, needs: &mut Needs) {
     needs
         .tokens
         .extend(token.map(|token| token_request(token.into())));
+    let trust = source.cluster_trust_bundle.as_ref();
+    let trust = trust.map(|trust| TrustBundleKey::of(trust.into()));
+    needs.trust_bundles.extend(trust);
 }
 
 fn token_request(token: TokenProjection<'_>) -> TokenRequestKey {
@@ -130,6 +133,21 @@ impl Files<'_> {
                     .push("the service account token was not issued".to_owned()),
             }
         }
+        let trust = source.cluster_trust_bundle.as_ref();
+        if let Some(trust) = trust.map(TrustBundleProjection::from) {
+            self.trust_bundle(trust);
+        }
+    }
+
+    /// As on any node, an optional bundle that does not exist is an empty file.
+    fn trust_bundle(&mut self, trust: TrustBundleProjection<'_>) {
+        let key = TrustBundleKey::of(trust);
+        let found = self.resolved.trust_bundles.get(&key);
+        if found.is_none() && *trust.optional != Some(true) {
+            return self.missing.push(format!("{key} not found"));
+        }
+        let certificates = found.cloned().unwrap_or_default();
+        self.put(trust.path, certificates.into_bytes(), None);
     }
 
     fn config_map(

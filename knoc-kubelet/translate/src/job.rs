@@ -118,8 +118,8 @@ fn first(one: i64, other: i64) -> i64 {
     if one == 0 { other } else { one }
 }
 
-/// The larger one of the largest amount of an init container and the sum over the containers (KEP-753). `amount`
-/// computes the amount of one container from its requests and limits.
+/// The most that runs at the same time (KEP-753): all containers together with the sidecars, or an init container together
+/// with the sidecars before it. `amount` computes the amount of one container from its requests and limits.
 pub fn over_containers(
     init: &[pb::Container],
     regular: &[pb::Container],
@@ -132,8 +132,16 @@ pub fn over_containers(
             container.limits.as_ref().unwrap_or(&nothing),
         )
     };
-    let sum = regular.iter().map(of).fold(0i64, i64::saturating_add);
-    init.iter().map(of).fold(sum, i64::max)
+    let (mut sidecars, mut most) = (0i64, 0i64);
+    for container in init {
+        let needs = sidecars.saturating_add(of(container));
+        most = most.max(needs);
+        if container.is_sidecar() {
+            sidecars = needs;
+        }
+    }
+    let sum = regular.iter().map(of).fold(sidecars, i64::saturating_add);
+    most.max(sum)
 }
 
 /// Parses a time in minutes, rounded up: Slurm's forms (`M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`; sbatch(1)) and
@@ -228,6 +236,38 @@ mod tests {
             ("abc", None),
         ] {
             assert_eq!(minutes(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn sidecars_count_beside_the_containers_and_beside_what_starts_after_them() {
+        let container = |cpu_millis, policy: pb::RestartPolicy| pb::Container {
+            requests: Some(pb::Resources {
+                cpu_millis,
+                ..pb::Resources::default()
+            }),
+            restart_policy: policy.into(),
+            ..pb::Container::default()
+        };
+        let init = |cpu| container(cpu, pb::RestartPolicy::Unspecified);
+        let sidecar = |cpu| container(cpu, pb::RestartPolicy::Always);
+        let total = |init: &[pb::Container], cpu| {
+            over_containers(init, &[regular(cpu)], |requests, _| requests.cpu_millis)
+        };
+        assert_eq!(total(&[init(5), init(3)], 4), 5);
+        assert_eq!(total(&[sidecar(2), init(5)], 4), 7);
+        assert_eq!(total(&[init(5), sidecar(2)], 4), 6);
+        assert_eq!(total(&[sidecar(2), init(1), sidecar(3)], 4), 9);
+        assert_eq!(total(&[sidecar(2), sidecar(3), init(9)], 4), 14);
+    }
+
+    fn regular(cpu_millis: i64) -> pb::Container {
+        pb::Container {
+            requests: Some(pb::Resources {
+                cpu_millis,
+                ..pb::Resources::default()
+            }),
+            ..pb::Container::default()
         }
     }
 

@@ -9,13 +9,18 @@
 #![forbid(unsafe_code)]
 
 mod carried;
+mod claims;
 mod env;
+mod ephemeral;
 mod files;
 mod grace;
+mod image_root;
 mod job;
+mod keyring;
 mod network;
 mod probe;
 pub mod quantity;
+mod trust;
 pub mod verdict;
 mod volume;
 
@@ -29,14 +34,17 @@ use k8s_openapi::{
 use knoc_proto::{names, paths, pb};
 
 use carried::{
-    Container, DnsConfig, DnsOption, HostAlias, PodSecurityContext, PodSpec, ResourceRequirements,
-    SecurityContext, VolumeMount,
+    Container, DnsConfig, DnsOption, ExitCodes, HostAlias, PodSecurityContext, PodSpec,
+    ResourceRequirements, RestartRule, SecurityContext, VolumeMount,
 };
 use volume::Source;
 
+pub use claims::{FoundClaim, Unbound, bind_claims};
 pub use env::service_variables;
 pub use grace::Grace;
 pub use job::over_containers;
+pub use keyring::{BadSecret, PullCredentials, pull_credentials, pull_secrets};
+pub use trust::TrustBundleKey;
 
 /// Annotations that are not sent, because they repeat the whole pod.
 const NOT_SENT: &str = "kubectl.kubernetes.io/last-applied-configuration";
@@ -50,6 +58,8 @@ pub struct Resolved {
     pub secrets: BTreeMap<String, Secret>,
     /// The service account tokens, by their request.
     pub tokens: BTreeMap<TokenRequestKey, Token>,
+    /// The certificates of the trust anchors, in PEM, by what selects them; absent if there are none.
+    pub trust_bundles: BTreeMap<TrustBundleKey, String>,
     /// The variables of Services (see [`service_variables`]).
     pub services: Vec<(String, String)>,
     /// The allocatable resources of the node, which are the limits of a container that sets none.
@@ -91,6 +101,10 @@ pub struct Needs {
     pub secrets: Vec<String>,
     /// The requests for tokens.
     pub tokens: Vec<TokenRequestKey>,
+    /// What selects trust anchors.
+    pub trust_bundles: Vec<TrustBundleKey>,
+    /// The names of the claims. They belong to the pod's shape ([`bind_claims`]), and the values do not need them.
+    pub claims: Vec<String>,
 }
 
 /// Required objects that do not exist (yet), with one message for each. Problems of volumes are reported first, as by
@@ -112,9 +126,12 @@ pub struct Values {
     pub values: pb::PodValues,
     /// The skipped names, for the Event `InvalidEnvironmentVariableNames`.
     pub skipped: Vec<String>,
+    /// What the variables of ephemeral containers lack. It does not hold up the pod, which runs without them.
+    pub lacking: Vec<String>,
 }
 
-/// Translates the shape of the pod, or returns everything that is wrong with it.
+/// Translates the shape of the pod, or returns everything that is wrong with it. The volumes of claims have no source until
+/// [`bind_claims`] has given them one.
 pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let mut problems = Vec::new();
     let Some(spec) = pod.spec.as_ref().map(PodSpec::from) else {
@@ -127,8 +144,26 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
             .map(|container| shape_container(spec, container.into(), &mut problems))
             .collect()
     };
-    let init_containers = containers(spec.init_containers.as_deref().unwrap_or_default());
-    let regular = containers(spec.containers);
+    let mut init_containers = containers(spec.init_containers.as_deref().unwrap_or_default());
+    let mut regular = containers(spec.containers);
+    let ephemeral_containers = ephemeral::containers(spec);
+    let mut ephemeral_containers: Vec<_> = ephemeral_containers
+        .iter()
+        .map(|one| pb::Container {
+            target: one.target.clone(),
+            ..shape_container(spec, (&one.container).into(), &mut problems)
+        })
+        .collect();
+    let mut problem = Vec::new();
+    for list in [
+        &mut init_containers,
+        &mut regular,
+        &mut ephemeral_containers,
+    ] {
+        problem.clear();
+        image_root::apply(pod, list, &mut problem);
+    }
+    problems.extend(problem);
     let volumes = spec.volumes.iter().flatten();
     let volumes = volumes
         .filter_map(|volume| volume::shape(volume, &mut problems))
@@ -149,6 +184,8 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         generation: meta.generation.unwrap_or(1),
         init_containers,
         containers: regular,
+        ephemeral_containers,
+        share_process_namespace: *spec.share_process_namespace == Some(true),
         restart_policy: restart_policy(spec).into(),
         termination_grace_period_seconds: Grace::of_field(*spec.termination_grace_period_seconds)
             .in_seconds(),
@@ -178,6 +215,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
             .flatten()
             .map(|alias| shape_alias(alias.into()))
             .collect(),
+        image_pull_secrets: keyring::names(spec),
     })
 }
 
@@ -196,11 +234,22 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
             vars,
         });
     }
+    for one in ephemeral::containers(spec) {
+        let (container, lacking) = ((&one.container).into(), &mut values.lacking);
+        let vars = env::variables(pod, container, resolved, &mut values.skipped, lacking);
+        values.lacking.extend(env::bad_sub_paths(container, &vars));
+        values.values.ephemeral_env.push(pb::ContainerEnv {
+            container: container.name.clone(),
+            vars,
+        });
+    }
     let mut mounts = Vec::new();
     for volume in spec.volumes.iter().flatten() {
         let mut missing = Vec::new();
         let files = match volume::source(volume) {
-            Ok(Source::EmptyDir(_)) => None,
+            Ok(Source::EmptyDir(_) | Source::HostPath(_) | Source::Nfs(_) | Source::Claim(_)) => {
+                None
+            }
             Ok(Source::Files(source)) => Some(files::files(pod, source, resolved, &mut missing)),
             Err(unknown) => {
                 missing.push(unknown.to_string());
@@ -244,6 +293,9 @@ pub fn needs(pod: &Pod) -> Needs {
     for container in spec.all_containers() {
         env::needs(container, &mut needs);
     }
+    for one in ephemeral::containers(spec) {
+        env::needs((&one.container).into(), &mut needs);
+    }
     for volume in spec.volumes.iter().flatten() {
         // A pod with a volume of an unknown kind has no shape, so it never starts.
         if let Ok(Source::Files(source)) = volume::source(volume) {
@@ -256,6 +308,9 @@ pub fn needs(pod: &Pod) -> Needs {
     needs.secrets.dedup();
     needs.tokens.sort();
     needs.tokens.dedup();
+    needs.trust_bundles.sort();
+    needs.trust_bundles.dedup();
+    needs.claims = claims::names(pod);
     needs
 }
 
@@ -264,6 +319,12 @@ impl<'a> PodSpec<'a> {
     fn all_containers(self) -> impl Iterator<Item = Container<'a>> {
         let init = self.init_containers.iter().flatten();
         init.chain(self.containers).map(Container::from)
+    }
+
+    /// The images of all containers, as the pod names them.
+    fn all_images(self) -> impl Iterator<Item = &'a str> {
+        self.all_containers()
+            .filter_map(|container| container.image.as_deref())
     }
 }
 
@@ -388,9 +449,38 @@ fn shape_container(
         post_start: probes.post_start,
         pre_stop: probes.pre_stop,
         host_ports: network::host_ports(spec, container, problems),
+        stop_signal: probes.stop_signal,
         run_as_non_root: run_as_non_root(spec, security),
         privileged: security.is_some_and(|context| *context.privileged == Some(true)),
+        restart_policy: own_restart_policy(container).into(),
+        restart_rules: restart_rules(container),
+        // Of an ephemeral container, the caller sets it.
+        target: String::new(),
     }
+}
+
+fn own_restart_policy(container: Container<'_>) -> pb::RestartPolicy {
+    match container.restart_policy.as_deref() {
+        Some("Always") => pb::RestartPolicy::Always,
+        Some("OnFailure") => pb::RestartPolicy::OnFailure,
+        Some("Never") => pb::RestartPolicy::Never,
+        // The verdicts admit no other.
+        Some(_) | None => pb::RestartPolicy::Unspecified,
+    }
+}
+
+fn restart_rules(container: Container<'_>) -> Vec<pb::RestartRule> {
+    let rules = container.restart_policy_rules.iter().flatten();
+    let codes = rules.filter_map(|rule| RestartRule::from(rule).exit_codes.as_ref());
+    codes
+        .map(|codes| {
+            let codes = ExitCodes::from(codes);
+            pb::RestartRule {
+                not_in: codes.operator == "NotIn",
+                exit_codes: codes.values.clone().unwrap_or_default(),
+            }
+        })
+        .collect()
 }
 
 /// The container's setting overrides the pod's.

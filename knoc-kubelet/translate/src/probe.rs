@@ -1,4 +1,4 @@
-//! PURE: the probes and hooks of a container.
+//! PURE: the probes and hooks of a container, and the signal that ends it.
 
 use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::util::intstr::IntOrString};
 use knoc_proto::pb;
@@ -16,6 +16,7 @@ pub(crate) struct Probes {
     pub(crate) readiness: Option<pb::Probe>,
     pub(crate) post_start: Option<pb::Hook>,
     pub(crate) pre_stop: Option<pb::Hook>,
+    pub(crate) stop_signal: String,
 }
 
 /// The field of a container that is a probe or hook. Problems name it, and ports are looked up in its container.
@@ -46,6 +47,9 @@ pub(crate) fn shape(container: Container<'_>, problems: &mut Vec<String>) -> Pro
         readiness,
         post_start: hook("lifecycle.postStart", lifecycle.map(|all| all.post_start)),
         pre_stop: hook("lifecycle.preStop", lifecycle.map(|all| all.pre_stop)),
+        stop_signal: lifecycle
+            .and_then(|all| all.stop_signal.clone())
+            .unwrap_or_default(),
     }
 }
 

@@ -61,6 +61,7 @@ fn resolved() -> Resolved {
             },
         )]
         .into(),
+        trust_bundles: BTreeMap::new(),
         services: vec![("SVC_SERVICE_HOST".to_owned(), "10.0.0.9".to_owned())],
         allocatable: pb::Resources {
             cpu_millis: 64_500,
@@ -328,7 +329,7 @@ fn service_variables_have_the_names_of_kubernetes() {
 #[test]
 fn a_volume_of_an_unknown_kind_is_an_error_wherever_it_is_read() {
     for source in [
-        json!({"hostPath": {"path": "/"}}),
+        json!({"iscsi": {"iqn": "i", "lun": 0, "targetPortal": "p"}}),
         json!({"fromTheFuture": {}}),
         json!({}),
     ] {
@@ -480,4 +481,69 @@ fn a_containers_word_about_root_comes_before_the_pods() {
     assert!(said(yes.clone(), json!({})));
     assert!(!said(yes, no));
     assert!(!said(json!({}), json!({})));
+}
+
+#[test]
+fn trust_anchors_are_a_file_and_optional_ones_may_be_missing() {
+    let volumes = |optional: bool| {
+        json!([{"name": "trust", "projected": {"sources": [
+            {"clusterTrustBundle": {"name": "site", "path": "site.pem"}},
+            {"clusterTrustBundle": {
+                "signerName": "example.org/ca", "labelSelector": {"matchLabels": {"live": "true"}},
+                "path": "signed.pem", "optional": optional,
+            }},
+        ]}}])
+    };
+    let signed = TrustBundleKey::Signed {
+        signer: "example.org/ca".to_owned(),
+        labels: Some("live=true".to_owned()),
+    };
+    let site = TrustBundleKey::Named("site".to_owned());
+    let (pod, mut resolved) = with_volumes(volumes(true));
+    assert_eq!(needs(&pod).trust_bundles, [site.clone(), signed.clone()]);
+    resolved.trust_bundles.insert(site, "SITE".to_owned());
+    let found = |pod: &Pod, resolved: &Resolved| {
+        let files = values(pod, resolved)?.values.files;
+        let files = files.into_iter().flat_map(|volume| volume.files);
+        Ok::<_, Missing>(files.map(|file| file.data.to_vec()).collect::<Vec<_>>())
+    };
+    let empty = Vec::new();
+    assert_eq!(found(&pod, &resolved), Ok(vec![empty, b"SITE".to_vec()]));
+    let (required, _) = with_volumes(volumes(false));
+    let missing = "MountVolume.SetUp failed for volume \"trust\" : clustertrustbundles of signer \"example.org/ca\" with labels \"live=true\" not found";
+    let error = Missing::Mounts(vec![missing.to_owned()]);
+    assert_eq!(found(&required, &resolved), Err(error));
+    resolved.trust_bundles.insert(signed, "CA".to_owned());
+    let both = vec![b"CA".to_vec(), b"SITE".to_vec()];
+    assert_eq!(found(&required, &resolved), Ok(both));
+}
+
+#[test]
+fn a_host_path_has_its_type_and_a_clean_path() {
+    let of = |host_path: serde_json::Value| {
+        let (pod, _) = with_volumes(json!([{"name": "v", "hostPath": host_path}]));
+        shape(&pod).map(|mut shape| match shape.volumes.remove(0).source {
+            Some(pb::volume::Source::HostPath(host)) => (host.path.clone(), host.r#type()),
+            other => panic!("{other:?}"),
+        })
+    };
+    let any = pb::HostPathType::Unspecified;
+    assert_eq!(
+        of(json!({"path": "/data//x/"})),
+        Ok(("/data/x".to_owned(), any))
+    );
+    let file = json!({"path": "/data/x", "type": "FileOrCreate"});
+    assert_eq!(of(file).unwrap().1, pb::HostPathType::FileOrCreate);
+    for (path, why) in [
+        ("data", "absolute"),
+        ("/data/../etc", "'..'"),
+        ("", "empty"),
+    ] {
+        let problems = of(json!({"path": path})).unwrap_err();
+        let [problem] = problems.as_slice() else {
+            panic!("{problems:?}");
+        };
+        let named = problem.starts_with("spec.volumes[v].hostPath.path: ");
+        assert!(named && problem.contains(why), "{problem}");
+    }
 }

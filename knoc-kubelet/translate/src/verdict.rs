@@ -32,7 +32,7 @@ enum Verdict {
 #[derive(Clone, Copy, Debug)]
 enum When {
     Any,
-    /// The value, as text, is one of these.
+    /// The value, as text, is one of these; of a list, each value is.
     Is(&'static [&'static str]),
     /// The value is a string that begins with one of these.
     Starts(&'static [&'static str]),
@@ -171,7 +171,10 @@ impl When {
             Self::Is(allowed) => match value {
                 Value::String(text) => allowed.contains(&text.as_str()),
                 Value::Bool(_) | Value::Number(_) => allowed.contains(&value.to_string().as_str()),
-                Value::Null | Value::Array(_) | Value::Object(_) => false,
+                Value::Array(items) => {
+                    !items.is_empty() && items.iter().all(|item| self.matches(item))
+                }
+                Value::Null | Value::Object(_) => false,
             },
             Self::Starts(allowed) => value
                 .as_str()
@@ -256,8 +259,7 @@ that is not in the table (a field of a newer Kubernetes) is rejected too. If a f
 its value applies.
 
 A running pod is not ended by an update that would be rejected: it continues unchanged and gets the Event `UnsupportedChange`. An
-ephemeral container that is added to it (`kubectl debug`) is therefore rejected alone: its own status, its log and an attach to it
-give the reason.
+ephemeral container that has a rejected field is therefore rejected alone: its own status gives the reason.
 ";
 
 const TAIL: &str = "
@@ -279,8 +281,14 @@ them (mode 1777); files that are written go to the node's disk. If the site's ru
 overlay), they are empty directories on the node's disk, and the image's files in them are hidden.
 
 **`/dev/shm`.** A tmpfs that the containers of one pod share, and no other pod can see. It has no size limit of its own (other
-runtimes limit it to 64 MiB): its contents count against the memory of the job. The same holds for an `emptyDir` in memory, even with
-a `sizeLimit`.
+runtimes limit it to 64 MiB): its contents count against the memory of the job. The same holds for an `emptyDir` in memory.
+
+**`sizeLimit`.** What an `emptyDir` takes on disk or in memory is measured every 10 s. If it is more than the `sizeLimit`, the pod fails
+with the reason `Evicted`, as on any node. Folders more than 64 levels down are not measured, and a volume with so many files that
+measuring takes more than 5 s is not measured either.
+
+**Volumes of the image.** If the root is read-only, each folder that the image declares as a volume, and in which the pod mounts nothing,
+is a writable folder on the node's disk, empty at first and new for each start of the container. Otherwise it is the image's folder.
 
 **The user.** Every program runs as the HPC user. If neither the pod nor the image sets `HOME`, it is the home directory, according to
 the image's `/etc/passwd`, of the user that the pod (`runAsUser`) or the image names: root if neither names one, and `/` if the image
@@ -290,6 +298,55 @@ and that user's shell. With a setuid runtime, the home directory of a user that 
 **Names.** `/etc/hosts` has the lines of the compute node, then the pod's own name (first `HOSTNAME.SUBDOMAIN.NAMESPACE.svc.CLUSTERDOMAIN`
 if the pod has a `subdomain`) and its `hostAliases`. `/etc/resolv.conf` is the compute node's, or with `dnsConfig` has its lines and those
 of the pod; with `dnsPolicy: None` only those of the pod. A file that the pod mounts there comes before both. `/etc/localtime` is the image's.
+
+## Containers
+
+**Sidecars** are init containers with `restartPolicy: Always`. They start in the order of the list; what comes after one starts once it
+has started (its `startupProbe` has passed, if it has one). They are restarted whenever they end, do not keep a pod from completing, and
+are stopped one after the other in reverse order, each with what is left of the grace period, after the containers have ended. Their
+readiness counts for the pod's.
+
+**Restarts** happen in the running job, which keeps its allocation. The first restart comes at once, the next one after 10 s, then the wait
+doubles up to 5 minutes; it starts over once a container has run for 10 minutes. Meanwhile the container waits with `CrashLoopBackOff`. A
+site may choose other times (`[backoff]` of its site file).
+
+**Ephemeral containers** (`kubectl debug`) start in the running job, within its allocation, and are never restarted. They share the pod's
+volumes and network; one with a target waits with `CreateContainerConfigError` while the target does not run. Once the containers of the
+pod have ended, they are stopped with it. They reach only pods whose job was started by a KNoC that knows them, and need Kubernetes 1.33,
+where adding one raises `metadata.generation`.
+
+**Shared processes.** With `shareProcessNamespace`, and in an ephemeral container with a target, the containers see each other's processes
+and may signal them, and PID 1 is not theirs. They run as one user, but each in a user namespace of its own, so one cannot read the files
+(`/proc/PID/root`) or the memory of another's processes. This needs user namespaces: with a setuid runtime such a container fails with
+`CreateContainerError`.
+## Host paths
+
+A pod can mount the paths of the compute nodes that the site file names in `policy.host_paths`, and what lies below them: read-only unless the
+entry is `writable`. If several entries cover a path, the most specific one decides. Without an entry, every `hostPath` is rejected.
+
+- A path that the site has read-only must have `readOnly: true` in every `volumeMounts` of the pod, or the pod is rejected. It is then
+  read-only together with every file system that is mounted below it.
+- The path is opened on the compute node when a container starts: node-local paths are those of that node. Symbolic links in the site's
+  own path are followed. Below it, a link that leads out of it is not followed, and neither is an absolute link.
+- The HPC user's home directory itself, `~/.ssh`, keys, sockets, `/proc` and KNoC's own folders are never mounted, and neither is a
+  directory that contains one of them, such as `/tmp` if the jobs' own files lie there (`job.scratch`).
+- A path that is missing or of another type fails the start of the container with `hostPath type check failed`, which is repeated
+  by the pod's `restartPolicy`.
+- Containers write with the rights of the HPC user. The node needs user namespaces; with a setuid runtime, the container does not start.
+
+The site may also mount paths of its own into every container (`[[bind]]` in the site file, for all partitions or some). A volume that
+the pod mounts at the same path replaces such a mount.
+
+## Claims and NFS
+
+The kubelet resolves a claim to its PersistentVolume. A pod whose claim is not bound waits with the Event `FailedMount`; usually the
+scheduler does not bind such a pod to the node, and says so. What can be mounted:
+
+- `hostPath` and `local`: the path must be among the [host paths](#host-paths) of the site.
+- `nfs` (also in a pod) and `csi`: nothing is mounted over the network for a pod. The site file maps exports and drivers to paths at
+  which the compute nodes have them already (`[[policy.nfs]]`, `[[policy.csi]]`), which must be among the host paths too.
+
+A volume of another kind, or one of `volumeMode: Block`, is rejected. Mount options and access modes are not enforced.
 
 ## Probes and hooks
 

@@ -1,18 +1,27 @@
 //! PURE: the source of a volume, which must be one that this version supports.
 
-use k8s_openapi::api::core::v1 as core;
-use knoc_proto::pb;
+use k8s_openapi::api::core::v1::{self as core, Pod};
+use knoc_proto::{paths, pb};
 
-use super::carried::{
-    ConfigMapVolume, DownwardApiVolume, EmptyDir, ProjectedVolume, SecretVolume, Volume,
+use super::{
+    carried::{
+        ClaimVolume, ConfigMapVolume, DownwardApiVolume, EmptyDir, HostPathVolume, NfsVolume,
+        ProjectedVolume, SecretVolume, Volume,
+    },
+    quantity,
 };
-use super::quantity;
 
 /// The source of a volume's contents.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Source<'a> {
     /// An empty folder.
     EmptyDir(EmptyDir<'a>),
+    /// A path of the compute node.
+    HostPath(HostPathVolume<'a>),
+    /// An NFS export.
+    Nfs(NfsVolume<'a>),
+    /// The volume that a claim is bound to.
+    Claim(Claim<'a>),
     /// Files that are sent with the pod's values.
     Files(FilesSource<'a>),
 }
@@ -24,6 +33,34 @@ pub(crate) enum FilesSource<'a> {
     Secret(SecretVolume<'a>),
     DownwardApi(DownwardApiVolume<'a>),
     Projected(ProjectedVolume<'a>),
+}
+
+/// Whose claim a volume is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Claim<'a> {
+    /// A claim that the pod names.
+    Named(ClaimVolume<'a>),
+    /// A claim that Kubernetes has created for this volume of the pod (`ephemeral`).
+    OfPod,
+}
+
+impl Claim<'_> {
+    pub(crate) fn name(self, pod: &Pod, volume: &str) -> String {
+        match self {
+            Self::Named(claim) => claim.claim_name.clone(),
+            Self::OfPod => {
+                let name = pod.metadata.name.as_deref().unwrap_or_default();
+                format!("{name}-{volume}")
+            }
+        }
+    }
+
+    pub(crate) fn read_only(self) -> bool {
+        match self {
+            Self::Named(claim) => *claim.read_only == Some(true),
+            Self::OfPod => false,
+        }
+    }
 }
 
 /// The volume has none of the sources in [`Source`]. If a pod names no source at all, the API server fills in
@@ -40,12 +77,28 @@ pub(crate) fn source(volume: &core::Volume) -> Result<Source<'_>, UnknownSource>
         config_map,
         downward_api,
         empty_dir,
+        ephemeral,
+        host_path,
         name,
+        nfs,
+        persistent_volume_claim,
         projected,
         secret,
     } = Volume::from(volume);
     if let Some(empty) = empty_dir {
         return Ok(Source::EmptyDir(empty.into()));
+    }
+    if let Some(host) = host_path {
+        return Ok(Source::HostPath(host.into()));
+    }
+    if let Some(nfs) = nfs {
+        return Ok(Source::Nfs(nfs.into()));
+    }
+    if let Some(claim) = persistent_volume_claim {
+        return Ok(Source::Claim(Claim::Named(claim.into())));
+    }
+    if ephemeral.is_some() {
+        return Ok(Source::Claim(Claim::OfPod));
     }
     let files = if let Some(map) = config_map {
         FilesSource::ConfigMap(map.into())
@@ -62,13 +115,28 @@ pub(crate) fn source(volume: &core::Volume) -> Result<Source<'_>, UnknownSource>
     Ok(Source::Files(files))
 }
 
-/// Translates a volume, or records what is wrong with it.
+/// Translates a volume, or records what is wrong with it. The volume of a claim has no source yet.
 pub(crate) fn shape(volume: &core::Volume, problems: &mut Vec<String>) -> Option<pb::Volume> {
     let source = match source(volume) {
-        Ok(Source::EmptyDir(empty)) => {
-            pb::volume::Source::EmptyDir(shape_empty_dir(&volume.name, empty, problems))
+        Ok(Source::EmptyDir(empty)) => Some(pb::volume::Source::EmptyDir(shape_empty_dir(
+            &volume.name,
+            empty,
+            problems,
+        ))),
+        Ok(Source::HostPath(host)) => {
+            let host = host_path(host.path, host.type_.as_deref()).unwrap_or_else(|why| {
+                let name = &volume.name;
+                problems.push(format!("spec.volumes[{name}].hostPath.path: {why}"));
+                pb::HostPath::default()
+            });
+            Some(pb::volume::Source::HostPath(host))
         }
-        Ok(Source::Files(_)) => pb::volume::Source::Files(pb::FilesVolume {}),
+        Ok(Source::Nfs(nfs)) => {
+            let nfs = self::nfs(nfs, String::new(), false);
+            Some(pb::volume::Source::Nfs(nfs))
+        }
+        Ok(Source::Claim(_)) => None,
+        Ok(Source::Files(_)) => Some(pb::volume::Source::Files(pb::FilesVolume {})),
         Err(unknown) => {
             problems.push(unknown.to_string());
             return None;
@@ -76,7 +144,7 @@ pub(crate) fn shape(volume: &core::Volume, problems: &mut Vec<String>) -> Option
     };
     Some(pb::Volume {
         name: volume.name.clone(),
-        source: Some(source),
+        source,
     })
 }
 
@@ -91,4 +159,36 @@ fn shape_empty_dir(volume: &str, empty: EmptyDir<'_>, problems: &mut Vec<String>
             0
         }),
     }
+}
+
+/// An NFS export. `read_only`: whatever the export says itself.
+pub(crate) fn nfs(source: NfsVolume<'_>, claim: String, read_only: bool) -> pb::NfsVolume {
+    pb::NfsVolume {
+        server: source.server.clone(),
+        path: source.path.clone(),
+        read_only: read_only || *source.read_only == Some(true),
+        claim,
+    }
+}
+
+/// A path of the compute node, or why the path is not valid.
+pub(crate) fn host_path(path: &str, kind: Option<&str>) -> Result<pb::HostPath, String> {
+    let path = paths::in_container(path).map_err(|error| format!("{path:?} {error}"))?;
+    // Any other type of a pod's own volume was rejected by its verdict.
+    let kind = match kind.unwrap_or_default() {
+        "DirectoryOrCreate" => pb::HostPathType::DirectoryOrCreate,
+        "Directory" => pb::HostPathType::Directory,
+        "FileOrCreate" => pb::HostPathType::FileOrCreate,
+        "File" => pb::HostPathType::File,
+        "Socket" => pb::HostPathType::Socket,
+        "CharDevice" => pb::HostPathType::CharDevice,
+        "BlockDevice" => pb::HostPathType::BlockDevice,
+        "" => pb::HostPathType::Unspecified,
+        other => return Err(format!("the type {other:?} is not known")),
+    };
+    Ok(pb::HostPath {
+        path,
+        r#type: kind.into(),
+        ..pb::HostPath::default()
+    })
 }

@@ -186,6 +186,12 @@ pub fn look(error: &str) -> Option<(Rung, &'static str)> {
     Some((*rung, cure))
 }
 
+/// Whether the login node refused a further session of this user.
+#[must_use]
+pub fn no_further_session(error: &str) -> bool {
+    error.contains("allows no further session")
+}
+
 /// The error with its rung before it and its cure behind it, in one line.
 #[must_use]
 pub fn explain(error: &str) -> String {
@@ -199,6 +205,13 @@ pub fn explain(error: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_of_sessions_is_known_by_what_the_error_says() {
+        let limit = crate::carrier::exec::Cause::SessionLimit.to_string();
+        assert!(no_further_session(&limit));
+        assert!(!no_further_session("the login was refused"));
+    }
 
     #[test]
     fn each_rung_is_known_by_what_its_errors_say() {

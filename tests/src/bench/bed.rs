@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use knoc_link::{Carrier, Credentials, ExpectPeer};
+use knoc_link::{Addresses, Credentials, ExpectPeer, Route, carrier::ssh::Login};
 use knoc_proto::pb;
 use knoc_proto::pb::agent_client::AgentClient;
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
@@ -42,10 +42,12 @@ struct Knocctl {
 
 #[derive(Deserialize)]
 struct Context {
-    address: String,
+    address: Addresses,
     ca: PathBuf,
     cert: PathBuf,
     key: PathBuf,
+    #[serde(rename = "ssh-folder")]
+    ssh_folder: Option<PathBuf>,
 }
 
 impl Bed {
@@ -123,7 +125,13 @@ fn agent() -> anyhow::Result<AgentClient<Channel>> {
     let base = Path::new(&path).parent().unwrap_or_else(|| Path::new("/"));
     let [ca, cert, key] = [context.ca, context.cert, context.key].map(|file| base.join(file));
     let credentials = Credentials::from_files(&ca, &cert, &key)?;
-    let carrier: Carrier = context.address.parse()?;
-    let channel = knoc_link::dial(carrier, Some(credentials), ExpectPeer::AnyAgent)?;
+    let login = Login {
+        folder: context.ssh_folder,
+        ..Login::default()
+    };
+    let carriers = context.address.carriers()?.into_iter();
+    let carriers = carriers.map(|carrier| carrier.with_login(login.clone()));
+    let route = Route::new(carriers.collect()).context("knocctl's context has no address")?;
+    let channel = knoc_link::dial(route, Some(credentials), ExpectPeer::AnyAgent)?;
     Ok(AgentClient::new(channel).max_decoding_message_size(16 << 20))
 }

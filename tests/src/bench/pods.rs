@@ -15,6 +15,7 @@ use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::bed::Bed;
+use super::cost::{Cost, Counters};
 use super::floor::{self, Job, Root, Submission};
 use super::stats::{Series, now, span};
 use crate::{PodBuilder, wait_for};
@@ -61,6 +62,8 @@ pub(super) struct Batch {
     pub(super) t3_agent: Series,
     /// Its third part: → the terminal phase is seen.
     pub(super) t3_kubelet: Series,
+    /// What the pods cost the API server, until their deletion.
+    pub(super) cost: Cost,
 }
 
 /// The times at which a watch saw the states of one pod.
@@ -129,6 +132,7 @@ impl Batch {
         let names: Vec<String> = (0..self.pods)
             .map(|at| format!("bench-{}-{round}-{at}", self.pods))
             .collect();
+        let before = Counters::read(bed).await?;
         let created = try_join_all(names.iter().map(|name| create(bed, name))).await?;
         wait_for("all pods have ended", BATCH, async || {
             let seen = sightings.lock().unwrap_or_else(PoisonError::into_inner);
@@ -140,6 +144,7 @@ impl Batch {
             }
         })
         .await?;
+        self.cost.add(bed, self.pods, &before).await?;
         watching.shutdown().await;
         let seen = sightings
             .lock()

@@ -45,6 +45,8 @@ pub(super) enum Location {
     Compute,
     /// The login node, where the agent runs.
     Login,
+    /// The login node again, but its relay is a command of an SSH login: it has no port, and the next relay logs in for each connection.
+    Ssh,
     /// The host of kubelet and API server.
     Host,
 }
@@ -54,10 +56,47 @@ impl Location {
     fn address(self) -> Ipv4Addr {
         match self {
             Self::Compute => Ipv4Addr::new(10, 78, 0, 11),
-            Self::Login => Ipv4Addr::new(10, 77, 0, 2),
+            Self::Login | Self::Ssh => login_address(),
             Self::Host => Ipv4Addr::LOCALHOST,
         }
     }
+}
+
+/// The login node that the agent runs on, as the host reaches it.
+fn login_address() -> Ipv4Addr {
+    match std::env::var("PROFILE").as_deref() {
+        Ok("two-logins") => Ipv4Addr::new(10, 76, 0, 2),
+        _ => Ipv4Addr::new(10, 77, 0, 2),
+    }
+}
+
+/// The words with which the host logs in at the login node as the agent's user, with a key that gives a shell.
+pub(super) fn ssh() -> anyhow::Result<Vec<String>> {
+    let variable = |name: &str| std::env::var(name).with_context(|| format!("{name} is not set"));
+    let (prefix, bed) = (variable("HPC_PREFIX")?, variable("KNOC_BED")?);
+    let words = format!(
+        "ssh -q -T -F none -i {prefix}/ssh/id_ed25519 -o BatchMode=yes -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes \
+         -o UserKnownHostsFile={bed}/run/ssh/known_hosts hpcuser@{}",
+        login_address()
+    );
+    Ok(words.split(' ').map(str::to_owned).collect())
+}
+
+/// Passes standard input and output to the relay at that address. `keys` is as in [`serve`].
+pub async fn pipe(to: SocketAddr, keys: &Path) -> anyhow::Result<()> {
+    let pair = KeyPair::from_files(&keys.join("pair.crt"), &keys.join("pair.key"))?;
+    let (mut from, mut far) = tokio::io::split(dial(to, &pair).await?);
+    let input = async {
+        copy(&mut tokio::io::stdin(), &mut far).await?;
+        anyhow::Ok(far.shutdown().await?)
+    };
+    let output = async {
+        let mut out = tokio::io::stdout();
+        copy(&mut from, &mut out).await?;
+        anyhow::Ok(out.flush().await?)
+    };
+    tokio::try_join!(input, output)?;
+    Ok(())
 }
 
 /// The other end of a relay.
@@ -206,6 +245,7 @@ impl Chain {
         let pair = KeyPair::generate("bench")?;
         crate::site::write(&keys.path().join("pair.crt"), pair.cert_pem())?;
         crate::site::write(&keys.path().join("pair.key"), pair.key_pem())?;
+        readable_by_others(keys.path())?;
         let mut processes = Vec::new();
         let mut role = role;
         let mut nearest = SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST_PORT));
@@ -214,10 +254,18 @@ impl Chain {
             let relay = match location {
                 Location::Compute => bed.world.on_as_root("c1", [RELAY]),
                 Location::Login => bed.world.on_as_root("login", [RELAY]),
+                Location::Ssh => {
+                    let keys = keys_there.display();
+                    let next = role
+                        .strip_prefix("relay=")
+                        .context("nothing to log in for")?;
+                    role = format!("program={} {RELAY} pipe {next} {keys}", ssh()?.join(" "));
+                    continue;
+                }
                 Location::Host => Run::new(bed.here(RELAY)),
             };
             let keys_there = match location {
-                Location::Compute | Location::Login => keys_there,
+                Location::Compute | Location::Login | Location::Ssh => keys_there,
                 Location::Host => keys.path().to_owned(),
             };
             let relay = relay
@@ -232,7 +280,7 @@ impl Chain {
                 let probe = format!("exec 3<>/dev/tcp/{}/{port}", location.address());
                 let probed = match location {
                     Location::Compute => bed.shell("login", &probe).ok().await,
-                    Location::Login | Location::Host => {
+                    Location::Login | Location::Ssh | Location::Host => {
                         Run::new("bash").args(["-c", &probe]).ok().await
                     }
                 };
@@ -264,6 +312,15 @@ impl Chain {
     pub(super) async fn run(&self, command: &[String]) -> anyhow::Result<(u64, u64)> {
         run(dial(self.nearest, &self.pair).await?, command).await
     }
+}
+
+/// The keys of the relays protect nothing, and one of them runs as the agent's user.
+fn readable_by_others(folder: &Path) -> anyhow::Result<()> {
+    let mode = std::os::unix::fs::PermissionsExt::from_mode;
+    for name in ["pair.crt", "pair.key"] {
+        std::fs::set_permissions(folder.join(name), mode(0o644))?;
+    }
+    Ok(std::fs::set_permissions(folder, mode(0o755))?)
 }
 
 #[cfg(test)]

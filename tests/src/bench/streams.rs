@@ -68,7 +68,7 @@ enum Way {
 const SHARE: Option<f64> = Some(0.7);
 
 /// The parts of KNoC and Kubernetes that a byte passes, beginning at the pod. Each sends it over a TLS connection.
-const ALL: &[Location] = &[
+pub(super) const ALL: &[Location] = &[
     Location::Compute,
     Location::Login,
     Location::Host,
@@ -155,6 +155,30 @@ pub(super) async fn measure(bed: &Bed, sizes: Sizes, name: &str) -> anyhow::Resu
     bed.world.delete("stream", Some(0)).await?;
     bed.world.wait_gone("stream", WRITTEN).await?;
     Ok(streams)
+}
+
+/// Measures the output of a command through the API server, alternating with relays at these locations.
+pub(super) async fn exec_beside(
+    bed: &Bed,
+    sizes: Sizes,
+    locations: &'static [Location],
+) -> anyhow::Result<Stream> {
+    let kind = Kind {
+        locations,
+        ..kind("exec through the API server", Way::ExecByKubernetes, false)
+    };
+    let uid = talker(bed, sizes).await?;
+    let mut stream = Stream {
+        name: kind.name,
+        hops: locations.len(),
+        bytes: sizes.bytes,
+        share: kind.share,
+        ..Stream::default()
+    };
+    stream.alternate(bed, &uid, &kind, sizes.rounds.0).await?;
+    bed.world.delete("stream", Some(0)).await?;
+    bed.world.wait_gone("stream", WRITTEN).await?;
+    Ok(stream)
 }
 
 /// Creates a pod that writes the large log and files of both sizes, and serves the small file on its port. The same files
@@ -336,6 +360,6 @@ async fn logs(bed: &Bed, uid: &str, bytes: u64) -> anyhow::Result<u64> {
 
 /// The rate in megabytes per second.
 #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
-fn rate(bytes: u64, took: Duration) -> f64 {
+pub(super) fn rate(bytes: u64, took: Duration) -> f64 {
     bytes as f64 / 1e6 / took.as_secs_f64()
 }

@@ -1,7 +1,10 @@
 //! `knoc-bench [--quick] [PAGE]` measures the running stack and writes docs/performance.md;
 //! `knoc-bench [--quick] streams [NAME]` measures only the streams whose names contain NAME, and prints the results;
 //! `knoc-bench pods COUNT [ROUNDS]` measures T1 to T3 of that many pods at once, and prints the results;
-//! `knoc-bench relay PORT ROLE KEYS` is one of the relays that serve as the lower bound of streams.
+//! `knoc-bench [--quick] links FILE` measures what the way to the agent of the current profile costs, and adds a row to FILE;
+//! `knoc-bench links-page FILE` writes the table in docs/guide/links.md from these rows;
+//! `knoc-bench relay PORT ROLE KEYS` is one of the relays that serve as the lower bound of streams, and `knoc-bench pipe ADDRESS KEYS`
+//! connects standard input and output with one.
 
 use std::path::{Path, PathBuf};
 
@@ -22,10 +25,28 @@ fn main() -> anyhow::Result<()> {
             .build()?;
         return runtime.block_on(relay::serve(port.parse()?, role, Path::new(keys)));
     }
+    if let [word, address, keys] = arguments.as_slice()
+        && word == "pipe"
+    {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        return runtime.block_on(relay::pipe(address.parse()?, Path::new(keys)));
+    }
+    let links = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/guide/links.md");
+    if let [word, rows] = arguments.as_slice()
+        && word == "links-page"
+    {
+        return bench::links::page(Path::new(rows), &links);
+    }
     let quick = arguments
         .iter()
         .position(|word| word == "--quick")
         .map(|at| arguments.remove(at));
+    let rows = match arguments.as_slice() {
+        [word, rows] if word == "links" => Some(PathBuf::from(rows)),
+        _ => None,
+    };
     let pods = arguments.first().is_some_and(|word| word == "pods");
     let streams = arguments.first().is_some_and(|word| word == "streams");
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/performance.md");
@@ -33,6 +54,9 @@ fn main() -> anyhow::Result<()> {
     // The client uses only one thread, so that it does not compete with the measured processes.
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().build().context("start the runtime")?;
+    if let Some(rows) = rows {
+        return runtime.block_on(bench::links::measure(&rows, quick.is_some()));
+    }
     if pods {
         let count = arguments
             .get(1)

@@ -226,6 +226,8 @@ fn typed(target: &Target, mut object: Value) -> Value {
             "replicasets" => "ReplicaSet",
             "priorityclasses" => "PriorityClass",
             "runtimeclasses" => "RuntimeClass",
+            "persistentvolumeclaims" => "PersistentVolumeClaim",
+            "persistentvolumes" => "PersistentVolume",
             other => {
                 let singular = other.strip_suffix('s').unwrap_or(other);
                 let mut letters = singular.chars();

@@ -40,6 +40,16 @@ impl Kubelet {
         super::loopback(self.port)
     }
 
+    /// A client of the kubelet's API, as the API server is one.
+    pub fn client(&self, site: &Site) -> anyhow::Result<kube::Client> {
+        let mut config = kube::Config::new(format!("https://{}", self.address()).parse()?);
+        config.accept_invalid_certs = true;
+        let path = |name: &str| site.path(name).display().to_string();
+        config.auth_info.client_certificate = Some(path("ctl.crt"));
+        config.auth_info.client_key = Some(path("ctl.key"));
+        Ok(kube::Client::try_from(config)?)
+    }
+
     /// Starts the kubelet and waits until its Node is Ready.
     pub async fn start(&self, site: &Site, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
         let mut kubelet = self.process(site, env)?;

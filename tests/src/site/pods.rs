@@ -58,6 +58,7 @@ impl Pod {
             cluster_id: CLUSTER.to_owned(),
             spec: Some(spec),
             values: Some(values),
+            ..pb::EnsurePodRequest::default()
         };
         Self { request }
     }

@@ -4,6 +4,7 @@
 # Also own:1 and own:2, which have their own entrypoint, arguments, variables and working directory, and print what they were started with.
 # Also places, with files at paths that runtimes override, symbolic links, and accounts; its tags differ in their user and command; and
 # bare:1, which contains one program and nothing else.
+# ctl:5001 is the same registry for the user ann with the password pull-s3cr3t-of-ann alone.
 # HPC_IMG_DEBIAN=1 adds debian (with python3, procps, curl).
 . "$(dirname "$0")/../lib.sh"
 images=$HPC_PREFIX/shared/images
@@ -110,3 +111,24 @@ for image in $wanted; do
     chmod -R a+rX "$images"
     touch "$images/.$name.packed"
 done
+
+private() { # the configuration is kept with the images, so that the node starts it again after a power cycle
+    local folder=/var/spool/registry
+    hpc exec ctl test -f $folder/private.yml || {
+        hpc exec ctl tee $folder/htpasswd >/dev/null <<'PASSWD'
+ann:$2y$05$abcdefghijklmnopqrstuu08vNveNVX/NqrkZmdjUn4Eb8dvmZoFe
+PASSWD
+        hpc exec ctl tee $folder/private.yml >/dev/null <<'YML'
+version: 0.1
+log: {level: warn}
+storage:
+  filesystem: {rootdirectory: /var/spool/registry}
+auth:
+  htpasswd: {realm: private, path: /var/spool/registry/htpasswd}
+http: {addr: "10.78.0.2:5001", secret: hpc}
+YML
+    }
+    hpc exec ctl bash -c 'exec 3<>/dev/tcp/10.78.0.2/5001' 2>/dev/null ||
+        hpc exec ctl bash -c "docker-registry serve $folder/private.yml >/var/log/private.log 2>&1 </dev/null &"
+}
+private

@@ -65,7 +65,7 @@ write_users() {
 write_system() {
     local number
     {
-        printf '127.0.0.1 localhost\n::1 localhost\n10.78.0.2 ctl\n10.78.0.3 login\n10.77.0.1 kubehost\n'
+        printf '127.0.0.1 localhost\n::1 localhost\n10.78.0.2 ctl\n10.78.0.3 login\n10.78.0.4 login2\n10.77.0.1 kubehost\n'
         for number in $(seq "$nodes"); do echo "10.78.0.$((10 + number)) c$number"; done
     } >"$root/etc/hosts"
     echo hpc >"$root/etc/hostname"

@@ -521,7 +521,9 @@ async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_befo
 #[tokio::test]
 async fn a_real_sshd_takes_the_same_words() -> anyhow::Result<()> {
     let far = Far::new()?;
-    let sshd = Sshd::start(&far.site, "sshd", None).await?;
+    // sshd gives the words to the login shell, which is csh here.
+    let csh = "/usr/bin/tcsh -c \"$SSH_ORIGINAL_COMMAND\"";
+    let sshd = Sshd::start(&far.site, "sshd", Some(csh)).await?;
     let folder = far.site.path("sshd");
     let (folder, port) = (folder.display(), sshd.address().port());
     // The user's own configuration of ssh, as far as a test can give one.

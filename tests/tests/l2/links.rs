@@ -50,12 +50,7 @@ impl Linked {
 
     /// A client of the kubelet API, as the API server is one.
     fn client(&self) -> anyhow::Result<kube::Client> {
-        let mut config = kube::Config::new(format!("https://{}", self.kubelet.address()).parse()?);
-        config.accept_invalid_certs = true;
-        let path = |name: &str| self.site.path(name).display().to_string();
-        config.auth_info.client_certificate = Some(path("ctl.crt"));
-        config.auth_info.client_key = Some(path("ctl.key"));
-        Ok(kube::Client::try_from(config)?)
+        self.kubelet.client(&self.site)
     }
 
     fn log(&self) -> String {

@@ -114,6 +114,58 @@ async fn a_banner_before_the_stream_is_discarded() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// sshd gives the command to the login shell of the user as `SHELL -c COMMAND`.
+#[tokio::test]
+async fn csh_and_fish_read_the_command_as_sh_does() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    for shell in ["tcsh", "fish"] {
+        let program = format!("/usr/bin/{shell}");
+        ensure!(
+            std::path::Path::new(&program).is_file(),
+            "{program} is missing: install the package {shell}"
+        );
+        let forced = format!("{program} -c \"$SSH_ORIGINAL_COMMAND\"");
+        let sshd = Sshd::start(&site, shell, Some(&forced)).await?;
+        let link = site.path(shell).join("bin/knoc-agent");
+        let named = format!("ssh-program = \"{}\"", link.display());
+        for (certificate, further) in [(true, ""), (false, ""), (true, &*named)] {
+            let info = sshd.knocctl(&site, certificate, further)?.arg("info");
+            let info = info.ok().await.with_context(|| shell)?;
+            ensure!(info.text().contains("test"), "{info}");
+        }
+    }
+    Ok(())
+}
+
+/// Sites that sign keys list none: sshd trusts their CA, and the certificate names the user.
+#[tokio::test]
+async fn a_key_that_the_site_has_signed_is_accepted_with_its_certificate() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    keygen(&site.path("user_ca")).await?;
+    let trusted = format!("TrustedUserCAKeys {}/user_ca.pub", site.path("").display());
+    let sshd = Sshd::with(&site, "sshd", None, &trusted).await?;
+    site.put("sshd/authorized_keys", "")?;
+    let said = refused(sshd.knocctl(&site, true, "")?).await?;
+    ensure!(said.contains("the login was refused"), "{said}");
+    let user = std::fs::read_to_string(sshd.secret_folder().join("remote_user"))?;
+    for (validity, right) in [("20200101:20200102", false), ("-1h:+1h", true)] {
+        let sign = knoc_tests::Run::new("ssh-keygen").args(["-q", "-I", "knoc", "-V", validity]);
+        let sign = sign.args(["-n", &user, "-s"]).arg(site.path("user_ca"));
+        sign.arg(site.path("sshd/login.pub")).ok().await?;
+        let certificate = std::fs::read_to_string(site.path("sshd/login-cert.pub"))?;
+        sshd.put_secret(&site, "ssh-certificate", &certificate)?;
+        if right {
+            sshd.knocctl(&site, true, "")?.arg("info").ok().await?;
+        } else {
+            let said = refused(sshd.knocctl(&site, true, "")?).await?;
+            ensure!(said.contains("the login was refused"), "{said}");
+        }
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn every_way_to_fail_is_named_with_its_cure() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
@@ -242,6 +294,38 @@ async fn a_refused_key_is_not_tried_again_for_a_minute_but_a_new_one_is() -> any
         Ok(())
     })
     .await
+}
+
+/// A site may allow a user one session at a time; the lock stands for that limit.
+#[tokio::test]
+async fn one_session_is_enough_for_pods_and_their_streams() -> anyhow::Result<()> {
+    let site = Site::new(Options {
+        ssh_only: true,
+        ..Options::default()
+    })?;
+    let _agent = site.agent_process(&[])?;
+    let forced = format!(
+        "exec 9>{}; flock -n 9 || {{ echo \"Too many logins for 'ann'.\" >&2; exit 254; }}; exec knoc-agent connect",
+        site.path("session").display()
+    );
+    let sshd = Sshd::start(&site, "sshd", Some(&forced)).await?;
+    let api = Kubelet::prepare(&site).await?;
+    let settings = ssh_settings(&sshd);
+    let _kubelet = api.start(&site, &borrowed(&settings)).await?;
+    let command = json!(["/bin/sh", "-c", "echo hello; exec sleep 600"]);
+    let container = json!({"name": "main", "image": "process", "command": command});
+    api.create_pod("one", json!({"containers": [container]}))?;
+    api.phase("one", "Running", SOON).await?;
+    let client = api.client(&site)?;
+    for _ in 0..3 {
+        let request = http::Request::get("/containerLogs/default/one/main").body(Vec::new())?;
+        let text = client.request_text(request).await?;
+        ensure!(text == "hello\n", "{text}");
+    }
+    let log = std::fs::read_to_string(site.path("kubelet.log"))?;
+    ensure!(log.matches("allows one session only").count() == 1, "{log}");
+    ensure!(!log.contains("lost the link to the agent"), "{log}");
+    Ok(())
 }
 
 #[tokio::test]

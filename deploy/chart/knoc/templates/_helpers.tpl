@@ -51,6 +51,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "knoc.podRules" -}}
 - apiGroups: [""]
   resources: [configmaps, secrets]
+  verbs: [get, watch]
+- apiGroups: [""]
+  resources: [persistentvolumeclaims]
   verbs: [get]
 - apiGroups: [""]
   resources: [serviceaccounts/token]

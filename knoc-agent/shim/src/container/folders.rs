@@ -94,7 +94,9 @@ impl Folders {
         let mounts = environment::mounts(container, values, &pod.facts)?;
         let mut volumes = pod.volumes.mounts(&mounts)?;
         if pod.runtime.isolates() {
+            volumes.extend(pod.volumes.of_site(&volumes));
             share_memory(pod, &mut volumes)?;
+            add_image_volumes(spec, &private, &mut volumes)?;
         }
         let targets: Vec<&Path> = volumes.iter().map(|volume| &*volume.target).collect();
         let termination = environment::termination_log(container, &targets);
@@ -253,6 +255,35 @@ fn share_memory(pod: &Pod, volumes: &mut Vec<Mounted>) -> Result<(), PrepareErro
     fs::set_permissions(&source, fs::Permissions::from_mode(0o1777))
         .map_err(FileError::on("set the mode of", &source))?;
     volumes.push(own_file(source, target, false));
+    Ok(())
+}
+
+/// If the container's root is read-only, adds a writable folder for each volume that the image declares and the pod does
+/// not mount. It is empty at first. A writable root has the image's own folders.
+fn add_image_volumes(
+    spec: &ContainerSpec,
+    private: &Path,
+    volumes: &mut Vec<Mounted>,
+) -> Result<(), PrepareError> {
+    if !spec.container.read_only_root {
+        return Ok(());
+    }
+    let declared = spec.image.config.iter().flat_map(|config| &config.volumes);
+    for (number, path) in declared.enumerate() {
+        let target = Path::new(path);
+        let mounted = volumes.iter();
+        if mounted
+            .clone()
+            .any(|volume| target.starts_with(&volume.target))
+        {
+            continue;
+        }
+        let source = private.join(format!("volume-{number}"));
+        fs::create_dir(&source)
+            .and_then(|()| fs::set_permissions(&source, fs::Permissions::from_mode(0o777)))
+            .map_err(FileError::on("create", &source))?;
+        volumes.push(own_file(source, target, false));
+    }
     Ok(())
 }
 

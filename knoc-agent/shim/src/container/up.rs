@@ -26,6 +26,7 @@ use super::{
         mounts::Named,
         output,
         pod::Pod,
+        processes::{Helper, ProcessesError},
         signals::{self, Identity},
     },
     Attempt, AttemptError,
@@ -60,6 +61,8 @@ pub(super) struct Up {
     pub(super) runtime: Runtime,
     pub(super) socket: UnixStream,
     pub(super) identity: Identity,
+    /// The process whose PID namespace it shares.
+    pub(super) beside: Option<Identity>,
     /// The volume that holds the termination message, if it lies in one.
     pub(super) message: Option<OwnedFd>,
 }
@@ -72,6 +75,7 @@ pub(super) async fn bring_up(
     container: &pb::Container,
 ) -> Result<Up, AttemptError> {
     let listener = folders.listen()?;
+    let beside = shared_processes(pod, attempt).await?;
     if pod.runtime.isolates() && !pod.mounting.by_name() {
         let named = folders.mounts().staged();
         let starting = Starting {
@@ -80,9 +84,12 @@ pub(super) async fn bring_up(
             folders,
             listener: &listener,
             specs: Some(folders.mounts().specs()),
+            beside,
         };
         match starting.with_best_root(container, named).await {
-            Err(AttemptError::NoNamespaces { errno, what }) if pod.mounting.is_final(errno) => {
+            Err(AttemptError::NoNamespaces { errno, what })
+                if beside.is_none() && pod.network.is_host() && pod.mounting.is_final(errno) =>
+            {
                 tracing::warn!(error = %what, "no user namespaces: volumes are mounted by name");
                 pod.mounting.only_by_name();
             }
@@ -100,8 +107,31 @@ pub(super) async fn bring_up(
         folders,
         listener: &listener,
         specs: None,
+        beside: None,
     };
     starting.with_best_root(container, named).await
+}
+
+/// The process whose PID namespace the container shares: that of the pod, of its target, or none. Without isolation all
+/// containers see all processes.
+async fn shared_processes(pod: &Pod, attempt: &Attempt) -> Result<Option<Identity>, AttemptError> {
+    let shares = pod.spec().share_process_namespace;
+    if !pod.runtime.isolates() || !shares && attempt.target.is_none() {
+        return Ok(None);
+    }
+    if pod.mounting.by_name() {
+        return Err(ProcessesError::NoNamespaces.into());
+    }
+    if !shares {
+        return Ok(attempt.target);
+    }
+    let helper = Helper {
+        agent: &pod.agent,
+        children: &pod.children,
+        users: &pod.mounting.users,
+        network: &pod.network,
+    };
+    Ok(Some(pod.holder.first(helper).await?))
 }
 
 /// Resolves the names on a blocking thread: a file system that the pod mounts may hang.
@@ -133,6 +163,8 @@ struct Starting<'a> {
     listener: &'a UnixListener,
     /// What the helper mounts first; `None` if the runtime is started without the helper.
     specs: Option<Vec<MountSpec>>,
+    /// The process whose PID namespace the container shares.
+    beside: Option<Identity>,
 }
 
 impl Starting<'_> {
@@ -161,6 +193,7 @@ impl Starting<'_> {
             work: (!container.read_only_root).then(|| folders.work.clone()),
             fakeroot: container.fakeroot,
             gpus: gpus::asked(container),
+            shares_processes: self.beside.is_some(),
         };
         let mut first_message = None;
         while !roots.is_empty() {
@@ -199,6 +232,7 @@ impl Starting<'_> {
                     root: sandbox.fakeroot,
                     network,
                     mounts: mounts.clone(),
+                    beside: self.beside.map(Into::into),
                 };
                 self.contain(&spec, namespaces).await?
             }
@@ -209,7 +243,8 @@ impl Starting<'_> {
                 connected = self.listener.accept() => {
                     let (socket, _) = connected.map_err(PrepareError::Pipes)?;
                     if let Some(identity) = peer(&socket) {
-                        return Ok(Up { runtime, socket, identity, message });
+                        let beside = self.beside;
+                        return Ok(Up { runtime, socket, identity, beside, message });
                     }
                 }
                 exit = runtime.child.wait() => {

@@ -16,11 +16,14 @@
 //! their descriptors come with the specification.
 //!
 //! Read-only mounts are read-only here already, so not even root in the container's user namespace can make them writable.
+//! A path of the node may have other file systems mounted below it, which become read-only with it ([`read_only`]).
 //! The sources are resolved after the namespaces were entered, since the kernel binds a descriptor only in the mount
 //! namespace in which it was opened.
 //!
 //! Standard input is one end of a socket pair; the shim has the other. Single-threaded, as `unshare(2)` requires.
 
+pub(crate) mod host;
+mod read_only;
 pub(crate) mod spec;
 
 use std::{
@@ -40,34 +43,33 @@ use knoc_proto::private::while_dumpable;
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
+    sys::signal::SigSet,
+    unistd::{ForkResult, Pid},
 };
-use rustix::{
-    fs::{StatVfsMountFlags, fstatvfs},
-    thread::{
-        CapabilitySet, CapabilitySets, LinkNameSpaceType, capabilities, move_into_link_name_space,
-        set_capabilities,
-    },
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, LinkNameSpaceType, capabilities, move_into_link_name_space,
+    set_capabilities,
 };
 
-use self::spec::{ContainSpec, MountSpec, SourceError};
+use self::spec::{ContainSpec, MountSpec, Source, SourceError};
 use super::{
-    fds,
-    ids::{self, Ids, Isolated},
+    enter, fds,
+    ids::{self, Isolated},
     sys,
 };
 use crate::nofollow;
 
 /// The helper's exit code if the runtime was not executed.
-const FAILED: u8 = 125;
+pub(super) const FAILED: u8 = 125;
 
 /// A larger specification is rejected: each mount takes a few hundred bytes.
 const MAX_SPEC: usize = 8 << 20;
 
 /// The namespaces that it creates if it joins none.
-const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER.union(CloneFlags::CLONE_NEWNS);
+pub(super) const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER.union(CloneFlags::CLONE_NEWNS);
 
 #[derive(Debug, thiserror::Error)]
-enum ContainError {
+pub(super) enum ContainError {
     #[error("{what}")]
     Io {
         what: String,
@@ -87,12 +89,12 @@ enum ContainError {
 }
 
 impl ContainError {
-    fn on(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+    pub(super) fn on(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
         move |source| Self::Io { what, source }
     }
 
-    fn errno(&self) -> i32 {
+    pub(super) fn errno(&self) -> i32 {
         match self {
             Self::Io { source, .. } | Self::Namespaces(source) => {
                 source.raw_os_error().unwrap_or_default()
@@ -116,7 +118,8 @@ pub fn main() -> ExitCode {
     };
     match run(&shim) {
         // This is the child that wrote the id maps.
-        Ok(code) => code,
+        Ok(Ran::Mapper(code)) => code,
+        Ok(Ran::Parent(child)) => wait_for(child, shim),
         Err(error) => {
             let what = knoc_proto::error::chain(&error);
             let errno = error.errno();
@@ -133,18 +136,48 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(shim: &UnixStream) -> Result<ExitCode, ContainError> {
+/// A process that does not become the runtime.
+enum Ran {
+    /// The child that has written the id maps and exits with this code.
+    Mapper(ExitCode),
+    /// The parent of the process that becomes the runtime, in the PID namespace of another container.
+    Parent(Pid),
+}
+
+/// Waits for the runtime and ends as it does.
+fn wait_for(runtime: Pid, shim: UnixStream) -> ExitCode {
+    // Only the runtime may hold the socket, or the shim sees no end of file.
+    drop(shim);
+    super::release_stdin();
+    // The shim signals the group. The runtime decides what follows from it, and this process ends after the runtime.
+    SigSet::all().thread_block().ok();
+    enter::end_as(runtime)
+}
+
+fn run(shim: &UnixStream) -> Result<Ran, ContainError> {
     let (spec, namespaces) = receive(shim)?;
-    let isolated = match spec.network.clone() {
-        Some(ids) => Isolated::Done(join(ids, &namespaces)?),
-        None => while_dumpable(|| ids::isolate(&spec.users, NAMESPACES))
-            .flatten()
-            .map_err(ContainError::Namespaces)?,
-    };
+    if spec.network.is_some() {
+        join(&namespaces)?;
+    }
     drop(namespaces);
-    let ids = match isolated {
-        Isolated::Mapper(code) => return Ok(code),
-        Isolated::Done(ids) => ids,
+    let ids = match (spec.beside, &spec.network) {
+        (Some(beside), _) => {
+            let joined = beside.join();
+            joined.map_err(ContainError::on("join the shared processes"))?;
+            unshare_mounts()?;
+            None
+        }
+        (None, Some(ids)) => {
+            unshare_mounts()?;
+            Some(ids.clone())
+        }
+        (None, None) => match while_dumpable(|| ids::isolate(&spec.users, NAMESPACES))
+            .flatten()
+            .map_err(ContainError::Namespaces)?
+        {
+            Isolated::Mapper(code) => return Ok(Ran::Mapper(code)),
+            Isolated::Done(ids) => Some(ids),
+        },
     };
     // The change of credentials may have reset it.
     super::die_with_parent();
@@ -163,15 +196,24 @@ fn run(shim: &UnixStream) -> Result<ExitCode, ContainError> {
         let found = stage(shim, mount, &opened)?;
         opened.push(found);
     }
-    if spec.root {
+    if let Some(ids) = ids.filter(|_| spec.root) {
         match while_dumpable(|| ids::become_root(ids))
             .flatten()
             .map_err(ContainError::on(
                 "enter the container's user namespace as root",
             ))? {
-            Isolated::Mapper(code) => return Ok(code),
+            Isolated::Mapper(code) => return Ok(Ran::Mapper(code)),
             Isolated::Done(_) => super::die_with_parent(),
         }
+    }
+    if spec.beside.is_some() {
+        // Only a child is in the PID namespace that was joined.
+        match sys::fork_single_threaded() {
+            Ok(ForkResult::Parent { child }) => return Ok(Ran::Parent(child)),
+            Ok(ForkResult::Child) => super::die_with_parent(),
+            Err(errno) => return Err(ContainError::on("fork")(errno.into())),
+        }
+        show_processes().map_err(ContainError::on("mount /proc of the shared processes"))?;
     }
     keep_capabilities().map_err(ContainError::on("pass on the capabilities"))?;
     let Err(error) = become_runtime(&spec);
@@ -179,7 +221,7 @@ fn run(shim: &UnixStream) -> Result<ExitCode, ContainError> {
 }
 
 /// What to mount, and the namespaces to join.
-fn receive(shim: &UnixStream) -> Result<(ContainSpec, Vec<OwnedFd>), ContainError> {
+pub(super) fn receive(shim: &UnixStream) -> Result<(ContainSpec, Vec<OwnedFd>), ContainError> {
     let received = fds::receive_frame(shim, MAX_SPEC).and_then(|received| {
         let ended = || io::Error::from(io::ErrorKind::UnexpectedEof);
         received.ok_or_else(ended)
@@ -189,9 +231,8 @@ fn receive(shim: &UnixStream) -> Result<(ContainSpec, Vec<OwnedFd>), ContainErro
     Ok((spec, namespaces))
 }
 
-/// Joins the pod's user namespace and then its network namespace, which gives all rights in both, and enters a mount
-/// namespace of its own. `ids` are those that are mapped there.
-fn join(ids: Ids, namespaces: &[OwnedFd]) -> Result<Ids, ContainError> {
+/// Joins the pod's user namespace and then its network namespace, which gives all rights in both.
+pub(super) fn join(namespaces: &[OwnedFd]) -> Result<(), ContainError> {
     let on = || ContainError::on("join the pod's network");
     let [user, net] = namespaces else {
         return Err(on()(io::ErrorKind::InvalidInput.into()));
@@ -204,10 +245,11 @@ fn join(ids: Ids, namespaces: &[OwnedFd]) -> Result<Ids, ContainError> {
             .map_err(io::Error::from)
             .map_err(on())?;
     }
-    unshare(CloneFlags::CLONE_NEWNS)
-        .map_err(io::Error::from)
-        .map_err(ContainError::on("create a mount namespace"))?;
-    Ok(ids)
+    Ok(())
+}
+
+fn unshare_mounts() -> Result<(), ContainError> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| ContainError::Namespaces(errno.into()))
 }
 
 /// Binds one source to its staging path. `opened` are the sources before it.
@@ -225,9 +267,8 @@ fn stage(shim: &UnixStream, spec: &MountSpec, opened: &[Found]) -> Result<Found,
     let source = PathBuf::from(format!("/proc/self/fd/{}", found.fd.as_raw_fd()));
     bind(&source, &spec.staging, MsFlags::MS_BIND | MsFlags::MS_REC).map_err(on("mount"))?;
     if spec.read_only {
-        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        let locked = locked_flags(&found.fd).map_err(on("read the flags of its mount"))?;
-        bind(Path::new("none"), &spec.staging, flags | locked).map_err(on("mount read-only"))?;
+        let mounted = matches!(spec.source, Source::Host(_));
+        read_only::remount(&spec.staging, mounted).map_err(on("mount read-only"))?;
     }
     if let Some(rest) = &spec.message {
         if !spec.read_only {
@@ -269,19 +310,16 @@ fn create_staging(staging: &Path, folder: bool) -> io::Result<()> {
     }
 }
 
-/// The flags of the mount that a remount in another user namespace must not clear.
-fn locked_flags(fd: &OwnedFd) -> io::Result<MsFlags> {
-    let has = fstatvfs(fd)?.f_flag;
-    let pairs = [
-        (StatVfsMountFlags::NOSUID, MsFlags::MS_NOSUID),
-        (StatVfsMountFlags::NODEV, MsFlags::MS_NODEV),
-        (StatVfsMountFlags::NOEXEC, MsFlags::MS_NOEXEC),
-        (StatVfsMountFlags::NOATIME, MsFlags::MS_NOATIME),
-        (StatVfsMountFlags::NODIRATIME, MsFlags::MS_NODIRATIME),
-        (StatVfsMountFlags::RELATIME, MsFlags::MS_RELATIME),
-    ];
-    let set = pairs.into_iter().filter(|(flag, _)| has.contains(*flag));
-    Ok(set.fold(MsFlags::empty(), |all, (_, flag)| all | flag))
+/// Mounts the `/proc` of this process's PID namespace over that of the node: the runtime binds it into the container.
+fn show_processes() -> io::Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    Ok(mount(
+        Some("proc"),
+        "/proc",
+        Some("proc"),
+        flags,
+        None::<&str>,
+    )?)
 }
 
 /// Passes this process's capabilities in its user namespace on to the runtime, as `unshare --keep-caps` does. The runtime

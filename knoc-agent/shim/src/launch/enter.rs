@@ -6,6 +6,9 @@
 //! to the container's root, and forks into the PID namespace. The child becomes the program; the parent waits and exits as
 //! the child did. Namespaces that the helper shares with the container already are left out, so without isolation it joins none.
 //!
+//! With a second PID and START, the container shares the processes of that process, whose user namespace has the rights for
+//! their PID namespace.
+//!
 //! `knoc-agent enter PID START passwd` writes the image's own `/etc/passwd` to its standard input instead (see
 //! [`account`]).
 
@@ -32,7 +35,8 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space, set_no_new_privs},
 };
 
-use super::{account, fds, program, sys};
+use super::{account, beside::Beside, fds, program, sys};
+use crate::signals::Identity;
 
 /// In the order of joining: the user namespace gives the rights for the others, the mount namespace hides `/proc`.
 const NAMESPACES: [(&str, LinkNameSpaceType); 6] = [
@@ -49,7 +53,7 @@ const FAILED: u8 = 125;
 
 #[derive(Debug, thiserror::Error)]
 enum EnterError {
-    #[error("usage: knoc-agent enter PID START")]
+    #[error("usage: knoc-agent enter PID START [PID START]")]
     Usage,
     #[error("the container has ended")]
     Ended,
@@ -73,8 +77,15 @@ impl EnterError {
     }
 }
 
-/// The third argument if the image's `/etc/passwd` is to be read.
+/// The last argument if the image's `/etc/passwd` is to be read.
 pub(crate) const PASSWD: &str = "passwd";
+
+/// The arguments for a container that shares the processes `beside`, if it shares any.
+pub(crate) fn arguments(container: Identity, beside: Option<Identity>) -> Vec<String> {
+    let all = [Some(container), beside].into_iter().flatten();
+    all.flat_map(|one| [one.pid.to_string(), one.start.to_string()])
+        .collect()
+}
 
 /// Entry point of the hidden subcommand.
 #[must_use]
@@ -154,8 +165,13 @@ struct Target {
 }
 
 fn join(arguments: &[String]) -> Result<(), EnterError> {
-    let [pid, start] = arguments else {
-        return Err(EnterError::Usage);
+    let (pid, start, beside) = match arguments {
+        [pid, start] => (pid, start, None),
+        [pid, start, of, since] => {
+            let beside = Beside::parse(of, since).ok_or(EnterError::Usage)?;
+            (pid, start, Some(beside))
+        }
+        _ => return Err(EnterError::Usage),
     };
     let pid: u32 = pid.parse().map_err(|_| EnterError::Usage)?;
     let target = open(pid)?;
@@ -167,9 +183,26 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
     {
         return Err(EnterError::Ended);
     }
+    for (name, kind, fd) in &target.network {
+        move_into_link_name_space(fd.as_fd(), Some(*kind))
+            .map_err(io::Error::from)
+            .map_err(EnterError::on(format!(
+                "join the {name} namespace of the pod's network"
+            )))?;
+    }
+    if let Some(beside) = beside {
+        beside
+            .join()
+            .map_err(EnterError::on("join the shared processes"))?;
+    }
     let own_user = target.namespaces.iter().all(|(name, ..)| *name != "user");
     let mut root = None;
-    for (name, kind, fd) in target.network.iter().chain(&target.namespaces) {
+    let shares = beside.is_some();
+    for (name, kind, fd) in &target.namespaces {
+        if *name == "pid" && shares {
+            // Joined already: the container's own user namespace has no rights in it.
+            continue;
+        }
         if *name == "mnt" {
             // Opened after the user namespace was joined: a FUSE root is accessible only inside of it.
             let path = format!("/proc/{pid}/root");
@@ -248,7 +281,7 @@ fn network(pid: u32) -> Result<Vec<(&'static str, LinkNameSpaceType, OwnedFd)>, 
 }
 
 /// Waits for the program and ends in the same way, so that the shim sees its exit code or signal.
-fn end_as(child: Pid) -> ExitCode {
+pub(super) fn end_as(child: Pid) -> ExitCode {
     loop {
         match waitpid(child, None) {
             Ok(WaitStatus::Exited(_, code)) => {

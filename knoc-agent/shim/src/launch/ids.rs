@@ -43,7 +43,7 @@ const MAX_FILE: u64 = 4 << 20;
 const FOLDERS: &str = "/usr/bin:/bin:/usr/sbin:/usr/local/bin";
 
 /// Which of two processes the caller is, after [`isolate`] or [`become_root`].
-pub(super) enum Isolated {
+pub(crate) enum Isolated {
     /// The process in the namespaces.
     Done(Ids),
     /// The child outside, which has written the maps and must exit with this code.
@@ -152,7 +152,7 @@ fn map((tool, ranges): &(PathBuf, Vec<Range>), pid: u32, own: u32) -> bool {
 
 /// Enters new namespaces of these `kinds`, a user namespace among them. The child that maps ids returns as well, and must
 /// exit.
-pub(super) fn isolate(users: &[String], kinds: CloneFlags) -> io::Result<Isolated> {
+pub(crate) fn isolate(users: &[String], kinds: CloneFlags) -> io::Result<Isolated> {
     let mut ids = Ids {
         uid: getuid().as_raw(),
         gid: getgid().as_raw(),
@@ -183,7 +183,7 @@ pub(super) fn isolate(users: &[String], kinds: CloneFlags) -> io::Result<Isolate
 
 /// Enters the second namespaces as their root. Without subordinate ids it does nothing, and the runtime maps what it can
 /// by itself. The child that maps ids returns as well, and must exit.
-pub(super) fn become_root(ids: Ids) -> io::Result<Isolated> {
+pub(crate) fn become_root(ids: Ids) -> io::Result<Isolated> {
     if ids.uids.is_empty() || ids.gids.is_empty() {
         return Ok(Isolated::Done(ids));
     }

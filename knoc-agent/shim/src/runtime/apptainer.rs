@@ -90,14 +90,14 @@ impl Runtime for Apptainer {
 
     fn argv(&self, sandbox: &Sandbox) -> Result<Vec<OsString>, RuntimeError> {
         let mut argv: Vec<OsString> = vec![self.path.clone().into()];
-        let fixed = [
-            "--silent",
-            "exec",
-            "--containall",
-            "--no-init",
-            "--no-home",
-            "--cleanenv",
-        ];
+        argv.extend(["--silent".into(), "exec".into()]);
+        if sandbox.shares_processes {
+            // What the other option means, without a PID namespace.
+            argv.extend(["--contain".into(), "--ipc".into()]);
+        } else {
+            argv.push("--containall".into());
+        }
+        let fixed = ["--no-init", "--no-home", "--cleanenv"];
         argv.extend(fixed.map(OsString::from));
         if self.flavour == Flavour::Apptainer {
             argv.push("--no-eval".into());
@@ -227,6 +227,7 @@ mod tests {
             work: Some("/tmp/knoc-1/0-work".into()),
             fakeroot: false,
             gpus: Gpus::default(),
+            shares_processes: false,
         }
     }
 
@@ -256,6 +257,14 @@ mod tests {
              /.knoc/launch.sock"
         );
         assert!(!argv(Flavour::Singularity).contains("--no-eval"));
+        let shares = Sandbox {
+            shares_processes: true,
+            ..sandbox(Vec::new())
+        };
+        let runtime = Apptainer::new(Path::new("/usr/bin/x"), Flavour::Apptainer);
+        let argv = runtime.argv(&shares).unwrap();
+        assert_eq!(argv[3..5], ["--contain", "--ipc"]);
+        assert!(!argv.contains(&"--containall".into()));
     }
 
     #[test]

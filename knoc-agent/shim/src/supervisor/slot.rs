@@ -116,7 +116,7 @@ impl Slot {
         Container {
             id: self.spec.id,
             role: self.spec.role,
-            restart: self.spec.restart,
+            restart: self.spec.restart_after(self.phase.code()),
             phase: self.phase,
             health: self.health,
             stop: self.stop,
@@ -235,8 +235,8 @@ impl Slot {
         self.pre_stop_pending = false;
     }
 
-    /// Takes a step of the stop. `isolated`: the container has a PID namespace of its own.
-    pub(super) fn stop(&mut self, stage: StopStage, isolated: bool, now: Time) {
+    /// Takes a step of the stop.
+    pub(super) fn stop(&mut self, stage: StopStage, now: Time) {
         if stage > StopStage::PreStop {
             if self.stop == StopStage::PreStop {
                 self.spared_until = now + AFTER_HOOK;
@@ -249,17 +249,23 @@ impl Slot {
             // The supervisor starts the hook, whose end lets the plan send TERM.
             StopStage::NotStopped | StopStage::PreStop => {}
             StopStage::Term => match &self.program {
-                Some(program) => signals::to_program(program.identity, Signal::TERM),
+                Some(program) => signals::to_program(program.identity, self.stop_signal()),
                 // The program does not run yet: there is nothing that could take the signal.
                 None => self.abort.cancel(),
             },
             StopStage::Kill => {
                 if let Some(program) = &self.program {
-                    signals::kill_all(program.identity, isolated);
+                    signals::kill_all(program.identity, program.isolated);
                 }
                 self.abort.cancel();
             }
         }
+    }
+
+    /// The signal that asks the program to end.
+    fn stop_signal(&self) -> Signal {
+        let own = self.spec.container.stop_signal_number();
+        own.and_then(Signal::from_named_raw).unwrap_or(Signal::TERM)
     }
 
     /// The attempt ended.

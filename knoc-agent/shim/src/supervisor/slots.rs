@@ -54,7 +54,7 @@ impl Slots {
         let spec = ContainerSpec {
             id,
             role,
-            restart: RestartRule::of(role, self.policy),
+            restart: RestartRule::of(role, own_policy(&container).unwrap_or(self.policy)),
             container,
             image,
         };
@@ -78,6 +78,11 @@ impl Slots {
     pub(super) fn view(&self) -> Vec<Container> {
         self.iter().map(Slot::view).collect()
     }
+}
+
+/// The restart policy that the container itself has.
+fn own_policy(container: &pb::Container) -> Option<pb::RestartPolicy> {
+    Some(container.restart_policy()).filter(|own| *own != pb::RestartPolicy::Unspecified)
 }
 
 #[cfg(test)]
@@ -149,6 +154,26 @@ mod tests {
         set(&mut slots, debug, done);
         let plan = plan::decide(&view(&slots));
         assert_eq!((plan.actions, plan.progress), (vec![], Progress::Running));
+    }
+
+    #[test]
+    fn the_containers_own_policy_comes_before_the_pods() {
+        let mut slots = slots(pb::RestartPolicy::Always);
+        let container = pb::Container {
+            name: "once".to_owned(),
+            restart_policy: pb::RestartPolicy::Never.into(),
+            ..Default::default()
+        };
+        let image = pb::ResolvedImage::default();
+        let once = slots.add(Role::Main, container, image, None).unwrap();
+        let failed = Phase::Exited {
+            code: 1,
+            unhealthy: false,
+            restart_at: Duration::ZERO,
+        };
+        set(&mut slots, once, failed);
+        let plan = plan::decide(&view(&slots));
+        assert_eq!((plan.actions, plan.progress), (vec![], Progress::Finished));
     }
 
     #[test]

@@ -14,14 +14,13 @@ use super::{
 impl Supervisor {
     /// What the containers and the pod use, given a measurement.
     pub(super) fn stats(&mut self, samples: &[Sample]) -> pb::PodStats {
-        let isolated = self.pod.runtime.isolates();
         let time = nanos(Timestamp::now());
         let mut containers = Vec::new();
         for slot in self.slots.iter_mut() {
             let (Some(program), Some(started_at)) = (&slot.program, slot.history.started_at) else {
                 continue;
             };
-            let members = usage::members(samples, program.identity, isolated);
+            let members = usage::members(samples, program.identity, program.isolated);
             if members.is_empty() {
                 // It has ended since; its last counters come with its end.
                 continue;
@@ -46,7 +45,6 @@ impl Supervisor {
 
     /// What the whole pod uses: from the job's cgroup, or else the sum over the containers.
     pub(super) fn usage(&mut self, samples: &[Sample]) -> pb::Usage {
-        let isolated = self.pod.runtime.isolates();
         let time = nanos(Timestamp::now());
         let attempts = self.slots.iter();
         let mut counters: Counters = attempts
@@ -54,7 +52,7 @@ impl Supervisor {
             .sum();
         let running = self.slots.iter().filter_map(|slot| slot.program.as_ref());
         let members: Vec<Sample> = running
-            .flat_map(|program| usage::members(samples, program.identity, isolated))
+            .flat_map(|program| usage::members(samples, program.identity, program.isolated))
             .collect();
         let cgroup = &self.pod.cgroup;
         if let Some(cpu) = cgroup.cpu() {

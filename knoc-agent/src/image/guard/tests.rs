@@ -5,6 +5,7 @@ fn registry(prefix: &str, mirror: Option<&str>, insecure: bool) -> Registry {
         prefix: prefix.to_owned(),
         mirror: mirror.map(str::to_owned),
         insecure,
+        credentials: false,
     }
 }
 

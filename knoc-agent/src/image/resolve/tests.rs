@@ -21,6 +21,7 @@ use crate::{
 mod cached;
 mod fake;
 mod hostile;
+mod private;
 
 use self::fake::{CONFIG, Content, FakeRegistry, Reply, tar};
 
@@ -112,6 +113,7 @@ fn settings(dir: &Path, registry: &str, program: PathBuf) -> Settings {
             prefix: "docker.io".to_owned(),
             mirror: Some(registry.to_owned()),
             insecure: true,
+            credentials: false,
         }],
         policy: Live::fixed(Policy::default()),
         limits: Bounds {
@@ -140,7 +142,7 @@ async fn a_name_becomes_a_file_with_its_config() {
     let world = World::new().await;
     let image = world
         .images
-        .resolve("one:v1", PullPolicy::IfNotPresent)
+        .resolve("one:v1", PullPolicy::IfNotPresent, &[])
         .await
         .unwrap();
     let expected = digest(&manifest());
@@ -185,7 +187,7 @@ async fn many_pods_pull_once() {
         "docker://one",
     ];
     let asks = names.iter().cycle().take(50);
-    let all = asks.map(|name| world.images.resolve(name, PullPolicy::Always));
+    let all = asks.map(|name| world.images.resolve(name, PullPolicy::Always, &[]));
     for image in futures::future::join_all(all).await {
         assert!(image.unwrap().path.is_file());
     }
@@ -197,13 +199,13 @@ async fn policies() {
     let mut world = World::new().await;
     let never = world
         .images
-        .resolve("one", PullPolicy::Never)
+        .resolve("one", PullPolicy::Never, &[])
         .await
         .unwrap_err();
     assert_eq!(never.reason(), "ErrImageNeverPull");
     world
         .images
-        .resolve("one", PullPolicy::Always)
+        .resolve("one", PullPolicy::Always, &[])
         .await
         .unwrap();
     // From here on the registry does not answer; a restarted agent still has its cache.
@@ -211,17 +213,17 @@ async fn policies() {
     world.again();
     world
         .images
-        .resolve("one", PullPolicy::IfNotPresent)
+        .resolve("one", PullPolicy::IfNotPresent, &[])
         .await
         .unwrap();
     world
         .images
-        .resolve("one", PullPolicy::Never)
+        .resolve("one", PullPolicy::Never, &[])
         .await
         .unwrap();
     let always = world
         .images
-        .resolve("one", PullPolicy::Always)
+        .resolve("one", PullPolicy::Always, &[])
         .await
         .unwrap_err();
     assert_eq!(
@@ -236,7 +238,7 @@ async fn failures_keep_the_message_and_are_retried() {
     let world = World::new().await;
     let missing = world
         .images
-        .resolve("two", PullPolicy::IfNotPresent)
+        .resolve("two", PullPolicy::IfNotPresent, &[])
         .await
         .unwrap_err();
     assert_eq!(missing.reason(), "ErrImagePull");
@@ -250,14 +252,14 @@ async fn failures_keep_the_message_and_are_retried() {
     std::fs::File::create(&fail).unwrap();
     let failed = world
         .images
-        .resolve("one", PullPolicy::IfNotPresent)
+        .resolve("one", PullPolicy::IfNotPresent, &[])
         .await
         .unwrap_err();
     assert_eq!(failed.message, "While making image: no space left");
     std::fs::remove_file(fail).unwrap();
     world
         .images
-        .resolve("one", PullPolicy::IfNotPresent)
+        .resolve("one", PullPolicy::IfNotPresent, &[])
         .await
         .unwrap();
     assert_eq!(world.pulls(), 2);
@@ -293,7 +295,7 @@ async fn without_a_runtime_an_image_is_only_a_name() {
     };
     let images = Images::new(settings);
     let image = images
-        .resolve("Whatever it is", PullPolicy::Always)
+        .resolve("Whatever it is", PullPolicy::Always, &[])
         .await
         .unwrap();
     assert_eq!(image.image_id, "Whatever it is");
@@ -308,7 +310,7 @@ async fn a_source_is_rejected_before_the_pod_is_accepted_and_a_bad_name_waits() 
     world.images.check("Whatever it is").unwrap();
     let waits = world
         .images
-        .resolve("Whatever it is", PullPolicy::IfNotPresent);
+        .resolve("Whatever it is", PullPolicy::IfNotPresent, &[]);
     assert_eq!(waits.await.unwrap_err().reason(), "InvalidImageName");
 }
 
@@ -340,7 +342,7 @@ async fn a_sif_is_asked_once_and_again_when_it_is_another() {
         ..world.images.settings().clone()
     });
     let name = sif.display().to_string();
-    let ask = || images.resolve(&name, PullPolicy::IfNotPresent);
+    let ask = || images.resolve(&name, PullPolicy::IfNotPresent, &[]);
     let fail = world.dir.path().join("fail");
     std::fs::File::create(&fail).unwrap();
     let failed = ask().await.unwrap_err();

@@ -4,6 +4,8 @@
 //! sync waits for the disk and delays `sbatch`. If the images are at hand, the first record already
 //! says that a job is being submitted.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use knoc_proto::{crash, error::chain, pb, pod::PodValues, reason::ErrorReason};
 use tokio::sync::{mpsc, oneshot};
@@ -55,10 +57,12 @@ impl NewActor {
                 Input::Ensure {
                     spec,
                     values,
+                    credentials,
                     cluster_id,
                     reply,
                 } => {
                     let mut actor = self.of(*spec, cluster_id);
+                    actor.credentials = credentials.map(Arc::new);
                     let pod = actor.accept(*values, reply).await?;
                     return Some((actor, pod));
                 }
@@ -101,7 +105,7 @@ impl Actor {
         }
         let now = Timestamp::now();
         let pod = Pod::new(facts(&self.spec, &self.site.config), now);
-        let images = stage::cached_images(&self.site, &self.spec).await;
+        let images = stage::cached_images(&self.site, &self.spec, self.known_credentials()).await;
         let begun = match &images {
             Some(found) => self.begin(pod, found.images(), now),
             None => Begun {
@@ -119,6 +123,7 @@ impl Actor {
         self.perform(&pod, effects).await;
         drop(reply.send(Ok((self.observed(&pod), true))));
         if submitting {
+            self.credentials = None;
             return Some(pod);
         }
         Some(self.apply(pod, Event::Begin).await)

@@ -73,10 +73,13 @@ impl Actor {
 
     async fn perform_one(&mut self, pod: &Pod, effect: Effect) {
         match effect {
+            // It begins once they are there.
+            Effect::Stage if self.lacks_credentials() => {}
             Effect::Stage => {
                 let (site, spec) = (Arc::clone(&self.site), Arc::clone(&self.spec));
-                self.staging
-                    .spawn(stage::resolve(site, spec, self.own.clone()));
+                let credentials = self.known_credentials();
+                let work = stage::resolve(site, spec, credentials, self.own.clone());
+                self.staging.spawn(work);
             }
             Effect::Submit => {
                 let request = SubmitRequest {
@@ -200,16 +203,19 @@ impl Actor {
             Err(error) => Err(error),
         };
         if completed.is_ok() {
+            self.credentials = None;
             self.name_own_version().await;
         }
         Some(match completed {
             Ok(()) => Event::Staged,
             Err(StageError {
                 container,
+                image,
                 reason,
                 message,
             }) => Event::StageFailed {
                 container,
+                image,
                 reason,
                 message,
             },

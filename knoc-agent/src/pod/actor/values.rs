@@ -201,7 +201,7 @@ impl Actor {
 
 /// The revision that the shim has reported; `None` if there is no report, or an older shim wrote
 /// it.
-fn revision_of_shim(pod: &Pod) -> Option<i64> {
+pub(super) fn revision_of_shim(pod: &Pod) -> Option<i64> {
     pod.report.as_ref()?.values_revision
 }
 

@@ -7,7 +7,7 @@ use knoc_proto::ids::{JobId, PodUid};
 use super::*;
 use crate::pod::{
     placement::Placement,
-    state::{Facts, Timeouts, Trouble},
+    state::{Facts, Failure, Timeouts, Trouble},
 };
 
 fn spec() -> pb::PodSpec {
@@ -79,9 +79,12 @@ fn before_the_first_report_all_containers_wait() {
 #[test]
 fn a_failed_pull_shows_on_its_container() {
     let trouble = Trouble {
-        container: "side".to_owned(),
-        reason: "ErrImagePull".to_owned(),
-        message: "no such image".to_owned(),
+        failure: Failure {
+            container: "side".to_owned(),
+            image: "x".to_owned(),
+            reason: "ErrImagePull".to_owned(),
+            message: "no such image".to_owned(),
+        },
         since: Timestamp::UNIX_EPOCH,
         retry_at: Timestamp::UNIX_EPOCH,
     };

@@ -8,7 +8,10 @@ use super::{
     ending,
     event::Effect,
     pod::Pod,
-    states::{BeforeJob, ERR_IMAGE_PULL, IMAGE_PULL_BACK_OFF, Otherwise, State, Trouble},
+    states::{
+        BeforeJob, ERR_IMAGE_PULL, Failure, IMAGE_PULL_BACK_OFF, INVALID_IMAGE_NAME, Otherwise,
+        State, Trouble,
+    },
     transition::{deleted_before_job, deletion_cause, finish, first_look, queue},
 };
 use crate::{
@@ -62,26 +65,17 @@ fn submit(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     vec![Effect::Persist, Effect::Submit]
 }
 
-pub(super) fn stage_failed(
-    pod: &mut Pod,
-    container: String,
-    reason: String,
-    message: String,
-    now: Timestamp,
-) -> Vec<Effect> {
+pub(super) fn stage_failed(pod: &mut Pod, failure: Failure, now: Timestamp) -> Vec<Effect> {
     let State::BeforeJob(BeforeJob::Staging { tries, .. }) = pod.state else {
         return Vec::new();
     };
     if pod.deletion.is_some() {
         return deleted_before_job(pod, now);
     }
-    let text = format!("{reason}: {message}");
-    pod.note_of(&container, true, "Failed", text, now);
+    note_failure(pod, &failure, now);
     let retry_at = now + pod.pause(tries);
     let trouble = Trouble {
-        container,
-        reason,
-        message,
+        failure,
         since: now,
         retry_at,
     };
@@ -90,6 +84,45 @@ pub(super) fn stage_failed(
         trouble: Some(trouble),
     });
     Vec::new()
+}
+
+/// Records a failure in the words of a kubelet.
+fn note_failure(pod: &mut Pod, failure: &Failure, now: Timestamp) {
+    let Failure {
+        container,
+        image,
+        reason,
+        message,
+    } = failure;
+    let (event, text) = match reason.as_str() {
+        _ if image.is_empty() => {
+            let text = format!("{reason}: {message}");
+            pod.note_of(container, true, "Failed", text, now);
+            return;
+        }
+        ERR_IMAGE_PULL => (
+            "Failed",
+            format!("Failed to pull image {image:?}: {message}"),
+        ),
+        INVALID_IMAGE_NAME => ("InspectFailed", message.clone()),
+        reason => (reason, message.clone()),
+    };
+    pod.note_again(container, true, event, text, now);
+    pod.note_again(container, true, "Failed", format!("Error: {reason}"), now);
+}
+
+/// Looks up the images at once with other credentials.
+pub(super) fn credentials(pod: &mut Pod) -> Vec<Effect> {
+    match &mut pod.state {
+        State::BeforeJob(BeforeJob::Staging { tries, trouble }) => {
+            *tries = 0;
+            *trouble = None;
+            vec![Effect::Stage]
+        }
+        State::BeforeJob(_) | State::WithJob { .. } | State::Finished { .. } | State::Forgotten => {
+            Vec::new()
+        }
+    }
 }
 
 pub(super) fn submitted(pod: &mut Pod, submitted: Submitted, now: Timestamp) -> Vec<Effect> {
@@ -216,14 +249,15 @@ fn show_back_off(pod: &mut Pod, now: Timestamp) {
     else {
         return;
     };
-    if trouble.reason != ERR_IMAGE_PULL {
+    let failure = &mut trouble.failure;
+    if failure.reason != ERR_IMAGE_PULL {
         return;
     }
-    trouble.message = format!(
-        "Back-off pulling image: {}: {}",
-        trouble.reason, trouble.message
-    );
-    IMAGE_PULL_BACK_OFF.clone_into(&mut trouble.reason);
-    let (container, text) = (trouble.container.clone(), trouble.message.clone());
-    pod.note_of(&container, false, "BackOff", text, now);
+    let text = format!("Back-off pulling image {:?}", failure.image);
+    failure.message = format!("{text}: {}: {}", failure.reason, failure.message);
+    IMAGE_PULL_BACK_OFF.clone_into(&mut failure.reason);
+    let container = failure.container.clone();
+    pod.note_again(&container, false, "BackOff", text, now);
+    let text = format!("Error: {IMAGE_PULL_BACK_OFF}");
+    pod.note_again(&container, true, "Failed", text, now);
 }

@@ -19,11 +19,15 @@ pub enum Event {
     StageFailed {
         /// The container that failed; empty for the pod as a whole.
         container: String,
+        /// The image, if that is what failed; otherwise empty.
+        image: String,
         /// `ErrImagePull` and other reasons in CamelCase.
         reason: String,
         /// The message for users.
         message: String,
     },
+    /// The credentials for the images have changed; nothing is being looked up.
+    Credentials,
     /// The scheduler accepted the job.
     Submitted(Submitted),
     /// The scheduler did not accept the job, or did not say whether it did.

@@ -294,6 +294,32 @@ impl Pod {
         });
     }
 
+    /// Adds a note about one container that is counted if it is there already.
+    pub(super) fn note_again(
+        &mut self,
+        container: &str,
+        warning: bool,
+        reason: &str,
+        message: impl Into<String>,
+        now: Timestamp,
+    ) {
+        let message = message.into();
+        let same = |one: &&pb::PodNote| {
+            (one.container.as_str(), one.reason.as_str()) == (container, reason)
+                && one.message == message
+        };
+        let times = self.notes.iter().find(same).map_or(0, |one| one.count);
+        self.push_note(pb::PodNote {
+            container: container.to_owned(),
+            warning,
+            reason: reason.to_owned(),
+            count: times.saturating_add(1),
+            message,
+            at: nanos(now),
+            ..pb::PodNote::default()
+        });
+    }
+
     pub(in crate::pod) fn push_note(&mut self, mut note: pb::PodNote) {
         note.sequence = self.notes.last().map_or(1, |last| last.sequence + 1);
         if note.count > 0 {

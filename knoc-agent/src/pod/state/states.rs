@@ -13,6 +13,8 @@ use crate::pod::{
 pub(super) const ERR_IMAGE_PULL: &str = "ErrImagePull";
 /// … and the one from then on until the next pull.
 pub(super) const IMAGE_PULL_BACK_OFF: &str = "ImagePullBackOff";
+/// The reason of a name that names no image.
+pub(super) const INVALID_IMAGE_NAME: &str = "InvalidImageName";
 /// How long the error itself is shown.
 const SHOW_ERROR: Duration = Duration::from_secs(1);
 
@@ -164,15 +166,24 @@ pub enum Otherwise {
     Reject,
 }
 
-/// Why staging cannot continue.
+/// What failed in staging.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Trouble {
+pub struct Failure {
     /// The container that failed; empty for the pod as a whole.
     pub container: String,
+    /// The image, if that is what failed; otherwise empty.
+    pub image: String,
     /// `ErrImagePull`, `ImagePullBackOff`, `StagingFailed` …
     pub reason: String,
     /// The message for users.
     pub message: String,
+}
+
+/// Why staging cannot continue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// What failed.
+    pub failure: Failure,
     /// When it failed.
     pub since: Timestamp,
     /// When to try again.
@@ -182,7 +193,7 @@ pub struct Trouble {
 impl Trouble {
     /// When to try again, or before that to show that the agent waits.
     fn wake(&self) -> Timestamp {
-        if self.reason == ERR_IMAGE_PULL {
+        if self.failure.reason == ERR_IMAGE_PULL {
             (self.since + SHOW_ERROR).min(self.retry_at)
         } else {
             self.retry_at

@@ -2,6 +2,7 @@
 
 mod deadline;
 mod identity;
+mod images;
 mod random;
 mod requeued;
 mod restart;
@@ -351,42 +352,6 @@ fn a_controller_that_is_away_is_asked_again_within_half_a_minute() {
     let throttled = longest(SubmitErrorKind::Throttled);
     let range = Duration::from_mins(4)..=Duration::from_mins(5);
     assert!(range.contains(&throttled), "{throttled:?}");
-}
-
-#[test]
-fn a_failed_pull_is_shown_then_backed_off_then_tried_again() {
-    let failed = Event::StageFailed {
-        container: "main".to_owned(),
-        reason: "ErrImagePull".to_owned(),
-        message: "no such image".to_owned(),
-    };
-    let reason = |pod: &Pod| pod.trouble().unwrap().reason.clone();
-    let (pod, _) = feed([Event::Begin, failed]);
-    assert_eq!(reason(&pod), "ErrImagePull");
-    let (pod, effects) = step(pod.clone(), Event::Tick, pod.wake().unwrap());
-    assert_eq!(
-        (reason(&pod).as_str(), effects.len()),
-        ("ImagePullBackOff", 0)
-    );
-    let notes = pod.notes.iter().map(|note| {
-        assert_eq!(note.container, "main");
-        (note.warning, note.reason.as_str(), note.message.as_str())
-    });
-    assert_eq!(
-        notes.collect::<Vec<_>>(),
-        [
-            (true, "Failed", "ErrImagePull: no such image"),
-            (
-                false,
-                "BackOff",
-                "Back-off pulling image: ErrImagePull: no such image"
-            )
-        ]
-    );
-    let due = pod.wake().unwrap();
-    assert!((at(9)..=at(11)).contains(&due), "{due}");
-    let (_, effects) = step(pod, Event::Tick, due);
-    assert_eq!(effects, [Effect::Stage]);
 }
 
 #[test]

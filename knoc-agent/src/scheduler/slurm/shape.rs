@@ -113,14 +113,19 @@ fn ephemeral(container: &pb::Container) -> i64 {
     positive(asked).unwrap_or_else(|| limit(container).ephemeral_storage_bytes)
 }
 
-/// The larger one of what the largest init container needs and what all containers need together.
+/// The most that runs at the same time: all containers together with the sidecars, or an init container together with the
+/// sidecars before it.
 fn total(spec: &pb::PodSpec, of: impl Fn(&pb::Container) -> i64) -> i64 {
-    let init = spec.init_containers.iter().map(&of).max().unwrap_or(0);
-    spec.containers
-        .iter()
-        .map(&of)
-        .fold(0, i64::saturating_add)
-        .max(init)
+    let (mut sidecars, mut most) = (0_i64, 0_i64);
+    for container in &spec.init_containers {
+        let needs = sidecars.saturating_add(of(container));
+        most = most.max(needs);
+        if container.is_sidecar() {
+            sidecars = needs;
+        }
+    }
+    let together = spec.containers.iter().map(&of);
+    together.fold(sidecars, i64::saturating_add).max(most)
 }
 
 fn extended(spec: &pb::PodSpec) -> BTreeMap<String, i64> {

@@ -192,8 +192,8 @@ mod tests {
         };
         for (volume, message) in [
             (
-                json!({"name": "v", "hostPath": {"path": "/"}}),
-                "spec.volumes[v].hostPath: volumes of this kind are not supported yet",
+                json!({"name": "v", "hostPath": {"path": "/", "type": "Pipe"}}),
+                "spec.volumes[v].hostPath.type (`Pipe`): this type is not known",
             ),
             (
                 json!({"name": "v", "fromTheFuture": {}}),

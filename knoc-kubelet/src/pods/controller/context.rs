@@ -13,7 +13,10 @@ use crate::{
     agent::{Agent, Link},
     metrics::Metrics,
     node::unit::Unit,
-    pods::{events::Events, presence::PodLookup, queue::Queue, services::Services, store::Store},
+    pods::{
+        events::Events, presence::PodLookup, queue::Queue, references::References,
+        services::Services, store::Store,
+    },
 };
 
 /// Pods turn unready only after the link was down for this long: a restarted agent is back sooner.
@@ -45,6 +48,8 @@ pub struct ApiServer {
     pub events: Events,
     /// The Services from which environment variables are made.
     pub services: Services,
+    /// The `ConfigMaps` and Secrets to which pods refer.
+    pub references: References,
 }
 
 /// The agent and the link to it.

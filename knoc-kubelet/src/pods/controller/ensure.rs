@@ -9,38 +9,55 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{pb, reason::ErrorReason};
-use knoc_translate::Missing;
+use knoc_translate::{BadSecret, Missing, Unbound};
 use prost::Message as _;
 
 use super::worker::Worker;
-use crate::pods::{
-    resolve::{self, ResolveError},
-    status::Rejection,
-    store::PodView,
+use crate::{
+    agent::Sent,
+    pods::{
+        resolve::{self, ResolveError},
+        status::{self, Rejection},
+        store::PodView,
+    },
 };
 
 /// How long to wait before values are sent again that the agent asked for.
 const RESEND_PAUSE: SignedDuration = SignedDuration::from_secs(5);
+/// How soon the values of a pod are resolved again at the earliest, however often its objects change.
+const SOONEST: Duration = Duration::from_secs(1);
+/// When to try again if a refresh is due that could not be done.
+const NOT_DONE: Duration = Duration::from_secs(5);
+/// After a restart the values of all pods are resolved again, within this time for each of them.
+const AFTER_RESTART: Duration = Duration::from_millis(10);
+
+/// The beginning of an Event about values that are not applied.
+const STALE: &str = "The pod keeps its present files and variables";
 
 /// Why the values of a pod could not be made.
 #[derive(Debug, thiserror::Error)]
-enum NoValues {
+pub(super) enum NoValues {
     #[error(transparent)]
     Missing(#[from] Missing),
     #[error("resolve what the pod refers to")]
     Resolve(#[from] ResolveError),
+    #[error(transparent)]
+    PullSecret(#[from] BadSecret),
 }
 
 impl Worker<'_> {
     /// Sends the pod to the agent; if that fails, records why the pod waits or was rejected.
     pub(super) async fn ensure(&mut self, pod: &Pod) {
         let shape = match knoc_translate::shape(pod) {
-            Ok(shape) => self.context.node.of_this_cluster(shape),
+            Ok(shape) => self.without_refused(self.context.node.of_this_cluster(shape)),
             Err(problems) => {
                 let generation = pod.metadata.generation.unwrap_or(1);
                 self.reject(pod, generation, "UnsupportedPodSpec", &problems.join("; "));
                 return;
             }
+        };
+        let Some(shape) = self.with_claims(pod, shape).await else {
+            return;
         };
         let judged = self.memory.admission.judged >= shape.generation;
         if !judged || !self.context.node.knows_resources(&shape) {
@@ -55,28 +72,90 @@ impl Worker<'_> {
             self.retry();
             return;
         }
-        let values = match self.values(pod).await {
-            Ok(values) => values,
+        let (sent, lacking) = match self.values(pod).await {
+            Ok(sent) => sent,
             Err(error) => {
                 self.no_values(pod, &error);
                 self.retry();
                 return;
             }
         };
+        if !lacking.is_empty() {
+            self.ephemeral_waits(pod, &lacking).await;
+            return;
+        }
         let generation = shape.generation;
-        let hash = contents(&values);
+        let hashes = Hashes::of(&sent);
         knoc_proto::crash::point("kubelet.ensure.before");
-        let answer = self.context.site.agent.ensure_pod(shape, values).await;
+        let answer = self.context.site.agent.ensure_pod(shape, sent).await;
         knoc_proto::crash::point("kubelet.ensure.after");
         match answer {
             Ok(answer) => {
                 self.memory.agent.ensured = generation;
-                self.memory.values.sent = Some(hash);
+                self.memory.values.sent = Some(hashes);
                 self.memory.status.hold = None;
                 self.memory.attempts = 0;
                 self.answered(answer.pod);
             }
             Err(status) => self.not_ensured(pod, generation, &status),
+        }
+    }
+
+    /// The shape without the ephemeral containers that are rejected: each is rejected alone.
+    fn without_refused(&self, mut shape: pb::PodSpec) -> pb::PodSpec {
+        if !shape.ephemeral_containers.is_empty() {
+            let findings = self.context.pods.store.findings(self.uid);
+            let rejected = findings.unwrap_or_default();
+            let refused = |name: &str| status::refused(&rejected.rejected, name).is_some();
+            shape.ephemeral_containers.retain(|one| !refused(&one.name));
+        }
+        shape
+    }
+
+    /// An ephemeral container waits for what its variables refer to. The pod runs without it.
+    async fn ephemeral_waits(&mut self, pod: &Pod, lacking: &[String]) {
+        let message = lacking.join("; ");
+        self.record_once(pod, "Failed", &format!("Error: {message}"));
+        self.hold("CreateContainerConfigError", &message);
+        self.retry();
+        let due = self.memory.values.refresh_at;
+        if due.is_some_and(|at| at <= Timestamp::now()) {
+            self.refresh(pod).await;
+        }
+    }
+
+    /// The shape with the volumes of its claims; otherwise records why the pod waits or was rejected.
+    async fn with_claims(&mut self, pod: &Pod, mut shape: pb::PodSpec) -> Option<pb::PodSpec> {
+        let names = knoc_translate::needs(pod).claims;
+        if names.is_empty() {
+            return Some(shape);
+        }
+        let found = resolve::claims(&self.context.api.client, pod, &names).await;
+        let bound = match found {
+            Ok(mut found) => {
+                if self.accepted(pod) {
+                    // A claim that is deleted stays until the pods that use it are gone.
+                    let claims = found.values_mut().filter_map(|found| found.claim.as_mut());
+                    claims.for_each(|claim| claim.metadata.deletion_timestamp = None);
+                }
+                knoc_translate::bind_claims(pod, &mut shape, &found)
+            }
+            Err(error) => Err(Unbound::Waits(vec![knoc_proto::error::chain(&error)])),
+        };
+        match bound {
+            Ok(()) => Some(shape),
+            Err(Unbound::Never(problems)) => {
+                let problems = problems.join("; ");
+                self.reject(pod, shape.generation, "UnsupportedPodSpec", &problems);
+                None
+            }
+            Err(Unbound::Waits(why)) => {
+                let message = why.join("; ");
+                self.record_once(pod, "FailedMount", &message);
+                self.hold("", &message);
+                self.retry();
+                None
+            }
         }
     }
 
@@ -87,6 +166,11 @@ impl Worker<'_> {
                 self.record_once(pod, "FailedMount", mount);
             }
             self.hold("", &message);
+            return;
+        }
+        if let NoValues::PullSecret(_) = error {
+            self.record_once(pod, "FailedToRetrieveImagePullSecret", &message);
+            self.hold("ErrImagePull", &message);
             return;
         }
         self.record_once(pod, "Failed", &format!("Error: {message}"));
@@ -133,37 +217,62 @@ impl Worker<'_> {
 
     /// Sends the values again if they changed.
     pub(super) async fn refresh(&mut self, pod: &Pod) {
-        let values = match self.values(pod).await {
-            Ok(values) => values,
+        let sent = match self.values(pod).await {
+            // The ephemeral containers that lack something are not at the agent yet.
+            Ok((sent, _lacking)) => sent,
             Err(error) => {
-                let error = knoc_proto::error::chain(&error);
-                tracing::warn!(uid = %self.uid, %error, "could not refresh the values of a pod, its old ones stay");
+                self.record_stale(pod, &error);
                 self.refresh_later(Duration::from_mins(1));
                 return;
             }
         };
-        let hash = contents(&values);
-        if self.memory.values.sent == Some(hash) {
+        let hashes = Hashes::of(&sent);
+        if self
+            .memory
+            .values
+            .sent
+            .is_some_and(|before| before.covers(hashes))
+        {
             return;
         }
-        match self
-            .context
-            .site
-            .agent
-            .update_values(self.uid, values)
-            .await
-        {
-            Ok(()) => self.memory.values.sent = Some(hash),
+        match self.context.site.agent.update_values(self.uid, sent).await {
+            Ok(()) => self.memory.values.sent = Some(hashes),
             Err(status) => {
+                if ErrorReason::of(&status) == Some(ErrorReason::InvalidSpec) {
+                    let message = format!("{STALE}: {}", status.message());
+                    self.record_once(pod, "FailedMount", &message);
+                    // The same values would be rejected again.
+                    self.memory.values.sent = Some(hashes);
+                    return;
+                }
                 self.refresh_later(Duration::from_secs(10));
                 self.failed("UpdateValues", &status);
             }
         }
     }
 
-    async fn values(&mut self, pod: &Pod) -> Result<pb::PodValues, NoValues> {
+    /// The values of an accepted pod cannot be made any more: it keeps those that it has.
+    fn record_stale(&mut self, pod: &Pod, error: &NoValues) {
+        let messages = match error {
+            NoValues::Missing(Missing::Mounts(mounts)) => mounts.clone(),
+            NoValues::Missing(Missing::Variables(variables)) => variables.clone(),
+            NoValues::Resolve(_) | NoValues::PullSecret(_) => {
+                let error = knoc_proto::error::chain(error);
+                tracing::warn!(uid = %self.uid, %error, "could not refresh the values of a pod, its old ones stay");
+                return;
+            }
+        };
+        for message in messages {
+            self.record_once(pod, "FailedMount", &format!("{STALE}: {message}"));
+        }
+    }
+
+    /// What is sent for the pod, and what the variables of ephemeral containers lack.
+    async fn values(&mut self, pod: &Pod) -> Result<(Sent, Vec<String>), NoValues> {
         let now = Timestamp::now();
         let needs = knoc_translate::needs(pod);
+        let references = &self.context.api.references;
+        self.memory.values.read = Some((now, references.level()));
         let allocatable = self.context.allocatable();
         let resolved = resolve::resolve(
             &self.context.api.client,
@@ -175,9 +284,18 @@ impl Worker<'_> {
             now,
         )
         .await?;
+        let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
+        let objects = resolve::versions(namespace, &needs, &resolved);
+        self.memory.values.look_at = Some(now)
+            .filter(|_| !objects.is_empty() || !needs.trust_bundles.is_empty())
+            .and_then(resolve::look_at);
+        self.memory.values.unwatched = !needs.trust_bundles.is_empty();
+        // What is missing is watched too: the pod goes on as soon as it appears.
+        references.follow(self.uid, objects);
         let knoc_translate::Values {
             mut values,
             skipped,
+            lacking,
         } = knoc_translate::values(pod, &resolved)?;
         if !skipped.is_empty() {
             let text = format!(
@@ -188,21 +306,27 @@ impl Worker<'_> {
         }
         self.memory.values.revision = self.memory.values.revision.max(now.as_millisecond() - 1) + 1;
         values.revision = self.memory.values.revision;
-        self.memory.values.refresh_at =
-            resolve::refresh_at(&needs, &self.memory.values.tokens, now);
+        self.memory.values.refresh_at = resolve::renew_at(&self.memory.values.tokens);
         self.memory.values.metadata = Some(metadata(pod));
+        let pull_credentials = self.pull_credentials(pod, now).await;
         self.plan(now);
-        Ok(values)
+        let sent = Sent {
+            values,
+            pull_credentials: pull_credentials?,
+        };
+        Ok((sent, lacking))
     }
 
-    /// Plans when to resolve the values again: as planned before; within a minute if an earlier process sent them; at
-    /// once if labels or annotations changed that the pod reads.
+    /// Plans when to resolve the values again: when a token is due; soon if an earlier process sent them, or if an object
+    /// changed to which the pod refers; at once if labels or annotations changed that the pod reads.
     pub(super) fn plan_refresh(&mut self, view: &PodView, now: Timestamp) {
         let Some(observed) = &view.observed else {
             return;
         };
         if observed.phase() == pb::PodPhase::Finished {
             self.memory.values.refresh_at = None;
+            self.memory.values.look_at = None;
+            self.context.api.references.forget(self.uid);
             return;
         }
         if observed.values_wanted {
@@ -213,8 +337,13 @@ impl Worker<'_> {
         match self.memory.values.metadata {
             None => {
                 let needs = knoc_translate::needs(&view.pod);
-                if needs != knoc_translate::Needs::default() {
-                    self.refresh_later(Duration::from_millis(rand::random_range(1000..60_000)));
+                if let Some(after) = Self::pull_secrets_due(view) {
+                    self.refresh_later(after);
+                } else if needs != knoc_translate::Needs::default() {
+                    let pods = self.context.pods.store.count().try_into();
+                    let most = AFTER_RESTART.saturating_mul(pods.unwrap_or(u32::MAX));
+                    let most = most.clamp(SOONEST, Duration::from_mins(1));
+                    self.refresh_later(most.mul_f64(rand::random_range(0.0..1.0)));
                 }
                 self.memory.values.metadata = Some(metadata(&view.pod));
             }
@@ -223,7 +352,30 @@ impl Worker<'_> {
             }
             Some(_) => {}
         }
+        self.refresh_changed(now);
         self.plan(now);
+    }
+
+    /// Plans a refresh if an object has changed since it was read, or if it was not watched for a while.
+    fn refresh_changed(&mut self, now: Timestamp) {
+        let Some((read_at, level)) = self.memory.values.read else {
+            return;
+        };
+        let references = &self.context.api.references;
+        let values = &mut self.memory.values;
+        if let Some(pause) = references.changed_since(self.uid, level) {
+            let soonest = read_at.checked_add(SOONEST).unwrap_or(now);
+            let at = now.checked_add(pause).unwrap_or(now).max(soonest);
+            values.refresh_at = Some(values.refresh_at.map_or(at, |before| before.min(at)));
+        }
+        if values.look_at.is_some_and(|at| at <= now) {
+            if references.all_watched(self.uid) && !values.unwatched {
+                values.look_at = resolve::look_at(now);
+            } else {
+                values.look_at = None;
+                values.refresh_at = Some(now);
+            }
+        }
     }
 
     /// The agent has lost the values (it keeps them in memory, or the job was requeued). They are sent again even if
@@ -257,10 +409,40 @@ impl Worker<'_> {
 
     /// Schedules the next round for when the refresh is due.
     fn plan(&mut self, now: Timestamp) {
-        if let Some(at) = self.memory.values.refresh_at {
-            let wait = at.duration_since(now).max(SignedDuration::ZERO);
-            self.revisit_in(Duration::try_from(wait).unwrap_or_default());
+        let values = &self.memory.values;
+        if let Some(at) = values.refresh_at.into_iter().chain(values.look_at).min() {
+            let wait = Duration::try_from(at.duration_since(now)).unwrap_or_default();
+            // What is due is done in this round, unless the link is down or the pod is being ended.
+            self.revisit_in(if wait.is_zero() { NOT_DONE } else { wait });
         }
+    }
+}
+
+/// Hashes of what the agent was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Hashes {
+    values: u64,
+    /// `None` if no credentials were sent.
+    credentials: Option<u64>,
+}
+
+impl Hashes {
+    fn of(sent: &Sent) -> Self {
+        let hash = |credentials: &pb::PullCredentials| {
+            let mut hasher = DefaultHasher::new();
+            credentials.encode_to_vec().hash(&mut hasher);
+            hasher.finish()
+        };
+        Self {
+            values: contents(&sent.values),
+            credentials: sent.pull_credentials.as_ref().map(hash),
+        }
+    }
+
+    /// Does the agent have all of `newer`? It needs no credentials if there are none in it.
+    fn covers(self, newer: Self) -> bool {
+        let credentials = newer.credentials.is_none() || newer.credentials == self.credentials;
+        self.values == newer.values && credentials
     }
 }
 

@@ -49,9 +49,15 @@ pub(super) struct AgentSide {
 pub(super) struct Values {
     pub(super) tokens: Tokens,
     pub(super) revision: i64,
-    /// Hash of the values that the agent accepted last.
-    pub(super) sent: Option<u64>,
+    /// Hashes of the values and credentials that the agent accepted last.
+    pub(super) sent: Option<super::ensure::Hashes>,
     pub(super) refresh_at: Option<Timestamp>,
+    /// When to read objects again that nothing watches.
+    pub(super) look_at: Option<Timestamp>,
+    /// Whether the pod refers to objects that are never watched.
+    pub(super) unwatched: bool,
+    /// When the objects were read last, and the level of their changes then.
+    pub(super) read: Option<(Timestamp, u64)>,
     /// When values that the agent asked for were last sent again.
     pub(super) resent_at: Option<Timestamp>,
     /// Hash of the labels and annotations from which the values were made.
@@ -65,13 +71,17 @@ pub(super) struct Status {
     pub(super) hold: Option<Hold>,
     /// The last status patch, and the resourceVersion that it led to.
     pub(super) sent: Option<(serde_json::Value, Option<String>)>,
+    /// Since when the status differs from the published one.
+    pub(super) differs_since: Option<Instant>,
 }
 
 /// Which Events were recorded.
 #[derive(Debug, Default)]
 pub(super) struct SentEvents {
-    /// Sequence number of the newest note of the agent that was recorded.
+    /// Sequence number of the newest note of the agent that was recorded or replaced by a later one.
     pub(super) note: Option<i64>,
+    /// Since when a note about the queue is held that may be replaced by a later one.
+    pub(super) held_since: Option<Instant>,
     /// Hashes of Events that are recorded only once: starts and failures of containers, and warnings.
     pub(super) once: HashSet<u64>,
 }

@@ -1,17 +1,24 @@
 //! Records what the agent reports of a pod as Events, each once: its notes, and the changes of containers.
 //!
+//! A note about the queue is held for a moment: if the job starts meanwhile, the note of its start says enough.
+//!
 //! Changes of containers are read from their current state: a container's id names one attempt, so `Created` and
 //! `Started` are recorded once for each attempt, however many observations were missed.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    time::Duration,
+};
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb::{self, container_status::State};
+use tokio::time::Instant;
 
 use super::worker::Worker;
 use crate::pods::{
     events::{Note, about_pod},
+    resize,
     store::PodView,
 };
 
@@ -25,6 +32,18 @@ const FAILURES: &[&str] = &[
 /// Notes older than this at the start of the process were recorded by an earlier process.
 const EARLIER: SignedDuration = SignedDuration::from_secs(120);
 
+/// How long a note about the queue waits for a later one that replaces it.
+const HELD: Duration = Duration::from_secs(10);
+
+/// Notes about the queue. Each is replaced by any later note of [`REPLACING`].
+const QUEUE: &[&str] = &["SlurmJobPending", "SlurmJobSubmitted"];
+const REPLACING: &[&str] = &[
+    "SlurmJobNeverStarts",
+    "SlurmJobPending",
+    "SlurmJobStarted",
+    "SlurmJobSubmitted",
+];
+
 impl Worker<'_> {
     pub(super) fn record_notes(&mut self, view: &PodView) {
         let Some(observed) = &view.observed else {
@@ -33,7 +52,19 @@ impl Worker<'_> {
         let first = self.memory.events.note.is_none();
         let told = self.memory.events.note.unwrap_or(i64::MIN);
         let started = self.context.process.started;
-        for note in observed.notes.iter().filter(|note| note.sequence > told) {
+        let new = observed.notes.iter().filter(|note| note.sequence > told);
+        let new: Vec<_> = new.collect();
+        let ended = observed.phase() == pb::PodPhase::Finished;
+        let held = self.holds(new.last().filter(|_| !ended));
+        for (index, note) in new.iter().enumerate() {
+            let later = new.get(index + 1..).unwrap_or_default();
+            if later.is_empty() && held {
+                break;
+            }
+            if replaced(note, later) {
+                self.memory.events.note = Some(note.sequence);
+                continue;
+            }
             let at = Timestamp::from_nanosecond(i128::from(note.at)).unwrap_or_default();
             self.memory.events.note = Some(note.sequence);
             let (since, salt) = since_and_salt(note, started);
@@ -52,6 +83,24 @@ impl Worker<'_> {
         }
     }
 
+    /// Is the newest note held, because it is about the queue and young?
+    fn holds(&mut self, newest: Option<&&pb::PodNote>) -> bool {
+        let newest = newest.filter(|note| QUEUE.contains(&note.reason.as_str()));
+        if newest.is_none() {
+            self.memory.events.held_since = None;
+            return false;
+        }
+        let now = Instant::now();
+        let since = *self.memory.events.held_since.get_or_insert(now);
+        let left = HELD.saturating_sub(now.duration_since(since));
+        if left.is_zero() {
+            self.memory.events.held_since = None;
+            return false;
+        }
+        self.revisit_in(left);
+        true
+    }
+
     /// Records `Created`, `Started`, `BackOff` and `Failed` of containers.
     pub(super) fn record_containers(&mut self, view: &PodView) {
         let Some(observed) = &view.observed else {
@@ -63,7 +112,7 @@ impl Worker<'_> {
             .started
             .checked_sub(EARLIER)
             .unwrap_or(Timestamp::MIN);
-        for status in observed.init_containers.iter().chain(&observed.containers) {
+        for status in observed_containers(observed) {
             match &status.state {
                 Some(State::Running(running)) => {
                     self.record_start(view, status, running.started_at, since);
@@ -152,7 +201,7 @@ impl Worker<'_> {
             return;
         };
         let now = Timestamp::now();
-        for status in observed.init_containers.iter().chain(&observed.containers) {
+        for status in observed_containers(observed) {
             let salt = hash(&("Killing", &status.name, &status.container_id));
             let runs = matches!(status.state, Some(State::Running(_)));
             if runs && self.memory.events.once.insert(salt) {
@@ -166,6 +215,14 @@ impl Worker<'_> {
     pub(super) fn record_once(&mut self, pod: &Pod, reason: &str, message: &str) {
         if self.memory.events.once.insert(hash(&(reason, message))) {
             self.record(pod, true, reason, message);
+        }
+    }
+
+    /// Somebody asks for other resources than the pod has.
+    pub(super) fn record_resize(&mut self, pod: &Pod) {
+        if resize::is_asked(pod) {
+            let message = format!("Pod resize infeasible: {}", resize::INFEASIBLE);
+            self.record_once(pod, "ResizeInfeasible", &message);
         }
     }
 
@@ -194,6 +251,18 @@ impl Worker<'_> {
             times: 1,
         });
     }
+}
+
+/// PURE: the statuses of all containers, of whatever kind.
+fn observed_containers(pod: &pb::PodObserved) -> impl Iterator<Item = &pb::ContainerStatus> {
+    let lasting = pod.init_containers.iter().chain(&pod.containers);
+    lasting.chain(&pod.ephemeral_containers)
+}
+
+/// PURE: does one of the later notes say what this one says, and more?
+fn replaced(note: &pb::PodNote, later: &[&pb::PodNote]) -> bool {
+    let one_of = |reasons: &[&str], note: &pb::PodNote| reasons.contains(&note.reason.as_str());
+    one_of(QUEUE, note) && later.iter().any(|later| one_of(REPLACING, later))
 }
 
 /// PURE: from when on a process that started at `started` records a note, and what distinguishes the note's Event from others

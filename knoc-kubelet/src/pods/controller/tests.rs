@@ -4,8 +4,11 @@ mod agent;
 mod api;
 mod capabilities;
 mod changes;
+mod cost;
 mod extended;
+mod live;
 mod predicates;
+mod pull_secrets;
 mod vanish;
 
 use std::{collections::BTreeMap, time::Duration};
@@ -29,7 +32,10 @@ use agent::FakeAgent;
 use api::FakeApi;
 
 use super::{
-    super::{events::Events, presence::PodLookup, queue::Queue, services::Services, store::Store},
+    super::{
+        events::Events, presence::PodLookup, queue::Queue, references::References,
+        services::Services, store::Store,
+    },
     *,
 };
 
@@ -80,6 +86,7 @@ impl Kubelet {
         let (events, notes) = Events::channel();
         let services = Services::default();
         services.no_services();
+        let references = References::default();
         let (store, queue) = (Store::default(), Queue::default());
         let (shutdown, deposed) = (CancellationToken::new(), CancellationToken::new());
         let context = Arc::new(Context {
@@ -88,6 +95,7 @@ impl Kubelet {
                 pod_lookup: PodLookup::Get,
                 events,
                 services,
+                references: references.clone(),
             },
             site: Site {
                 agent: handle.clone(),
@@ -109,6 +117,7 @@ impl Kubelet {
         let mut tasks = JoinSet::new();
         let watch = AgentWatch::new(handle, store.clone(), queue.clone(), link_to, capacity_to);
         tasks.spawn(watch.run(shutdown.clone()));
+        tasks.spawn(references.run(client.clone(), queue.clone(), shutdown.clone()));
         tasks.spawn(Recorder::new(client, "knoc-t").run(notes, shutdown.clone()));
         tasks.spawn(Controller::new(context.clone()).run(shutdown.clone()));
         let up = link.clone().wait_for(Link::is_up).await.map(drop);

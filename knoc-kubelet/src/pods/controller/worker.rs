@@ -8,19 +8,15 @@ use knoc_proto::{ids::PodUid, pb, reason::ErrorReason};
 use knoc_translate::Grace;
 use tokio::time::Instant;
 
-use super::{
-    admission,
-    context::{Context, UNREACHABLE_AFTER},
-    memory::Memory,
-};
+use super::{admission, context::Context, memory::Memory};
 use crate::{
-    metrics::PatchResult,
     node::{self, allocations, predicates::Mismatch},
     pods::{
         decide::{self, AgentSide, Decision, Desired, Done, Present},
         events::{Note, about_pod},
         publish::{self, PublishError},
-        status::{self, Hold, Input, Rejection},
+        resize,
+        status::{self, Hold, Rejection},
         store::PodView,
     },
 };
@@ -72,6 +68,7 @@ impl Worker<'_> {
                 return true;
             }
             self.record_notes(view);
+            self.record_resize(&view.pod);
             self.record_containers(view);
             self.plan_refresh(view, now);
         }
@@ -81,9 +78,10 @@ impl Worker<'_> {
             (Decision::Drop, _) => {
                 self.context.node.allocations().release(self.uid);
                 self.context.pods.store.forget(self.uid);
+                self.context.api.references.forget(self.uid);
                 return false;
             }
-            (Decision::Ensure, Some(view)) => self.ensure(&view.pod).await,
+            (Decision::Ensure, Some(view)) => self.ensure(&resize::as_accepted(&view.pod)).await,
             (Decision::MarkLost, _) => self.memory.agent.lost = true,
             (_, _) => {}
         }
@@ -101,7 +99,7 @@ impl Worker<'_> {
             self.go_on_when_terminal();
         }
         match (decision, &view) {
-            (Decision::Refresh, Some(view)) => self.refresh(&view.pod).await,
+            (Decision::Refresh, Some(view)) => self.refresh(&resize::as_accepted(&view.pod)).await,
             (Decision::Stop(grace), _) => {
                 if let Some(view) = &view {
                     self.record_killing(view);
@@ -280,8 +278,8 @@ impl Worker<'_> {
                 let ended = status::is_terminal(&view.pod)
                     || observed_phase(&view) == Some(pb::PodPhase::Finished);
                 if !ended && (view.observed.is_some() || ran(&view.pod)) {
-                    let amounts =
-                        knoc_translate::shape(&view.pod).map(|shape| allocations::requests(&shape));
+                    let amounts = knoc_translate::shape(&resize::as_accepted(&view.pod))
+                        .map(|shape| allocations::requests(&shape));
                     allocations.hold(&view.uid, amounts.unwrap_or_default());
                 }
             }
@@ -289,83 +287,6 @@ impl Worker<'_> {
         allocations
             .allocate(self.uid, allocations::requests(shape), &allocatable)
             .map_err(|short| admission::out_of(&short))
-    }
-
-    /// Writes the status if it differs. Returns false if the round must not continue.
-    async fn publish(&mut self, view: &PodView) -> bool {
-        // This round may have changed both.
-        let observed = match self.context.pods.store.observed(self.uid) {
-            None if self.memory.agent.lost => Some(Arc::new(lost(view))),
-            observed => observed,
-        };
-        let input = Input {
-            pod: &view.pod,
-            observed: observed.as_deref(),
-            hold: self.memory.status.hold.as_ref(),
-            // A pod that the agent has reports its state itself.
-            rejection: self
-                .memory
-                .admission
-                .rejection
-                .as_ref()
-                .filter(|_| observed.is_none()),
-            unreachable: self.unreachable(),
-            pod_ip_of_node: self.context.node.identity().pod_ip_of_node,
-            judged: self.judged(&view.pod),
-            now: Timestamp::now(),
-        };
-        let Some(patch) =
-            status::status(&input).and_then(|wanted| publish::patch(&view.pod, &wanted))
-        else {
-            return true;
-        };
-        let sent = (patch, view.pod.metadata.resource_version.clone());
-        if self.memory.status.sent.as_ref() == Some(&sent) {
-            // An older API server does not store all fields that we send.
-            return true;
-        }
-        let began = Instant::now();
-        let answer = publish::send(&self.context.api.client, &view.pod, &sent.0).await;
-        let result = match &answer {
-            Ok(_) => PatchResult::Ok,
-            Err(PublishError::Gone) => PatchResult::Gone,
-            Err(_) => PatchResult::Error,
-        };
-        self.context
-            .process
-            .metrics
-            .patched(result, began.elapsed());
-        match answer {
-            Ok(pod) => {
-                self.memory.status.sent = Some((sent.0, pod.metadata.resource_version.clone()));
-                self.context.pods.store.refresh_desired(self.uid, pod);
-                true
-            }
-            Err(PublishError::Gone) => {
-                // The watch will bring the deletion; look again in case it does not.
-                self.revisit_in(Duration::from_secs(1));
-                false
-            }
-            Err(error) => {
-                let error = knoc_proto::error::chain(&error);
-                tracing::warn!(uid = %self.uid, %error, "could not write the status of a pod, trying again");
-                // Everything else comes after the status, so no earlier than the next try.
-                self.again = None;
-                self.retry();
-                false
-            }
-        }
-    }
-
-    /// The pod's generation if it was judged, which needs the link.
-    fn judged(&self, pod: &Pod) -> Option<i64> {
-        let generation = pod.metadata.generation;
-        generation.filter(|generation| self.memory.admission.judged >= *generation)
-    }
-
-    fn unreachable(&self) -> bool {
-        *self.context.pods.listed.borrow()
-            && self.context.site.link.borrow().down_for() >= UNREACHABLE_AFTER
     }
 
     async fn stop(&mut self, grace: Grace, gone: bool) {
@@ -487,30 +408,8 @@ fn observed_phase(view: &PodView) -> Option<pb::PodPhase> {
     view.observed.as_ref().map(|observed| observed.phase())
 }
 
-/// Stands for the observation of a pod that the agent does not know and that will not be sent again, since it ran or is
-/// being deleted.
-fn lost(view: &PodView) -> pb::PodObserved {
-    let message = if ran(&view.pod) {
-        "the agent no longer knows this pod, although it ran"
-    } else {
-        "the pod was deleted before it ran"
-    };
-    pb::PodObserved {
-        uid: view.uid.to_string(),
-        spec_generation: view.pod.metadata.generation.unwrap_or(1),
-        phase: pb::PodPhase::Finished.into(),
-        outcome: Some(pb::Outcome {
-            kind: pb::OutcomeKind::Failed.into(),
-            reason: "ContainerStatusUnknown".to_owned(),
-            message: message.to_owned(),
-            ..pb::Outcome::default()
-        }),
-        ..pb::PodObserved::default()
-    }
-}
-
 /// Does the status in the API server say that a container ran?
-fn ran(pod: &Pod) -> bool {
+pub(super) fn ran(pod: &Pod) -> bool {
     let Some(status) = &pod.status else {
         return false;
     };

@@ -4,6 +4,7 @@ use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition};
 use knoc_proto::pb::{self, PodPhase};
 
 use super::{Input, containers::Statuses, observed_generation, phase::Phase, seconds};
+use crate::pods::resize::{self, RESIZE_PENDING};
 
 /// Status, reason and message of a condition; None means True without a reason.
 type Why = Option<(bool, &'static str, String)>;
@@ -13,7 +14,7 @@ pub(super) fn conditions(
     phase: Phase,
     statuses: &Statuses,
 ) -> Vec<PodCondition> {
-    let containers_ready = containers_ready(phase, &statuses.regular);
+    let containers_ready = containers_ready(phase, statuses);
     let ready = if input.unreachable && !matches!(phase, Phase::Succeeded | Phase::Failed) {
         Some((
             false,
@@ -30,6 +31,10 @@ pub(super) fn conditions(
         condition(input, "ContainersReady", containers_ready),
         condition(input, "PodScheduled", None),
     ];
+    if !matches!(phase, Phase::Succeeded | Phase::Failed) && resize::is_asked(input.pod) {
+        let why = Some((true, "Infeasible", resize::INFEASIBLE.to_owned()));
+        list.push(condition(input, RESIZE_PENDING, why));
+    }
     let outcome = input
         .observed
         .and_then(|observed| observed.outcome.as_ref());
@@ -110,24 +115,24 @@ fn initialized(phase: Phase, statuses: &Statuses) -> Why {
     if phase == Phase::Succeeded {
         return Some((true, "PodCompleted", String::new()));
     }
-    let unfinished = names(&statuses.init, |status| {
-        let terminated = status
-            .state
-            .as_ref()
-            .and_then(|state| state.terminated.as_ref());
-        terminated.is_none_or(|terminated| terminated.exit_code != 0)
-    });
-    let unfinished = unfinished?;
+    // A sidecar that is being restarted does not undo the initialization.
+    if statuses.any_regular_started() {
+        return None;
+    }
+    let unfinished = names(&statuses.init, |status| !statuses.has_opened(status))?;
     let text = format!("containers with incomplete status: [{unfinished}]");
     Some((false, "ContainersNotInitialized", text))
 }
 
-fn containers_ready(phase: Phase, regular: &[ContainerStatus]) -> Why {
+/// Sidecars count as the regular containers do.
+fn containers_ready(phase: Phase, statuses: &Statuses) -> Why {
     match phase {
         Phase::Succeeded => Some((false, "PodCompleted", String::new())),
         Phase::Failed => Some((false, "PodFailed", String::new())),
         Phase::Pending | Phase::Running => {
-            let unready = names(regular, |status| !status.ready)?;
+            let sidecars = statuses.init.iter();
+            let sidecars = sidecars.filter(|status| statuses.is_sidecar(status));
+            let unready = names(sidecars.chain(&statuses.regular), |status| !status.ready)?;
             let text = format!("containers with unready status: [{unready}]");
             Some((false, "ContainersNotReady", text))
         }
@@ -166,9 +171,12 @@ fn gates(input: &Input<'_>) -> Why {
 }
 
 /// The names of the containers that fit, separated by spaces; None if none fits.
-fn names(list: &[ContainerStatus], fits: impl Fn(&ContainerStatus) -> bool) -> Option<String> {
+fn names<'a>(
+    list: impl IntoIterator<Item = &'a ContainerStatus>,
+    fits: impl Fn(&ContainerStatus) -> bool,
+) -> Option<String> {
     let names: Vec<_> = list
-        .iter()
+        .into_iter()
         .filter(|status| fits(status))
         .map(|status| status.name.as_str())
         .collect();

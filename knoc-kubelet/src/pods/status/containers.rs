@@ -2,16 +2,45 @@
 
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
-    ContainerStateWaiting, ContainerStatus, EphemeralContainer, Pod,
+    ContainerStateWaiting, ContainerStatus, EphemeralContainer,
 };
 use knoc_proto::pb::{self, PodPhase, container_status::State};
 
-use super::{Input, NO_EPHEMERAL, nanoseconds, seconds, waiting_message};
+use super::{Input, nanoseconds, refused, seconds, waiting_message};
+use crate::pods::resize;
 
 /// The statuses of a pod's containers, in the order of the spec.
 pub(super) struct Statuses {
     pub(super) init: Vec<ContainerStatus>,
     pub(super) regular: Vec<ContainerStatus>,
+    /// The names of the init containers that are sidecars.
+    sidecars: Vec<String>,
+}
+
+impl Statuses {
+    /// Whether it is the status of a sidecar: an init container that runs beside the others.
+    pub(super) fn is_sidecar(&self, status: &ContainerStatus) -> bool {
+        self.sidecars.contains(&status.name)
+    }
+
+    /// Whether what comes after this init container may start.
+    pub(super) fn has_opened(&self, status: &ContainerStatus) -> bool {
+        if self.is_sidecar(status) {
+            status.started == Some(true)
+        } else {
+            ended_well(status)
+        }
+    }
+
+    /// Whether a regular container was ever started.
+    pub(super) fn any_regular_started(&self) -> bool {
+        !self.regular.iter().all(never_ran)
+    }
+}
+
+/// Whether an init container of the spec is a sidecar.
+fn is_sidecar(container: &Container) -> bool {
+    container.restart_policy.as_deref() == Some("Always")
 }
 
 /// Reasons of a pod that become reasons of its waiting containers.
@@ -62,7 +91,17 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
     let mut statuses = Statuses {
         init: list(init, init_before, init_seen),
         regular: list(regular, regular_before, regular_seen),
+        sidecars: init
+            .iter()
+            .filter(|one| is_sidecar(one))
+            .map(|one| one.name.clone())
+            .collect(),
     };
+    for (containers, statuses) in [(init, &mut statuses.init), (regular, &mut statuses.regular)] {
+        for (container, status) in containers.iter().zip(statuses) {
+            status.resources = Some(resize::shown(input.pod, container));
+        }
+    }
     if input
         .observed
         .is_some_and(|observed| observed.phase() == PodPhase::Finished)
@@ -74,13 +113,14 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
         all.for_each(initializing);
     }
     for status in &mut statuses.init {
-        status.ready = ended_well(status);
+        if statuses.sidecars.contains(&status.name) {
+            status.ready &= is_running(status);
+        } else {
+            status.ready = ended_well(status);
+        }
     }
     for status in &mut statuses.regular {
-        status.ready &= status
-            .state
-            .as_ref()
-            .is_some_and(|state| state.running.is_some());
+        status.ready &= is_running(status);
     }
     statuses
 }
@@ -99,11 +139,55 @@ fn initializing(status: &mut ContainerStatus) {
     }
 }
 
-/// Ephemeral containers never start. Each is reported as terminated with the reason, so that a client that waits for
-/// one (kubectl debug) stops waiting and shows it.
-pub(super) fn ephemeral(pod: &Pod) -> Option<Vec<ContainerStatus>> {
-    let containers = pod.spec.as_ref()?.ephemeral_containers.as_deref()?;
-    let refused = |container: &EphemeralContainer| ContainerStatus {
+/// The statuses of the ephemeral containers; None if there are none.
+pub(super) fn ephemeral(input: &Input<'_>) -> Option<Vec<ContainerStatus>> {
+    let containers = input.pod.spec.as_ref()?.ephemeral_containers.as_deref()?;
+    let status = |container: &EphemeralContainer| ephemeral_status(input, container);
+    Some(containers.iter().map(status).collect::<Vec<_>>()).filter(|list| !list.is_empty())
+}
+
+fn ephemeral_status(input: &Input<'_>, ephemeral: &EphemeralContainer) -> ContainerStatus {
+    let container = Container {
+        name: ephemeral.name.clone(),
+        image: ephemeral.image.clone(),
+        ..Container::default()
+    };
+    let before = input
+        .pod
+        .status
+        .iter()
+        .flat_map(|status| status.ephemeral_container_statuses.iter().flatten())
+        .find(|one| one.name == ephemeral.name);
+    let mut seen = input
+        .observed
+        .into_iter()
+        .flat_map(|observed| &observed.ephemeral_containers);
+    let seen = seen.find(|one| one.name == ephemeral.name);
+    if let Some(why) = refused(input.refused, &ephemeral.name)
+        && seen.is_none()
+    {
+        return never_started(&container, why);
+    }
+    let mut status = status(input, &container, before, seen);
+    // Nobody waits for it to be ready.
+    status.ready = false;
+    let waiting = status
+        .state
+        .as_mut()
+        .and_then(|state| state.waiting.as_mut());
+    if seen.is_none()
+        && let (Some(waiting), Some(hold)) = (waiting, input.hold)
+    {
+        // The pod runs, and only the container is held up.
+        waiting.reason = text(&hold.reason).or(waiting.reason.take());
+        waiting.message = text(&hold.message);
+    }
+    status
+}
+
+/// Reported as terminated, so that a client that waits for it (kubectl debug) stops waiting and shows the reason.
+fn never_started(container: &Container, why: String) -> ContainerStatus {
+    ContainerStatus {
         name: container.name.clone(),
         image: container.image.clone().unwrap_or_default(),
         started: Some(false),
@@ -111,14 +195,18 @@ pub(super) fn ephemeral(pod: &Pod) -> Option<Vec<ContainerStatus>> {
             terminated: Some(ContainerStateTerminated {
                 exit_code: NEVER_STARTED_EXIT_CODE,
                 reason: Some("ContainerCannotRun".to_owned()),
-                message: Some(NO_EPHEMERAL.to_owned()),
+                message: Some(why),
                 ..ContainerStateTerminated::default()
             }),
             ..ContainerState::default()
         }),
         ..ContainerStatus::default()
-    };
-    Some(containers.iter().map(refused).collect::<Vec<_>>()).filter(|list| !list.is_empty())
+    }
+}
+
+fn is_running(status: &ContainerStatus) -> bool {
+    let state = status.state.as_ref();
+    state.is_some_and(|state| state.running.is_some())
 }
 
 fn ended_well(status: &ContainerStatus) -> bool {
@@ -138,9 +226,14 @@ fn status(
     match (seen, before) {
         (Some(seen), before) => of(container, seen, before),
         // Nothing new is known, so the published status stays.
-        (None, Some(before)) if started(before) => before.clone(),
+        (None, Some(before)) if started(before) || nothing_known(input) => before.clone(),
         (None, _) => waiting(input, container),
     }
+}
+
+/// Is neither known what the agent has of the pod nor why the agent does not have it, as after a restart?
+fn nothing_known(input: &Input<'_>) -> bool {
+    input.observed.is_none() && input.hold.is_none()
 }
 
 fn started(status: &ContainerStatus) -> bool {
@@ -267,7 +360,7 @@ fn settle_all(input: &Input<'_>, statuses: &mut Statuses) {
     }
 }
 
-/// Was a regular container ever started, or did the last init container ever succeed?
+/// Was a regular container ever started, or did the last init container ever succeed, or start if it is a sidecar?
 fn initialized(statuses: &Statuses) -> bool {
     let ended_well_before = |status: &ContainerStatus| {
         let last = status.last_state.as_ref();
@@ -275,8 +368,14 @@ fn initialized(statuses: &Statuses) -> bool {
             .is_some_and(|terminated| terminated.exit_code == 0)
     };
     let last = statuses.init.last();
-    last.is_none_or(|last| ended_well(last) || ended_well_before(last))
-        || !statuses.regular.iter().all(never_ran)
+    let opened = |last: &ContainerStatus| {
+        if statuses.is_sidecar(last) {
+            !never_ran(last)
+        } else {
+            ended_well(last) || ended_well_before(last)
+        }
+    };
+    last.is_none_or(opened) || statuses.any_regular_started()
 }
 
 fn never_ran(status: &ContainerStatus) -> bool {

@@ -1,4 +1,4 @@
-//! PURE: Kubernetes' phase function, in its exact order, without sidecars, which admission rejects.
+//! PURE: Kubernetes' phase function, in its exact order.
 
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus};
 
@@ -38,7 +38,11 @@ struct Count {
 pub(super) fn of(restart_policy: &str, statuses: &Statuses) -> Phase {
     let mut count = Count::default();
     for status in &statuses.init {
-        count.init(status);
+        if statuses.is_sidecar(status) {
+            count.sidecar(status);
+        } else {
+            count.init(status);
+        }
     }
     for status in &statuses.regular {
         count.regular(status);
@@ -78,6 +82,18 @@ impl Count {
                 Some(_) => self.failed_init += 1,
                 None => self.pending_init += 1,
             }
+        }
+    }
+
+    /// A sidecar that has ended counts neither as stopped nor as failed.
+    fn sidecar(&mut self, status: &ContainerStatus) {
+        let state = status.state.as_ref();
+        if state.is_some_and(|state| state.running.is_some()) {
+            self.pending_init += usize::from(status.started != Some(true));
+            self.running += 1;
+        } else if code(state).is_none() && code(status.last_state.as_ref()).is_none() {
+            self.pending_init += 1;
+            self.waiting += 1;
         }
     }
 

@@ -2,6 +2,10 @@ use serde_json::{Value, json};
 
 use super::*;
 
+mod ephemeral;
+mod gates;
+mod sidecars;
+
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).unwrap()
 }
@@ -86,6 +90,7 @@ fn compute(pod: &Pod, observed: Option<&pb::PodObserved>) -> PodStatus {
         observed,
         hold: None,
         rejection: None,
+        refused: &[],
         unreachable: false,
         pod_ip_of_node: false,
         judged: pod.metadata.generation,
@@ -122,6 +127,45 @@ fn pending_says_why_and_until_when() {
         .unwrap();
     assert_eq!(waiting.reason.as_deref(), Some("ContainerCreating"));
     assert_eq!(waiting.message.as_deref(), Some(text));
+}
+
+/// A new process that does not know yet what the agent has, or why the agent does not have the pod.
+#[test]
+fn a_process_that_knows_nothing_changes_nothing() {
+    let mut running = observed(PodPhase::Running, vec![container("a", running())]);
+    running.host_ip = "10.0.0.7".to_owned();
+    let queued = observed(PodPhase::Queued, vec![]);
+    let hold = Hold {
+        reason: "CreateContainerConfigError".to_owned(),
+        message: "configmap \"later\" not found".to_owned(),
+    };
+    let new = pod("Always", true, &json!({"phase": "Pending"}));
+    for (observed, hold) in [
+        (Some(&running), None),
+        (Some(&queued), None),
+        (None, Some(&hold)),
+    ] {
+        let input = |pod, observed, hold, now| Input {
+            pod,
+            observed,
+            hold,
+            rejection: None,
+            refused: &[],
+            unreachable: false,
+            judged: Some(2),
+            now: at(now),
+        };
+        let first = status(&input(&new, observed, hold, 1000)).unwrap();
+        let mut published = new.clone();
+        published.status = Some(first.clone());
+        let second = Input {
+            judged: None,
+            ..input(&published, None, None, 2000)
+        };
+        assert_eq!(status(&second).unwrap(), first);
+        let again = input(&published, observed, hold, 2000);
+        assert_eq!(status(&again).unwrap(), first);
+    }
 }
 
 #[test]
@@ -329,6 +373,7 @@ fn a_terminal_phase_is_never_left() {
         observed: Some(&observed),
         hold: None,
         rejection: None,
+        refused: &[],
         unreachable: false,
         pod_ip_of_node: false,
         judged: pod.metadata.generation,
@@ -349,6 +394,7 @@ fn a_rejected_pod_fails_with_its_whole_message() {
         observed: None,
         hold: None,
         rejection: Some(&rejection),
+        refused: &[],
         unreachable: false,
         pod_ip_of_node: false,
         judged: pod.metadata.generation,
@@ -371,6 +417,7 @@ fn a_missing_config_map_is_shown_by_the_containers() {
         observed: None,
         hold: Some(&hold),
         rejection: None,
+        refused: &[],
         unreachable: false,
         pod_ip_of_node: false,
         judged: pod.metadata.generation,
@@ -402,6 +449,7 @@ fn a_cut_link_only_takes_readiness() {
         observed: None,
         hold: None,
         rejection: None,
+        refused: &[],
         unreachable: true,
         pod_ip_of_node: false,
         judged: pod.metadata.generation,
@@ -432,6 +480,7 @@ fn a_generation_counts_once_it_was_judged_whether_it_is_taken_over_or_not() {
             observed: Some(&observed),
             hold: None,
             rejection: None,
+            refused: &[],
             unreachable: judged.is_none(),
             pod_ip_of_node: false,
             judged,
@@ -459,35 +508,6 @@ fn restart_counts_never_fall() {
     let observed = observed(PodPhase::Running, vec![container("a", running())]);
     let status = compute(&pod("Always", false, &before), Some(&observed));
     assert_eq!(status.container_statuses.unwrap()[0].restart_count, 3);
-}
-
-#[test]
-fn ephemeral_containers_are_reported_as_terminated_with_a_reason() {
-    let mut pod = pod("Always", false, &json!({"phase": "Running"}));
-    let said = |pod: &Pod| {
-        let input = Input {
-            pod,
-            observed: None,
-            hold: None,
-            rejection: None,
-            unreachable: false,
-            pod_ip_of_node: false,
-            judged: pod.metadata.generation,
-            now: at(100),
-        };
-        status(&input).unwrap().ephemeral_container_statuses
-    };
-    assert_eq!(said(&pod), None);
-    let spec = pod.spec.as_mut().unwrap();
-    spec.ephemeral_containers =
-        serde_json::from_value(json!([{"name": "debugger", "image": "busybox"}])).unwrap();
-    let statuses = said(&pod).unwrap();
-    let [debugger] = &statuses[..] else {
-        panic!("one status");
-    };
-    let ended = debugger.state.as_ref().unwrap().terminated.as_ref();
-    assert_eq!(debugger.name, "debugger");
-    assert_eq!(ended.unwrap().message.as_deref(), Some(NO_EPHEMERAL));
 }
 
 #[test]
@@ -519,6 +539,7 @@ fn messages_are_shown_safely_and_bounded_and_a_programs_own_stays() {
         observed: None,
         hold: None,
         rejection: Some(&rejection),
+        refused: &[],
         unreachable: false,
         pod_ip_of_node: false,
         judged: None,

@@ -442,7 +442,7 @@ async fn an_attach_is_rejected_with_the_texts_of_a_kubelet() {
         (
             "ns/terminal/debugger",
             500,
-            "container debugger not found in pod terminal_ns: ephemeral containers (kubectl debug) are not supported by this node",
+            "container debugger not found in pod terminal_ns",
         ),
     ];
     for (path, status, text) in cases {

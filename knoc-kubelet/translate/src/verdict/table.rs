@@ -39,6 +39,7 @@ const fn of(name: &'static str, heading: &'static str, rows: &'static [Row]) -> 
 pub(super) const TABLE: &[Type] = &[
     of("PodSpec", "The pod: `spec`", POD),
     of("Container", "A container: `spec.containers[]`, `spec.initContainers[]`", CONTAINER),
+    of("EphemeralContainer", "An ephemeral container: `spec.ephemeralContainers[]`", EPHEMERAL),
     of("EnvVar", "Environment: `env[]`", &[
         row("name value", Any, Honoured, "any printable ASCII name without `=`; `$(VAR)` is expanded"),
         row("valueFrom", Any, Inside("EnvVarSource"), ""),
@@ -89,9 +90,20 @@ pub(super) const TABLE: &[Type] = &[
         row("tcpSocket", Any, Inside("TCPSocketAction"), ""),
         row("grpc", Any, Inside("GRPCAction"), ""),
     ]),
+    of("ContainerRestartRule", "`restartPolicyRules[]`", &[
+        row("action", Is(&["Restart"]), Satisfied, ""),
+        row("action", Any, Rejected, "only `Restart` is supported"),
+        row("exitCodes", Any, Inside("ContainerRestartRuleOnExitCodes"), ""),
+    ]),
+    of("ContainerRestartRuleOnExitCodes", "`restartPolicyRules[].exitCodes`", &[
+        row("operator", Is(&["In", "NotIn"]), Honoured, ""),
+        row("operator", Any, Rejected, "must be `In` or `NotIn`"),
+        row("values", Any, Honoured, ""),
+    ]),
     of("Lifecycle", "`lifecycle`", &[
         row("postStart preStop", Any, Inside("LifecycleHandler"), ""),
-        row("stopSignal", Any, Rejected, LATER),
+        row("stopSignal", Starts(&["SIGRT"]), Rejected, "real-time signals are not supported; use another one, such as `SIGUSR1`"),
+        row("stopSignal", Any, Honoured, "instead of `SIGTERM`"),
     ]),
     of("LifecycleHandler", "`lifecycle.postStart`, `lifecycle.preStop`", &[
         row("exec", Any, Inside("ExecAction"), ""),
@@ -158,6 +170,7 @@ pub(super) const TABLE: &[Type] = &[
     of("Capabilities", "`capabilities`", &[
         row("drop", Any, Satisfied, "containers have none"),
         row("add", Empty, Satisfied, ""),
+        row("add", Is(&["SYS_PTRACE"]), Mapped, "not granted: a program may trace those of its own user, as far as the node allows it (`kubectl debug` asks for it)"),
         row("add", Any, Rejected, "an ordinary user cannot grant capabilities"),
     ]),
     of("Profile", "`seccompProfile`, `appArmorProfile`", &[
@@ -180,13 +193,19 @@ pub(super) const TABLE: &[Type] = &[
     of("EmptyDirVolumeSource", "`emptyDir`", &[
         row("medium", Is(&["", "Memory"]), Honoured, ""),
         row("medium", Any, Rejected, "only the default medium and `Memory` are supported"),
-        row(
-            "sizeLimit",
-            Any,
-            Mapped,
-            "not enforced: the limits of the job and of the node's disk apply",
-        ),
+        row("sizeLimit", Any, Honoured, "measured every 10 s; the pod is evicted if the volume exceeds it"),
         row("mode", Any, Rejected, LATER),
+    ]),
+    of("PersistentVolumeClaimVolumeSource", "`persistentVolumeClaim`", &[
+        row("claimName readOnly", Any, Honoured, "a volume of the kind `hostPath`, `local`, `nfs` or `csi`: see [claims](#claims-and-nfs)"),
+    ]),
+    of("NFSVolumeSource", "`nfs`", &[
+        row("server path readOnly", Any, Honoured, "if the site file maps the export to a path of the compute nodes: see [claims](#claims-and-nfs)"),
+    ]),
+    of("HostPathVolumeSource", "`hostPath`", &[
+        row("path", Any, Honoured, "of the compute node, if the site lets pods mount it: see [host paths](#host-paths)"),
+        row("type", Is(&["", "DirectoryOrCreate", "Directory", "FileOrCreate", "File", "Socket", "CharDevice", "BlockDevice"]), Honoured, "checked when a container starts; a path of no type that is missing becomes a directory"),
+        row("type", Any, Rejected, "this type is not known"),
     ]),
     of("ConfigMapVolumeSource", "`configMap`", &[
         row("name optional defaultMode", Any, Honoured, ""),
@@ -229,7 +248,12 @@ pub(super) const TABLE: &[Type] = &[
         row("secret", Any, Inside("SecretProjection"), ""),
         row("downwardAPI", Any, Inside("DownwardAPIVolumeSource"), ""),
         row("serviceAccountToken", Any, Inside("ServiceAccountTokenProjection"), ""),
-        row("clusterTrustBundle podCertificate", Any, Rejected, LATER),
+        row("clusterTrustBundle", Any, Inside("ClusterTrustBundleProjection"), ""),
+        row("podCertificate", Any, Rejected, LATER),
+    ]),
+    of("ClusterTrustBundleProjection", "`projected.sources[].clusterTrustBundle`", &[
+        row("labelSelector name optional path signerName", Any, Honoured, "if the cluster has ClusterTrustBundles; a change arrives within 70 s"),
+        row("user", Any, Mapped, OWNER),
     ]),
     of("SecretProjection", "`projected.sources[].secret`", &[
         row("name optional", Any, Honoured, ""),
@@ -245,8 +269,7 @@ pub(super) const TABLE: &[Type] = &[
 #[rustfmt::skip]
 const POD: &[Row] = &[
     row("containers initContainers", Any, Inside("Container"), ""),
-    row("ephemeralContainers", Empty, Satisfied, ""),
-    row("ephemeralContainers", Any, Rejected, LATER),
+    row("ephemeralContainers", Any, Inside("EphemeralContainer"), ""),
     row("restartPolicy terminationGracePeriodSeconds", Any, Honoured, ""),
     row("activeDeadlineSeconds", Any, Honoured, "counted from the start of the allocation, not from its submission; also part of `--time`; may be lowered while the pod runs"),
     row("volumes", Any, Inside("Volume"), ""),
@@ -271,10 +294,9 @@ const POD: &[Row] = &[
     row("hostPID hostIPC", Any, Rejected, "namespaces of the compute node are not shared with pods"),
     row("hostUsers", Is(&["true"]), Satisfied, ""),
     row("hostUsers", Any, Rejected, LATER),
-    row("shareProcessNamespace", Is(&["false"]), Satisfied, ""),
-    row("shareProcessNamespace", Any, Rejected, LATER),
+    row("shareProcessNamespace", Any, Honoured, "see [containers](#containers)"),
     row("imagePullSecrets", Empty, Satisfied, ""),
-    row("imagePullSecrets", Any, Rejected, "credentials for registries are not supported yet (also if they come from the ServiceAccount)"),
+    row("imagePullSecrets", Any, Honoured, "also those of the ServiceAccount; the credentials are in the agent's memory only until the image is pulled"),
     row("os", Any, Inside("PodOS"), ""),
     row("overhead", Empty, Satisfied, ""),
     row("overhead", Any, Rejected, LATER),
@@ -304,7 +326,7 @@ const CONTAINER: &[Row] = &[
     row("env", Any, Inside("EnvVar"), ""),
     row("envFrom", Any, Inside("EnvFromSource"), ""),
     row("resources", Any, Inside("ResourceRequirements"), ""),
-    row("resizePolicy", Any, Satisfied, "a job cannot be resized"),
+    row("resizePolicy", Any, Satisfied, "a job cannot be resized: a request to resize a pod is answered with the condition `PodResizePending`, reason `Infeasible`"),
     row("volumeMounts", Any, Inside("VolumeMount"), ""),
     row("volumeDevices", Empty, Satisfied, ""),
     row("volumeDevices", Any, Rejected, "block devices cannot be given to a job"),
@@ -314,9 +336,24 @@ const CONTAINER: &[Row] = &[
     row("securityContext", Any, Inside("SecurityContext"), ""),
     row("livenessProbe readinessProbe startupProbe", Any, Inside("Probe"), ""),
     row("lifecycle", Any, Inside("Lifecycle"), ""),
-    row("restartPolicy", Any, Rejected, "sidecars and restart policies of a container are not supported yet"),
-    row("restartPolicyRules", Empty, Satisfied, ""),
-    row("restartPolicyRules", Any, Rejected, LATER),
+    row("restartPolicy", Is(&["Always", "OnFailure", "Never"]), Honoured, "of an init container, `Always` makes it a sidecar: see [containers](#containers)"),
+    row("restartPolicy", Any, Rejected, "must be `Always`, `OnFailure` or `Never`"),
+    row("restartPolicyRules", Any, Inside("ContainerRestartRule"), ""),
+];
+
+#[rustfmt::skip]
+const EPHEMERAL: &[Row] = &[
+    row("name image command args workingDir", Any, Honoured, "byte for byte, without a shell"),
+    row("targetContainerName", Any, Honoured, "see [containers](#containers)"),
+    row("imagePullPolicy", Any, Honoured, "pulled on the login node"),
+    row("env", Any, Inside("EnvVar"), ""),
+    row("envFrom", Any, Inside("EnvFromSource"), ""),
+    row("volumeMounts", Any, Inside("VolumeMount"), ""),
+    row("stdin stdinOnce tty", Any, Honoured, ""),
+    row("terminationMessagePath terminationMessagePolicy", Any, Honoured, ""),
+    row("securityContext", Any, Inside("SecurityContext"), ""),
+    row("resources ports volumeDevices resizePolicy restartPolicyRules", Empty, Satisfied, ""),
+    row("resources ports volumeDevices resizePolicy restartPolicy restartPolicyRules livenessProbe readinessProbe startupProbe lifecycle", Any, Rejected, "an ephemeral container has none on any node"),
 ];
 
 #[rustfmt::skip]
@@ -327,8 +364,12 @@ const VOLUME: &[Row] = &[
     row("secret", Any, Inside("SecretVolumeSource"), ""),
     row("downwardAPI", Any, Inside("DownwardAPIVolumeSource"), ""),
     row("projected", Any, Inside("ProjectedVolumeSource"), ""),
-    row("hostPath persistentVolumeClaim ephemeral image", Any, Rejected, "volumes of this kind are not supported yet"),
-    row("csi nfs iscsi fc cephfs rbd glusterfs flexVolume", Any, Rejected, CSI),
+    row("hostPath", Any, Inside("HostPathVolumeSource"), ""),
+    row("nfs", Any, Inside("NFSVolumeSource"), ""),
+    row("persistentVolumeClaim", Any, Inside("PersistentVolumeClaimVolumeSource"), ""),
+    row("ephemeral", Any, Honoured, "a claim that Kubernetes creates for the pod; see [claims](#claims-and-nfs)"),
+    row("image", Any, Rejected, "volumes of this kind are not supported yet"),
+    row("csi iscsi fc cephfs rbd glusterfs flexVolume", Any, Rejected, CSI),
     row("awsElasticBlockStore azureDisk azureFile cinder flocker gcePersistentDisk photonPersistentDisk portworxVolume quobyte scaleIO storageos vsphereVolume", Any, Rejected, CSI),
     row("gitRepo", Any, Rejected, "removed from Kubernetes"),
 ];
@@ -338,6 +379,7 @@ const ANNOTATIONS: &[Row] = &[
     row("knoc.io/partition knoc.io/account knoc.io/qos knoc.io/constraint knoc.io/reservation knoc.io/licenses knoc.io/dependency knoc.io/gres", Any, Honoured, "the sbatch option of this name"),
     row("knoc.io/time", Any, Honoured, "minutes, `HH:MM:SS`, `D-HH:MM:SS`, or `90m`, `2h`, `1d`"),
     row("knoc.io/ntasks", Any, Honoured, "a number; the CPUs are shared out evenly"),
+    row("knoc.io/image-root slurm-job.knoc.io/image-root", Any, Honoured, "a directory that is put before the `image` of every container if that begins with a slash; the result must be below `image_roots` of the site file"),
     row("knoc.io/nodes", Is(&["1"]), Satisfied, ""),
     row("knoc.io/nodes", Any, Rejected, "pods over several nodes are not supported yet"),
     row("knoc.io/exclusive", Is(&["true", "false"]), Honoured, ""),
@@ -345,7 +387,7 @@ const ANNOTATIONS: &[Row] = &[
     row("knoc.io/flags slurm-job.knoc.io/flags slurm-job.vk.io/flags slurm.hpk.io/flags", Any, Honoured, "further sbatch options, if the site's allow-list contains them"),
     row("knoc.io/network", Is(&["private", "host"]), Honoured, "instead of the site's setting: see [networks](networks.md)"),
     row("knoc.io/network", Any, Rejected, "must be `private` or `host`"),
-    row("knoc.io/mpi knoc.io/image-root knoc.io/requeue slurm-job.knoc.io/mpi-flags slurm-job.knoc.io/image-root", Any, Rejected, LATER),
+    row("knoc.io/mpi knoc.io/requeue slurm-job.knoc.io/mpi-flags", Any, Rejected, LATER),
     row("slurm-job.vk.io/singularity-options slurm-job.vk.io/pre-exec", Any, Rejected, "options and scripts of a pod never reach the runtime or a shell"),
     row("knoc.io/* slurm-job.knoc.io/* slurm-job.vk.io/* slurm.hpk.io/*", Any, Rejected, "KNoC has no annotation of this name"),
     row("*", Any, Satisfied, "not an annotation of KNoC"),

@@ -90,6 +90,9 @@ fn every_field_of_a_pod_has_a_verdict() {
     check::<core::PodOS>("PodOS", p);
     check::<core::Volume>("Volume", p);
     check::<core::EmptyDirVolumeSource>("EmptyDirVolumeSource", p);
+    check::<core::PersistentVolumeClaimVolumeSource>("PersistentVolumeClaimVolumeSource", p);
+    check::<core::NFSVolumeSource>("NFSVolumeSource", p);
+    check::<core::HostPathVolumeSource>("HostPathVolumeSource", p);
     check::<core::ConfigMapVolumeSource>("ConfigMapVolumeSource", p);
     check::<core::SecretVolumeSource>("SecretVolumeSource", p);
     check::<core::SecretProjection>("SecretProjection", p);
@@ -179,8 +182,7 @@ fn all_rejected_fields_are_reported_at_once() {
     pod["spec"]["volumes"]
         .as_array_mut()
         .unwrap()
-        .push(json!({"name": "h", "hostPath": {"path": "/"}}));
-    pod["spec"]["imagePullSecrets"] = json!([{"name": "s"}]);
+        .push(json!({"name": "h", "hostPath": {"path": "/", "type": "Pipe"}}));
     pod["metadata"]["annotations"]["knoc.io/colour"] = json!("blue");
     let findings = judge(&pod);
     insta::assert_snapshot!(findings.rejected.join("\n"));

@@ -107,6 +107,13 @@ impl Shim for Echo {
         Err(nothing())
     }
 
+    async fn add_ephemeral_container(
+        &self,
+        _: Request<pb::AddEphemeralContainerRequest>,
+    ) -> Result<Response<pb::AddEphemeralContainerResponse>, Status> {
+        Err(nothing())
+    }
+
     async fn stop(
         &self,
         _: Request<pb::StopRequest>,

@@ -12,7 +12,11 @@ use knoc_contract::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{launch::ids::Ids, nofollow};
+use super::host::{HostError, HostSource};
+use crate::{
+    launch::{beside::Beside, ids::Ids},
+    nofollow,
+};
 
 /// The message to the helper. Both ends are the same binary, so it needs no version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +32,9 @@ pub(crate) struct ContainSpec {
     pub network: Option<Ids>,
     /// In the order of mounting.
     pub mounts: Vec<MountSpec>,
+    /// The process whose PID namespace the container shares. The helper enters that process's user namespace instead of one of
+    /// its own.
+    pub beside: Option<Beside>,
 }
 
 /// One mount.
@@ -107,6 +114,8 @@ pub(crate) enum Source {
     },
     /// A file or folder that nobody else can reach.
     Own(PathBuf),
+    /// A path of the node that the site lets pods mount.
+    Host(HostSource),
 }
 
 /// Why a source cannot be mounted.
@@ -114,6 +123,8 @@ pub(crate) enum Source {
 pub(crate) enum SourceError {
     #[error(transparent)]
     Walk(#[from] WalkError),
+    #[error(transparent)]
+    Host(#[from] HostError),
     #[error(
         "it was replaced or changed after the pod was accepted ({0}); delete the pod and create it again to run what \
          is there now"
@@ -125,6 +136,7 @@ impl SourceError {
     pub(crate) fn errno(&self) -> i32 {
         match self {
             Self::Walk(error) => error.errno(),
+            Self::Host(error) => error.errno(),
             Self::Changed(_) => 0,
         }
     }
@@ -136,6 +148,7 @@ impl Source {
         match self {
             Self::Inside { root, path, make } => Ok(walk::inside(root, path, *make)?),
             Self::Own(path) => Ok(walk::own(path)?),
+            Self::Host(host) => Ok(host.open()?),
             Self::Image { path, expected } => open_image(path, expected.as_ref()),
         }
     }

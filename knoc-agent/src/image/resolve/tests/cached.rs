@@ -28,7 +28,9 @@ async fn world(limit: u64) -> World {
 impl World {
     async fn pull(&self, number: usize) -> Result<ResolvedImage, ImageError> {
         let name = format!("image-{number}");
-        self.images.resolve(&name, PullPolicy::IfNotPresent).await
+        self.images
+            .resolve(&name, PullPolicy::IfNotPresent, &[])
+            .await
     }
 
     fn job(&self, uid: &str, image: &ResolvedImage) -> JobDir {
@@ -190,17 +192,73 @@ async fn always_asks_for_the_digest_alone_also_of_an_index() {
     let registry = registry.await;
     let dir = tempfile::tempdir().unwrap();
     let images = images(dir.path(), &registry.address);
-    let first = images.resolve("many", PullPolicy::Always).await.unwrap();
+    let first = images
+        .resolve("many", PullPolicy::Always, &[])
+        .await
+        .unwrap();
     assert!(
         first.image_id.ends_with(&super::digest(&manifest())),
         "the image's digest, not the index's"
     );
     let before = registry.seen.count("GET", "");
-    let again = images.resolve("many", PullPolicy::Always).await.unwrap();
+    let again = images
+        .resolve("many", PullPolicy::Always, &[])
+        .await
+        .unwrap();
     assert_eq!(again.image_id, first.image_id);
     assert_eq!(
         registry.seen.count("GET", ""),
         before,
         "nothing was fetched"
     );
+}
+
+#[tokio::test]
+async fn of_several_variants_the_common_one_is_pulled_also_through_two_indexes() {
+    let architecture = super::super::super::manifest::ARCHITECTURE;
+    let (text, other) = (manifest(), fake::manifest(&[]));
+    let entry = |digest: &str, platform: &str| {
+        format!(r#"{{"digest":"{digest}","size":1,"platform":{{"os":"linux",{platform}}}}}"#)
+    };
+    let of = |variant: &str| format!(r#""architecture":"{architecture}","variant":"{variant}""#);
+    let plain = format!(r#""architecture":"{architecture}""#);
+    let entries = [
+        entry(&digest("attestation"), r#""architecture":"unknown""#),
+        entry(&digest(&other), &of("v3")),
+        entry(&digest(&text), &plain),
+        entry(&digest(&other), &of("v2")),
+    ];
+    let inner = format!(
+        r#"{{"schemaVersion":2,"manifests":[{}]}}"#,
+        entries.join(",")
+    );
+    let outer = format!(
+        r#"{{"schemaVersion":2,"manifests":[{}]}}"#,
+        entry(&digest(&inner), &plain)
+    );
+    let names_itself = format!(
+        r#"{{"schemaVersion":2,"manifests":[{}]}}"#,
+        entry(&digest("self"), &plain)
+    );
+    let content = one()
+        .text("library/many", outer)
+        .text("library/loop", names_itself.clone());
+    let registry = FakeRegistry::start(move |ask| {
+        for text in [&text, &inner] {
+            if ask.path.ends_with(&digest(text)) {
+                return Reply::ok(text.clone());
+            }
+        }
+        content.answer(ask)
+    });
+    let registry = registry.await;
+    let dir = tempfile::tempdir().unwrap();
+    let images = images(dir.path(), &registry.address);
+    let found = images.resolve("many", PullPolicy::Always, &[]).await;
+    let expected = digest(&manifest());
+    assert!(found.unwrap().image_id.ends_with(&expected));
+    // Content that is not what its digest says ends a loop of indexes at once.
+    let error = images.resolve("loop", PullPolicy::Always, &[]).await;
+    let error = error.unwrap_err();
+    assert!(error.message.contains("instead of"), "{error}");
 }

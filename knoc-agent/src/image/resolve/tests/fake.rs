@@ -18,7 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::super::super::digest::Digest;
 
-pub(super) const CONFIG: &str = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"config":{"Cmd":["/bin/sh"],"Entrypoint":["/e"],"Env":["A=b"],"WorkingDir":"/w","User":"7"}}"#;
+pub(super) const CONFIG: &str = r#"{"os":"linux","rootfs":{"type":"layers","diff_ids":[]},"config":{"Cmd":["/bin/sh"],"Entrypoint":["/e"],"Env":["A=b"],"WorkingDir":"/w","User":"7"}}"#;
 pub(super) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const LAYER_TYPE: &str = "application/vnd.oci.image.layer.v1.tar";
 

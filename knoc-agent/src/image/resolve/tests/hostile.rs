@@ -20,6 +20,7 @@ fn named(prefix: &str) -> Registry {
         prefix: prefix.to_owned(),
         mirror: None,
         insecure: true,
+        credentials: false,
     }
 }
 
@@ -50,7 +51,10 @@ impl Site {
 
     async fn resolve(&self, registry: &FakeRegistry, name: &str) -> Result<ResolvedImage, String> {
         let image = format!("{}/{name}", registry.address);
-        let resolved = self.images.resolve(&image, PullPolicy::IfNotPresent).await;
+        let resolved = self
+            .images
+            .resolve(&image, PullPolicy::IfNotPresent, &[])
+            .await;
         resolved.map_err(|error| {
             assert_eq!(error.reason(), "ErrImagePull");
             error.message
@@ -318,6 +322,7 @@ async fn a_registry_or_a_redirect_on_this_host_is_refused_unless_it_is_named() {
             prefix: "127.0.0.1:1".to_owned(),
             mirror: Some("localhost".to_owned()),
             insecure: true,
+            credentials: false,
         }];
     });
     let message = site.fails(&service, "one").await;
@@ -346,7 +351,7 @@ async fn plain_http_is_only_for_what_is_named_insecure() {
     let message = site.resolve(&registry, "one").await.unwrap_err();
     assert!(!message.contains("is refused"), "{message}");
     let source = format!("{}/one", service.address);
-    let message = site.images.resolve(&source, PullPolicy::Always).await;
+    let message = site.images.resolve(&source, PullPolicy::Always, &[]).await;
     let message = message.unwrap_err().message;
     assert!(
         message.contains("plain HTTP needs insecure = true"),
@@ -546,7 +551,7 @@ async fn only_registries_that_the_site_allows_are_asked() {
     assert!(denied.message.contains(&registry.address), "{denied}");
     site.images.check("quay.io/a/b").unwrap();
     // A pod that was admitted before the policy changed.
-    let denied = site.images.resolve(&image, PullPolicy::Always).await;
+    let denied = site.images.resolve(&image, PullPolicy::Always, &[]).await;
     assert!(!denied.unwrap_err().retryable());
     assert_eq!(registry.seen.total.load(Ordering::SeqCst), 0);
 }

@@ -33,6 +33,7 @@ struct State {
     calls: Vec<String>,
     spec: Option<pb::PodSpec>,
     values: Option<pb::PodValues>,
+    credentials: Option<pb::PullCredentials>,
     refuse: Option<ErrorReason>,
 }
 
@@ -107,6 +108,11 @@ impl FakeAgent {
         self.fake.state.lock().unwrap().values.clone().unwrap()
     }
 
+    /// The credentials of the last request that carries values.
+    pub(super) fn credentials(&self) -> Option<pb::PullCredentials> {
+        self.fake.state.lock().unwrap().credentials.clone()
+    }
+
     pub(super) fn refuse(&self, reason: ErrorReason) {
         self.fake.state.lock().unwrap().refuse = Some(reason);
     }
@@ -158,7 +164,10 @@ impl Service for Fake {
         &self,
         _: Request<pb::GetInfoRequest>,
     ) -> Result<Response<pb::AgentInfo>, Status> {
-        Ok(Response::new(pb::AgentInfo::default()))
+        Ok(Response::new(pb::AgentInfo {
+            capabilities: vec![knoc_proto::capability::PULL_CREDENTIALS.to_owned()],
+            ..pb::AgentInfo::default()
+        }))
     }
 
     type WatchNodeStream = Answers<pb::NodeInfo>;
@@ -183,6 +192,7 @@ impl Service for Fake {
             let mut state = self.state.lock().unwrap();
             state.spec = Some(spec.clone());
             state.values = request.values;
+            state.credentials = request.pull_credentials;
             state
                 .pods
                 .entry(spec.uid.clone())
@@ -249,9 +259,13 @@ impl Service for Fake {
 
     async fn update_values(
         &self,
-        _: Request<pb::UpdateValuesRequest>,
+        request: Request<pb::UpdateValuesRequest>,
     ) -> Result<Response<pb::UpdateValuesResponse>, Status> {
-        self.state().called("UpdateValues".to_owned())?;
+        let request = request.into_inner();
+        let mut state = self.state();
+        state.called("UpdateValues".to_owned())?;
+        state.values = request.values;
+        state.credentials = request.pull_credentials;
         Ok(Response::new(pb::UpdateValuesResponse {}))
     }
 

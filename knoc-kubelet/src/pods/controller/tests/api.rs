@@ -1,17 +1,34 @@
 //! A fake API server behind `tower_test::mock`, which answers only what the controller asks.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    convert::Infallible,
+    sync::{Arc, Mutex},
+};
 
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use bytes::Bytes;
+use futures::StreamExt as _;
 use http::{Method, Request, Response};
-use http_body_util::BodyExt as _;
+use http_body_util::{BodyExt as _, Full, StreamBody, combinators::UnsyncBoxBody};
+use hyper::body::Frame;
 use kube::{Client, client::Body};
 use serde_json::{Value, json};
-use tokio::task::JoinSet;
+use tokio::{sync::mpsc, task::JoinSet};
+use tokio_stream::wrappers::ReceiverStream;
+
+type Answer = UnsyncBoxBody<Bytes, Infallible>;
 
 #[derive(Default)]
 struct State {
     calls: Vec<String>,
     config_maps: Vec<(String, Value)>,
+    /// The versions of ConfigMaps.
+    version: u64,
+    /// The open watches, by the name of their object.
+    watches: Vec<(String, mpsc::Sender<Bytes>)>,
+    denies_watches: bool,
+    /// The Secrets by name, complete.
+    secrets: Vec<(String, Value)>,
     pod: Value,
     node: Value,
     refuses: bool,
@@ -24,7 +41,7 @@ pub(super) struct FakeApi {
 
 impl FakeApi {
     pub(super) fn start() -> (Self, Client) {
-        let (service, mut handle) = tower_test::mock::pair::<Request<Body>, Response<Body>>();
+        let (service, mut handle) = tower_test::mock::pair::<Request<Body>, Response<Answer>>();
         let state: Arc<Mutex<State>> = Arc::default();
         state
             .lock()
@@ -37,12 +54,18 @@ impl FakeApi {
             while let Some((request, send)) = handle.next_request().await {
                 let (parts, body) = request.into_parts();
                 let body = body.collect().await.unwrap().to_bytes();
+                let watch = shared.lock().unwrap().watch(&parts.uri);
+                if let Some(events) = watch {
+                    let events = events.map(|line| Ok(Frame::data(line)));
+                    send.send_response(Response::new(StreamBody::new(events).boxed_unsync()));
+                    continue;
+                }
                 let answer = shared
                     .lock()
                     .unwrap()
                     .answer(&parts.method, parts.uri.path(), &body);
                 let (code, json) = answer;
-                let body = Body::from(serde_json::to_vec(&json).unwrap());
+                let body = Full::from(serde_json::to_vec(&json).unwrap()).boxed_unsync();
                 send.send_response(Response::builder().status(code).body(body).unwrap());
             }
         });
@@ -73,20 +96,77 @@ impl FakeApi {
         self.state.lock().unwrap().pod = Value::Null;
     }
 
-    pub(super) fn config_map(&self, name: &str, data: Value) {
+    /// Sets a pull secret of that content.
+    pub(super) fn pull_secret(&self, name: &str, content: &str) {
+        let content = BASE64_STANDARD.encode(content);
+        let secret = json!({
+            "metadata": {"name": name, "uid": format!("uid of {name}")},
+            "type": "kubernetes.io/dockerconfigjson", "data": {".dockerconfigjson": content},
+        });
         self.state
             .lock()
             .unwrap()
-            .config_maps
-            .push((name.to_owned(), data));
+            .secrets
+            .push((name.to_owned(), secret));
+    }
+
+    /// Creates or changes a ConfigMap.
+    pub(super) fn config_map(&self, name: &str, data: Value) {
+        self.state.lock().unwrap().set(name, Some(data));
+    }
+
+    /// Removes a ConfigMap.
+    pub(super) fn no_config_map(&self, name: &str) {
+        self.state.lock().unwrap().set(name, None);
+    }
+
+    /// Denies all further watches.
+    pub(super) fn deny_watches(&self) {
+        self.state.lock().unwrap().denies_watches = true;
     }
 }
 
 impl State {
+    fn set(&mut self, name: &str, data: Option<Value>) {
+        self.version += 1;
+        let kind = if data.is_some() {
+            "MODIFIED"
+        } else {
+            "DELETED"
+        };
+        self.config_maps.retain(|(known, _)| known != name);
+        self.config_maps
+            .extend(data.map(|data| (name.to_owned(), data)));
+        let object =
+            json!({"metadata": {"name": name, "resourceVersion": self.version.to_string()}});
+        let line = format!("{}\n", json!({"type": kind, "object": object}));
+        let watches = self.watches.iter().filter(|(of, _)| of == name);
+        for (_, watch) in watches {
+            drop(watch.try_send(Bytes::from(line.clone())));
+        }
+    }
+
+    /// If it is a watch that is allowed: the events of the ConfigMap that it names.
+    fn watch(&mut self, uri: &http::Uri) -> Option<ReceiverStream<Bytes>> {
+        let query = uri.query().filter(|query| query.contains("watch=true"))?;
+        if self.denies_watches {
+            return None;
+        }
+        self.calls.push(format!("WATCH {uri}"));
+        let (_, name) = query.split_once("metadata.name%3D")?;
+        let name = name.split('&').next().unwrap_or_default();
+        let (send, events) = mpsc::channel(16);
+        self.watches.push((name.to_owned(), send));
+        Some(ReceiverStream::new(events))
+    }
+
     fn answer(&mut self, method: &Method, path: &str, body: &[u8]) -> (u16, Value) {
         let text = String::from_utf8_lossy(body);
         self.calls.push(format!("{method} {path} {text}"));
         let last = path.rsplit('/').next().unwrap_or_default();
+        if last == "configmaps" {
+            return (403, failure(403, "Forbidden"));
+        }
         if path.ends_with("/token") {
             return (
                 201,
@@ -99,7 +179,18 @@ impl State {
         if path.contains("/configmaps/") {
             let found = self.config_maps.iter().find(|(name, _)| name == last);
             return match found {
-                Some((name, data)) => (200, json!({"metadata": {"name": name}, "data": data})),
+                Some((name, data)) => {
+                    let version = self.version.to_string();
+                    let metadata = json!({"name": name, "resourceVersion": version});
+                    (200, json!({"metadata": metadata, "data": data}))
+                }
+                None => (404, failure(404, "NotFound")),
+            };
+        }
+        if path.contains("/secrets/") {
+            let found = self.secrets.iter().rfind(|(name, _)| name == last);
+            return match found {
+                Some((_, secret)) => (200, secret.clone()),
                 None => (404, failure(404, "NotFound")),
             };
         }

@@ -70,6 +70,17 @@ impl Cause {
             "No supported authentication",
         ]) {
             Self::KeyRefused
+        } else if code == Some(127)
+            || says(&[
+                "knoc-agent: command not found",
+                "knoc-agent: Command not found",
+                "Unknown command: knoc-agent",
+            ])
+        {
+            Self::NoAgentProgram
+        } else if stderr.contains("knoc-agent: ") && code == Some(1) {
+            // Whatever it says about the agent's socket; ssh itself ends with 255.
+            Self::NoAgent
         } else if says(&[
             "Connection refused",
             "timed out",
@@ -82,16 +93,6 @@ impl Cause {
             "not responding",
         ]) {
             Self::Unreachable
-        } else if code == Some(127)
-            || says(&[
-                "knoc-agent: command not found",
-                "knoc-agent: Command not found",
-                "Unknown command: knoc-agent",
-            ])
-        {
-            Self::NoAgentProgram
-        } else if stderr.contains("knoc-agent: ") && code == Some(1) {
-            Self::NoAgent
         } else {
             Self::Other
         }
@@ -334,6 +335,11 @@ mod tests {
             (
                 1,
                 "knoc-agent: relay to the agent: connect to unix:/run/x",
+                Cause::NoAgent,
+            ),
+            (
+                1,
+                "knoc-agent: relay to the agent: no process of this host serves unix:/run/x: Connection refused (os error 111)",
                 Cause::NoAgent,
             ),
             (

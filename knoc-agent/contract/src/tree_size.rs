@@ -1,0 +1,140 @@
+//! Measures how much disk space a folder tree takes, whatever a program has put into it.
+//!
+//! Folders are opened relative to the descriptor of their parent, no link is followed, and other file systems are not
+//! entered. A file with several names counts once in all: each name counts for its share. Folders more than [`DEEPEST`]
+//! levels down are not entered, since each level keeps a descriptor open.
+//!
+//! The function blocks on file I/O.
+
+use std::{
+    ffi::CStr,
+    io,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    path::Path,
+    time::Instant,
+};
+
+use rustix::{
+    fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, fstat, openat, statat},
+    io::Errno,
+};
+
+/// How deep a tree is measured.
+const DEEPEST: usize = 64;
+
+/// The unit of `st_blocks`, whatever the file system's block size is (stat(2)).
+const BLOCK: u64 = 512;
+
+const FOLDER: OFlags = OFlags::RDONLY
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::NOFOLLOW)
+    .union(OFlags::NONBLOCK)
+    .union(OFlags::CLOEXEC);
+
+/// The bytes on disk of everything below `path`. It may change meanwhile, and what cannot be read does not count.
+///
+/// # Errors
+/// `TimedOut` at the time `until`; other errors only for `path` itself.
+pub fn size_until(path: &Path, until: Instant) -> io::Result<u64> {
+    let top = openat(CWD, path, FOLDER, Mode::empty())?;
+    let device = fstat(&top)?.st_dev;
+    let mut levels = vec![Dir::new(top)?];
+    let mut bytes = 0_u64;
+    loop {
+        let depth = levels.len();
+        let Some(folder) = levels.last_mut() else {
+            return Ok(bytes);
+        };
+        if Instant::now() >= until {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let Some(Ok(entry)) = folder.read() else {
+            levels.pop();
+            continue;
+        };
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        let Ok(parent) = folder.fd() else { continue };
+        let Ok(size) = entry_size(parent, name) else {
+            continue;
+        };
+        bytes = bytes.saturating_add(size);
+        let is_folder = matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
+        if is_folder
+            && depth < DEEPEST
+            && let Ok(below) = enter(parent, name, device)
+        {
+            levels.push(Dir::new(below)?);
+        }
+    }
+}
+
+/// What one name of a file, or a folder without its entries, takes.
+fn entry_size(parent: BorrowedFd<'_>, name: &CStr) -> Result<u64, Errno> {
+    let found = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    let bytes = u64::try_from(found.st_blocks)
+        .unwrap_or(0)
+        .saturating_mul(BLOCK);
+    let is_folder = FileType::from_raw_mode(found.st_mode) == FileType::Directory;
+    let names = if is_folder {
+        1
+    } else {
+        u64::from(found.st_nlink.max(1))
+    };
+    Ok(bytes / names)
+}
+
+fn enter(parent: BorrowedFd<'_>, name: &CStr, device: u64) -> Result<OwnedFd, Errno> {
+    let folder = openat(parent, name, FOLDER, Mode::empty())?;
+    if fstat(folder.as_fd())?.st_dev == device {
+        Ok(folder)
+    } else {
+        Err(Errno::XDEV)
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "files of the test's own")]
+mod tests {
+    use std::{fs, os::unix::fs::symlink, time::Duration};
+
+    use super::*;
+
+    fn size(path: &Path) -> u64 {
+        size_until(path, Instant::now() + Duration::from_secs(10)).unwrap()
+    }
+
+    #[test]
+    fn files_count_once_and_links_lead_nowhere() {
+        let base = tempfile::tempdir().unwrap();
+        let (tree, outside) = (base.path().join("tree"), base.path().join("outside"));
+        fs::create_dir_all(tree.join("a/b")).unwrap();
+        fs::create_dir(&outside).unwrap();
+        let empty = size(&tree);
+        fs::write(outside.join("large"), vec![1; 4 << 20]).unwrap();
+        symlink(&outside, tree.join("a/folder")).unwrap();
+        symlink(outside.join("large"), tree.join("a/file")).unwrap();
+        let links = size(&tree);
+        assert!(links < empty + (64 << 10), "{links}, {empty} before");
+        fs::write(tree.join("a/b/file"), vec![1; 1 << 20]).unwrap();
+        fs::hard_link(tree.join("a/b/file"), tree.join("other-name")).unwrap();
+        let file = size(&tree) - links;
+        assert!((1 << 20..(1 << 20) + (64 << 10)).contains(&file), "{file}");
+        // A sparse file takes what is written.
+        fs::File::create(tree.join("sparse"))
+            .unwrap()
+            .set_len(1 << 40)
+            .unwrap();
+        assert!(size(&tree) < 2 << 20);
+    }
+
+    #[test]
+    fn a_tree_that_takes_too_long_is_an_error() {
+        let base = tempfile::tempdir().unwrap();
+        fs::write(base.path().join("file"), "x").unwrap();
+        let error = size_until(base.path(), Instant::now()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+}

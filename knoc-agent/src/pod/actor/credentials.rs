@@ -1,0 +1,56 @@
+//! The credentials for a pod's images, which are in memory only (ADR 0108).
+//!
+//! The kubelet sends them with the pod, and again when they change. If an agent's restart loses them before the images
+//! are there, staging waits, and the pod is published as wanting values: the kubelet then sends both again.
+
+use std::sync::Arc;
+
+use super::Actor;
+use crate::{
+    image::Credentials,
+    pod::state::{BeforeJob, Event, Pod, State},
+};
+
+impl Actor {
+    /// Uses other credentials. A pod that waits for its images tries again with them at once.
+    pub(super) async fn take_credentials(
+        &mut self,
+        pod: Pod,
+        credentials: Option<Credentials>,
+    ) -> Pod {
+        let Some(credentials) = credentials.map(Arc::new) else {
+            return pod;
+        };
+        if pod.is_finished() || self.credentials.as_ref() == Some(&credentials) {
+            return pod;
+        }
+        self.credentials = Some(credentials);
+        // What is being looked up goes on with the earlier ones.
+        if before_images(&pod) && self.staging.is_empty() {
+            return self.apply(pod, Event::Credentials).await;
+        }
+        pod
+    }
+
+    /// Whether the images cannot be looked up, because an earlier agent process had the credentials.
+    pub(super) fn lacks_credentials(&self) -> bool {
+        self.credentials.is_none() && !self.spec.image_pull_secrets.is_empty()
+    }
+
+    /// Whether the kubelet is to send the credentials again.
+    pub(super) fn wants_credentials(&self, pod: &Pod) -> bool {
+        before_images(pod) && pod.deletion.is_none() && self.lacks_credentials()
+    }
+
+    /// The credentials; none if the pod has none.
+    pub(super) fn known_credentials(&self) -> Arc<Credentials> {
+        self.credentials.clone().unwrap_or_default()
+    }
+}
+
+fn before_images(pod: &Pod) -> bool {
+    matches!(
+        pod.state,
+        State::BeforeJob(BeforeJob::Accepted | BeforeJob::Staging { .. })
+    )
+}

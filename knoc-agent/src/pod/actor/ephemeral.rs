@@ -1,0 +1,427 @@
+//! Ephemeral containers: how each one that the shape has reaches the shim.
+//!
+//! The actor compares levels, not edges: the containers of the shape with those in the shim's report. While the shim lacks
+//! one, a task looks up its image, the actor notes the image in `job.pb` (so that it stays in the cache), and another task
+//! gives the container to the shim. That waits until the shim has the newest values, which have the container's
+//! environment. What fails is tried again after a pause, and meanwhile is the status of the container.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use knoc_contract::capability;
+use knoc_proto::{
+    error::chain,
+    ids::PodUid,
+    pb::{self, container_status::State},
+    pod::{PodSpec, no_privileges},
+};
+use tokio::task::JoinSet;
+use tonic::Request;
+
+use super::{Actor, values::revision_of_shim};
+use crate::{
+    pod::{
+        stage::{self, StageError},
+        state::Pod,
+    },
+    shim_links::DEADLINE,
+    site::Site,
+};
+
+/// The first and the longest pause after an image could not be found, as in Kubernetes.
+const IMAGE_AGAIN: [Duration; 2] = [Duration::from_secs(10), Duration::from_mins(5)];
+/// The first and the longest pause after the shim did not take a container.
+const GIVE_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_mins(1)];
+
+/// The exit code of a container that was never started, as container runtimes report it.
+const NEVER_STARTED: i32 = 128;
+
+/// The containers on their way to the shim.
+#[derive(Debug, Default)]
+pub(super) struct Adding {
+    /// At most one task.
+    task: JoinSet<Step>,
+    /// The images that were found.
+    images: BTreeMap<String, pb::ResolvedImage>,
+    /// Why the shim does not have a container yet, and how often that was tried.
+    troubles: BTreeMap<String, (pb::Waiting, u32)>,
+}
+
+/// What the task has done.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// It looked for the image of a container.
+    Found {
+        container: String,
+        image: Result<stage::Found, StageError>,
+    },
+    /// It gave a container to the shim.
+    Given {
+        container: String,
+        result: Result<(), String>,
+    },
+}
+
+impl Adding {
+    /// What the task has done, once it has; pending if there is none. A task that was aborted does not count.
+    pub(super) async fn next(&mut self) -> Option<Step> {
+        loop {
+            match self.task.join_next().await? {
+                Ok(step) => return Some(step),
+                Err(error) if error.is_cancelled() => {}
+                Err(error) => {
+                    tracing::error!(error = chain(&error), "a task of an ephemeral container");
+                }
+            }
+        }
+    }
+
+    /// Gives up: the pod is not to start anything any more.
+    pub(super) fn abort(&mut self) {
+        self.task.abort_all();
+    }
+
+    /// Ends the task.
+    pub(super) async fn end(&mut self) {
+        self.task.shutdown().await;
+    }
+
+    /// How often the container was tried, and the pause before the next try.
+    fn pause(&self, container: &str, [first, longest]: [Duration; 2]) -> Duration {
+        match self.troubles.get(container) {
+            None => Duration::ZERO,
+            Some((_, tries)) => {
+                let pause = first.saturating_mul(1 << (*tries).min(10)).min(longest);
+                pause.mul_f64(rand::random_range(0.75..1.25))
+            }
+        }
+    }
+
+    fn fails(&mut self, container: String, reason: String, message: String) {
+        let tries = self.troubles.get(&container);
+        let tries = tries.map_or(0, |(_, tries)| tries.saturating_add(1));
+        let waiting = pb::Waiting { reason, message };
+        self.troubles.insert(container, (waiting, tries));
+    }
+
+    /// The statuses of the ephemeral containers of the shape.
+    pub(super) fn statuses(&self, pod: &Pod, spec: &pb::PodSpec) -> Vec<pb::ContainerStatus> {
+        let all = spec.ephemeral_containers.iter();
+        all.map(|container| self.status(pod, container)).collect()
+    }
+
+    fn status(&self, pod: &Pod, container: &pb::Container) -> pb::ContainerStatus {
+        let reported = pod.report.as_ref();
+        let mut known = reported
+            .into_iter()
+            .flat_map(|report| &report.ephemeral_containers);
+        if let Some(known) = known.find(|status| status.name == container.name) {
+            let mut known = known.clone();
+            if let Some(outcome) = pod.outcome() {
+                crate::pod::publish::settle_one(&mut known, outcome, pod.since);
+            }
+            return known;
+        }
+        let state = match reported.filter(|report| !takes_containers(report)) {
+            Some(report) => State::Terminated(pb::Terminated {
+                exit_code: NEVER_STARTED,
+                reason: "ContainerCannotRun".to_owned(),
+                message: format!(
+                    "the job of the pod runs version {} of KNoC, which has no ephemeral containers: create the pod again to use them",
+                    report.version
+                ),
+                ..pb::Terminated::default()
+            }),
+            None => State::Waiting(match self.troubles.get(&container.name) {
+                Some((waiting, _)) => waiting.clone(),
+                None => pb::Waiting {
+                    reason: "ContainerCreating".to_owned(),
+                    ..pb::Waiting::default()
+                },
+            }),
+        };
+        pb::ContainerStatus {
+            name: container.name.clone(),
+            image: container.image.clone(),
+            state: Some(state),
+            ..pb::ContainerStatus::default()
+        }
+    }
+}
+
+/// Whether the shim serves `AddEphemeralContainer`.
+fn takes_containers(report: &pb::Report) -> bool {
+    let mut all = report.capabilities.iter();
+    all.any(|name| name == capability::EPHEMERAL)
+}
+
+/// PURE: the first container that the shim lacks and can take now.
+fn lacking<'a>(pod: &Pod, spec: &'a pb::PodSpec, values: i64) -> Option<&'a pb::Container> {
+    let report = pod.report.as_ref()?;
+    let over = report.r#final || pod.is_finished() || pod.deletion.is_some();
+    let has_values = revision_of_shim(pod).is_some_and(|has| has >= values);
+    if over || !has_values || !takes_containers(report) {
+        return None;
+    }
+    let known = |name: &str| {
+        let mut all = report.ephemeral_containers.iter();
+        all.any(|status| status.name == name)
+    };
+    let mut all = spec.ephemeral_containers.iter();
+    all.find(|container| !known(&container.name))
+}
+
+impl Actor {
+    /// Takes the next step towards giving the shim a container that it lacks, unless one is under way.
+    pub(super) fn add_ephemeral(&mut self, pod: &Pod) {
+        if self.spec.ephemeral_containers.is_empty() || !self.ephemeral.task.is_empty() {
+            return;
+        }
+        let Some(container) = lacking(pod, &self.spec, self.values.revision) else {
+            return;
+        };
+        let name = container.name.clone();
+        let (site, spec) = (Arc::clone(&self.site), Arc::clone(&self.spec));
+        match self.ephemeral.images.get(&name).cloned() {
+            None => {
+                let pause = self.ephemeral.pause(&name, IMAGE_AGAIN);
+                let (own, credentials) = (self.own.clone(), self.known_credentials());
+                self.ephemeral.task.spawn(async move {
+                    tokio::time::sleep(pause).await;
+                    let image = match allowed(&site, &spec, &name) {
+                        Ok(()) => stage::image_of(&site, &spec, &name, &credentials, &own).await,
+                        Err(error) => Err(error),
+                    };
+                    Step::Found {
+                        container: name,
+                        image,
+                    }
+                });
+            }
+            Some(image) => {
+                let pause = self.ephemeral.pause(&name, GIVE_AGAIN);
+                let request = pb::AddEphemeralContainerRequest {
+                    container: Some(container.clone()),
+                    image: Some(image),
+                };
+                let uid = self.uid.clone();
+                self.ephemeral.task.spawn(async move {
+                    tokio::time::sleep(pause).await;
+                    Step::Given {
+                        container: name,
+                        result: give(&site, &uid, request).await,
+                    }
+                });
+            }
+        }
+    }
+
+    /// The task has done something: takes the next step.
+    pub(super) async fn ephemeral_step(&mut self, pod: &Pod, step: Step) {
+        match step {
+            Step::Found {
+                container,
+                image: Ok(found),
+            } => match self.note_image(&found).await {
+                Ok(()) => {
+                    self.ephemeral.troubles.remove(&container);
+                    let image = found.images().first().cloned().unwrap_or_default();
+                    self.ephemeral.images.insert(container, image);
+                    let images = &self.ephemeral.images;
+                    let mut all = self.spec.ephemeral_containers.iter();
+                    if all.all(|one| images.contains_key(&one.name)) {
+                        self.credentials = None;
+                    }
+                }
+                Err(message) => {
+                    let reason = "CreateContainerError".to_owned();
+                    self.ephemeral.fails(container, reason, message);
+                }
+            },
+            Step::Found {
+                container,
+                image: Err(error),
+            } => self.ephemeral.fails(container, error.reason, error.message),
+            Step::Given {
+                container,
+                result: Ok(()),
+            } => {
+                self.ephemeral.troubles.remove(&container);
+                // Its report names the container, and then the next one follows.
+                self.show(pod);
+                return;
+            }
+            Step::Given {
+                container,
+                result: Err(message),
+            } => {
+                let reason = "CreateContainerError".to_owned();
+                self.ephemeral.fails(container, reason, message);
+            }
+        }
+        self.add_ephemeral(pod);
+        self.show(pod);
+    }
+
+    /// Notes the image in `job.pb`: while it is named there, it stays in the cache.
+    async fn note_image(&self, found: &stage::Found) -> Result<(), String> {
+        let (dir, images) = (self.dir.clone(), found.images().to_vec());
+        let written = tokio::task::spawn_blocking(move || {
+            let mut job = dir.spec()?;
+            let new = |known: &pb::ResolvedImage| {
+                images
+                    .iter()
+                    .all(|image| image.container != known.container)
+            };
+            job.images.retain(new);
+            job.images.extend(images);
+            dir.write_spec(&job)?;
+            Ok::<_, knoc_contract::jobdir::JobDirError>(())
+        });
+        match written.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(format!("write the job file: {}", chain(&error))),
+            Err(error) => Err(format!("write the job file: {}", chain(&error))),
+        }
+    }
+}
+
+/// Whether the site's policy allows the container, which was not part of the pod when that was admitted.
+fn allowed(site: &Site, spec: &PodSpec, name: &str) -> Result<(), StageError> {
+    let Some(container) = spec.ephemeral_container(name) else {
+        return Ok(());
+    };
+    let refused = |reason: &str, message: String| StageError {
+        container: name.to_owned(),
+        image: String::new(),
+        reason: reason.to_owned(),
+        message,
+    };
+    if container.privileged && !site.policy.now().maps_privileged() {
+        let message = no_privileges(name);
+        return Err(refused("CreateContainerConfigError", message));
+    }
+    let checked = site.images.check(&container.image);
+    checked.map_err(|error| refused(error.reason(), error.to_string()))
+}
+
+/// Gives a container to the shim. If compute nodes cannot reach the agent, a job step carries the link.
+async fn give(
+    site: &Site,
+    uid: &PodUid,
+    request: pb::AddEphemeralContainerRequest,
+) -> Result<(), String> {
+    let text = |status: tonic::Status| status.message().to_owned();
+    let _used = match site.shim_links.client(uid) {
+        Some(_) => site.shim_steps.held(uid),
+        None => site.shim_steps.reach(uid).await.map_err(text)?,
+    };
+    let able = site.shim_links.able(uid, capability::EPHEMERAL);
+    let no_link = || {
+        Err(tonic::Status::unavailable(
+            "the shim has no link to the agent now",
+        ))
+    };
+    let mut client = able.unwrap_or_else(no_link).map_err(text)?;
+    let mut request = Request::new(request);
+    request.set_timeout(DEADLINE);
+    let answer = client.add_ephemeral_container(request).await;
+    answer.map(drop).map_err(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pod::state::{Deletion, Facts, Pod, Timeouts};
+
+    fn pod(report: Option<pb::Report>) -> Pod {
+        let second = Duration::from_secs(1);
+        let facts = Facts {
+            uid: PodUid::try_from("u").unwrap(),
+            grace: second,
+            deadline: None,
+            timeouts: Timeouts {
+                report_grace: second,
+                never_ends_after: second,
+                lost_after: second,
+                stop_slack: second,
+                backoff_initial: second,
+                backoff_max: second,
+            },
+        };
+        let mut pod = Pod::new(facts, jiff::Timestamp::UNIX_EPOCH);
+        pod.report = report;
+        pod
+    }
+
+    fn report(has: &[&str]) -> pb::Report {
+        let status = |name: &&str| pb::ContainerStatus {
+            name: (*name).to_owned(),
+            ..pb::ContainerStatus::default()
+        };
+        pb::Report {
+            version: "1.2.3".to_owned(),
+            capabilities: vec![capability::EPHEMERAL.to_owned()],
+            values_revision: Some(5),
+            ephemeral_containers: has.iter().map(status).collect(),
+            ..pb::Report::default()
+        }
+    }
+
+    fn spec() -> pb::PodSpec {
+        let container = |name: &str| pb::Container {
+            name: name.to_owned(),
+            ..pb::Container::default()
+        };
+        pb::PodSpec {
+            ephemeral_containers: vec![container("a"), container("b")],
+            ..pb::PodSpec::default()
+        }
+    }
+
+    #[test]
+    fn the_shim_gets_what_it_lacks_once_it_has_the_newest_values() {
+        let spec = spec();
+        let next = |report, values| {
+            let pod = pod(report);
+            lacking(&pod, &spec, values).map(|container| container.name.clone())
+        };
+        assert_eq!(next(None, 5), None);
+        assert_eq!(next(Some(report(&[])), 5).as_deref(), Some("a"));
+        assert_eq!(next(Some(report(&["a"])), 5).as_deref(), Some("b"));
+        assert_eq!(next(Some(report(&["a", "b"])), 5), None);
+        assert_eq!(next(Some(report(&[])), 6), None, "its values are older");
+        let old = pb::Report {
+            capabilities: Vec::new(),
+            ..report(&[])
+        };
+        assert_eq!(next(Some(old), 5), None);
+        let mut ending = pod(Some(report(&[])));
+        ending.deletion = Some(Deletion {
+            grace: Duration::ZERO,
+            reason: String::new(),
+        });
+        assert!(lacking(&ending, &spec, 5).is_none());
+    }
+
+    #[test]
+    fn a_job_of_an_older_version_says_why_the_container_does_not_run() {
+        let old = pb::Report {
+            capabilities: Vec::new(),
+            ..report(&[])
+        };
+        let mut adding = Adding::default();
+        let shown =
+            |adding: &Adding, report| adding.statuses(&pod(report), &spec()).remove(0).state;
+        match shown(&adding, Some(old)) {
+            Some(State::Terminated(ended)) => {
+                assert!(ended.message.contains("1.2.3"), "{ended:?}");
+            }
+            other => panic!("{other:?}"),
+        }
+        adding.fails("a".to_owned(), "ErrImagePull".to_owned(), "no".to_owned());
+        match shown(&adding, Some(report(&[]))) {
+            Some(State::Waiting(waiting)) => assert_eq!(waiting.reason, "ErrImagePull"),
+            other => panic!("{other:?}"),
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! The credentials of a pod's `imagePullSecrets`: read again and again for as long as the agent needs them for the images.
+
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::Pod;
+use knoc_proto::pb::{self, PodPhase};
+
+use super::{ensure::NoValues, worker::Worker};
+use crate::pods::{resolve, store::PodView};
+
+/// The shortest and the longest time between two reads, in seconds.
+const READ_AGAIN: std::ops::RangeInclusive<u64> = 10..=20;
+
+impl Worker<'_> {
+    /// The credentials for the pod's images; `None` if it has no pull secrets, or the images are there already.
+    pub(super) async fn pull_credentials(
+        &mut self,
+        pod: &Pod,
+        now: Timestamp,
+    ) -> Result<Option<pb::PullCredentials>, NoValues> {
+        let names = knoc_translate::pull_secrets(pod);
+        let observed = self.context.pods.store.observed(self.uid);
+        if names.is_empty() || observed.is_some_and(|observed| !waits_for_images(&observed)) {
+            return Ok(None);
+        }
+        let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
+        let client = &self.context.api.client;
+        let secrets = resolve::secrets(client, namespace, &names).await?;
+        let found = knoc_translate::pull_credentials(pod, &secrets)?;
+        if !found.missing.is_empty() {
+            let text = format!(
+                "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
+                found.missing.join(", ")
+            );
+            self.record_once(pod, "FailedToRetrieveImagePullSecret", &text);
+        }
+        for text in &found.unused {
+            self.record_once(pod, "FailedToRetrieveImagePullSecret", text);
+        }
+        let soon = now.checked_add(read_again()).ok();
+        let refresh_at = &mut self.memory.values.refresh_at;
+        *refresh_at = [*refresh_at, soon].into_iter().flatten().min();
+        Ok(Some(found.credentials))
+    }
+
+    /// When a new process reads the pull secrets of a pod that an earlier one sent.
+    pub(super) fn pull_secrets_due(view: &PodView) -> Option<Duration> {
+        let waits = view.observed.as_deref().is_some_and(waits_for_images);
+        let due = waits && !knoc_translate::pull_secrets(&view.pod).is_empty();
+        due.then(|| read_again().unsigned_abs())
+    }
+}
+
+fn read_again() -> SignedDuration {
+    let seconds = rand::random_range(READ_AGAIN);
+    SignedDuration::try_from(Duration::from_secs(seconds)).unwrap_or(SignedDuration::ZERO)
+}
+
+fn waits_for_images(observed: &pb::PodObserved) -> bool {
+    matches!(
+        observed.phase(),
+        PodPhase::Unspecified | PodPhase::Accepted | PodPhase::Staging
+    )
+}

@@ -1,0 +1,491 @@
+//! Task: watches the `ConfigMaps` and Secrets to which pods refer, one watch for each object, and queues the pods of an
+//! object that changes.
+//!
+//! A watch brings metadata only, so no Secret is kept here: the worker of a pod GETs its objects again. What is kept is
+//! a level for each object, which grows with each change; a worker compares it with the level at which it last read.
+//!
+//! Objects that nothing watches are read again from time to time (see [`super::resolve::look_at`]): those beyond
+//! [`WATCHES`], and all of them if the API server denies the watch.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures::StreamExt as _;
+use k8s_openapi::{
+    NamespaceResourceScope,
+    api::core::v1::{ConfigMap, Secret},
+};
+use knoc_proto::ids::PodUid;
+use kube::{
+    Api, Client, Resource,
+    api::{WatchEvent, WatchParams},
+};
+use serde::de::DeserializeOwned;
+use tokio::{
+    sync::Notify,
+    task::{AbortHandle, JoinSet},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::queue::Queue;
+
+/// Watches at a time. Each is a connection to the API server, and about 50 KiB of memory.
+const WATCHES: usize = 256;
+/// The pause before a watch that failed is opened again; each further one is twice as long.
+const BACKOFF: Duration = Duration::from_secs(1);
+const BACKOFF_MOST: Duration = Duration::from_mins(1);
+/// How long a session lasts at most. The API server ends it earlier, unless the connection is dead.
+const SESSION: Duration = Duration::from_mins(6);
+/// A session that ended sooner than this has failed.
+const SHORT: Duration = Duration::from_secs(1);
+/// The pause after the API server denied a watch.
+const DENIED: Duration = Duration::from_mins(5);
+/// How much later each further pod of a changed object may be refreshed, so that many do not ask at the same time.
+const SPREAD: Duration = Duration::from_millis(5);
+const SPREAD_MOST: Duration = Duration::from_millis(1500);
+
+/// What kind of object a pod refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    ConfigMap,
+    Secret,
+}
+
+/// An object to which a pod refers.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Key {
+    pub(crate) kind: Kind,
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+}
+
+/// The resourceVersion of an object; None if it does not exist.
+pub(crate) type Version = Option<String>;
+
+/// The objects of all pods; clones are handles on the same ones.
+#[derive(Clone, Default, Debug)]
+pub struct References(Arc<Shared>);
+
+#[derive(Default, Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Default, Debug)]
+struct State {
+    objects: HashMap<Key, Object>,
+    pods: HashMap<PodUid, Vec<Key>>,
+    /// The number of changes so far.
+    level: u64,
+    /// The kinds of objects whose watch was denied, which is logged once for each.
+    denied: HashSet<Kind>,
+}
+
+#[derive(Debug)]
+struct Object {
+    pods: HashSet<PodUid>,
+    version: Version,
+    /// The level of its last change.
+    level: u64,
+    /// Whether its watch is open.
+    watched: bool,
+}
+
+impl References {
+    /// The current level, to be read before objects are read.
+    pub(crate) fn level(&self) -> u64 {
+        self.state().level
+    }
+
+    /// The pod refers to these objects, which were just read, and to no others.
+    pub(crate) fn follow(&self, uid: &PodUid, objects: BTreeMap<Key, Version>) {
+        self.state().follow(uid, objects);
+        self.0.changed.notify_one();
+    }
+
+    /// The pod refers to nothing any more.
+    pub(crate) fn forget(&self, uid: &PodUid) {
+        if self.state().forget(uid) {
+            self.0.changed.notify_one();
+        }
+    }
+
+    /// If an object of the pod has changed since `level`: after which pause the pod reads its objects again.
+    pub(crate) fn changed_since(&self, uid: &PodUid, level: u64) -> Option<Duration> {
+        let state = self.state();
+        let objects = state.objects_of(uid).filter(|object| object.level > level);
+        let pods = objects.map(|object| object.pods.len()).max()?;
+        let most = SPREAD.saturating_mul(pods.try_into().unwrap_or(u32::MAX));
+        let most = most.min(SPREAD_MOST);
+        Some(most.mul_f64(rand::random_range(0.0..1.0)))
+    }
+
+    /// Is each object of the pod watched?
+    pub(crate) fn all_watched(&self, uid: &PodUid) -> bool {
+        self.state().objects_of(uid).all(|object| object.watched)
+    }
+
+    /// Watches until `shutdown`.
+    pub async fn run(self, client: Client, queue: Queue, shutdown: CancellationToken) {
+        let mut watches = JoinSet::new();
+        let mut running: HashMap<Key, AbortHandle> = HashMap::new();
+        loop {
+            let wanted = self.wanted(&running);
+            running.retain(|key, watch| {
+                let keep = wanted.contains(key);
+                if !keep {
+                    watch.abort();
+                }
+                keep
+            });
+            for key in wanted {
+                running.entry(key.clone()).or_insert_with(|| {
+                    let watch = Watch {
+                        references: self.clone(),
+                        client: client.clone(),
+                        queue: queue.clone(),
+                        key,
+                    };
+                    watches.spawn(watch.run())
+                });
+            }
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                Some(_) = watches.join_next() => {}
+                () = self.0.changed.notified() => {}
+            }
+            running.retain(|_, watch| !watch.is_finished());
+        }
+    }
+
+    /// The objects to watch: those that are watched stay so, others fill up to [`WATCHES`].
+    fn wanted(&self, running: &HashMap<Key, AbortHandle>) -> HashSet<Key> {
+        let state = self.state();
+        let (old, new): (Vec<_>, Vec<_>) = state
+            .objects
+            .keys()
+            .partition(|key| running.contains_key(*key));
+        old.into_iter().chain(new).take(WATCHES).cloned().collect()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn objects_of(&self, uid: &PodUid) -> impl Iterator<Item = &Object> {
+        let keys = self.pods.get(uid).into_iter().flatten();
+        keys.filter_map(|key| self.objects.get(key))
+    }
+
+    fn follow(&mut self, uid: &PodUid, objects: BTreeMap<Key, Version>) {
+        let before = self.pods.remove(uid).unwrap_or_default();
+        for key in before.iter().filter(|key| !objects.contains_key(*key)) {
+            self.release(key, uid);
+        }
+        let mut keys = Vec::with_capacity(objects.len());
+        for (key, version) in objects {
+            let object = self.objects.entry(key.clone()).or_insert_with(|| Object {
+                pods: HashSet::new(),
+                version,
+                level: 0,
+                watched: false,
+            });
+            object.pods.insert(uid.clone());
+            keys.push(key);
+        }
+        if !keys.is_empty() {
+            self.pods.insert(uid.clone(), keys);
+        }
+    }
+
+    fn forget(&mut self, uid: &PodUid) -> bool {
+        let Some(keys) = self.pods.remove(uid) else {
+            return false;
+        };
+        for key in &keys {
+            self.release(key, uid);
+        }
+        true
+    }
+
+    fn release(&mut self, key: &Key, uid: &PodUid) {
+        if let Some(object) = self.objects.get_mut(key) {
+            object.pods.remove(uid);
+            if object.pods.is_empty() {
+                self.objects.remove(key);
+            }
+        }
+    }
+
+    /// The object has this version. Returns its pods if that is news.
+    fn observe(&mut self, key: &Key, version: Version) -> Vec<PodUid> {
+        let Some(object) = self.objects.get_mut(key) else {
+            return Vec::new();
+        };
+        if object.version == version {
+            return Vec::new();
+        }
+        object.version = version;
+        self.level += 1;
+        object.level = self.level;
+        object.pods.iter().cloned().collect()
+    }
+
+    /// The object may have changed unseen. Returns its pods.
+    fn doubt(&mut self, key: &Key) -> Vec<PodUid> {
+        let Some(object) = self.objects.get_mut(key) else {
+            return Vec::new();
+        };
+        self.level += 1;
+        object.level = self.level;
+        object.pods.iter().cloned().collect()
+    }
+
+    fn set_watched(&mut self, key: &Key, watched: bool) {
+        if let Some(object) = self.objects.get_mut(key) {
+            object.watched = watched;
+        }
+    }
+}
+
+/// The watch of one object.
+struct Watch {
+    references: References,
+    client: Client,
+    queue: Queue,
+    key: Key,
+}
+
+/// Why a session of a watch ended.
+enum End {
+    /// The API server ended it, as it does every few minutes.
+    Closed,
+    /// The version from which the watch was to go on is too old.
+    TooOld,
+    Denied,
+    Failed(String),
+}
+
+impl Watch {
+    /// Watches until it is aborted.
+    async fn run(self) {
+        let mut backoff = BACKOFF;
+        // The version of the last bookmark: from there a new session misses nothing.
+        let mut resume = None;
+        let mut first = true;
+        loop {
+            if resume.is_none() && !first {
+                // A deletion meanwhile would not be reported.
+                self.push(self.references.state().doubt(&self.key));
+            }
+            first = false;
+            let began = Instant::now();
+            let end = tokio::time::timeout(SESSION, self.one_session(&mut resume)).await;
+            let end = end.unwrap_or_else(|_| End::Failed("the connection is silent".to_owned()));
+            if !matches!(end, End::Failed(_) | End::Denied) && began.elapsed() >= SHORT {
+                backoff = BACKOFF;
+                if matches!(end, End::TooOld) {
+                    resume = None;
+                }
+                continue;
+            }
+            let pause = self.report(end).unwrap_or(backoff);
+            backoff = (backoff * 2).min(BACKOFF_MOST);
+            resume = None;
+            self.references.state().set_watched(&self.key, false);
+            self.push(self.pods());
+            tokio::time::sleep(pause.mul_f64(rand::random_range(0.75..1.25))).await;
+        }
+    }
+
+    /// Logs why a session ended; returns the pause after it if it is not the usual one.
+    fn report(&self, end: End) -> Option<Duration> {
+        let Key {
+            kind,
+            namespace,
+            name,
+        } = &self.key;
+        match end {
+            End::Denied => {
+                if self.references.state().denied.insert(*kind) {
+                    tracing::warn!(
+                        ?kind,
+                        namespace,
+                        name,
+                        "the API server denies the watch of an object to which a pod refers (verb `watch`), such objects are read once a minute instead"
+                    );
+                }
+                Some(DENIED)
+            }
+            End::Failed(error) => {
+                tracing::debug!(
+                    ?kind,
+                    namespace,
+                    name,
+                    error,
+                    "the watch of an object failed"
+                );
+                None
+            }
+            End::Closed | End::TooOld => None,
+        }
+    }
+
+    async fn one_session(&self, resume: &mut Option<String>) -> End {
+        match self.key.kind {
+            Kind::ConfigMap => self.session::<ConfigMap>(resume).await,
+            Kind::Secret => self.session::<Secret>(resume).await,
+        }
+    }
+
+    async fn session<K>(&self, resume: &mut Option<String>) -> End
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + DeserializeOwned
+            + std::fmt::Debug,
+    {
+        let api: Api<K> = Api::namespaced(self.client.clone(), &self.key.namespace);
+        let only = WatchParams::default().fields(&format!("metadata.name={}", self.key.name));
+        let from = resume.clone().unwrap_or_else(|| "0".to_owned());
+        let events = match api.watch_metadata(&only, &from).await {
+            Ok(events) => events,
+            Err(error) => return failed(&error),
+        };
+        self.references.state().set_watched(&self.key, true);
+        let mut events = std::pin::pin!(events);
+        while let Some(event) = events.next().await {
+            let version = match event {
+                Err(error) => return failed(&error),
+                Ok(WatchEvent::Error(status)) if status.code == 410 => return End::TooOld,
+                Ok(WatchEvent::Error(status)) => return End::Failed(status.message),
+                Ok(WatchEvent::Bookmark(bookmark)) => {
+                    *resume = Some(bookmark.metadata.resource_version);
+                    continue;
+                }
+                Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
+                    object.metadata.resource_version
+                }
+                Ok(WatchEvent::Deleted(_)) => None,
+            };
+            let pods = self.references.state().observe(&self.key, version);
+            self.push(pods);
+        }
+        End::Closed
+    }
+
+    fn pods(&self) -> Vec<PodUid> {
+        let state = self.references.state();
+        let object = state.objects.get(&self.key);
+        object.map_or_else(Vec::new, |object| object.pods.iter().cloned().collect())
+    }
+
+    fn push(&self, pods: Vec<PodUid>) {
+        for uid in pods {
+            self.queue.push(&uid);
+        }
+    }
+}
+
+fn failed(error: &kube::Error) -> End {
+    let code = if let kube::Error::Api(status) = error {
+        status.code
+    } else {
+        0
+    };
+    match code {
+        410 => End::TooOld,
+        401 | 403 => End::Denied,
+        _ => End::Failed(knoc_proto::error::chain(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn uid(name: &str) -> PodUid {
+        name.parse().unwrap()
+    }
+
+    fn key(name: &str) -> Key {
+        Key {
+            kind: Kind::ConfigMap,
+            namespace: "ns".to_owned(),
+            name: name.to_owned(),
+        }
+    }
+
+    fn read(objects: &[(&str, Option<&str>)]) -> BTreeMap<Key, Version> {
+        let objects = objects.iter();
+        let one = |(name, version): &(&str, Option<&str>)| (key(name), version.map(str::to_owned));
+        objects.map(one).collect()
+    }
+
+    fn some(version: &str) -> Version {
+        Some(version.to_owned())
+    }
+
+    #[test]
+    fn only_a_version_that_was_not_read_is_a_change() {
+        let references = References::default();
+        let (a, b) = (uid("a"), uid("b"));
+        let level = references.level();
+        references.follow(&a, read(&[("one", Some("7")), ("two", None)]));
+        let observe = |name, version| references.state().observe(&key(name), version);
+        assert!(observe("one", some("7")).is_empty(), "what was read");
+        assert!(observe("two", None).is_empty());
+        assert_eq!(references.changed_since(&a, level), None);
+        assert_eq!(observe("two", some("9")), [a.clone()], "it appears");
+        assert!(references.changed_since(&a, level).is_some());
+        let level = references.level();
+        references.follow(&b, read(&[("two", Some("9"))]));
+        assert_eq!(references.changed_since(&b, level), None);
+        assert_eq!(observe("two", some("10")).len(), 2);
+        assert!(references.changed_since(&b, level).is_some());
+        assert!(references.changed_since(&b, references.level()).is_none());
+        let level = references.level();
+        assert_eq!(references.state().doubt(&key("one")), [a.clone()]);
+        assert!(references.changed_since(&a, level).is_some());
+    }
+
+    #[test]
+    fn an_object_is_watched_as_long_as_a_pod_refers_to_it() {
+        let references = References::default();
+        let (a, b) = (uid("a"), uid("b"));
+        references.follow(&a, read(&[("one", None), ("two", None)]));
+        references.follow(&b, read(&[("one", None)]));
+        let wanted = || references.wanted(&HashMap::new());
+        assert_eq!(wanted(), HashSet::from([key("one"), key("two")]));
+        references.follow(&a, read(&[("one", None)]));
+        assert_eq!(wanted(), HashSet::from([key("one")]));
+        references.forget(&a);
+        assert_eq!(wanted(), HashSet::from([key("one")]));
+        references.forget(&b);
+        assert!(wanted().is_empty());
+        assert!(references.state().pods.is_empty());
+    }
+
+    #[test]
+    fn the_number_of_watches_is_bounded() {
+        let references = References::default();
+        for number in 0..WATCHES + 10 {
+            let name = format!("map-{number}");
+            let uid = uid(&format!("pod-{number}"));
+            references.follow(&uid, read(&[(name.as_str(), None)]));
+            references.state().set_watched(&key(&name), number < 5);
+        }
+        assert_eq!(references.wanted(&HashMap::new()).len(), WATCHES);
+        assert!(references.all_watched(&uid("pod-4")));
+        assert!(!references.all_watched(&uid("pod-5")), "it is read again");
+        assert!(references.all_watched(&uid("none")));
+    }
+}

@@ -1,0 +1,146 @@
+//! Fetches `ClusterTrustBundles`, whose API a cluster may have in one of two versions, or not at all.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use futures::future::join_all;
+use k8s_openapi::{
+    ClusterResourceScope,
+    api::certificates::{v1, v1beta1},
+};
+use knoc_translate::TrustBundleKey;
+use kube::{Api, Client, Resource, api::ListParams};
+use rustls_pki_types::{CertificateDer, pem::PemObject as _};
+use serde::de::DeserializeOwned;
+
+use super::{DEADLINE, ResolveError};
+
+/// How many bundles of a signer are read at most.
+const BUNDLES: u32 = 500;
+/// The characters of a line of PEM.
+const LINE: usize = 64;
+
+/// A version of the API.
+trait Bundle:
+    Resource<DynamicType = (), Scope = ClusterResourceScope>
+    + Clone
+    + DeserializeOwned
+    + std::fmt::Debug
+{
+    fn certificates(&self) -> &str;
+}
+
+impl Bundle for v1::ClusterTrustBundle {
+    fn certificates(&self) -> &str {
+        &self.spec.trust_bundle
+    }
+}
+
+impl Bundle for v1beta1::ClusterTrustBundle {
+    fn certificates(&self) -> &str {
+        &self.spec.trust_bundle
+    }
+}
+
+/// The certificates that each key selects; a key that selects nothing is absent.
+pub(super) async fn get_all(
+    client: &Client,
+    keys: &[TrustBundleKey],
+) -> Result<BTreeMap<TrustBundleKey, String>, ResolveError> {
+    let gets = keys.iter().map(|key| async move {
+        let mut found = get::<v1::ClusterTrustBundle>(client, key).await?;
+        if found.is_empty() {
+            found = get::<v1beta1::ClusterTrustBundle>(client, key).await?;
+        }
+        let certificates = Some(together(&found)).filter(|_| !found.is_empty());
+        Ok(certificates.map(|certificates| (key.clone(), certificates)))
+    });
+    let found: Result<Vec<_>, ResolveError> = join_all(gets).await.into_iter().collect();
+    Ok(found?.into_iter().flatten().collect())
+}
+
+/// The bundles that the key selects; none if the cluster does not have this version of the API.
+async fn get<K: Bundle>(
+    client: &Client,
+    key: &TrustBundleKey,
+) -> Result<Vec<String>, ResolveError> {
+    match tokio::time::timeout(DEADLINE, select::<K>(client, key)).await {
+        Err(_) => Err(ResolveError::Late {
+            what: format!("get {key}"),
+        }),
+        Ok(Err(source)) => Err(ResolveError::Get {
+            kind: "clustertrustbundle",
+            name: key.to_string(),
+            source,
+        }),
+        Ok(Ok(found)) => {
+            let certificates = found.iter().map(|one| one.certificates().to_owned());
+            Ok(certificates.collect())
+        }
+    }
+}
+
+async fn select<K: Bundle>(client: &Client, key: &TrustBundleKey) -> kube::Result<Vec<K>> {
+    let api: Api<K> = Api::all(client.clone());
+    match key {
+        TrustBundleKey::Named(name) => {
+            let found = api.get_opt(name).await?;
+            Ok(found.into_iter().collect())
+        }
+        TrustBundleKey::Signed { labels: None, .. } => Ok(Vec::new()),
+        TrustBundleKey::Signed {
+            signer,
+            labels: Some(labels),
+        } => {
+            let only = ListParams::default()
+                .fields(&format!("spec.signerName={signer}"))
+                .labels(labels)
+                .limit(BUNDLES);
+            match api.list(&only).await {
+                Ok(list) => Ok(list.items),
+                Err(kube::Error::Api(status)) if status.code == 404 => Ok(Vec::new()),
+                Err(error) => Err(error),
+            }
+        }
+    }
+}
+
+/// PURE: the certificates of all bundles, each once. The order means nothing, so it is one that does not change.
+fn together(bundles: &[String]) -> String {
+    let certificates: BTreeSet<Vec<u8>> = bundles
+        .iter()
+        .flat_map(|bundle| CertificateDer::pem_slice_iter(bundle.as_bytes()))
+        .filter_map(Result::ok)
+        .map(|certificate| certificate.to_vec())
+        .collect();
+    certificates.iter().map(|one| pem(one)).collect()
+}
+
+fn pem(certificate: &[u8]) -> String {
+    use base64::Engine as _;
+    let text = base64::engine::general_purpose::STANDARD.encode(certificate);
+    let mut pem = "-----BEGIN CERTIFICATE-----\n".to_owned();
+    for (at, letter) in text.chars().enumerate() {
+        if at > 0 && at % LINE == 0 {
+            pem.push('\n');
+        }
+        pem.push(letter);
+    }
+    pem.push_str("\n-----END CERTIFICATE-----\n");
+    pem
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_certificate_is_in_the_file_once_and_without_what_surrounds_it() {
+        let one = pem(&[1; 60]);
+        let two = pem(&[2; 3]);
+        let bundles = [format!("# a comment\n{two}{one}"), one.clone()];
+        assert_eq!(together(&bundles), format!("{one}{two}"));
+        let longest = one.lines().map(str::len).max();
+        assert_eq!(longest, Some(LINE));
+        assert_eq!(together(&["no certificate".to_owned()]), "");
+    }
+}

@@ -1,0 +1,57 @@
+//! Readiness gates, and the condition of a resize.
+
+use super::*;
+
+#[test]
+fn a_pod_is_ready_only_when_its_gates_are_open() {
+    let mut json = serde_json::to_value(pod("Always", false, &json!({}))).unwrap();
+    json["spec"]["readinessGates"] = json!([{"conditionType": "example.com/in-the-pool"}]);
+    let all = observed(
+        PodPhase::Running,
+        vec![container("a", running()), container("b", running())],
+    );
+    let ready = |json: &Value| {
+        let pod: Pod = serde_json::from_value(json.clone()).unwrap();
+        let status = compute(&pod, Some(&all));
+        let ready = status.conditions.unwrap();
+        let ready = ready.into_iter().find(|one| one.type_ == "Ready").unwrap();
+        (ready.status, ready.reason.unwrap_or_default())
+    };
+    let closed = ("False".to_owned(), "ReadinessGatesNotReady".to_owned());
+    assert_eq!(ready(&json), closed);
+    let gate = |status| json!([{"type": "example.com/in-the-pool", "status": status}]);
+    json["status"] = json!({"conditions": gate("False")});
+    assert_eq!(ready(&json), closed);
+    json["status"] = json!({"conditions": gate("True")});
+    assert_eq!(ready(&json), ("True".to_owned(), String::new()));
+}
+
+#[test]
+fn a_resize_is_infeasible_and_the_status_shows_what_the_pod_has() {
+    let mut json = serde_json::to_value(pod("Always", false, &json!({}))).unwrap();
+    json["spec"]["containers"][0]["resources"] = json!({"requests": {"cpu": "2"}});
+    let all = observed(
+        PodPhase::Running,
+        vec![container("a", running()), container("b", running())],
+    );
+    let pod: Pod = serde_json::from_value(json.clone()).unwrap();
+    let status = compute(&pod, Some(&all));
+    let resizes = |status: &PodStatus| {
+        let mut all = status.conditions.iter().flatten();
+        all.any(|one| one.type_ == "PodResizePending")
+    };
+    assert!(!resizes(&status));
+    let cpu = |status: &PodStatus| {
+        let statuses = status.container_statuses.as_ref().unwrap();
+        let resources = statuses[0].resources.clone().unwrap();
+        resources.requests.unwrap()["cpu"].0.clone()
+    };
+    assert_eq!(cpu(&status), "2");
+
+    json["status"] = serde_json::to_value(&status).unwrap();
+    json["spec"]["containers"][0]["resources"] = json!({"requests": {"cpu": "3"}});
+    let pod: Pod = serde_json::from_value(json).unwrap();
+    let status = compute(&pod, Some(&all));
+    assert!(resizes(&status));
+    assert_eq!(cpu(&status), "2");
+}

@@ -1,0 +1,91 @@
+//! Level 2: a restart of the kubelet, of the agent, or of both changes nothing of a pod in the API server.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use knoc_tests::{
+    site::{Kubelet, Options, Site},
+    wait_for,
+};
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(30);
+
+/// A pod that runs, one that has ended, and one that waits for a ConfigMap.
+const PODS: [&str; 3] = ["runs", "ended", "waits"];
+
+/// The pods as the API server has them, and the number of Events.
+fn stored(kubelet: &Kubelet) -> anyhow::Result<(Vec<Value>, usize)> {
+    let pods = PODS.iter();
+    let pods = pods.map(|name| kubelet.api.get("v1", "pods", "default", name));
+    let events = kubelet.api.list("v1", "events", "default");
+    let about = |event: &&Value| {
+        PODS.iter()
+            .any(|name| event["involvedObject"]["name"] == *name)
+    };
+    let events = events.iter().filter(about).count();
+    Ok((pods.collect::<anyhow::Result<_>>()?, events))
+}
+
+/// A pod from its creation to its end: afterwards the kubelet has looked at all others too.
+async fn another_pod_runs(kubelet: &Kubelet, name: &str) -> anyhow::Result<()> {
+    kubelet.create_pod(
+        name,
+        json!({"containers": [{"name": "main", "image": "none", "command": ["/bin/true"]}]}),
+    )?;
+    kubelet.phase(name, "Succeeded", SOON).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_restart_changes_nothing_of_a_pod() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let mut agent = site.agent(&[]).await?;
+    let kubelet = Kubelet::prepare(&site).await?;
+    let mut process = Some(kubelet.start(&site, &[]).await?);
+    let container = |script: &str| json!({"containers": [{"name": "main", "image": "none", "command": ["/bin/sh", "-c", script]}]});
+    kubelet.create_pod("runs", container("sleep 600"))?;
+    kubelet.create_pod("ended", container("exit 3"))?;
+    let mut waits = container("exit 0");
+    waits["containers"][0]["envFrom"] = json!([{"configMapRef": {"name": "missing"}}]);
+    kubelet.create_pod("waits", waits)?;
+    kubelet.phase("runs", "Running", SOON).await?;
+    kubelet.phase("ended", "Failed", SOON).await?;
+    let waiting = "/status/containerStatuses/0/state/waiting/reason";
+    wait_for(
+        "the pod waits, and all Events are written",
+        SOON,
+        async || {
+            let (pods, events) = stored(&kubelet).map_err(|error| error.to_string())?;
+            let reason = pods[2].pointer(waiting).cloned().unwrap_or_default();
+            let address = &pods[0]["status"]["hostIP"];
+            // Of each program Created, Started and SlurmJobStarted, and one Event of the pod that waits.
+            if reason == "CreateContainerConfigError" && address.is_string() && events >= 7 {
+                Ok(())
+            } else {
+                Err(format!("{events} Events, {pods:#?}"))
+            }
+        },
+    )
+    .await?;
+    another_pod_runs(&kubelet, "before").await?;
+    let before = stored(&kubelet)?;
+    for (restarted, both) in [("kubelet", false), ("agent", false), ("both", true)] {
+        let old = process.take_if(|_| restarted == "kubelet" || both);
+        if let Some(old) = old {
+            old.kill().await?;
+        }
+        if restarted == "agent" || both {
+            agent.kill().await?;
+            agent = site.agent(&[]).await?;
+        }
+        if process.is_none() {
+            process = Some(kubelet.start(&site, &[]).await?);
+        }
+        another_pod_runs(&kubelet, &format!("after-{restarted}")).await?;
+        let after = stored(&kubelet)?;
+        // The same resourceVersion: nothing was written.
+        ensure!(after == before, "{restarted}: {after:#?}\n{before:#?}");
+    }
+    Ok(())
+}

@@ -1,0 +1,247 @@
+//! Data of the site in pods of the real stack: host paths by the site's policy, claims of volumes that lie there, what the site
+//! mounts into every container, and images below a root.
+//!
+//! The policy is changed while the suite runs; `sweep.sh` removes what an interrupted run leaves.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use knoc_tests::{
+    PodBuilder, World,
+    world::{SOON, container_reason, phase_of, why},
+};
+use serde_json::{Value, json};
+
+/// The time for a job to start and end beside those of other tests.
+const RUN: Duration = Duration::from_mins(2);
+
+const SITE_FILE: &str = "/home/hpcuser/.config/knoc/agent.toml";
+
+/// Runs a script on the login node as the agent's user.
+async fn on_login(world: &World, script: &str) -> anyhow::Result<String> {
+    let ran = world.on("login", ["sh", "-ec", script]).ok().await?;
+    Ok(String::from_utf8_lossy(&ran.stdout).into_owned())
+}
+
+/// Replaces what the policy says about volumes, and the site's own mounts. Restarts the agent, so that it holds at once.
+async fn set_policy(world: &World, lines: &str, tables: &str) -> anyhow::Result<()> {
+    let script = format!(
+        "f={SITE_FILE}; sed -i '/^host_paths *=/d; /^nfs *=/d; /^# l3_data$/,$d' $f; cat >$f.lines <<'END'\n{lines}END\n\
+         sed -i \"/^\\[policy\\]/r $f.lines\" $f; rm $f.lines; cat >>$f <<'END'\n{tables}END\n"
+    );
+    on_login(world, &script).await?;
+    world.service("agent.sh", "down").ok().await?;
+    world.service("agent.sh", "up").ok().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<()> {
+    let world = World::new("data").await?;
+    let folder = format!("/scratch/{}", world.namespace);
+    let policy = format!(
+        "host_paths = [{{path = \"/images\"}}, {{path = \"{folder}\", writable = true}}]\n\
+         nfs = [{{server = \"filer.example.org\", export = \"/export\", path = \"{folder}/nfs\"}}]\n"
+    );
+    let tables = "# l3_data\n[[bind]]\npath = \"/images\"\ntarget = \"/opt/site\"\n\
+                  [[bind]]\npath = \"/nowhere\"\npartitions = [\"none\"]\n";
+    let prepare = format!(
+        "mkdir -p {folder}/nfs/set {folder}/claim; echo exported >{folder}/nfs/set/file; ln -s /home/hpcuser {folder}/out"
+    );
+    on_login(&world, &prepare).await?;
+    set_policy(&world, &policy, tables).await?;
+    let ran = tokio::join!(
+        host_paths(&world, &folder),
+        refusals(&world, &folder),
+        claims(&world, &folder)
+    );
+    set_policy(&world, "", "").await?;
+    on_login(&world, &format!("rm -rf {folder}")).await?;
+    let (host_paths, refusals, claims) = ran;
+    host_paths?;
+    refusals?;
+    claims?;
+    world.finish().await
+}
+
+async fn host_paths(world: &World, folder: &str) -> anyhow::Result<()> {
+    let pod = PodBuilder::new("paths")
+        .annotation("knoc.io/image-root", "/images")
+        .image("/busybox.sif")
+        .spec(
+            "volumes",
+            json!([
+                {"name": "new", "hostPath": {"path": format!("{folder}/new/er"), "type": "DirectoryOrCreate"}},
+                {"name": "file", "hostPath": {"path": format!("{folder}/file"), "type": "FileOrCreate"}},
+                {"name": "images", "hostPath": {"path": "/images/"}},
+            ]),
+        )
+        .set("env", json!([{"name": "WHO", "value": "expanded"}]))
+        .set(
+            "volumeMounts",
+            json!([
+                {"name": "new", "mountPath": "/new"},
+                {"name": "new", "mountPath": "/sub", "subPath": "a/b"},
+                {"name": "new", "mountPath": "/expr", "subPathExpr": "$(WHO)"},
+                {"name": "file", "mountPath": "/etc/own"},
+                {"name": "images", "mountPath": "/images", "readOnly": true},
+            ]),
+        )
+        .sh("echo 1 >/new/x; echo 2 >/sub/x; echo 3 >/expr/x; echo 4 >>/etc/own; \
+             test -e /images/busybox.sif -a -e /opt/site/busybox.sif && echo site; \
+             touch /images/x 2>/dev/null || touch /opt/site/x 2>/dev/null || echo read-only");
+    world.create(&pod).await?;
+    let ended = world.wait_phase("paths", "Succeeded", RUN).await;
+    let log = world.logs("paths", "main").await;
+    ended.with_context(|| format!("it printed {log:?}"))?;
+    let log = log?;
+    ensure!(log == "site\nread-only\n", "it printed {log:?}");
+    let written = format!("cd {folder}; cat new/er/x new/er/a/b/x new/er/expanded/x file");
+    let written = on_login(world, &written).await?;
+    ensure!(written == "1\n2\n3\n4\n", "{written:?}");
+    Ok(())
+}
+
+/// A pod that mounts this host path.
+fn mounting(name: &str, path: &str, kind: &str) -> PodBuilder {
+    PodBuilder::new(name)
+        .spec(
+            "volumes",
+            json!([{"name": "data", "hostPath": {"path": path, "type": kind}}]),
+        )
+        .set(
+            "volumeMounts",
+            json!([{"name": "data", "mountPath": "/data"}]),
+        )
+}
+
+async fn refusals(world: &World, folder: &str) -> anyhow::Result<()> {
+    for (name, path, message) in [
+        ("etc", "/etc", "\"/etc\" is not below"),
+        ("images", "/images", "readOnly: true"),
+    ] {
+        world.create(&mounting(name, path, "")).await?;
+        let failed = world.wait_phase(name, "Failed", SOON).await?;
+        let (reason, told) = why(&failed);
+        ensure!(
+            reason == "UnsupportedPodSpec" && told.contains(message),
+            "{reason}: {told}"
+        );
+    }
+    for (name, path, kind, message) in [
+        (
+            "none",
+            format!("{folder}/none"),
+            "Directory",
+            "doesn't exist",
+        ),
+        (
+            "type",
+            format!("{folder}/nfs"),
+            "File",
+            "hostPath type check failed",
+        ),
+        (
+            "out",
+            format!("{folder}/out"),
+            "",
+            "leads out of its folder",
+        ),
+        (
+            "ssh",
+            format!("{folder}/out/.ssh"),
+            "",
+            "leads out of its folder",
+        ),
+    ] {
+        world.create(&mounting(name, &path, kind)).await?;
+        let failed = world.wait_phase(name, "Failed", RUN).await?;
+        let (reason, told) = container_reason(&failed, "main").context("no reason")?;
+        ensure!(
+            reason == "CreateContainerError" && told.contains(message),
+            "{name}: {reason}: {told}"
+        );
+    }
+    Ok(())
+}
+
+/// A volume and the claim that is bound to it.
+fn volume(world: &World, name: &str, source: (&str, Value)) -> String {
+    let full = format!("{}-{name}", world.namespace);
+    let modes = json!(["ReadWriteMany"]);
+    let volume = json!({
+        "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": full},
+        "spec": {
+            "capacity": {"storage": "1Gi"}, "accessModes": modes, "storageClassName": "", source.0: source.1,
+            "claimRef": {"namespace": world.namespace, "name": name},
+        },
+    });
+    let claim = json!({
+        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name},
+        "spec": {
+            "accessModes": modes, "storageClassName": "", "volumeName": full,
+            "resources": {"requests": {"storage": "1Gi"}},
+        },
+    });
+    format!("{volume}\n---\n{claim}\n")
+}
+
+async fn claims(world: &World, folder: &str) -> anyhow::Result<()> {
+    let host = json!({"path": format!("{folder}/claim")});
+    let nfs = json!({"server": "filer.example.org", "path": "/export/set", "readOnly": true});
+    let volumes = [
+        volume(world, "host", ("hostPath", host)),
+        volume(world, "nfs", ("nfs", nfs)),
+    ];
+    let apply = world.kubectl(["apply", "-f", "-"]);
+    apply.stdin(volumes.join("---\n")).ok().await?;
+    let pod = PodBuilder::new("claims")
+        .spec(
+            "volumes",
+            json!([
+                {"name": "host", "persistentVolumeClaim": {"claimName": "host"}},
+                {"name": "nfs", "persistentVolumeClaim": {"claimName": "nfs"}},
+            ]),
+        )
+        .set(
+            "volumeMounts",
+            json!([{"name": "host", "mountPath": "/host"}, {"name": "nfs", "mountPath": "/nfs"}]),
+        )
+        .sh(
+            "cp /nfs/file /host/copy && cat /host/copy; touch /nfs/x 2>/dev/null || echo read-only",
+        );
+    let ran = async {
+        world.create(&pod).await?;
+        world.wait_phase("claims", "Succeeded", RUN).await?;
+        let log = world.logs("claims", "main").await?;
+        ensure!(log == "exported\nread-only\n", "it printed {log:?}");
+        let copied = on_login(world, &format!("cat {folder}/claim/copy")).await?;
+        ensure!(copied == "exported\n", "{copied:?}");
+        let unbound = PodBuilder::new("unbound").spec(
+            "volumes",
+            json!([{"name": "data", "persistentVolumeClaim": {"claimName": "nowhere"}}]),
+        );
+        world.create(&unbound).await?;
+        let told = world.wait_for_state("unbound", "the scheduler's message", SOON, |pod| {
+            let conditions = pod
+                .status
+                .iter()
+                .flat_map(|status| status.conditions.iter().flatten());
+            let mut messages = conditions.filter_map(|condition| condition.message.as_deref());
+            messages
+                .any(|message| message.contains("nowhere"))
+                .then_some(())
+        });
+        told.await?;
+        let pod = world.pod("unbound").await?;
+        ensure!(phase_of(&pod) == "Pending", "{pod:?}");
+        anyhow::Ok(())
+    };
+    let ran = ran.await;
+    for name in ["host", "nfs"] {
+        let full = format!("{}-{name}", world.namespace);
+        let delete = ["delete", "persistentvolume", &full, "--wait=false"];
+        world.kubectl(delete).ok().await?;
+    }
+    ran
+}

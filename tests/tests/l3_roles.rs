@@ -1,0 +1,191 @@
+//! Sidecars, restart rules, shared processes, stop signals and resizes on the real stack.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use knoc_tests::{PodBuilder, World, wait_for, world::SOON};
+use kube::api::{Patch, PatchParams};
+use serde_json::json;
+
+const LATER: Duration = Duration::from_mins(3);
+
+/// The status of a container or init container.
+fn status<'a>(pod: &'a Pod, name: &str) -> Option<&'a ContainerStatus> {
+    let status = pod.status.as_ref()?;
+    let init = status.init_container_statuses.iter().flatten();
+    let mut all = status.container_statuses.iter().flatten().chain(init);
+    all.find(|one| one.name == name)
+}
+
+fn is_true(pod: &Pod, kind: &str) -> bool {
+    let conditions = pod.status.iter().flat_map(|status| &status.conditions);
+    let mut all = conditions.flatten();
+    all.any(|one| one.type_ == kind && one.status == "True")
+}
+
+#[tokio::test]
+async fn a_pod_with_a_sidecar_starts_behind_it_and_completes_without_it() -> anyhow::Result<()> {
+    let world = World::new("sidecar").await?;
+    let pod = PodBuilder::new("job")
+        .sh("test -e /shared/up && echo after the sidecar; sleep 2")
+        .empty_dir("/shared")
+        .init_container("proxy")
+        .sh("sleep 2; touch /shared/up; trap 'echo told; exit 0' TERM; while :; do sleep 0.2; done")
+        .set("restartPolicy", json!("Always"))
+        .set("volumeMounts", json!([{"name": "data", "mountPath": "/shared"}]))
+        .set(
+            "startupProbe",
+            json!({"exec": {"command": ["test", "-e", "/shared/up"]}, "periodSeconds": 1, "failureThreshold": 60}),
+        );
+    let done = world.run(&pod, "Succeeded").await?;
+    let code = |name: &str| {
+        let state = status(&done, name)?.state.as_ref()?;
+        Some(state.terminated.as_ref()?.exit_code)
+    };
+    ensure!(code("main") == Some(0), "{done:?}");
+    ensure!(code("proxy").is_some(), "{done:?}");
+    let log = world.logs("job", "main").await?;
+    ensure!(log == "after the sidecar\n", "{log}");
+    let log = world.logs("job", "proxy").await?;
+    ensure!(log == "told\n", "{log}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_sidecar_is_part_of_the_pods_readiness() -> anyhow::Result<()> {
+    let world = World::new("sidecar-ready").await?;
+    let pod = PodBuilder::new("web")
+        .sh("sleep 600")
+        .init_container("proxy")
+        .sh("sleep 600")
+        .set("restartPolicy", json!("Always"))
+        .set(
+            "readinessProbe",
+            json!({"exec": {"command": ["test", "-e", "/tmp/ready"]}, "periodSeconds": 1}),
+        );
+    let uid = world.running(&pod).await?;
+    let seen = |pod: &Pod| {
+        let runs = status(pod, "main")?.state.as_ref()?.running.is_some();
+        (runs && is_true(pod, "Initialized")).then(|| is_true(pod, "ContainersReady"))
+    };
+    let ready = world.wait_for_state("web", "it runs", SOON, seen).await?;
+    ensure!(!ready, "it is ready without its sidecar");
+    world
+        .exec(&uid, "proxy", ["touch", "/tmp/ready"])
+        .ok()
+        .await?;
+    let is_ready = |pod: &Pod| is_true(pod, "Ready").then_some(());
+    world
+        .wait_for_state("web", "it is ready", SOON, is_ready)
+        .await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_rule_restarts_a_container_that_its_policy_would_not() -> anyhow::Result<()> {
+    let world = World::new("rules").await?;
+    let pod = PodBuilder::new("ruled")
+        .sh("test -e /data/again && exit 0; touch /data/again; exit 42")
+        .empty_dir("/data")
+        .set("restartPolicy", json!("Never"))
+        .set(
+            "restartPolicyRules",
+            json!([{"action": "Restart", "exitCodes": {"operator": "In", "values": [42]}}]),
+        );
+    let done = world.run(&pod, "Succeeded").await?;
+    let restarts = status(&done, "main").map(|main| main.restart_count);
+    ensure!(restarts == Some(1), "{done:?}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn containers_share_their_processes_and_are_stopped_by_their_own_signals()
+-> anyhow::Result<()> {
+    let world = World::new("shared").await?;
+    let pod = PodBuilder::new("both")
+        .spec("shareProcessNamespace", json!(true))
+        .spec("os", json!({"name": "linux"}))
+        .sh("trap 'echo interrupted; exit 0' INT; while :; do sleep 0.2; done")
+        .set("lifecycle", json!({"stopSignal": "SIGINT"}))
+        .container("other")
+        .sh("sleep 601");
+    let uid = world.running(&pod).await?;
+    let seen = async |container: &str| {
+        let ps = world.exec(&uid, container, ["ps", "-o", "args"]);
+        anyhow::Ok(ps.ok().await?.text())
+    };
+    wait_for("both see each other", SOON, async || {
+        let all = seen("main").await?;
+        ensure!(all.contains("sleep 601") && all.contains("hold"), "{all}");
+        let all = seen("other").await?;
+        ensure!(all.contains("interrupted"), "{all}");
+        anyhow::Ok(())
+    })
+    .await?;
+    // One may end the other's program.
+    world
+        .exec(&uid, "main", ["pkill", "-f", "^sleep 601"])
+        .ok()
+        .await?;
+    let ended = |pod: &Pod| {
+        let state = status(pod, "other")?.state.as_ref()?;
+        Some(state.terminated.as_ref()?.exit_code)
+    };
+    let code = world
+        .wait_for_state("both", "the other has ended", SOON, ended)
+        .await?;
+    ensure!(code == 143, "{code}");
+    let logs = world.kubectl(["logs", "-f", "both", "-c", "main"]);
+    let (logs, deleted) = tokio::join!(logs.deadline(LATER).output(), async {
+        world.delete("both", Some(30)).await
+    });
+    deleted?;
+    let logs = logs?.text();
+    ensure!(logs.contains("interrupted"), "{logs}");
+    world.wait_gone("both", LATER).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_resize_is_answered_with_infeasible_and_taken_back() -> anyhow::Result<()> {
+    let world = World::new("resize").await?;
+    world
+        .running(&PodBuilder::new("target").sh("sleep 600"))
+        .await?;
+    let resize = async |cpu: &str| {
+        let resources = json!({"requests": {"cpu": cpu}});
+        let patch = json!({"spec": {"containers": [{"name": "main", "resources": resources}]}});
+        let patch = Patch::Strategic(patch);
+        let api = world.api::<Pod>();
+        api.patch_subresource("resize", "target", &PatchParams::default(), &patch)
+            .await
+            .context("resize")
+    };
+    resize("2").await?;
+    let pending = |pod: &Pod| {
+        let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+        let one = conditions
+            .iter()
+            .find(|one| one.type_ == "PodResizePending")?;
+        one.reason.clone()
+    };
+    let reason = world
+        .wait_for_state("target", "it is refused", SOON, pending)
+        .await?;
+    ensure!(reason == "Infeasible", "{reason}");
+    let pod = world.pod("target").await?;
+    let main = status(&pod, "main").context("no status")?;
+    let shown = main.resources.as_ref().and_then(|own| own.requests.clone());
+    let shown = shown.and_then(|requests| requests.get("cpu").map(|cpu| cpu.0.clone()));
+    ensure!(
+        shown.as_deref() == Some("1") && main.restart_count == 0,
+        "{main:?}"
+    );
+    resize("1").await?;
+    let gone = |pod: &Pod| pending(pod).is_none().then_some(());
+    world
+        .wait_for_state("target", "the condition is gone", SOON, gone)
+        .await?;
+    world.finish().await
+}
