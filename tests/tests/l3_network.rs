@@ -101,6 +101,9 @@ async fn a_network_of_its_own_leads_to_other_networks_and_not_to_the_nodes_loopb
         let reached = inside(&format!("nc -w 2 {target} 6818 </dev/null")).await?;
         ensure!(reached.code != 0, "{target}: {reached}");
     }
+    // It has no rights over its network.
+    let changed = inside("ip link set lo down").await?;
+    ensure!(changed.code != 0, "{changed}");
     let resolved = inside("hostname -i").await?;
     ensure!(resolved.text() == "192.0.0.2", "{resolved}");
     world.finish().await

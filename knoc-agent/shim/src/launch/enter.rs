@@ -203,6 +203,10 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
             // Joined already: the container's own user namespace has no rights in it.
             continue;
         }
+        if *name == "user" && is_joined(fd).map_err(EnterError::on("stat the user namespace"))? {
+            // It is that of the pod's network.
+            continue;
+        }
         if *name == "mnt" {
             // Opened after the user namespace was joined: a FUSE root is accessible only inside of it.
             let path = format!("/proc/{pid}/root");
@@ -257,6 +261,12 @@ fn other(pid: u32, name: &str) -> Result<Option<OwnedFd>, EnterError> {
     let file = File::open(&theirs).map_err(EnterError::on(format!("open {theirs}")))?;
     let is_ours = is_same(&file, &ours).map_err(EnterError::on(format!("stat {theirs}")))?;
     Ok((!is_ours).then(|| file.into()))
+}
+
+/// Whether this process is in the user namespace by now.
+fn is_joined(namespace: &OwnedFd) -> io::Result<bool> {
+    let ours = std::fs::metadata("/proc/self/ns/user")?;
+    is_same(&File::from(namespace.try_clone()?), &ours)
 }
 
 fn is_same(file: &File, ours: &Metadata) -> io::Result<bool> {
