@@ -319,6 +319,7 @@ where adding one raises `metadata.generation`.
 and may signal them, and PID 1 is not theirs. They run as one user, but each in a user namespace of its own, so one cannot read the files
 (`/proc/PID/root`) or the memory of another's processes. This needs user namespaces: with a setuid runtime such a container fails with
 `CreateContainerError`.
+
 ## Host paths
 
 A pod can mount the paths of the compute nodes that the site file names in `policy.host_paths`, and what lies below them: read-only unless the
