@@ -29,6 +29,8 @@ const OURS: &[&str] = &[
     "message",
     "observedGeneration",
     "phase",
+    "podIP",
+    "podIPs",
     "reason",
     "startTime",
 ];

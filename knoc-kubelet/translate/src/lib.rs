@@ -17,6 +17,7 @@ mod grace;
 mod image_root;
 mod job;
 mod keyring;
+mod network;
 mod probe;
 pub mod quantity;
 mod trust;
@@ -170,6 +171,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         .filter_map(|volume| volume::shape(volume, &mut problems))
         .collect();
     let job = job::request(pod, &init_containers, &regular, &mut problems);
+    let network = network::mode(pod, spec, &mut problems);
     if !problems.is_empty() {
         return Err(problems);
     }
@@ -196,6 +198,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         cluster_domain: String::new(),
         set_hostname_as_fqdn: *spec.set_hostname_as_fqdn == Some(true),
         resolver: resolver(spec),
+        network: network.into(),
         name,
         volumes,
         job: Some(job),
@@ -451,6 +454,7 @@ fn shape_container(
         readiness_probe: probes.readiness,
         post_start: probes.post_start,
         pre_stop: probes.pre_stop,
+        host_ports: network::host_ports(spec, container, problems),
         stop_signal: probes.stop_signal,
         run_as_non_root: run_as_non_root(spec, security),
         privileged: security.is_some_and(|context| *context.privileged == Some(true)),

@@ -72,6 +72,7 @@ impl Worker<'_> {
             // A pod that the agent has reports its state itself.
             rejection: rejection.filter(|_| observed.is_none()),
             unreachable: self.unreachable(),
+            pod_ip_of_node: self.context.node.identity().pod_ip_of_node,
             judged: self.judged(&view.pod),
             now: Timestamp::now(),
         })
