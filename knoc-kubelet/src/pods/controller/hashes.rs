@@ -3,7 +3,6 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use knoc_proto::pb;
-use prost::Message as _;
 
 /// Hashes of the values and credentials of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

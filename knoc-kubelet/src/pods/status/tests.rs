@@ -152,6 +152,7 @@ fn a_process_that_knows_nothing_changes_nothing() {
             rejection: None,
             refused: &[],
             unreachable: false,
+            pod_ip_of_node: false,
             judged: Some(2),
             now: at(now),
         };
@@ -209,6 +210,7 @@ fn a_pod_has_the_nodes_address_only_if_the_policy_says_so() {
             observed,
             hold: None,
             rejection: None,
+            refused: &[],
             unreachable: false,
             pod_ip_of_node,
             judged: pod.metadata.generation,
