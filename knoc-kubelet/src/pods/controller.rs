@@ -7,6 +7,7 @@
 mod admission;
 mod context;
 mod ensure;
+mod hashes;
 mod loop_health;
 mod memory;
 mod notes;

@@ -46,8 +46,10 @@ pub use job::over_containers;
 pub use keyring::{BadSecret, PullCredentials, pull_credentials, pull_secrets};
 pub use trust::TrustBundleKey;
 
-/// Annotations that are not sent, because they repeat the whole pod.
-const NOT_SENT: &str = "kubectl.kubernetes.io/last-applied-configuration";
+/// The annotation in which the kubelet publishes the id of the pod's job.
+pub const JOB_ID: &str = "knoc.io/job-id";
+/// Annotations that are not sent, because one repeats the whole pod and the agent knows the other.
+const NOT_SENT: [&str; 2] = ["kubectl.kubernetes.io/last-applied-configuration", JOB_ID];
 
 /// The objects to which the pod refers, as far as they were found.
 #[derive(Clone, Debug, Default)]
@@ -174,7 +176,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         return Err(problems);
     }
     let mut annotations = meta.annotations.clone().unwrap_or_default();
-    annotations.remove(NOT_SENT);
+    annotations.retain(|name, _| !NOT_SENT.contains(&name.as_str()));
     Ok(pb::PodSpec {
         uid: meta.uid.clone().unwrap_or_default(),
         namespace: meta
@@ -322,9 +324,13 @@ impl<'a> PodSpec<'a> {
     }
 
     /// The images of all containers, as the pod names them.
-    fn all_images(self) -> impl Iterator<Item = &'a str> {
-        self.all_containers()
-            .filter_map(|container| container.image.as_deref())
+    fn all_images(self) -> Vec<String> {
+        let images = self
+            .all_containers()
+            .map(|container| container.image.clone());
+        let ephemeral = ephemeral::containers(self).into_iter();
+        let ephemeral = ephemeral.map(|one| one.container.image);
+        images.chain(ephemeral).flatten().collect()
     }
 }
 

@@ -10,9 +10,8 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{pb, reason::ErrorReason};
 use knoc_translate::{BadSecret, Missing, Unbound};
-use prost::Message as _;
 
-use super::worker::Worker;
+use super::{hashes::Hashes, worker::Worker};
 use crate::{
     agent::Sent,
     pods::{
@@ -85,7 +84,7 @@ impl Worker<'_> {
             return;
         }
         let generation = shape.generation;
-        let hashes = Hashes::of(&sent);
+        let hashes = Hashes::of(&sent.values, sent.pull_credentials.as_ref());
         knoc_proto::crash::point("kubelet.ensure.before");
         let answer = self.context.site.agent.ensure_pod(shape, sent).await;
         knoc_proto::crash::point("kubelet.ensure.after");
@@ -226,7 +225,7 @@ impl Worker<'_> {
                 return;
             }
         };
-        let hashes = Hashes::of(&sent);
+        let hashes = Hashes::of(&sent.values, sent.pull_credentials.as_ref());
         if self
             .memory
             .values
@@ -416,45 +415,6 @@ impl Worker<'_> {
             self.revisit_in(if wait.is_zero() { NOT_DONE } else { wait });
         }
     }
-}
-
-/// Hashes of what the agent was sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Hashes {
-    values: u64,
-    /// `None` if no credentials were sent.
-    credentials: Option<u64>,
-}
-
-impl Hashes {
-    fn of(sent: &Sent) -> Self {
-        let hash = |credentials: &pb::PullCredentials| {
-            let mut hasher = DefaultHasher::new();
-            credentials.encode_to_vec().hash(&mut hasher);
-            hasher.finish()
-        };
-        Self {
-            values: contents(&sent.values),
-            credentials: sent.pull_credentials.as_ref().map(hash),
-        }
-    }
-
-    /// Does the agent have all of `newer`? It needs no credentials if there are none in it.
-    fn covers(self, newer: Self) -> bool {
-        let credentials = newer.credentials.is_none() || newer.credentials == self.credentials;
-        self.values == newer.values && credentials
-    }
-}
-
-/// A hash of the values, without their revision.
-fn contents(values: &pb::PodValues) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    let bare = pb::PodValues {
-        revision: 0,
-        ..values.clone()
-    };
-    bare.encode_to_vec().hash(&mut hasher);
-    hasher.finish()
 }
 
 fn metadata(pod: &Pod) -> u64 {

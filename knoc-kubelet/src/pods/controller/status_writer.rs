@@ -34,6 +34,9 @@ impl Worker<'_> {
             self.memory.status.differs_since = None;
             return true;
         };
+        let observed = self.context.pods.store.observed(self.uid);
+        let job = observed.as_ref().and_then(|observed| observed.job.as_ref());
+        let patch = publish::with_job(patch, &view.pod, job.map_or("", |job| &job.id));
         let sent = (patch, view.pod.metadata.resource_version.clone());
         if self.memory.status.sent.as_ref() == Some(&sent) {
             // An older API server does not store all fields that we send.

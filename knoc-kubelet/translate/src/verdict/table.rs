@@ -377,6 +377,7 @@ const VOLUME: &[Row] = &[
 #[rustfmt::skip]
 const ANNOTATIONS: &[Row] = &[
     row("knoc.io/partition knoc.io/account knoc.io/qos knoc.io/constraint knoc.io/reservation knoc.io/licenses knoc.io/dependency knoc.io/gres", Any, Honoured, "the sbatch option of this name"),
+    row("knoc.io/job-id", Any, Satisfied, "written by the kubelet: the id of the pod's job"),
     row("knoc.io/time", Any, Honoured, "minutes, `HH:MM:SS`, `D-HH:MM:SS`, or `90m`, `2h`, `1d`"),
     row("knoc.io/ntasks", Any, Honoured, "a number; the CPUs are shared out evenly"),
     row("knoc.io/image-root slurm-job.knoc.io/image-root", Any, Honoured, "a directory that is put before the `image` of every container if that begins with a slash; the result must be below `image_roots` of the site file"),
