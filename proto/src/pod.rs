@@ -106,7 +106,7 @@ impl PodSpec {
 
 /// The longest grace period or deadline. A century is longer than any job and can be added to any present time; the largest
 /// number that the API server accepts cannot.
-pub const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+pub const LONGEST: Duration = Duration::from_hours(100 * 365 * 24);
 
 /// The duration of seconds in a message, at most [`LONGEST`]. `None` if they are negative.
 #[must_use]
