@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use knoc_contract::host_paths::{HostPaths, Prefix};
+use knoc_contract::host_paths::{HostPaths, Prefix, SHIM_FOLDERS};
 use knoc_proto::paths;
 use serde::Deserialize;
 
@@ -15,6 +15,10 @@ const MOST: usize = 100;
 const PRIVATE: [&str; 2] = [".ssh", ".config/knoc"];
 /// What the kernel tells about processes. Links in it lead anywhere.
 const PROCESSES: &str = "/proc";
+
+/// Where shims have their folders on a compute node: on disk, unless `job.scratch` names another place, and in memory.
+const SCRATCH: &str = "/tmp";
+const MEMORY: &str = "/dev/shm";
 
 /// A path of the compute nodes, with everything below it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -58,10 +62,14 @@ impl Config {
         let credentials = credentials.filter_map(|entry| entry.proxy_credentials.clone());
         let private = home.into_iter();
         let private = private.flat_map(|home| PRIVATE.map(|name| home.join(name)));
+        // Their names begin so; what contains these contains those of all jobs on the node.
+        let scratch = self.job.scratch.as_deref().unwrap_or(SCRATCH);
+        let shims = [scratch, MEMORY].map(|folder| Path::new(folder).join(SHIM_FOLDERS));
         HostPaths {
             prefixes: prefixes.collect(),
             guarded: [self.state_dir.clone(), PROCESSES.into()]
                 .into_iter()
+                .chain(shims)
                 .chain(keys)
                 .chain(credentials)
                 .chain(self.listen.socket.clone())

@@ -192,6 +192,17 @@ fn host_paths_leave_keys_and_what_a_login_executes_alone() {
     assert!(paths.prefixes[1].writable && !paths.prefixes[0].writable);
     let guarded = |path: &str| paths.guarded.iter().any(|known| known == Path::new(path));
     assert!(guarded("/home/u/.local/state/knoc") && guarded("/run/user/7/knoc/agent.sock"));
+    // The shims' own folders lie in these.
+    for folder in ["/tmp", "/dev/shm", "/dev"] {
+        let config = parse(&format!(
+            "site = 'x'\n[policy]\nhost_paths = [{{path = '{folder}'}}]"
+        ));
+        let paths = config
+            .map(|config| config.host_paths(&config.policy, &[]))
+            .unwrap();
+        paths.judge(Path::new(folder), false).unwrap_err();
+        paths.judge(&Path::new(folder).join("data"), false).unwrap();
+    }
     for (entries, wanted) in [
         ("{path = 'data'}", "\"data\" must be an absolute path"),
         (

@@ -161,7 +161,10 @@ fn mounted(spec: &PersistentVolumeSpec, claim: &str, read_only: bool) -> Result<
     let local = spec.local.as_ref();
     let local = local.map(|local| (local.path.as_str(), Some("Directory")));
     if let Some((path, kind)) = host.or(local) {
-        let host = volume::host_path(path, kind)
+        let kind = volume::host_path_type(kind)
+            .ok_or_else(|| format!("the type {:?} is not known", kind.unwrap_or_default()));
+        let host = kind
+            .and_then(|kind| volume::host_path(path, kind))
             .map_err(|why| Problem::Never(format!("the volume of the claim {claim:?}: {why}")))?;
         return Ok(Mounted::HostPath(pb::HostPath {
             read_only,
@@ -317,6 +320,11 @@ mod tests {
             pv["spec"] = json!({"claimRef": {"uid": "claim-uid"}, "fc": {}});
         });
         assert!(kind.contains("hostPath, local, nfs and csi"), "{kind}");
+        let of_type = problem(|_, pv| pv["spec"]["hostPath"]["type"] = json!("Pipe"));
+        assert!(
+            of_type.contains("the type \"Pipe\" is not known"),
+            "{of_type}"
+        );
         let path = problem(|_, pv| pv["spec"]["hostPath"]["path"] = json!("/a/../b"));
         assert!(path.contains("'..'"), "{path}");
     }

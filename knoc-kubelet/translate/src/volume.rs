@@ -124,7 +124,9 @@ pub(crate) fn shape(volume: &core::Volume, problems: &mut Vec<String>) -> Option
             problems,
         ))),
         Ok(Source::HostPath(host)) => {
-            let host = host_path(host.path, host.type_.as_deref()).unwrap_or_else(|why| {
+            // The verdict of a type that is not known is "rejected".
+            let kind = host_path_type(host.type_.as_deref()).unwrap_or_default();
+            let host = host_path(host.path, kind).unwrap_or_else(|why| {
                 let name = &volume.name;
                 problems.push(format!("spec.volumes[{name}].hostPath.path: {why}"));
                 pb::HostPath::default()
@@ -172,10 +174,19 @@ pub(crate) fn nfs(source: NfsVolume<'_>, claim: String, read_only: bool) -> pb::
 }
 
 /// A path of the compute node, or why the path is not valid.
-pub(crate) fn host_path(path: &str, kind: Option<&str>) -> Result<pb::HostPath, String> {
+pub(crate) fn host_path(path: &str, kind: pb::HostPathType) -> Result<pb::HostPath, String> {
     let path = paths::in_container(path).map_err(|error| format!("{path:?} {error}"))?;
-    // Any other type of a pod's own volume was rejected by its verdict.
-    let kind = match kind.unwrap_or_default() {
+    Ok(pb::HostPath {
+        path,
+        r#type: kind.into(),
+        ..pb::HostPath::default()
+    })
+}
+
+/// The type of a host path, if it is known.
+pub(crate) fn host_path_type(kind: Option<&str>) -> Option<pb::HostPathType> {
+    Some(match kind.unwrap_or_default() {
+        "" => pb::HostPathType::Unspecified,
         "DirectoryOrCreate" => pb::HostPathType::DirectoryOrCreate,
         "Directory" => pb::HostPathType::Directory,
         "FileOrCreate" => pb::HostPathType::FileOrCreate,
@@ -183,12 +194,6 @@ pub(crate) fn host_path(path: &str, kind: Option<&str>) -> Result<pb::HostPath, 
         "Socket" => pb::HostPathType::Socket,
         "CharDevice" => pb::HostPathType::CharDevice,
         "BlockDevice" => pb::HostPathType::BlockDevice,
-        "" => pb::HostPathType::Unspecified,
-        other => return Err(format!("the type {other:?} is not known")),
-    };
-    Ok(pb::HostPath {
-        path,
-        r#type: kind.into(),
-        ..pb::HostPath::default()
+        _ => return None,
     })
 }

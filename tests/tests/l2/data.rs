@@ -76,6 +76,7 @@ async fn a_site_lets_pods_mount_what_its_policy_names_and_nothing_else() -> anyh
         (host_path(&state), "is \""),
         (host_path(&format!("{state}/pods")), "lies in"),
         (host_path(&folder), "contains"),
+        (host_path(&format!("{folder}/scratch")), "contains"),
         (nfs("/elsewhere"), "policy.nfs"),
     ] {
         let message = refused(&pod("refused", source)).await?;
