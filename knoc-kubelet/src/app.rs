@@ -213,7 +213,6 @@ impl App {
         let own = self.certificates(tasks, shutdown, &events).await?;
         let client = own.clients.node.clone();
         let (queue, services) = (Queue::default(), Services::default());
-        let references = References::default();
         let process = Process {
             started: Timestamp::now(),
             deposed: deposed.clone(),
@@ -231,7 +230,7 @@ impl App {
                 pod_lookup: self.pod_lookup(),
                 events,
                 services: services.clone(),
-                references: references.clone(),
+                references: References::default(),
             },
             site: Site {
                 agent: self.agent.clone(),
@@ -258,7 +257,7 @@ impl App {
         let pod_watch = PodWatch::new(context.clone(), listed_to, missing_to);
         let token = || shutdown.clone();
         tasks.spawn(services.run(client.clone(), token()));
-        tasks.spawn(references.run(client, queue, token()));
+        tasks.spawn(context.api.references.clone().run(client, queue, token()));
         tasks.spawn(agent_watch.run(token()));
         tasks.spawn(watch_orphans(context.clone(), missing, orphans_to, token()));
         tasks.spawn(Controller::new(context).run(token()));

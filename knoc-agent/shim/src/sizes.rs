@@ -36,7 +36,6 @@ pub(super) async fn watch(limits: Vec<Limit>, commands: mpsc::Sender<Command>) {
         for limit in &limits {
             match measure(limit.clone()).await {
                 Ok(bytes) if bytes > limit.bytes => return evict(limit, &commands).await,
-                Ok(_) => {}
                 Err(error) if !warned => {
                     warned = true;
                     tracing::warn!(
@@ -44,7 +43,7 @@ pub(super) async fn watch(limits: Vec<Limit>, commands: mpsc::Sender<Command>) {
                         "its size could not be measured: {error}"
                     );
                 }
-                Err(_) => {}
+                Ok(_) | Err(_) => {}
             }
         }
         pause = PERIOD.max(began.elapsed().saturating_mul(REST));

@@ -69,13 +69,16 @@ fn awaited(have: &PodStatus, wanted: &PodStatus) -> bool {
             before.is_some_and(|before| condition_awaited(before, condition))
         })
         || containers_awaited(
-            &have.init_container_statuses,
-            &wanted.init_container_statuses,
+            have.init_container_statuses.as_deref(),
+            wanted.init_container_statuses.as_deref(),
         )
-        || containers_awaited(&have.container_statuses, &wanted.container_statuses)
         || containers_awaited(
-            &have.ephemeral_container_statuses,
-            &wanted.ephemeral_container_statuses,
+            have.container_statuses.as_deref(),
+            wanted.container_statuses.as_deref(),
+        )
+        || containers_awaited(
+            have.ephemeral_container_statuses.as_deref(),
+            wanted.ephemeral_container_statuses.as_deref(),
         )
 }
 
@@ -94,11 +97,12 @@ fn condition_awaited(before: &PodCondition, condition: &PodCondition) -> bool {
 }
 
 fn containers_awaited(
-    have: &Option<Vec<ContainerStatus>>,
-    wanted: &Option<Vec<ContainerStatus>>,
+    have: Option<&[ContainerStatus]>,
+    wanted: Option<&[ContainerStatus]>,
 ) -> bool {
-    wanted.iter().flatten().any(|container| {
-        let mut before = have.iter().flatten();
+    let mut wanted = wanted.unwrap_or_default().iter();
+    wanted.any(|container| {
+        let mut before = have.unwrap_or_default().iter();
         match before.find(|one| one.name == container.name) {
             Some(before) => container_awaited(before, container),
             None => container.state.as_ref().is_some_and(news),
@@ -170,13 +174,9 @@ fn has_ended(pod: &Pod, have: &PodStatus, wanted: &PodStatus) -> bool {
 
 /// Are both the same but for messages of the pod and of its waiting containers?
 fn only_messages(have: &PodStatus, wanted: &PodStatus) -> bool {
-    let same_containers = |have: &Option<Vec<ContainerStatus>>,
-                           wanted: &Option<Vec<ContainerStatus>>| {
-        let silent = |list: &Option<Vec<ContainerStatus>>| {
-            let list = list.iter().flatten();
-            list.map(|one| silent(one.clone())).collect::<Vec<_>>()
-        };
-        silent(have) == silent(wanted)
+    let all_silent = |list: Option<&[ContainerStatus]>| {
+        let list = list.unwrap_or_default().iter();
+        list.map(|one| silent(one.clone())).collect::<Vec<_>>()
     };
     let conditions = wanted.conditions.iter().flatten().all(|condition| {
         let mut before = have.conditions.iter().flatten();
@@ -185,11 +185,10 @@ fn only_messages(have: &PodStatus, wanted: &PodStatus) -> bool {
     conditions
         && have.host_ip == wanted.host_ip
         && have.start_time == wanted.start_time
-        && same_containers(
-            &have.init_container_statuses,
-            &wanted.init_container_statuses,
-        )
-        && same_containers(&have.container_statuses, &wanted.container_statuses)
+        && all_silent(have.init_container_statuses.as_deref())
+            == all_silent(wanted.init_container_statuses.as_deref())
+        && all_silent(have.container_statuses.as_deref())
+            == all_silent(wanted.container_statuses.as_deref())
 }
 
 /// The status without the message of a waiting container.

@@ -58,9 +58,8 @@ async fn a_restart_changes_nothing_of_a_pod() -> anyhow::Result<()> {
         async || {
             let (pods, events) = stored(&kubelet).map_err(|error| error.to_string())?;
             let reason = pods[2].pointer(waiting).cloned().unwrap_or_default();
-            let address = &pods[0]["status"]["hostIP"];
             // Of each program Created, Started and SlurmJobStarted, and one Event of the pod that waits.
-            if reason == "CreateContainerConfigError" && address.is_string() && events >= 7 {
+            if reason == "CreateContainerConfigError" && events >= 7 {
                 Ok(())
             } else {
                 Err(format!("{events} Events, {pods:#?}"))
