@@ -302,6 +302,8 @@ impl pb::agent_server::Agent for Service {
             pod_limit: node.pod_limit,
             policy_problem: site.policy.problem().unwrap_or_default(),
             shim_route: site.shim_route.describe().0,
+            kernel: crate::host::host().kernel.clone(),
+            os: crate::host::host().os.clone(),
         }))
     }
 

@@ -8,9 +8,11 @@ mod binds;
 mod check;
 pub mod dial_out;
 mod host_paths;
+mod host_ports;
 mod limits;
 mod listen;
 mod mapped;
+mod network;
 mod privileged;
 mod serve;
 pub mod text;
@@ -33,6 +35,7 @@ use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
 pub use listen::Listen;
+pub use network::NetworkSetting;
 pub use privileged::Privileged;
 pub use serve::Serve;
 
@@ -306,6 +309,8 @@ pub struct Policy {
     pub registries: Vec<String>,
     /// What happens to a pod with a container that asks for privileges.
     pub privileged: Privileged,
+    /// Ports of compute nodes that may lead to pods, such as `20000-20999`. If empty: none.
+    pub host_ports: Vec<String>,
     /// The paths of the compute nodes that pods may mount, with everything below them.
     pub host_paths: Vec<HostPath>,
     /// Where the compute nodes have the exports of NFS volumes.
@@ -336,6 +341,7 @@ impl Default for Policy {
             qos: Vec::new(),
             registries: Vec::new(),
             privileged: Privileged::Reject,
+            host_ports: Vec::new(),
             host_paths: Vec::new(),
             nfs: Vec::new(),
             csi: Vec::new(),
@@ -357,6 +363,8 @@ pub struct JobDefaults {
     pub time_minutes: Option<u32>,
     /// A node-local folder for the shim.
     pub scratch: Option<String>,
+    /// The network that pods are in.
+    pub network: NetworkSetting,
 }
 
 /// The containers' logs.

@@ -5,6 +5,7 @@
 //! that the first problem is the one to fix. With `probe`, a one-minute job tests the whole chain
 //! ([`probe`]); everything else only reads.
 
+mod network;
 mod probe;
 
 use std::{
@@ -68,6 +69,7 @@ pub fn examine(
                 kubelets(&leaders.kubelets, Timestamp::now()),
                 pods(&registry, &node),
                 shims(&for_shims),
+                network::pods(&for_shims),
             ]);
             found
         }),

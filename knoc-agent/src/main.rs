@@ -62,6 +62,9 @@ enum Command {
     /// Mounts the volumes of a container and then executes the container runtime.
     #[command(hide = true)]
     Contain,
+    /// Creates and holds the network namespace of a pod.
+    #[command(hide = true)]
+    Network,
     /// Holds the PID namespace that the containers of a pod share.
     #[command(hide = true)]
     Hold,
@@ -139,6 +142,7 @@ fn main() -> ExitCode {
         Command::Shim { jobdir } => return knoc_shim::main(&jobdir),
         Command::Launch { socket } => return knoc_shim::launch::main(&socket),
         Command::Contain => return knoc_shim::launch::contain::main(),
+        Command::Network => return knoc_shim::launch::network::main(),
         Command::Hold => return knoc_shim::launch::hold::main(),
         Command::Enter { arguments } => return knoc_shim::launch::enter::main(&arguments),
         Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),

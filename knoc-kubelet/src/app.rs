@@ -284,6 +284,7 @@ impl App {
             pods: config.pods,
             queue_factor: config.queue_factor,
             cluster_domain: config.cluster_domain.clone(),
+            pod_ip_of_node: config.pod_ip_of_node,
             taint: config.taint,
             websockets: self.config.server.websockets,
         }

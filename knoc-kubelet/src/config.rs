@@ -155,6 +155,8 @@ pub struct NodeConfig {
     pub taint: bool,
     /// The DNS domain of the cluster.
     pub cluster_domain: String,
+    /// Whether pods have the address of their compute node as `status.podIP`; otherwise they have none.
+    pub pod_ip_of_node: bool,
 }
 
 /// The kubelet's HTTPS API.

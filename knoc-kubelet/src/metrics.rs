@@ -167,8 +167,8 @@ pub const FAMILIES: &[Family] = &[
     PROCESS_START,
 ];
 
-/// The families of `/metrics/probes`, with the names that a kubelet has. They have no samples as long as pods cannot
-/// have probes (see the table of pod fields).
+/// The families of `/metrics/probes`, with the names that a kubelet has. They have no samples, because the shims run
+/// the probes and do not count them.
 pub const PROBE_FAMILIES: &[Family] = &[
     family(
         "prober_probe_duration_seconds",

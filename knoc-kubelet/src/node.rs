@@ -54,6 +54,8 @@ const TAINT_AFTER: Duration = Duration::from_secs(5);
 
 const DISCONNECTED: &str = "knoc.io/agent-disconnected";
 const PROVIDER: &str = "virtual-kubelet.io/provider";
+/// The label of the role `knoc`. NodeRestriction allows no node to set it on itself.
+const ROLE: &str = "node-role.kubernetes.io/knoc";
 
 /// Why the Node could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -98,7 +100,7 @@ pub type Certificates = Vec<(Purpose, watch::Receiver<Health>)>;
 /// The task that keeps the Node object.
 struct NodeTask {
     api: Api<Node>,
-    /// Changes taints, which a node may not do itself once its object exists.
+    /// Changes taints and the label of the role, which a node may not do itself once its object exists.
     account: Api<Node>,
     certificates: Certificates,
     link_certificate: watch::Receiver<LinkCertificate>,
@@ -152,6 +154,10 @@ impl NodeTask {
     /// Creates the Node or updates its labels, and returns it.
     async fn register(&self) -> Result<Node, NodeError> {
         let node = self.ensure_exists().await?;
+        if let Err(error) = self.role(&node).await {
+            let error = knoc_proto::error::chain(&error);
+            tracing::warn!(%error, "could not label the node with its role, which `kubectl get nodes` then does not show");
+        }
         self.unit.set_attributes(NodeAttributes::of(&node));
         Ok(node)
     }
@@ -266,6 +272,16 @@ impl NodeTask {
                 tracing::info!(%error, "could not read the API server's version, the node's version and features do not change");
             }
         }
+    }
+
+    /// Sets the label from which `kubectl get nodes` reads the role.
+    async fn role(&self, node: &Node) -> Result<(), NodeError> {
+        let labels = node.metadata.labels.as_ref();
+        if labels.is_some_and(|labels| labels.contains_key(ROLE)) {
+            return Ok(());
+        }
+        let patch = json!({"metadata": {"labels": {ROLE: ""}}});
+        self.patch(&self.account, &patch).await.map(drop)
     }
 
     /// Sets or removes our taints; those of others stay.

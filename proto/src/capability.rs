@@ -14,6 +14,10 @@ pub const RUN_AS_NON_ROOT: &str = "run-as-non-root";
 /// The agent applies the site's policy to `privileged`.
 pub const PRIVILEGED: &str = "privileged";
 
+/// The agent applies the site's policy to host ports, and its shims forward them.
+pub const HOST_PORTS: &str = "host-ports";
+/// The agent's shims give pods a network of their own.
+pub const PRIVATE_NETWORK: &str = "private-network";
 /// The agent pulls images with the credentials that come with a pod.
 pub const PULL_CREDENTIALS: &str = "pull-credentials";
 /// The agent's shims run probes.
@@ -41,12 +45,14 @@ pub const HOST_PATHS: &str = "host-paths";
 pub const MAPPED_VOLUMES: &str = "mapped-volumes";
 
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 15] = [
+pub const OF_PODS: [&str; 17] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
     RUN_AS_NON_ROOT,
     PRIVILEGED,
+    HOST_PORTS,
+    PRIVATE_NETWORK,
     PULL_CREDENTIALS,
     PROBES,
     HOOKS,
@@ -82,6 +88,11 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             PRIVILEGED,
             containers().any(|container| container.privileged),
         ),
+        (
+            HOST_PORTS,
+            containers().any(|container| !container.host_ports.is_empty()),
+        ),
+        (PRIVATE_NETWORK, spec.network() == pb::NetworkMode::Private),
         (PULL_CREDENTIALS, !spec.image_pull_secrets.is_empty()),
         (PROBES, containers().any(has_probe)),
         (HOOKS, containers().any(has_hook)),
@@ -152,6 +163,8 @@ mod tests {
         }];
         assert_eq!(needed(&spec), [SUB_PATH_EXPR]);
         spec.subdomain = "web".to_owned();
+        spec.containers[0].host_ports = vec![pb::HostPort::default()];
+        spec.set_network(pb::NetworkMode::Private);
         spec.resolver = Some(pb::Resolver::default());
         spec.init_containers[0].run_as_non_root = true;
         spec.init_containers[0].privileged = true;

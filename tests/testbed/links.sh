@@ -16,6 +16,8 @@ trap 'PROFILE=direct "$testbed/up.sh"' EXIT # the others find the usual way agai
 for PROFILE in direct ssh-only two-logins outbound-only proxy-only isolated; do
     "$testbed/up.sh"
     eval "$("$testbed/env.sh")"
+    # The floor's relay on the login node (tests/src/bench/relay.rs).
+    ! rules=$(cat "$HPC_PREFIX/run/firewall-login" 2>/dev/null) || hpc firewall login in:19201 $rules
     bench links "$rows"
 done
 bench links-page "$rows"

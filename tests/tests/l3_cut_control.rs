@@ -53,13 +53,13 @@ impl Pair {
         let names = names_of_pem(&held)?;
         let life = SignedDuration::from_hours(1000);
         let now = Timestamp::now();
-        // Due after 70 % of the time, so many hours ago.
-        let from = now.checked_sub(life * 7 / 10)?.checked_add(DUE_IN)?;
-        let validity = Validity {
-            from,
-            until: from.checked_add(life)?,
+        let of = |from: Timestamp| -> anyhow::Result<Validity> {
+            let until = from.checked_add(life)?;
+            Ok(Validity { from, until })
         };
-        ensure!(due(validity) > now, "due at once: {validity:?}");
+        // As much earlier as it takes to be due then.
+        let early = due(of(now)?).duration_since(now) - DUE_IN;
+        let validity = of(now.checked_sub(early)?)?;
         let identity = info.identity.context("the certificate has no identity")?;
         let CertifiedKey { cert_pem, key_pem } = ca.issue_for(&identity, &names, validity)?;
         self.write([&key_pem, &cert_pem])

@@ -91,7 +91,11 @@ async fn knocctl_forwards_ports_with_their_half_closes_until_the_pod_ends() -> a
 async fn knocctl_forwards_to_no_listener_of_the_node() -> anyhow::Result<()> {
     let world = World::new("ctl-foreign").await?;
     let uid = world
-        .running(&PodBuilder::new("quiet").command(["sleep", "600"]))
+        .running(
+            &PodBuilder::new("quiet")
+                .spec("hostNetwork", json!(true))
+                .command(["sleep", "600"]),
+        )
         .await?;
     // The port of slurmd.
     let mut forward = Forward::start(world.knocctl(["port-forward", &uid, ":6818"])).await?;

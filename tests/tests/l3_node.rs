@@ -160,6 +160,7 @@ async fn the_node_has_the_labels_and_the_information_of_a_node() -> anyhow::Resu
         ("kubernetes.io/os", "linux"),
         ("kubernetes.io/arch", "amd64"),
         ("type", "virtual-kubelet"),
+        ("node-role.kubernetes.io/knoc", ""),
         (
             "node.kubernetes.io/exclude-from-external-load-balancers",
             "true",
@@ -182,7 +183,13 @@ async fn the_node_has_the_labels_and_the_information_of_a_node() -> anyhow::Resu
     let runtime = format!("apptainer://{}", version(["apptainer", "--version"]).await?);
     let slurm = format!("slurm {}", version(["sinfo", "-V"]).await?);
     ensure!(
-        info.container_runtime_version == runtime && info.os_image == slurm,
+        info.container_runtime_version == runtime && info.os_image.ends_with(&format!(", {slurm}")),
+        "{info:?}"
+    );
+    ensure!(
+        !info.kernel_version.is_empty()
+            && info.machine_id.len() == 32
+            && info.system_uuid.len() == 36,
         "{info:?}"
     );
     world.finish().await

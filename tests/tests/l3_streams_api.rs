@@ -96,7 +96,11 @@ async fn ports_lead_to_the_pods_own_listeners_with_their_half_closes() -> anyhow
     let port = some_port();
     let server = format!("exec nc -ll -p {port} -e sha256sum");
     world
-        .running(&PodBuilder::new("server").sh(&server))
+        .running(
+            &PodBuilder::new("server")
+                .spec("hostNetwork", json!(true))
+                .sh(&server),
+        )
         .await?;
     let forward = async |port: u16| {
         let port = format!(":{port}");
@@ -166,7 +170,11 @@ async fn a_forwarded_connection_that_nobody_reads_is_closed_when_its_client_disc
 async fn a_listener_of_the_same_user_outside_the_pod_is_refused_by_name() -> anyhow::Result<()> {
     let world = World::new("api-foreign").await?;
     let uid = world
-        .running(&PodBuilder::new("quiet").command(["sleep", "600"]))
+        .running(
+            &PodBuilder::new("quiet")
+                .spec("hostNetwork", json!(true))
+                .command(["sleep", "600"]),
+        )
         .await?;
     let node = world.compute_node(&uid).await?;
     let port = some_port().to_string();

@@ -149,10 +149,10 @@ pub(crate) fn hosts(node: &str, facts: &Facts, aliases: &[pb::HostAlias]) -> Str
     let Hostname {
         short, qualified, ..
     } = &facts.hostname;
-    if !short.is_empty() && !facts.fields.host_ip.is_empty() {
+    if !short.is_empty() && !facts.fields.pod_ip.is_empty() {
         let names = qualified.iter().chain([short]);
         let names: Vec<_> = names.map(String::as_str).collect();
-        writeln!(text, "{}\t{}", facts.fields.host_ip, names.join("\t")).ok();
+        writeln!(text, "{}\t{}", facts.fields.pod_ip, names.join("\t")).ok();
     }
     for alias in aliases {
         writeln!(text, "{}\t{}", alias.ip, alias.hostnames.join("\t")).ok();
@@ -384,7 +384,7 @@ mod tests {
             hostname: hostname("pod"),
             ..Facts::default()
         };
-        facts.fields.host_ip = "10.0.0.1".to_owned();
+        facts.fields.pod_ip = "10.0.0.1".to_owned();
         let alias = pb::HostAlias {
             ip: "10.1.1.1".to_owned(),
             hostnames: strings(&["a", "b"]),

@@ -7,7 +7,7 @@
 use std::{
     collections::{HashMap, HashSet},
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
 
@@ -30,7 +30,10 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::listeners::{self, Choice, Listener};
+use super::{
+    listeners::{self, Choice, Listener},
+    network::{Network, Private},
+};
 
 /// How long the shim tries to get a connection to the pod, and the pause between two tries.
 const DIALLING: Duration = Duration::from_secs(5);
@@ -89,19 +92,59 @@ fn dial_errors(tried: &[(IpAddr, io::Error)]) -> String {
     tried.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
-/// Connects to `port` of the loopback interface, if a process below `root` listens there.
+/// Connects to `port` of the loopback interface. In the node's network, a process below `root` must listen there.
 ///
 /// A program that listens for one connection only closes its listener, and often the connection, before the shim can find
 /// out which process has it. If the shim cannot tell whether a connection leads to the pod, it drops it before anything was
 /// sent, and dials again while it holds the listener open, which makes the owner known.
-pub(crate) async fn connect(port: u16, root: u32) -> Result<TcpStream, ForwardError> {
-    let reached = connect_within(port, root, Reach::Loopback).await?;
-    Ok(reached.stream)
+pub(crate) async fn connect(
+    network: &Network,
+    port: u16,
+    root: u32,
+) -> Result<TcpStream, ForwardError> {
+    let reached = match network {
+        Network::Host => connect_within(port, root, Reach::Loopback).await,
+        Network::Private(private) => connect_inside(private, port, Reach::Loopback).await,
+    };
+    Ok(reached?.stream)
 }
 
 /// As [`connect`], but if nothing listens on the loopback interface, to the address where the pod listens.
-pub(crate) async fn connect_anywhere(port: u16, root: u32) -> Result<Reached, ForwardError> {
-    connect_within(port, root, Reach::Anywhere).await
+pub(crate) async fn connect_anywhere(
+    network: &Network,
+    port: u16,
+    root: u32,
+) -> Result<Reached, ForwardError> {
+    match network {
+        Network::Host => connect_within(port, root, Reach::Anywhere).await,
+        Network::Private(private) => connect_inside(private, port, Reach::Anywhere).await,
+    }
+}
+
+/// Connects within the pod's own network, in which only the pod listens.
+async fn connect_inside(
+    private: &Private,
+    port: u16,
+    reach: Reach,
+) -> Result<Reached, ForwardError> {
+    let own = (reach == Reach::Anywhere).then_some(private.address);
+    let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    let mut tried = Vec::new();
+    for address in loopback.into_iter().chain(own) {
+        match private.connect(SocketAddr::new(address, port)).await {
+            Ok(stream) => {
+                // The connection works without it, too.
+                stream.set_nodelay(true).ok();
+                return Ok(Reached {
+                    stream,
+                    address,
+                    listeners: Vec::new(),
+                });
+            }
+            Err(error) => tried.push((address, error)),
+        }
+    }
+    Err(ForwardError::ConnectionRefused { port, tried })
 }
 
 async fn connect_within(port: u16, root: u32, reach: Reach) -> Result<Reached, ForwardError> {
@@ -135,7 +178,8 @@ enum Hold {
 pub(crate) struct Reached {
     pub(crate) stream: TcpStream,
     pub(crate) address: IpAddr,
-    /// All that listened on the port when it was dialled. As long as the same do, the address leads to the pod.
+    /// All that listened on the port of the node when it was dialled. As long as the same do, the address leads to the pod.
+    /// Empty in a network of the pod's own.
     pub(crate) listeners: Vec<Listener>,
 }
 
@@ -338,11 +382,11 @@ mod tests {
         let parent = std::os::unix::process::parent_id();
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        connect(port, parent).await.unwrap();
+        connect(&Network::Host, port, parent).await.unwrap();
         // A program that another test starts inherits the listener, until its exec closes it.
         let refused = async {
             loop {
-                match connect(port, std::process::id()).await {
+                match connect(&Network::Host, port, std::process::id()).await {
                     Err(error) => break error,
                     Ok(_) => tokio::task::yield_now().await,
                 }
@@ -353,7 +397,7 @@ mod tests {
             .expect("a foreign listener is still dialled");
         assert!(foreign.to_string().contains("outside the pod"), "{foreign}");
         drop(listener);
-        let refused = connect(port, parent).await.unwrap_err();
+        let refused = connect(&Network::Host, port, parent).await.unwrap_err();
         let text = format!(
             "failed to connect to localhost:{port} inside the pod: connect: connection refused"
         );

@@ -52,15 +52,17 @@ pub(crate) async fn launch(
     converse(socket, &spec.encode()?, stdio).await
 }
 
-/// Sends `spec` to the helper; returns once the mounts are made and the runtime is executed.
+/// Sends `spec` to the helper, with the namespaces that it is to join; returns once the mounts are made and the runtime is
+/// executed.
 pub(crate) async fn contain(
     socket: UnixStream,
     spec: &ContainSpec,
+    namespaces: Vec<OwnedFd>,
 ) -> Result<Launched, HandshakeError> {
     let body = serde_json::to_vec(spec).map_err(io::Error::other)?;
     let length = u32::try_from(body.len()).map_err(|_| WireError::TooLong(body.len()))?;
     let message = [&length.to_be_bytes()[..], &body].concat();
-    converse(socket, &message, Vec::new()).await
+    converse(socket, &message, namespaces).await
 }
 
 async fn converse(

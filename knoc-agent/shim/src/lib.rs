@@ -25,6 +25,7 @@ mod forward;
 mod gpus;
 mod handshake;
 mod health;
+mod host_ports;
 mod job_signals;
 pub mod launch;
 mod link;
@@ -32,6 +33,7 @@ mod listeners;
 mod measure;
 mod mount_points;
 mod mounts;
+mod network;
 mod nofollow;
 mod oom;
 mod output;
@@ -89,12 +91,13 @@ use tracing_subscriber::{
 use self::{
     children::Children,
     directory::Directory,
+    host_ports::HostPorts,
     link::{Link, Serving, State, carried},
     pod::Pod,
     report::Publisher,
     scratch::{Cleaner, LAST_REMOVAL},
     serve::{Service, Slots},
-    supervisor::Supervisor,
+    supervisor::{Command, Supervisor},
 };
 
 const COMMANDS: usize = 16;
@@ -175,12 +178,41 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     let endpoint = jobdir::read_json::<Endpoint>(&endpoint_path).ok().flatten();
     let previous = jobdir.report().ok().flatten();
     let values = jobdir.values()?;
-    let pod = Arc::new(Pod::open(jobdir, claim, endpoint.as_ref())?);
+    let mut pod = Pod::open(jobdir, claim, endpoint.as_ref())?;
     log(&pod);
     if let Some(values) = &values {
         pod.jobdir.remove_values_up_to(values.revision)?;
     }
-    run(pod, previous, values, endpoint_path).await
+    // Orphans of a program without a PID namespace become children of the shim.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).ok();
+    let mut background = JoinSet::new();
+    background.spawn(pod.children.clone().reap(Children::signal()?));
+    // From here on, a signal stops the pod instead of killing the shim.
+    let signals = job_signals::Signals::listen()?;
+    let up = pod.bring_up_network().await?;
+    pod.network = up.network.clone();
+    let host_ports = HostPorts::bind(&pod).await?;
+    background.spawn(host_ports.serve(pod.network.clone()));
+    let begun = Begun {
+        previous,
+        values,
+        endpoint: endpoint_path,
+        up,
+        signals,
+        background,
+    };
+    run(Arc::new(pod), begun).await
+}
+
+/// What the shim starts to run the pod with.
+struct Begun {
+    /// The report of the attempt before, if Slurm has requeued the job.
+    previous: Option<pb::Report>,
+    values: Option<pb::PodValues>,
+    endpoint: std::path::PathBuf,
+    up: network::Up,
+    signals: job_signals::Signals,
+    background: JoinSet<()>,
 }
 
 /// Which job this is, according to the variables that the scheduler sets.
@@ -222,28 +254,29 @@ fn log(pod: &Pod) {
         .ok();
 }
 
-async fn run(
-    pod: Arc<Pod>,
-    previous: Option<pb::Report>,
-    values: Option<pb::PodValues>,
-    endpoint: std::path::PathBuf,
-) -> anyhow::Result<ExitCode> {
-    // Orphans of a program without a PID namespace become children of the shim.
-    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).ok();
-    let mut background = JoinSet::new();
-    background.spawn(pod.children.clone().reap(Children::signal()?));
+async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
+    let Begun {
+        previous,
+        values,
+        endpoint,
+        up: brought_up,
+        signals,
+        mut background,
+    } = begun;
     let (commands, orders) = mpsc::channel(COMMANDS);
-    let signals = job_signals::Signals::listen()?;
     background.spawn(signals.obey(pod.spec().grace(), commands.clone()));
     let listener = carried::Listener::bind(&pod);
     let route = route_to(listener.as_ref());
     let mut first = first_report(&pod, previous.as_ref());
     first.route = Some(route.clone());
+    first.network = Some(brought_up.reported());
     let mut publisher = Publisher::new(first);
     if let Some(why) = pod.scratch.on_disk() {
         tracing::warn!("{why}");
         publisher.note("MemoryOnDisk", why, "");
     }
+    tell(&mut publisher, &brought_up);
+    background.spawn(tell_if_lost(brought_up, commands.clone()));
     let mut reports = publisher.subscribe();
     background.spawn(scratch::keep_clean(Cleaner::of(&pod.scratch)));
     let mut keeper = JoinSet::new();
@@ -288,6 +321,27 @@ async fn run(
     tokio::time::timeout(LAST_REMOVAL * 2, removal).await.ok();
     let reported = matches!(written, Some(Ok(true)));
     Ok(exit_code(reported, reports.borrow_and_update().outcome()))
+}
+
+/// Says in Events what does not work in the pod's network.
+fn tell(publisher: &mut Publisher, up: &network::Up) {
+    for lack in &up.lacks {
+        let message = format!(
+            "the pod has a network of its own, and {lack}; set the annotation `knoc.io/network: host` if it needs that"
+        );
+        publisher.note("NetworkUnavailable", message, "");
+    }
+}
+
+/// Task: says in an Event if the pod's way to other networks ends before the pod does.
+async fn tell_if_lost(up: network::Up, commands: mpsc::Sender<Command>) {
+    let why = up.lost().await;
+    let note = Command::Note {
+        reason: "NetworkUnavailable",
+        message: format!("the pod's connections to other networks fail from now on: {why}"),
+    };
+    // The supervisor has ended if nobody receives it.
+    commands.send(note).await.ok();
 }
 
 /// How the agent reaches the shim if the shim cannot reach the agent.

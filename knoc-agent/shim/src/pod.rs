@@ -24,6 +24,7 @@ use super::{
     environment::Facts,
     gpus,
     mounts::Mounting,
+    network::{self, Network, Tools, Up, Wish},
     oom::OomCounter,
     processes::Holder,
     role::Role,
@@ -53,6 +54,8 @@ pub(crate) struct Pod {
     pub(crate) scratch: Scratch,
     pub(crate) children: Children,
     pub(crate) mounting: Mounting,
+    /// The compute node's until [`Self::bring_up_network`].
+    pub(crate) network: Network,
     /// Of the PID namespace that the containers share, if they share one.
     pub(crate) holder: Holder,
 }
@@ -94,12 +97,35 @@ impl Pod {
             scratch,
             children: Children::default(),
             mounting: Mounting::of(&job),
+            network: Network::Host,
             holder: Holder::default(),
             jobdir,
             claim,
             job,
             spec,
         })
+    }
+
+    /// Gives the pod the network that it asks for.
+    pub(crate) async fn bring_up_network(&mut self) -> anyhow::Result<Up> {
+        let job = self.spec.job.clone().unwrap_or_default();
+        let wish = Wish {
+            pod: self.spec.network(),
+            site: self.settings().network(),
+            joins: self.runtime.isolates() && !self.mounting.by_name(),
+            parallel: job.nodes > 1 || job.ntasks > 1,
+        };
+        let tools = Tools {
+            children: &self.children,
+            agent: &self.agent,
+            users: &self.mounting.users,
+            env: &self.job.runtime_env,
+        };
+        let up = network::bring_up(&tools, wish).await?;
+        if let Network::Private(private) = &up.network {
+            self.facts.fields.pod_ip = private.address.to_string();
+        }
+        Ok(up)
     }
 
     /// The pod's shape.
@@ -157,7 +183,7 @@ fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>, isolated: bool) -> Fac
     let host_ip = host_ip(endpoint)
         .map(|ip| ip.to_string())
         .unwrap_or_default();
-    // Containers share the node's network, so they listen on the node's address.
+    // Without a network of their own, containers listen on the node's address.
     let fields = RuntimeFields {
         pod_ip: host_ip.clone(),
         host_ip,

@@ -93,7 +93,7 @@ impl Probed {
 
     async fn probe(&self, mut checks: Checks, began: Instant, stop: &CancellationToken) {
         let mut tellings = Kind::ALL.map(|_| Telling::new());
-        let known = &Known::default();
+        let known = &Known::of(self.pod.network.clone());
         let mut tries = FuturesUnordered::new();
         while !checks.over() {
             let now = began.elapsed();
@@ -219,7 +219,10 @@ impl Probed {
                 let captured = exec::capture(&self.pod, &self.program, &argv, NO_LIMIT).await;
                 matches!(captured, Ok(Captured::Ended { exit, .. }) if exit.code == 0)
             }
-            Some(hook::Action::HttpGet(action)) => http::hook(action, &Known::default()).await,
+            Some(hook::Action::HttpGet(action)) => {
+                let known = Known::of(self.pod.network.clone());
+                http::hook(action, &known).await
+            }
             Some(hook::Action::SleepSeconds(seconds)) => {
                 sleep(Duration::from_secs((*seconds).try_into().unwrap_or(0))).await;
                 true

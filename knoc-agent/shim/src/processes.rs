@@ -16,6 +16,7 @@ use tokio::{net::UnixStream, sync::Mutex, time::timeout};
 use super::{
     children::{Child, Children},
     handshake::{self, HandshakeError},
+    network::Network,
     signals::Identity,
 };
 use crate::launch::contain::spec::ContainSpec;
@@ -54,6 +55,8 @@ pub(crate) struct Helper<'a> {
     pub(crate) children: &'a Children,
     /// The names that `/etc/subuid` may have for this user.
     pub(crate) users: &'a [String],
+    /// The pod's network, in which the containers are.
+    pub(crate) network: &'a Network,
 }
 
 impl Holder {
@@ -78,11 +81,15 @@ async fn start(helper: Helper<'_>) -> Result<(Identity, Child), ProcessesError> 
     ours.set_nonblocking(true).map_err(ProcessesError::Spawn)?;
     let ours = UnixStream::from_std(ours).map_err(ProcessesError::Spawn)?;
     let child = spawn(helper, theirs).map_err(ProcessesError::Spawn)?;
+    let joined = helper.network.to_join().map_err(ProcessesError::Spawn)?;
+    let (network, namespaces) =
+        joined.map_or((None, Vec::new()), |to| (Some(to.ids), to.namespaces));
     let spec = ContainSpec {
         users: helper.users.to_vec(),
+        network,
         ..ContainSpec::default()
     };
-    let held = handshake::contain(ours, &spec).await;
+    let held = handshake::contain(ours, &spec, namespaces).await;
     let pid = held.map_err(ProcessesError::Hold)?.pid;
     let first = pid.and_then(Identity::of).ok_or(ProcessesError::Ended)?;
     Ok((first, child))

@@ -338,7 +338,7 @@ impl Shim for Service {
             let message = format!("{MAX_FORWARDS} connections are forwarded into this pod already: wait until one has ended");
             ErrorReason::Overloaded.status(message)
         })?;
-        let connection = forward::connect(port, std::process::id()).await?;
+        let connection = forward::connect(&self.pod.network, port, std::process::id()).await?;
         let (output, stream) = mpsc::channel(OUTPUTS);
         self.streams.spawn(async move {
             forward::run(connection, input, output).await;

@@ -71,6 +71,11 @@ pub(crate) enum Command {
     Values(pb::PodValues, oneshot::Sender<Result<(), String>>),
     /// How the shim and the agent reach each other, for the report.
     Route(pb::ShimRoute),
+    /// Something that users are to know, for an Event.
+    Note {
+        reason: &'static str,
+        message: String,
+    },
     /// An ephemeral container, which was checked against the pod's shape.
     AddEphemeral {
         container: Box<pb::Container>,
@@ -265,6 +270,7 @@ impl Supervisor {
                 answer.send(self.take_values(values)).ok();
             }
             Command::Route(route) => self.publisher.update(|report| report.route = Some(route)),
+            Command::Note { reason, message } => self.publisher.note(reason, message, ""),
             Command::AddEphemeral {
                 container,
                 image,

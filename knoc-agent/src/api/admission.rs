@@ -28,6 +28,7 @@ pub(super) fn admit(site: &Site, spec: &PodSpec, cluster_id: &str) -> Result<(),
     if !policy.maps_privileged() {
         problems.extend(privileged(spec));
     }
+    problems.extend(policy.denied_host_ports(spec));
     problems.extend(host_paths::problems(spec, &policy, &site.host_paths()));
     if let Err(error) = site
         .scheduler

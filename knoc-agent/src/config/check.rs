@@ -9,7 +9,7 @@ use std::{
 use knoc_link::{Carrier, Identity};
 use knoc_proto::{ids::SiteName, settings::Document};
 
-use super::{Config, dial_out};
+use super::{Config, dial_out, host_ports::HostPorts};
 use crate::policy::{denied::Denied, nodes::assigned};
 
 /// Less would not hold what a program writes at once.
@@ -81,6 +81,10 @@ impl Check<'_> {
         let wrong: Vec<String> = wrong.map(|error| error.to_string()).collect();
         if !wrong.is_empty() {
             self.wrong("policy.denied", wrong.join("; "));
+        }
+        let host_ports = config.policy.host_ports.iter();
+        for wrong in host_ports.filter_map(|text| text.parse::<HostPorts>().err()) {
+            self.wrong("policy.host_ports", wrong);
         }
         for (node, identity) in &config.policy.nodes {
             let name = assigned(identity).unwrap_or_default();

@@ -43,6 +43,7 @@ impl From<ImageFile> for pb::ImageConfig {
     fn from(file: ImageFile) -> Self {
         Self {
             volumes: file.volume_paths(),
+            stop_signal: file.stop_signal.unwrap_or_default(),
             entrypoint: file.entrypoint.unwrap_or_default(),
             cmd: file.cmd.unwrap_or_default(),
             env: file.env.unwrap_or_default(),

@@ -29,6 +29,7 @@ pub(super) struct ImageFile {
     pub(super) env: Option<Vec<String>>,
     pub(super) working_dir: Option<String>,
     pub(super) user: Option<String>,
+    pub(super) stop_signal: Option<String>,
     pub(super) volumes: Option<BTreeMap<String, Option<Nothing>>>,
 }
 
@@ -76,7 +77,8 @@ impl ImageFile {
         let lists = [&self.entrypoint, &self.cmd, &self.env]
             .into_iter()
             .flatten();
-        let single = [&self.working_dir, &self.user].into_iter().flatten();
+        let single = [&self.working_dir, &self.user, &self.stop_signal];
+        let single = single.into_iter().flatten();
         let volumes = self.volumes.iter().flat_map(BTreeMap::keys);
         let all = lists.flatten().chain(single).chain(volumes);
         all.map(String::len).sum()
@@ -127,12 +129,13 @@ mod tests {
 
     #[test]
     fn configs_of_registries_and_of_sifs() {
-        let blob = br#"{"config":{"Cmd":["/bin/sh"],"Env":["A=b"],"Entrypoint":null,"WorkingDir":"/w","User":"1000"}}"#;
+        let blob = br#"{"config":{"Cmd":["/bin/sh"],"Env":["A=b"],"Entrypoint":null,"WorkingDir":"/w","User":"1000","StopSignal":"SIGQUIT"}}"#;
         let config = ImageFile::of_oci(blob).unwrap();
         assert_eq!(config.cmd.unwrap(), ["/bin/sh"]);
         let rest = (config.working_dir.as_deref(), config.user.as_deref());
         assert_eq!(rest, (Some("/w"), Some("1000")));
         assert_eq!(config.entrypoint, None);
+        assert_eq!(config.stop_signal.as_deref(), Some("SIGQUIT"));
         assert_eq!(ImageFile::of_oci(b"{}").unwrap(), ImageFile::default());
         let sif = r#"{"Cmd":["/bin/sh"],"Env":["PATH=/bin"],"WorkingDir":"/"}"#;
         assert_eq!(ImageFile::of_sif(sif).unwrap().cmd.unwrap(), ["/bin/sh"]);

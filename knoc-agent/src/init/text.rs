@@ -211,6 +211,9 @@ registries = []
 # What happens to a pod with a `privileged` container, because nobody on a compute node can give it privileges: "reject", or
 # "unprivileged" to run the container without them, as pods expect that ask for more than they need.
 # privileged = "reject"  # default
+# Ports of compute nodes from which connections are forwarded to a pod that asks for it (hostPort), each a port or a range.
+# Everybody who reaches the node can connect to them. If empty, none.
+# host_ports = ["20000-20999"]  # example
 # Paths of the compute nodes that pods can mount as hostPath volumes, with everything below them; the most specific path decides. Links
 # in these paths are followed; below them, a link that leads out is not. Your home directory itself, ~/.ssh, keys and KNoC's own folders
 # are never mounted, and neither is a folder that contains them. A job keeps the paths that it was submitted with.
@@ -251,6 +254,10 @@ registries = []
 # time_minutes = 60  # example
 # A folder on the compute node for files that containers write.
 # scratch = "/tmp"  # default
+# The network of pods that ask for none: "private" is one of their own, in which they may listen on any port, and needs user
+# namespaces and, to reach other networks, pasta (package passt) on the compute nodes; "host" is the compute node's; "auto" is
+# private on nodes that can do it, else host. Pods with several tasks are in the node's network.
+# network = "host"  # default
 
 [limits]
 # Submissions: the sustained rate per second, the burst after an idle period, and the number of concurrent sbatch calls.

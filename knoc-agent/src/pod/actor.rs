@@ -274,9 +274,7 @@ impl Actor {
                     Ok(()) => self.update_values(&pod, *values).await,
                     Err(error) => Err(error),
                 };
-                let credentials = credentials.filter(|_| answer.is_ok());
-                let pod = self.take_credentials(pod, credentials).await;
-                self.add_ephemeral(&pod);
+                let pod = self.take_credentials(pod, &answer, credentials).await;
                 drop(reply.send(answer.map(|()| (self.observed(&pod), false))));
                 pod
             }
@@ -286,7 +284,7 @@ impl Actor {
                 reply,
             } => {
                 let result = self.check_and_update_values(&pod, *values).await;
-                let pod = self.take_credentials(pod, credentials).await;
+                let pod = self.take_credentials(pod, &result, credentials).await;
                 drop(reply.send(result));
                 pod
             }
@@ -301,16 +299,19 @@ impl Actor {
             }
             Input::Forget { reply } => {
                 let pod = self.apply(pod, Event::Forget).await;
-                let result = if matches!(pod.state, State::Forgotten) {
-                    Ok(())
-                } else {
-                    let message = format!("pod {} is not finished", self.uid);
-                    Err(RequestError::new(ErrorReason::NotFinished, message))
-                };
-                drop(reply.send(result));
+                drop(reply.send(self.forgotten(&pod)));
                 pod
             }
         }
+    }
+
+    /// The answer to `ForgetPod`.
+    fn forgotten(&self, pod: &Pod) -> Result<(), RequestError> {
+        if matches!(pod.state, State::Forgotten) {
+            return Ok(());
+        }
+        let message = format!("pod {} is not finished", self.uid);
+        Err(RequestError::new(ErrorReason::NotFinished, message))
     }
 
     async fn relink(&mut self, pod: Pod) -> Pod {

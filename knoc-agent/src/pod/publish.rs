@@ -57,6 +57,10 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
             .report
             .as_ref()
             .map_or_else(String::new, |report| report.host_ip.clone()),
+        network: pod
+            .report
+            .as_ref()
+            .and_then(|report| report.network.clone()),
         notes: pod.notes.clone(),
         shim_connected: pod.link,
         values_wanted: pod

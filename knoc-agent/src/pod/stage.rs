@@ -367,6 +367,7 @@ pub(crate) fn job_file(
             log_debug: tracing::enabled!(tracing::Level::DEBUG),
             memory_on_disk: config.values.memory_fallback == MemoryFallback::Disk,
             log_max_pod_bytes: config.logs.max_pod_bytes,
+            network: pb::NetworkMode::from(config.job.network).into(),
         }),
         cluster_id,
         version: site.versions.own().to_owned(),

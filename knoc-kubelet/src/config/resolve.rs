@@ -16,7 +16,7 @@ use knoc_proto::{ids::SiteName, names, settings::Document};
 use super::{
     AgentConfig, AgentWay, Config, CredentialFiles, IdentityConfig, KeysConfig, KubernetesConfig,
     LogConfig, NodeConfig, ServerConfig, ServingConfig,
-    settings::{CertificateSource, IdentityKind, LogFormat, Settings},
+    settings::{CertificateSource, IdentityKind, LogFormat, PodIpPolicy, Settings},
 };
 
 /// The address of the agent if the agent dials; an address to listen on may follow.
@@ -274,6 +274,10 @@ impl Resolver<'_> {
             let what = format!("`{}`: {why}", node.cluster_domain);
             self.wrong("node.clusterDomain", what);
         }
+        if node.pod_ip == PodIpPolicy::Own {
+            let what = "`own` is not possible: this version serves no addresses of pods to the cluster; set it to `none` or `node`";
+            self.wrong("node.podIP", what);
+        }
         Some(NodeConfig {
             name: node.name.clone()?,
             internal_ip: node.internal_ip,
@@ -282,6 +286,7 @@ impl Resolver<'_> {
             queue_factor: node.queue_factor,
             taint: node.taint,
             cluster_domain: node.cluster_domain.clone(),
+            pod_ip_of_node: node.pod_ip == PodIpPolicy::Node,
         })
     }
 

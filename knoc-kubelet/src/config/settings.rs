@@ -164,6 +164,22 @@ pub struct Node {
     pub taint: bool,
     /// The DNS domain of the cluster, which the names of pods with a `subdomain` end with.
     pub cluster_domain: String,
+    /// What pods have as `status.podIP`.
+    #[serde(rename = "podIP")]
+    pub pod_ip: PodIpPolicy,
+}
+
+/// What pods have as `status.podIP`, which Kubernetes' controllers publish as the endpoint of Services.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PodIpPolicy {
+    /// Nothing.
+    #[default]
+    None,
+    /// The address of the compute node.
+    Node,
+    /// An address of the pod's own. Nobody serves these yet, so it is refused.
+    Own,
 }
 
 impl Default for Node {
@@ -176,6 +192,7 @@ impl Default for Node {
             queue_factor: 10,
             taint: true,
             cluster_domain: "cluster.local".to_owned(),
+            pod_ip: PodIpPolicy::None,
         }
     }
 }

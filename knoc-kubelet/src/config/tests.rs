@@ -116,6 +116,10 @@ fn which_side_dials_and_through_which_proxy() {
             "agent.proxy: begins with socks5://, and only http:// proxies are supported",
         ),
         (
+            &[("KNOC_NODE_POD_IP", "own")],
+            "node.podIP: `own` is not possible: this version serves no addresses of pods to the cluster",
+        ),
+        (
             &[("KNOC_AGENT_PROXY_CREDENTIALS", "/p")],
             "agent.proxyCredentials: belongs to a proxy, and `proxy` names none",
         ),
@@ -144,7 +148,7 @@ fn all_mistakes_are_named_at_once_with_line_and_allowed_values() {
     for expected in [
         "$KNOC_NODE_NAEM: unknown variable; known: KNOC_AGENT_ADDRESS, ",
         "; did you mean KNOC_NODE_NAME?",
-        "kubelet.yaml:13: node.colour: unknown field `colour`, expected one of `name`, `internalIP`, `labels`, `pods`, `queueFactor`, `taint`, `clusterDomain`",
+        "kubelet.yaml:13: node.colour: unknown field `colour`, expected one of `name`, `internalIP`, `labels`, `pods`, `queueFactor`, `taint`, `clusterDomain`, `podIP`",
         "kubelet.yaml:18: extra: unknown field `extra`, expected one of `agent`, `identity`, `keys`, `kubernetes`, `log`, `node`, `server`",
         "kubelet.yaml:17: log.format: unknown variant `xml`, expected `text` or `json`",
         "kubelet.yaml:12: node.queueFactor: invalid type: string \"lots\", expected a number from 1 to 10000",
@@ -282,6 +286,7 @@ fn the_charts_values_are_the_defaults() {
         "node.queueFactor",
         "node.taint",
         "node.clusterDomain",
+        "node.podIP",
         "server.websockets",
         "identity.kind",
         "log.level",

@@ -21,6 +21,8 @@ pub struct Identity {
     pub taint: bool,
     /// The DNS domain of the cluster.
     pub cluster_domain: String,
+    /// Whether pods have the address of their compute node as `status.podIP`; otherwise they have none.
+    pub pod_ip_of_node: bool,
     /// Whether the node declares that the API server may pass WebSockets on to it.
     pub websockets: bool,
 }

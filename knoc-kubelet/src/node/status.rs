@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::NodeStatus;
 use knoc_proto::{pb, text};
 use serde_json::{Map, Value, json};
+use sha2::{Digest as _, Sha256};
 
 use super::{
     Identity,
@@ -20,6 +21,8 @@ use crate::{
 
 /// The longest message of a condition in bytes: an error of the link may contain text of the peer.
 const MESSAGE: usize = 1024;
+/// The longest text of the agent in the Node's `nodeInfo`, in bytes.
+const INFO: usize = 256;
 /// The local disk of a node whose site does not tell Slurm about any (TmpDisk, which most sites leave at 0): 1 PiB. The
 /// scheduler would not place any pod that requests local disk on a node without the resource; Slurm does not account
 /// for it.
@@ -206,10 +209,16 @@ fn node_info(facts: &Facts<'_>) -> Value {
             .filter(|text| !text.is_empty())
             .unwrap_or_else(|| "apptainer://unknown".to_owned()),
     };
-    let scheduler = match facts.link {
-        Link::Up { info, .. } => info.scheduler_version.clone(),
-        Link::Down { .. } => before.map(|info| info.os_image.clone()).unwrap_or_default(),
+    let of_agent = |up: fn(&pb::AgentInfo) -> String, before: Option<&String>| match facts.link {
+        Link::Up { info, .. } => text::message(&up(info), INFO),
+        Link::Down { .. } => before.cloned().unwrap_or_default(),
     };
+    let image = of_agent(os_image, before.map(|info| &info.os_image));
+    let kernel = of_agent(
+        |info| info.kernel.clone(),
+        before.map(|info| &info.kernel_version),
+    );
+    let id = machine_id(&facts.identity.name);
     let kubelet = match facts.server {
         Some(server) => release::kubelet_version(server),
         None => release::version_without_server(before.map(|info| info.kubelet_version.as_str())),
@@ -218,14 +227,42 @@ fn node_info(facts: &Facts<'_>) -> Value {
         "architecture": arch(),
         "bootID": "",
         "containerRuntimeVersion": runtime,
-        "kernelVersion": "",
+        "kernelVersion": kernel,
         "kubeProxyVersion": "",
         "kubeletVersion": kubelet,
-        "machineID": "",
+        "machineID": id,
         "operatingSystem": "linux",
-        "osImage": scheduler,
-        "systemUUID": "",
+        "osImage": image,
+        "systemUUID": uuid(&id),
     })
+}
+
+/// The operating system of the agent's host and the version of the scheduler.
+fn os_image(info: &pb::AgentInfo) -> String {
+    let parts = [&info.os, &info.scheduler_version];
+    let known = parts.into_iter().filter(|part| !part.is_empty());
+    known.map(String::as_str).collect::<Vec<_>>().join(", ")
+}
+
+/// A machine ID as in machine-id(5). No machine stands behind the Node, so it follows from the Node's name, and stays the same.
+fn machine_id(name: &str) -> String {
+    let digest = Sha256::digest(format!("knoc node {name}"));
+    digest
+        .iter()
+        .take(16)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+/// The 32 hexadecimal digits of a machine ID as a UUID.
+fn uuid(id: &str) -> String {
+    let mut rest = id;
+    let parts = [8, 4, 4, 4, 12].map(|length| {
+        let (part, after) = rest.split_at_checked(length).unwrap_or((rest, ""));
+        rest = after;
+        part
+    });
+    parts.join("-")
 }
 
 /// The number in `apptainer version 1.4.5`.

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Pod, PodCondition, PodStatus};
+use knoc_translate::JOB_ID;
 use kube::{
     Api, Client,
     api::{DeleteParams, Patch, PatchParams, Preconditions},
@@ -28,6 +29,8 @@ const OURS: &[&str] = &[
     "message",
     "observedGeneration",
     "phase",
+    "podIP",
+    "podIPs",
     "reason",
     "startTime",
 ];
@@ -91,6 +94,19 @@ pub fn patch(pod: &Pod, wanted: &PodStatus) -> Option<Value> {
         return None;
     }
     Some(json!({"metadata": {"uid": pod.metadata.uid}, "status": changes}))
+}
+
+/// PURE: the patch with the id of the pod's job as an annotation, if the pod does not have it yet. An id alone causes no patch.
+#[must_use]
+pub fn with_job(mut patch: Value, pod: &Pod, job: &str) -> Value {
+    let annotations = pod.metadata.annotations.as_ref();
+    let known = annotations.and_then(|list| list.get(JOB_ID));
+    let metadata = patch.get_mut("metadata").and_then(Value::as_object_mut);
+    if let Some(metadata) = metadata.filter(|_| !job.is_empty() && known.is_none_or(|id| id != job))
+    {
+        metadata.insert("annotations".to_owned(), json!({JOB_ID: job}));
+    }
+    patch
 }
 
 fn is_there(before: &[PodCondition], condition: &PodCondition) -> bool {
@@ -266,5 +282,20 @@ mod tests {
                                    "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}],
         });
         assert_eq!(patch(&pod(&same), &status(same)), None);
+    }
+
+    #[test]
+    fn the_id_of_the_job_goes_with_a_patch_once() {
+        let mut pod = pod(&json!({}));
+        let patch = || json!({"metadata": {"uid": "u"}, "status": {"phase": "Pending"}});
+        let first = with_job(patch(), &pod, "12");
+        let metadata = json!({"uid": "u", "annotations": {"knoc.io/job-id": "12"}});
+        assert_eq!(first["metadata"], metadata);
+        assert_eq!(first["status"], patch()["status"]);
+        assert_eq!(with_job(patch(), &pod, ""), patch(), "no job yet");
+        pod.metadata.annotations = Some([(JOB_ID.to_owned(), "12".to_owned())].into());
+        assert_eq!(with_job(patch(), &pod, "12"), patch());
+        let other = with_job(patch(), &pod, "13");
+        assert_eq!(other["metadata"]["annotations"][JOB_ID], "13");
     }
 }

@@ -10,7 +10,7 @@ mod phase;
 
 use jiff::Timestamp;
 use k8s_openapi::{
-    api::core::v1::{HostIP, Pod, PodStatus},
+    api::core::v1::{HostIP, Pod, PodIP, PodStatus},
     apimachinery::pkg::apis::meta::v1::Time,
 };
 use knoc_proto::{
@@ -39,6 +39,8 @@ pub struct Input<'a> {
     pub refused: &'a [String],
     /// Whether the link has been down for longer than a restart of the agent takes.
     pub unreachable: bool,
+    /// Whether the compute node's address is the pod's, too; otherwise the pod has none.
+    pub pod_ip_of_node: bool,
     /// The pod's generation if it was judged; if None, `observedGeneration` stays as the API server has it.
     pub judged: Option<i64>,
     /// The current time, for conditions that change.
@@ -118,11 +120,14 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
     let host_ip = host_ip.filter(|ip| !ip.is_empty());
     // The address stays while it is not known, for example after a restart.
     let host_ip = host_ip.or_else(|| input.pod.status.as_ref()?.host_ip.clone());
+    let pod_ip = host_ip.clone().filter(|_| input.pod_ip_of_node);
     Some(sanitized(PodStatus {
         phase: Some(phase.as_str().to_owned()),
         reason,
         message,
         conditions: Some(conditions::conditions(input, phase, &statuses)),
+        pod_ips: pod_ip.clone().map(|ip| vec![PodIP { ip }]),
+        pod_ip,
         host_ips: host_ip.clone().map(|ip| vec![HostIP { ip }]),
         host_ip,
         start_time: start_time(input),

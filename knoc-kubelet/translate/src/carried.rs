@@ -80,6 +80,7 @@ carried! {
             dns_policy: Option<String>,
             ephemeral_containers: Option<Vec<core::EphemeralContainer>>,
             host_aliases: Option<Vec<core::HostAlias>>,
+            host_network: Option<bool>,
             hostname: Option<String>,
             hostname_override: Option<String>,
             image_pull_secrets: Option<Vec<core::LocalObjectReference>>,
@@ -99,7 +100,7 @@ carried! {
             service_account, tolerations,
         }
         left {
-            eviction_responders, host_ipc, host_network, host_pid, host_users, os, overhead, preemption_policy, priority, priority_class_name,
+            eviction_responders, host_ipc, host_pid, host_users, os, overhead, preemption_policy, priority, priority_class_name,
             resource_claims, resources, runtime_class_name, scheduler_name, scheduling_gates, scheduling_group,
             topology_spread_constraints,
         }
@@ -212,11 +213,17 @@ carried! {
         left {}
     }
 
-    /// A port of a container, to which probes and hooks may refer by its name.
+    /// A port of a container, to which probes and hooks may refer by its name, and a port of the node may lead.
     ContainerPort of core::ContainerPort, judged as "ContainerPort" {
-        taken { container_port: i32, name: Option<String> }
+        taken {
+            container_port: i32,
+            host_ip: Option<String>,
+            host_port: Option<i32>,
+            name: Option<String>,
+            protocol: Option<String>,
+        }
         elsewhere {}
-        left { host_ip, host_port, protocol }
+        left {}
     }
 
     /// A startup, liveness or readiness probe.

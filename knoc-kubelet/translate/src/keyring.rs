@@ -101,15 +101,13 @@ pub fn pull_credentials(
             )),
         }
     }
-    let images: BTreeSet<_> = spec.all_images().collect();
-    found.credentials.images = images
-        .into_iter()
-        .map(|image| pb::ImageCredentials {
-            image: image.to_owned(),
-            logins: repository(image).map_or_else(Vec::new, |name| keyring.look_up(&name)),
-        })
-        .filter(|of_image| !of_image.logins.is_empty())
-        .collect();
+    let images: BTreeSet<_> = spec.all_images().into_iter().collect();
+    let of_image = |image: String| {
+        let name = repository(&image);
+        let logins = name.map_or_else(Vec::new, |name| keyring.look_up(&name));
+        (!logins.is_empty()).then_some(pb::ImageCredentials { image, logins })
+    };
+    found.credentials.images = images.into_iter().filter_map(of_image).collect();
     Ok(found)
 }
 
@@ -232,12 +230,20 @@ fn split(location: &str) -> (&str, &str) {
     location.split_at(location.find('/').unwrap_or(location.len()))
 }
 
+/// Name or address, and port. The brackets of an address are no pattern.
 fn split_port(host: &str) -> (&str, &str) {
-    match host.rsplit_once(':') {
+    let (name, port) = match host.rsplit_once(':') {
         // The colons of an address in brackets are not followed by a port.
         Some((name, port)) if !port.contains(']') => (name, port),
         Some(_) | None => (host, ""),
-    }
+    };
+    let inner = name
+        .strip_prefix('[')
+        .and_then(|name| name.strip_suffix(']'));
+    (
+        inner.filter(|inner| inner.contains(':')).unwrap_or(name),
+        port,
+    )
 }
 
 /// Whether the text matches a pattern with `*`, `?`, `[a-z]` and `\`. A pattern that is not valid matches nothing.

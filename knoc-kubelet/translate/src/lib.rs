@@ -17,6 +17,7 @@ mod grace;
 mod image_root;
 mod job;
 mod keyring;
+mod network;
 mod probe;
 pub mod quantity;
 mod trust;
@@ -45,8 +46,10 @@ pub use job::over_containers;
 pub use keyring::{BadSecret, PullCredentials, pull_credentials, pull_secrets};
 pub use trust::TrustBundleKey;
 
-/// Annotations that are not sent, because they repeat the whole pod.
-const NOT_SENT: &str = "kubectl.kubernetes.io/last-applied-configuration";
+/// The annotation in which the kubelet publishes the id of the pod's job.
+pub const JOB_ID: &str = "knoc.io/job-id";
+/// Annotations that are not sent, because one repeats the whole pod and the agent knows the other.
+const NOT_SENT: [&str; 2] = ["kubectl.kubernetes.io/last-applied-configuration", JOB_ID];
 
 /// The objects to which the pod refers, as far as they were found.
 #[derive(Clone, Debug, Default)]
@@ -168,11 +171,12 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         .filter_map(|volume| volume::shape(volume, &mut problems))
         .collect();
     let job = job::request(pod, &init_containers, &regular, &mut problems);
+    let network = network::mode(pod, spec, &mut problems);
     if !problems.is_empty() {
         return Err(problems);
     }
     let mut annotations = meta.annotations.clone().unwrap_or_default();
-    annotations.remove(NOT_SENT);
+    annotations.retain(|name, _| !NOT_SENT.contains(&name.as_str()));
     Ok(pb::PodSpec {
         uid: meta.uid.clone().unwrap_or_default(),
         namespace: meta
@@ -194,6 +198,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         cluster_domain: String::new(),
         set_hostname_as_fqdn: *spec.set_hostname_as_fqdn == Some(true),
         resolver: resolver(spec),
+        network: network.into(),
         name,
         volumes,
         job: Some(job),
@@ -319,9 +324,13 @@ impl<'a> PodSpec<'a> {
     }
 
     /// The images of all containers, as the pod names them.
-    fn all_images(self) -> impl Iterator<Item = &'a str> {
-        self.all_containers()
-            .filter_map(|container| container.image.as_deref())
+    fn all_images(self) -> Vec<String> {
+        let images = self
+            .all_containers()
+            .map(|container| container.image.clone());
+        let ephemeral = ephemeral::containers(self).into_iter();
+        let ephemeral = ephemeral.map(|one| one.container.image);
+        images.chain(ephemeral).flatten().collect()
     }
 }
 
@@ -445,6 +454,7 @@ fn shape_container(
         readiness_probe: probes.readiness,
         post_start: probes.post_start,
         pre_stop: probes.pre_stop,
+        host_ports: network::host_ports(spec, container, problems),
         stop_signal: probes.stop_signal,
         run_as_non_root: run_as_non_root(spec, security),
         privileged: security.is_some_and(|context| *context.privileged == Some(true)),

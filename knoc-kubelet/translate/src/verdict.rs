@@ -316,9 +316,10 @@ pod have ended, they are stopped with it. They reach only pods whose job was sta
 where adding one raises `metadata.generation`.
 
 **Shared processes.** With `shareProcessNamespace`, and in an ephemeral container with a target, the containers see each other's processes
-and may signal them, and PID 1 is not theirs. They run as one user, but each in a user namespace of its own, so one cannot read the files
-(`/proc/PID/root`) or the memory of another's processes. This needs user namespaces: with a setuid runtime such a container fails with
-`CreateContainerError`.
+and those of the runtime, may signal them, and are not PID 1. They run as one user, but each in a user namespace of its own, so one cannot
+read the files (`/proc/PID/root`) or the memory of another's processes. This needs user namespaces: with a setuid runtime such a container
+fails with `CreateContainerError`.
+
 ## Host paths
 
 A pod can mount the paths of the compute nodes that the site file names in `policy.host_paths`, and what lies below them: read-only unless the

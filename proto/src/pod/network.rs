@@ -1,4 +1,6 @@
-//! PURE: the host names of a pod, and the bounds of its DNS configuration.
+//! PURE: the host names of a pod, and the bounds of its host ports and its DNS configuration.
+
+use std::net::IpAddr;
 
 use crate::{names, pb, text::quote};
 
@@ -12,6 +14,9 @@ const MAX_NAMESERVERS: usize = 3;
 const MAX_SEARCHES: usize = 32;
 /// A bound of our own, larger than any pod needs.
 const MAX_OPTIONS: usize = 64;
+
+/// The most host ports of a pod.
+const MAX_HOST_PORTS: usize = 64;
 
 /// The cluster domain if the kubelet sends none.
 const CLUSTER_DOMAIN: &str = "cluster.local";
@@ -55,7 +60,7 @@ impl Hostname {
     }
 }
 
-/// Checks host name and DNS configuration; adds what is wrong with them to `problems`.
+/// Checks host name, host ports and DNS configuration; adds what is wrong with them to `problems`.
 pub(super) fn check_network(spec: &pb::PodSpec, problems: &mut Vec<String>) {
     let Hostname { kernel, .. } = Hostname::of(spec);
     if kernel.len() > MAX_HOSTNAME {
@@ -65,8 +70,35 @@ pub(super) fn check_network(spec: &pb::PodSpec, problems: &mut Vec<String>) {
             kernel.len()
         ));
     }
+    check_host_ports(spec, problems);
     if let Some(resolver) = &spec.resolver {
         check_resolver(resolver, problems);
+    }
+}
+
+fn check_host_ports(spec: &pb::PodSpec, problems: &mut Vec<String>) {
+    let containers = spec.init_containers.iter().chain(&spec.containers);
+    let all: Vec<_> = containers.flat_map(|one| &one.host_ports).collect();
+    if all.len() > MAX_HOST_PORTS {
+        problems.push(format!(
+            "ports: {} host ports; the limit is {MAX_HOST_PORTS}",
+            all.len()
+        ));
+    }
+    for port in all.into_iter().take(MAX_HOST_PORTS) {
+        let is_port = |number: u32| (1..=u32::from(u16::MAX)).contains(&number);
+        if !is_port(port.host_port) || !is_port(port.container_port) {
+            problems.push(format!(
+                "ports: hostPort {} and containerPort {} must be from 1 to 65535",
+                port.host_port, port.container_port
+            ));
+        }
+        if !port.host_ip.is_empty() && port.host_ip.parse::<IpAddr>().is_err() {
+            problems.push(format!(
+                "ports: hostIP {} is not an IP address",
+                quote(&port.host_ip, SHOWN)
+            ));
+        }
     }
 }
 
@@ -121,6 +153,37 @@ fn check_resolver(resolver: &pb::Resolver, problems: &mut Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn host_ports_are_ports_and_few() {
+        let of = |ports: Vec<(u32, u32, &str)>| {
+            let host_ports = ports.into_iter().map(|(host_port, container_port, ip)| {
+                let host_ip = ip.to_owned();
+                pb::HostPort {
+                    host_port,
+                    container_port,
+                    host_ip,
+                }
+            });
+            let container = pb::Container {
+                host_ports: host_ports.collect(),
+                ..pb::Container::default()
+            };
+            let spec = pb::PodSpec {
+                containers: vec![container],
+                ..pb::PodSpec::default()
+            };
+            let mut problems = Vec::new();
+            check_host_ports(&spec, &mut problems);
+            problems
+        };
+        assert!(of(vec![(1, 65_535, ""), (8080, 80, "127.0.0.1")]).is_empty());
+        assert_eq!(
+            of(vec![(0, 80, ""), (80, 65_536, ""), (80, 80, "here")]).len(),
+            3
+        );
+        assert_eq!(of(vec![(8080, 80, ""); 65]).len(), 1);
+    }
 
     fn spec(change: impl FnOnce(&mut pb::PodSpec)) -> pb::PodSpec {
         let mut spec = pb::PodSpec {

@@ -50,6 +50,21 @@ impl pb::Container {
     }
 }
 
+impl pb::ImageConfig {
+    /// The number of the signal that asks the image's program to end, if the image names one that is known: by its number
+    /// or by its name, with or without `SIG`.
+    #[must_use]
+    pub fn stop_signal_number(&self) -> Option<i32> {
+        let text = self.stop_signal.to_ascii_uppercase();
+        let number = text.parse::<i32>().ok();
+        let mut known = SIGNALS.iter();
+        let found = known.find(|(name, its)| {
+            *name == text || name.strip_prefix("SIG") == Some(&*text) || number == Some(*its)
+        });
+        found.map(|(_, number)| *number)
+    }
+}
+
 /// Records what is wrong with the stop signal of a container.
 pub(super) fn check(container: &pb::Container, problems: &mut Vec<String>) {
     if !container.stop_signal.is_empty() && container.stop_signal_number().is_none() {
@@ -64,6 +79,23 @@ pub(super) fn check(container: &pb::Container, problems: &mut Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_image_names_its_signal_in_several_ways() {
+        let of = |text: &str| {
+            let config = pb::ImageConfig {
+                stop_signal: text.to_owned(),
+                ..pb::ImageConfig::default()
+            };
+            config.stop_signal_number()
+        };
+        for text in ["SIGQUIT", "QUIT", "quit", "3"] {
+            assert_eq!(of(text), Some(3), "{text}");
+        }
+        for text in ["", "0", "-3", "65", "SIGRTMIN+3", "SIG", "nonsense"] {
+            assert_eq!(of(text), None, "{text}");
+        }
+    }
 
     #[test]
     fn a_stop_signal_is_known_by_its_name() {

@@ -80,7 +80,6 @@ pub async fn measure(rows: &Path, quick: bool) -> anyhow::Result<()> {
         large: BYTES,
     };
     let locations = locations(&profile);
-    // In the firewall of these profiles only the relays' ports are missing.
     let stream = streams::exec_beside(&bed, sizes, locations).await?;
     let ssh = if locations.contains(&Location::Ssh) {
         Some(through_ssh(rounds).await.context("ssh alone")?)

@@ -20,6 +20,7 @@ mod lifecycle;
 mod link;
 mod links;
 mod logs;
+mod network;
 mod old_kernel;
 mod packages;
 mod probes;

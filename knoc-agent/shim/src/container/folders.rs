@@ -151,12 +151,14 @@ impl Folders {
             let source = self.write("hosts", &text)?;
             volumes.push(own_file(source, Path::new(HOSTS), false));
         }
-        let node = fs::read_to_string(RESOLVER);
+        let replaced = pod.network.resolv_conf();
+        let node =
+            replaced.map_or_else(|| fs::read_to_string(RESOLVER), |text| Ok(text.to_owned()));
         let text = match &pod.spec().resolver {
             _ if mounts(volumes, RESOLVER) => None,
             Some(wanted) => Some(resolver::resolv_conf(&node.unwrap_or_default(), wanted)),
             // A volume at `/etc` hides the file that the runtime mounts, but in Kubernetes every container has one.
-            None if mounts(volumes, "/etc") => node.ok(),
+            None if replaced.is_some() || mounts(volumes, "/etc") => node.ok(),
             None => None,
         };
         if let Some(text) = text {

@@ -88,7 +88,7 @@ pub(super) async fn bring_up(
         };
         match starting.with_best_root(container, named).await {
             Err(AttemptError::NoNamespaces { errno, what })
-                if beside.is_none() && pod.mounting.is_final(errno) =>
+                if beside.is_none() && pod.network.is_host() && pod.mounting.is_final(errno) =>
             {
                 tracing::warn!(error = %what, "no user namespaces: volumes are mounted by name");
                 pod.mounting.only_by_name();
@@ -129,6 +129,7 @@ async fn shared_processes(pod: &Pod, attempt: &Attempt) -> Result<Option<Identit
         agent: &pod.agent,
         children: &pod.children,
         users: &pod.mounting.users,
+        network: &pod.network,
     };
     Ok(Some(pod.holder.first(helper).await?))
 }
@@ -222,14 +223,18 @@ impl Starting<'_> {
                 None,
             ),
             Some(mounts) => {
+                let joined = self.pod.network.to_join().map_err(PrepareError::Pipes)?;
+                let (network, namespaces) =
+                    joined.map_or((None, Vec::new()), |to| (Some(to.ids), to.namespaces));
                 let spec = ContainSpec {
                     argv,
                     users: self.pod.mounting.users.clone(),
                     root: sandbox.fakeroot,
+                    network,
                     mounts: mounts.clone(),
                     beside: self.beside.map(Into::into),
                 };
-                self.contain(&spec).await?
+                self.contain(&spec, namespaces).await?
             }
         };
         loop {
@@ -257,6 +262,7 @@ impl Starting<'_> {
     async fn contain(
         &self,
         spec: &ContainSpec,
+        namespaces: Vec<OwnedFd>,
     ) -> Result<(Runtime, Option<OwnedFd>), AttemptError> {
         let (ours, theirs) = StdUnixStream::pair().map_err(PrepareError::Pipes)?;
         ours.set_nonblocking(true).map_err(PrepareError::Pipes)?;
@@ -266,7 +272,7 @@ impl Starting<'_> {
         let mut runtime = spawn(self.pod, &argv, stdin).map_err(PrepareError::Spawn)?;
         let contained = tokio::select! {
             biased;
-            contained = handshake::contain(ours, spec) => contained,
+            contained = handshake::contain(ours, spec, namespaces) => contained,
             () = self.attempt.abort.cancelled() => {
                 runtime.end().await;
                 return Err(AttemptError::Aborted);

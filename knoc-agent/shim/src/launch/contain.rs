@@ -12,6 +12,9 @@
 //!      ◄─ descriptor of the termination message's mount ─┘   └─ Failed, NoNamespaces: reports why, and exits
 //! ```
 //!
+//! If the pod has a network of its own, it joins the pod's user and network namespace instead of creating a user namespace:
+//! their descriptors come with the specification.
+//!
 //! Read-only mounts are read-only here already, so not even root in the container's user namespace can make them writable.
 //! A path of the node may have other file systems mounted below it, which become read-only with it ([`read_only`]).
 //! The sources are resolved after the namespaces were entered, since the kernel binds a descriptor only in the mount
@@ -20,16 +23,15 @@
 //! Standard input is one end of a socket pair; the shim has the other. Single-threaded, as `unshare(2)` requires.
 
 pub(crate) mod host;
-pub(super) mod ids;
 mod read_only;
 pub(crate) mod spec;
 
 use std::{
     convert::Infallible,
     fs::File,
-    io::{self, Read as _},
+    io,
     os::{
-        fd::{AsFd as _, AsRawFd as _},
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::{net::UnixStream, process::CommandExt as _},
     },
     path::{Path, PathBuf},
@@ -44,13 +46,17 @@ use nix::{
     sys::signal::SigSet,
     unistd::{ForkResult, Pid},
 };
-use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
-
-use self::{
-    ids::Isolated,
-    spec::{ContainSpec, MountSpec, Source, SourceError},
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, LinkNameSpaceType, capabilities, move_into_link_name_space,
+    set_capabilities,
 };
-use super::{enter, fds, sys};
+
+use self::spec::{ContainSpec, MountSpec, Source, SourceError};
+use super::{
+    enter, fds,
+    ids::{self, Isolated},
+    sys,
+};
 use crate::nofollow;
 
 /// The helper's exit code if the runtime was not executed.
@@ -58,6 +64,9 @@ pub(super) const FAILED: u8 = 125;
 
 /// A larger specification is rejected: each mount takes a few hundred bytes.
 const MAX_SPEC: usize = 8 << 20;
+
+/// The namespaces that it creates if it joins none.
+pub(super) const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER.union(CloneFlags::CLONE_NEWNS);
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ContainError {
@@ -69,8 +78,6 @@ pub(super) enum ContainError {
     },
     #[error("receive the mounts")]
     Spec(#[source] serde_json::Error),
-    #[error("the mounts take {0} bytes, which is too many")]
-    TooLong(usize),
     #[error("{what}")]
     Source {
         what: String,
@@ -82,18 +89,18 @@ pub(super) enum ContainError {
 }
 
 impl ContainError {
-    fn on(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+    pub(super) fn on(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
         move |source| Self::Io { what, source }
     }
 
-    fn errno(&self) -> i32 {
+    pub(super) fn errno(&self) -> i32 {
         match self {
             Self::Io { source, .. } | Self::Namespaces(source) => {
                 source.raw_os_error().unwrap_or_default()
             }
             Self::Source { source, .. } => source.errno(),
-            Self::Spec(_) | Self::TooLong(_) => 0,
+            Self::Spec(_) => 0,
         }
     }
 }
@@ -118,10 +125,9 @@ pub fn main() -> ExitCode {
             let errno = error.errno();
             let reply = match error {
                 ContainError::Namespaces(_) => Reply::NoNamespaces { errno, what },
-                ContainError::Io { .. }
-                | ContainError::Spec(_)
-                | ContainError::TooLong(_)
-                | ContainError::Source { .. } => Reply::Failed { errno, what },
+                ContainError::Io { .. } | ContainError::Spec(_) | ContainError::Source { .. } => {
+                    Reply::Failed { errno, what }
+                }
             };
             // If the shim has ended, nobody receives the reply.
             fds::send(&shim, &reply.encode(), &[]).ok();
@@ -149,16 +155,23 @@ fn wait_for(runtime: Pid, shim: UnixStream) -> ExitCode {
 }
 
 fn run(shim: &UnixStream) -> Result<Ran, ContainError> {
-    let spec = receive(shim)?;
-    let ids = match spec.beside {
-        Some(beside) => {
+    let (spec, namespaces) = receive(shim)?;
+    if spec.network.is_some() {
+        join(&namespaces)?;
+    }
+    drop(namespaces);
+    let ids = match (spec.beside, &spec.network) {
+        (Some(beside), _) => {
             let joined = beside.join();
             joined.map_err(ContainError::on("join the shared processes"))?;
-            unshare(CloneFlags::CLONE_NEWNS)
-                .map_err(|errno| ContainError::Namespaces(errno.into()))?;
+            unshare_mounts()?;
             None
         }
-        None => match while_dumpable(|| ids::isolate(&spec.users))
+        (None, Some(ids)) => {
+            unshare_mounts()?;
+            Some(ids.clone())
+        }
+        (None, None) => match while_dumpable(|| ids::isolate(&spec.users, NAMESPACES))
             .flatten()
             .map_err(ContainError::Namespaces)?
         {
@@ -207,17 +220,36 @@ fn run(shim: &UnixStream) -> Result<Ran, ContainError> {
     Err(error)
 }
 
-pub(super) fn receive(mut shim: &UnixStream) -> Result<ContainSpec, ContainError> {
-    let failed = || ContainError::on("receive the mounts");
-    let mut head = [0; 4];
-    shim.read_exact(&mut head).map_err(failed())?;
-    let length = usize::try_from(u32::from_be_bytes(head)).unwrap_or(usize::MAX);
-    if length > MAX_SPEC {
-        return Err(ContainError::TooLong(length));
+/// What to mount, and the namespaces to join.
+pub(super) fn receive(shim: &UnixStream) -> Result<(ContainSpec, Vec<OwnedFd>), ContainError> {
+    let received = fds::receive_frame(shim, MAX_SPEC).and_then(|received| {
+        let ended = || io::Error::from(io::ErrorKind::UnexpectedEof);
+        received.ok_or_else(ended)
+    });
+    let (body, namespaces) = received.map_err(ContainError::on("receive the mounts"))?;
+    let spec = serde_json::from_slice(&body).map_err(ContainError::Spec)?;
+    Ok((spec, namespaces))
+}
+
+/// Joins the pod's user namespace and then its network namespace, which gives all rights in both.
+pub(super) fn join(namespaces: &[OwnedFd]) -> Result<(), ContainError> {
+    let on = || ContainError::on("join the pod's network");
+    let [user, net] = namespaces else {
+        return Err(on()(io::ErrorKind::InvalidInput.into()));
+    };
+    for (namespace, kind) in [
+        (user, LinkNameSpaceType::User),
+        (net, LinkNameSpaceType::Network),
+    ] {
+        move_into_link_name_space(namespace.as_fd(), Some(kind))
+            .map_err(io::Error::from)
+            .map_err(on())?;
     }
-    let mut body = vec![0; length];
-    shim.read_exact(&mut body).map_err(failed())?;
-    serde_json::from_slice(&body).map_err(ContainError::Spec)
+    Ok(())
+}
+
+fn unshare_mounts() -> Result<(), ContainError> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| ContainError::Namespaces(errno.into()))
 }
 
 /// Binds one source to its staging path. `opened` are the sources before it.

@@ -1,9 +1,10 @@
 //! `knoc-agent enter PID START`: starts a process in the namespaces of a running container, by `setns(2)`.
 //!
 //! Standard input is one end of a socket pair, over which the launch protocol runs; the shim has the other end. The process
-//! joins the user namespace first (which gives it the rights for the others), then the rest, changes to the container's
-//! root, and forks into the PID namespace. The child becomes the program; the parent waits and exits as the child did.
-//! Namespaces that the helper shares with the container already are left out, so without isolation it joins none.
+//! joins the user namespace first (which gives it the rights for the others), then the rest. A network of the pod's own belongs
+//! to another user namespace, above the container's: it is joined before, with the rights in that one. Then the process changes
+//! to the container's root, and forks into the PID namespace. The child becomes the program; the parent waits and exits as
+//! the child did. Namespaces that the helper shares with the container already are left out, so without isolation it joins none.
 //!
 //! With a second PID and START, the container shares the processes of that process, whose user namespace has the rights for
 //! their PID namespace.
@@ -12,7 +13,7 @@
 //! [`account`]).
 
 use std::{
-    fs::File,
+    fs::{File, Metadata},
     io,
     os::{
         fd::{AsFd as _, OwnedFd},
@@ -38,13 +39,12 @@ use super::{account, beside::Beside, fds, program, sys};
 use crate::signals::Identity;
 
 /// In the order of joining: the user namespace gives the rights for the others, the mount namespace hides `/proc`.
-const NAMESPACES: [(&str, LinkNameSpaceType); 7] = [
+const NAMESPACES: [(&str, LinkNameSpaceType); 6] = [
     ("user", LinkNameSpaceType::User),
     ("mnt", LinkNameSpaceType::Mount),
     ("pid", LinkNameSpaceType::ProcessID),
     ("ipc", LinkNameSpaceType::InterProcessCommunication),
     ("uts", LinkNameSpaceType::HostNameAndNISDomainName),
-    ("net", LinkNameSpaceType::Network),
     ("cgroup", LinkNameSpaceType::ControlGroup),
 ];
 
@@ -158,6 +158,8 @@ fn report_failure(shim: &UnixStream, error: &EnterError) -> ExitCode {
 
 /// What is opened of the container before its mount namespace hides `/proc`.
 struct Target {
+    /// The network namespace, after the user namespace that owns it unless this process is in that already.
+    network: Vec<(&'static str, LinkNameSpaceType, OwnedFd)>,
     namespaces: Vec<(&'static str, LinkNameSpaceType, OwnedFd)>,
     no_new_privileges: bool,
 }
@@ -181,6 +183,13 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
     {
         return Err(EnterError::Ended);
     }
+    for (name, kind, fd) in &target.network {
+        move_into_link_name_space(fd.as_fd(), Some(*kind))
+            .map_err(io::Error::from)
+            .map_err(EnterError::on(format!(
+                "join the {name} namespace of the pod's network"
+            )))?;
+    }
     if let Some(beside) = beside {
         beside
             .join()
@@ -192,6 +201,10 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
     for (name, kind, fd) in &target.namespaces {
         if *name == "pid" && shares {
             // Joined already: the container's own user namespace has no rights in it.
+            continue;
+        }
+        if *name == "user" && is_joined(fd).map_err(EnterError::on("stat the user namespace"))? {
+            // It is that of the pod's network.
             continue;
         }
         if *name == "mnt" {
@@ -227,25 +240,54 @@ fn not_joined(name: &str, pid: u32, own_user: bool, source: io::Error) -> EnterE
 fn open(pid: u32) -> Result<Target, EnterError> {
     let mut namespaces = Vec::new();
     for (name, kind) in NAMESPACES {
-        let theirs = format!("/proc/{pid}/ns/{name}");
-        // A kernel without this kind of namespace has no such file, and there is nothing to join.
-        let Ok(ours) = std::fs::metadata(format!("/proc/self/ns/{name}")) else {
-            continue;
-        };
-        let file = File::open(&theirs).map_err(EnterError::on(format!("open {theirs}")))?;
-        let metadata = file
-            .metadata()
-            .map_err(EnterError::on(format!("stat {theirs}")))?;
-        if (metadata.dev(), metadata.ino()) != (ours.dev(), ours.ino()) {
-            namespaces.push((name, kind, file.into()));
-        }
+        namespaces.extend(other(pid, name)?.map(|fd| (name, kind, fd)));
     }
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let no_new_privileges = status.lines().any(|line| line == "NoNewPrivs:\t1");
     Ok(Target {
+        network: network(pid)?,
         namespaces,
         no_new_privileges,
     })
+}
+
+/// The namespace of this kind of the process `pid`; `None` if this process is in it already.
+fn other(pid: u32, name: &str) -> Result<Option<OwnedFd>, EnterError> {
+    // A kernel without this kind of namespace has no such file, and there is nothing to join.
+    let Ok(ours) = std::fs::metadata(format!("/proc/self/ns/{name}")) else {
+        return Ok(None);
+    };
+    let theirs = format!("/proc/{pid}/ns/{name}");
+    let file = File::open(&theirs).map_err(EnterError::on(format!("open {theirs}")))?;
+    let is_ours = is_same(&file, &ours).map_err(EnterError::on(format!("stat {theirs}")))?;
+    Ok((!is_ours).then(|| file.into()))
+}
+
+/// Whether this process is in the user namespace by now.
+fn is_joined(namespace: &OwnedFd) -> io::Result<bool> {
+    let ours = std::fs::metadata("/proc/self/ns/user")?;
+    is_same(&File::from(namespace.try_clone()?), &ours)
+}
+
+fn is_same(file: &File, ours: &Metadata) -> io::Result<bool> {
+    let theirs = file.metadata()?;
+    Ok((theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()))
+}
+
+/// The network namespace of the process `pid`, and before it the user namespace that gives the right to join it.
+fn network(pid: u32) -> Result<Vec<(&'static str, LinkNameSpaceType, OwnedFd)>, EnterError> {
+    let Some(network) = other(pid, "net")? else {
+        return Ok(Vec::new());
+    };
+    let on = || EnterError::on("find the owner of the container's network");
+    let owner = File::from(sys::owner_of_namespace(&network).map_err(on())?);
+    let ours = std::fs::metadata("/proc/self/ns/user").map_err(on())?;
+    let mut namespaces = Vec::new();
+    if !is_same(&owner, &ours).map_err(on())? {
+        namespaces.push(("user", LinkNameSpaceType::User, owner.into()));
+    }
+    namespaces.push(("net", LinkNameSpaceType::Network, network));
+    Ok(namespaces)
 }
 
 /// Waits for the program and ends in the same way, so that the shim sees its exit code or signal.

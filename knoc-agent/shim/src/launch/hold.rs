@@ -19,8 +19,8 @@ use nix::{
 };
 
 use super::{
-    contain::{self, FAILED, ids},
-    enter, fds, sys,
+    contain::{self, ContainError, FAILED, NAMESPACES},
+    enter, fds, ids, sys,
 };
 
 /// Entry point of the hidden subcommand.
@@ -39,17 +39,10 @@ pub fn main() -> ExitCode {
         fds::send(&shim, &Reply::NoNamespaces { errno, what }.encode(), &[]).ok();
         ExitCode::from(FAILED)
     };
-    let users = match contain::receive(&shim) {
-        Ok(spec) => spec.users,
-        Err(error) => return failed(knoc_proto::error::chain(&error), 0),
-    };
-    match isolate(&users) {
+    match enter_namespaces(&shim) {
         Ok(Some(code)) => return code,
         Ok(None) => {}
-        Err(error) => {
-            let errno = error.raw_os_error().unwrap_or_default();
-            return failed(format!("create a PID namespace: {error}"), errno);
-        }
+        Err(error) => return failed(knoc_proto::error::chain(&error), error.errno()),
     }
     match sys::fork_single_threaded() {
         // Others of this user must be able to open its namespaces; it holds no secret.
@@ -69,14 +62,24 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Enters the namespaces. The child that maps ids returns its exit code.
-fn isolate(users: &[String]) -> io::Result<Option<ExitCode>> {
-    if let ids::Isolated::Mapper(code) = while_dumpable(|| ids::isolate(users)).flatten()? {
+/// Enters the namespaces: those of the pod's network if it has one of its own, else a user namespace of its own. The child that
+/// maps ids returns its exit code.
+fn enter_namespaces(shim: &UnixStream) -> Result<Option<ExitCode>, ContainError> {
+    let (spec, namespaces) = contain::receive(shim)?;
+    if spec.network.is_some() {
+        contain::join(&namespaces)?;
+    } else if let ids::Isolated::Mapper(code) =
+        while_dumpable(|| ids::isolate(&spec.users, NAMESPACES))
+            .flatten()
+            .map_err(ContainError::Namespaces)?
+    {
         return Ok(Some(code));
     }
     // The change of credentials may have reset it.
     super::die_with_parent();
-    unshare(CloneFlags::CLONE_NEWPID)?;
+    unshare(CloneFlags::CLONE_NEWPID)
+        .map_err(io::Error::from)
+        .map_err(ContainError::on("create a PID namespace"))?;
     Ok(None)
 }
 

@@ -1,16 +1,31 @@
-//! The audited unsafe calls of the launcher: `fork(2)`, resetting signal dispositions, and marking inherited descriptors
-//! close-on-exec.
+//! The audited unsafe calls of the launcher: `fork(2)`, resetting signal dispositions, marking inherited descriptors
+//! close-on-exec, and the owner of a namespace.
 #![expect(
     unsafe_code,
     reason = "these have no safe form; each states why it is sound"
 )]
 
-use std::os::fd::BorrowedFd;
+use std::{
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+};
 
 use nix::{
     sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
     unistd::{ForkResult, fork},
 };
+
+/// Of `linux/nsfs.h`.
+const NS_GET_USERNS: nix::libc::Ioctl = 0xb701;
+
+/// The user namespace that owns this namespace.
+pub(super) fn owner_of_namespace(namespace: &OwnedFd) -> io::Result<OwnedFd> {
+    // SAFETY: the descriptor is open; the call takes no argument and returns a new descriptor or fails.
+    let owner = unsafe { nix::libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS) };
+    let owner = nix::errno::Errno::result(owner)?;
+    // SAFETY: the kernel has just opened it for this process, and nothing else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(owner) })
+}
 
 /// Forks the calling process.
 pub(super) fn fork_single_threaded() -> nix::Result<ForkResult> {

@@ -1,7 +1,8 @@
 //! Connections of probes and hooks to what the pod itself listens on.
 //!
-//! Finding out whose the listeners of a port are takes a look at all files of all processes of the pod. Probes connect again
-//! and again, so what was found is remembered: as long as the same sockets listen, the same address leads to the pod.
+//! In a network of the pod's own, only the pod listens. In the node's, finding out whose the listeners of a port are takes a
+//! look at all files of all processes of the pod. Probes connect again and again, so what was found is remembered: as long as
+//! the same sockets listen, the same address leads to the pod.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,6 +16,7 @@ use super::LOCALHOST;
 use crate::{
     forward::{self, ForwardError, Reached},
     listeners::{self, Listener},
+    network::Network,
 };
 
 /// How many ports are remembered. A container has three probes; redirects may lead to more.
@@ -22,7 +24,11 @@ const PORTS: usize = 8;
 
 /// The ports that a program's probes have connected to.
 #[derive(Debug, Default)]
-pub(super) struct Known(Mutex<HashMap<u16, Way>>);
+pub(super) struct Known {
+    network: Network,
+    /// Only in the node's network.
+    ways: Mutex<HashMap<u16, Way>>,
+}
 
 /// How a port was reached.
 #[derive(Debug, Clone)]
@@ -45,8 +51,15 @@ impl Way {
 }
 
 impl Known {
+    pub(super) fn of(network: Network) -> Self {
+        Self {
+            network,
+            ways: Mutex::default(),
+        }
+    }
+
     fn ways(&self) -> MutexGuard<'_, HashMap<u16, Way>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ways.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A connection to a listener of the pod. The error is for users.
@@ -57,12 +70,15 @@ impl Known {
         {
             return Ok(stream);
         }
-        let reached = forward::connect_anywhere(port, std::process::id()).await;
+        let reached = forward::connect_anywhere(&self.network, port, std::process::id()).await;
         let Reached {
             stream,
             address,
             listeners,
         } = reached.map_err(|error| text(&error))?;
+        if matches!(self.network, Network::Private(_)) {
+            return Ok(stream);
+        }
         let mut ways = self.ways();
         if ways.len() >= PORTS {
             ways.clear();

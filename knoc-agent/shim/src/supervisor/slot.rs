@@ -262,9 +262,11 @@ impl Slot {
         }
     }
 
-    /// The signal that asks the program to end.
+    /// The signal that asks the program to end: the pod's, else the image's.
     fn stop_signal(&self) -> Signal {
-        let own = self.spec.container.stop_signal_number();
+        let config = self.spec.image.config.as_ref();
+        let of_image = || config.and_then(pb::ImageConfig::stop_signal_number);
+        let own = self.spec.container.stop_signal_number().or_else(of_image);
         own.and_then(Signal::from_named_raw).unwrap_or(Signal::TERM)
     }
 

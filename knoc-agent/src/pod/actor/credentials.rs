@@ -8,16 +8,27 @@ use std::sync::Arc;
 use super::Actor;
 use crate::{
     image::Credentials,
-    pod::state::{BeforeJob, Event, Pod, State},
+    pod::{
+        input::RequestError,
+        state::{BeforeJob, Event, Pod, State},
+    },
 };
 
 impl Actor {
-    /// Uses other credentials. A pod that waits for its images tries again with them at once.
+    /// Uses the credentials of a request that was accepted. A pod that waits for its images tries again with them at once.
     pub(super) async fn take_credentials(
         &mut self,
         pod: Pod,
+        answer: &Result<(), RequestError>,
         credentials: Option<Credentials>,
     ) -> Pod {
+        let credentials = credentials.filter(|_| answer.is_ok());
+        let pod = self.use_credentials(pod, credentials).await;
+        self.add_ephemeral(&pod);
+        pod
+    }
+
+    async fn use_credentials(&mut self, pod: Pod, credentials: Option<Credentials>) -> Pod {
         let Some(credentials) = credentials.map(Arc::new) else {
             return pod;
         };
@@ -39,7 +50,8 @@ impl Actor {
 
     /// Whether the kubelet is to send the credentials again.
     pub(super) fn wants_credentials(&self, pod: &Pod) -> bool {
-        before_images(pod) && pod.deletion.is_none() && self.lacks_credentials()
+        let needed = before_images(pod) || self.looks_for_image(pod);
+        needed && pod.deletion.is_none() && self.lacks_credentials()
     }
 
     /// The credentials; none if the pod has none.

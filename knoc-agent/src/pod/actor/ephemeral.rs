@@ -171,6 +171,12 @@ fn lacking<'a>(pod: &Pod, spec: &'a pb::PodSpec, values: i64) -> Option<&'a pb::
 }
 
 impl Actor {
+    /// Whether the image of a container is looked up next.
+    pub(super) fn looks_for_image(&self, pod: &Pod) -> bool {
+        let next = lacking(pod, &self.spec, self.values.revision);
+        next.is_some_and(|next| !self.ephemeral.images.contains_key(&next.name))
+    }
+
     /// Takes the next step towards giving the shim a container that it lacks, unless one is under way.
     pub(super) fn add_ephemeral(&mut self, pod: &Pod) {
         if self.spec.ephemeral_containers.is_empty() || !self.ephemeral.task.is_empty() {
@@ -182,6 +188,8 @@ impl Actor {
         let name = container.name.clone();
         let (site, spec) = (Arc::clone(&self.site), Arc::clone(&self.spec));
         match self.ephemeral.images.get(&name).cloned() {
+            // It goes on once they are there.
+            None if self.lacks_credentials() => {}
             None => {
                 let pause = self.ephemeral.pause(&name, IMAGE_AGAIN);
                 let (own, credentials) = (self.own.clone(), self.known_credentials());

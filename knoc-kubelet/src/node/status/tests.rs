@@ -18,6 +18,7 @@ fn identity() -> Identity {
         pods: 100,
         queue_factor: 10,
         cluster_domain: "cluster.local".to_owned(),
+        pod_ip_of_node: false,
         taint: true,
         websockets: true,
     }
@@ -35,6 +36,8 @@ fn up() -> Link {
         runtime: "apptainer".to_owned(),
         runtime_version: "apptainer version 1.4.5".to_owned(),
         scheduler_version: "slurm 24.11.5".to_owned(),
+        kernel: "6.1.0-25-amd64".to_owned(),
+        os: "Debian GNU/Linux 12 (bookworm)".to_owned(),
         ..pb::AgentInfo::default()
     };
     Link::Up {

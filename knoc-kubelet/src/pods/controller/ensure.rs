@@ -84,7 +84,7 @@ impl Worker<'_> {
             return;
         }
         let generation = shape.generation;
-        let hashes = Hashes::of(&sent);
+        let hashes = Hashes::of(&sent.values, sent.pull_credentials.as_ref());
         knoc_proto::crash::point("kubelet.ensure.before");
         let answer = self.context.site.agent.ensure_pod(shape, sent).await;
         knoc_proto::crash::point("kubelet.ensure.after");
@@ -225,7 +225,7 @@ impl Worker<'_> {
                 return;
             }
         };
-        let hashes = Hashes::of(&sent);
+        let hashes = Hashes::of(&sent.values, sent.pull_credentials.as_ref());
         if self
             .memory
             .values

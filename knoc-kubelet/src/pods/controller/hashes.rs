@@ -1,13 +1,10 @@
-//! PURE: hashes of what the agent was sent, so that it is sent again only if it changed.
+//! PURE: hashes of what the agent was sent, by which the kubelet knows whether to send it again.
 
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use knoc_proto::pb;
-use prost::Message as _;
 
-use crate::agent::Sent;
-
-/// Hashes of what the agent was sent.
+/// Hashes of the values and credentials of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Hashes {
     values: u64,
@@ -16,16 +13,15 @@ pub(super) struct Hashes {
 }
 
 impl Hashes {
-    /// The hashes of this.
-    pub(super) fn of(sent: &Sent) -> Self {
-        let hash = |credentials: &pb::PullCredentials| {
-            let mut hasher = DefaultHasher::new();
-            credentials.encode_to_vec().hash(&mut hasher);
-            hasher.finish()
+    /// Of the values, without their revision, and the credentials.
+    pub(super) fn of(values: &pb::PodValues, credentials: Option<&pb::PullCredentials>) -> Self {
+        let bare = pb::PodValues {
+            revision: 0,
+            ..values.clone()
         };
         Self {
-            values: contents(&sent.values),
-            credentials: sent.pull_credentials.as_ref().map(hash),
+            values: hash(&bare),
+            credentials: credentials.map(hash),
         }
     }
 
@@ -36,13 +32,8 @@ impl Hashes {
     }
 }
 
-/// A hash of the values, without their revision.
-fn contents(values: &pb::PodValues) -> u64 {
+fn hash(message: &impl prost::Message) -> u64 {
     let mut hasher = DefaultHasher::new();
-    let bare = pb::PodValues {
-        revision: 0,
-        ..values.clone()
-    };
-    bare.encode_to_vec().hash(&mut hasher);
+    message.encode_to_vec().hash(&mut hasher);
     hasher.finish()
 }

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use knoc_translate::Grace;
 use tokio::time::Instant;
 
+use super::hashes::Hashes;
 use crate::pods::{
     resolve::Tokens,
     status::{Hold, Rejection},
@@ -50,7 +51,7 @@ pub(super) struct Values {
     pub(super) tokens: Tokens,
     pub(super) revision: i64,
     /// Hashes of the values and credentials that the agent accepted last.
-    pub(super) sent: Option<super::hashes::Hashes>,
+    pub(super) sent: Option<Hashes>,
     pub(super) refresh_at: Option<Timestamp>,
     /// When to read objects again that nothing watches.
     pub(super) look_at: Option<Timestamp>,

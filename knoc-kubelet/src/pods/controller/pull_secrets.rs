@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::pb::{self, PodPhase};
+use knoc_proto::pb::{self, PodPhase, container_status::State};
 
 use super::{ensure::NoValues, worker::Worker};
 use crate::pods::{resolve, store::PodView};
@@ -21,7 +21,7 @@ impl Worker<'_> {
     ) -> Result<Option<pb::PullCredentials>, NoValues> {
         let names = knoc_translate::pull_secrets(pod);
         let observed = self.context.pods.store.observed(self.uid);
-        if names.is_empty() || observed.is_some_and(|observed| !waits_for_images(&observed)) {
+        if names.is_empty() || observed.is_some_and(|observed| !waits_for_images(pod, &observed)) {
             return Ok(None);
         }
         let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
@@ -46,7 +46,8 @@ impl Worker<'_> {
 
     /// When a new process reads the pull secrets of a pod that an earlier one sent.
     pub(super) fn pull_secrets_due(view: &PodView) -> Option<Duration> {
-        let waits = view.observed.as_deref().is_some_and(waits_for_images);
+        let observed = view.observed.as_deref();
+        let waits = observed.is_some_and(|observed| waits_for_images(&view.pod, observed));
         let due = waits && !knoc_translate::pull_secrets(&view.pod).is_empty();
         due.then(|| read_again().unsigned_abs())
     }
@@ -57,9 +58,26 @@ fn read_again() -> SignedDuration {
     SignedDuration::try_from(Duration::from_secs(seconds)).unwrap_or(SignedDuration::ZERO)
 }
 
-fn waits_for_images(observed: &pb::PodObserved) -> bool {
-    matches!(
-        observed.phase(),
-        PodPhase::Unspecified | PodPhase::Accepted | PodPhase::Staging
-    )
+/// Does the agent lack images of the pod, or of an ephemeral container that was added to it?
+fn waits_for_images(pod: &Pod, observed: &pb::PodObserved) -> bool {
+    let spec = pod.spec.as_ref();
+    let mut ephemeral = spec
+        .iter()
+        .flat_map(|spec| spec.ephemeral_containers.iter().flatten());
+    let waits = |name: &str| {
+        let mut statuses = observed.ephemeral_containers.iter();
+        let status = statuses.find(|status| status.name == name);
+        let state = status.and_then(|status| status.state.as_ref());
+        matches!(state, None | Some(State::Waiting(_)))
+    };
+    match observed.phase() {
+        PodPhase::Unspecified | PodPhase::Accepted | PodPhase::Staging => true,
+        PodPhase::Finished => false,
+        PodPhase::Throttled
+        | PodPhase::Submitting
+        | PodPhase::Queued
+        | PodPhase::Running
+        | PodPhase::Stopping
+        | PodPhase::Lost => ephemeral.any(|container| waits(&container.name)),
+    }
 }

@@ -34,6 +34,9 @@ impl Worker<'_> {
             self.memory.status.differs_since = None;
             return true;
         };
+        let observed = self.context.pods.store.observed(self.uid);
+        let job = observed.as_ref().and_then(|observed| observed.job.as_ref());
+        let patch = publish::with_job(patch, &view.pod, job.map_or("", |job| &job.id));
         let sent = (patch, view.pod.metadata.resource_version.clone());
         if self.memory.status.sent.as_ref() == Some(&sent) {
             // An older API server does not store all fields that we send.
@@ -69,6 +72,7 @@ impl Worker<'_> {
             // A pod that the agent has reports its state itself.
             rejection: rejection.filter(|_| observed.is_none()),
             unreachable: self.unreachable(),
+            pod_ip_of_node: self.context.node.identity().pod_ip_of_node,
             judged: self.judged(&view.pod),
             now: Timestamp::now(),
         })

@@ -69,6 +69,7 @@ fn identity() -> Identity {
         pods: 10,
         queue_factor: 10,
         cluster_domain: "cluster.local".to_owned(),
+        pod_ip_of_node: false,
         taint: true,
         websockets: true,
     }

@@ -141,11 +141,12 @@ mod tests {
     #[test]
     fn a_field_is_honoured_if_a_field_inside_it_is() {
         assert!(is_honoured("Container", "resources"));
-        assert!(!is_honoured("Container", "ports"), "informative");
-        assert!(is_admitted("Container", "ports"));
+        assert!(is_honoured("Container", "ports"));
+        assert!(!is_honoured("ContainerPort", "protocol"), "informative");
+        assert!(is_admitted("ContainerPort", "protocol"));
         assert!(is_honoured("Container", "liveness_probe"));
         assert!(!is_admitted("LifecycleHandler", "tcp_socket"));
-        assert!(!is_honoured("PodSpec", "host_network"));
-        assert!(is_admitted("PodSpec", "host_network"), "false is admitted");
+        assert!(!is_honoured("PodSpec", "host_pid"));
+        assert!(is_admitted("PodSpec", "host_pid"), "false is admitted");
     }
 }

@@ -80,10 +80,8 @@ pub(super) const TABLE: &[Type] = &[
     ]),
     of("ContainerPort", "`ports[]`", &[
         row("name containerPort protocol", Any, Satisfied, "informative, as on any node"),
-        row("hostPort", Is(&["0"]), Satisfied, ""),
-        row("hostPort", Any, Rejected, "ports of a compute node cannot be reserved for a pod"),
-        row("hostIP", Empty, Satisfied, ""),
-        row("hostIP", Any, Rejected, "ports of a compute node cannot be reserved for a pod"),
+        row("hostPort", Any, Honoured, "TCP only; the site's policy lists the ports (`policy.host_ports`); with `hostNetwork` the program listens on the node itself: see [networks](networks.md#host-ports)"),
+        row("hostIP", Any, Honoured, "`127.0.0.1` or the address of the compute node; not given: both"),
     ]),
     of("Probe", "`startupProbe`, `livenessProbe`, `readinessProbe`", &[
         row("initialDelaySeconds periodSeconds timeoutSeconds successThreshold failureThreshold terminationGracePeriodSeconds", Any, Honoured, "see [probes and hooks](#probes-and-hooks)"),
@@ -291,8 +289,8 @@ const POD: &[Row] = &[
     row("dnsConfig", Any, Inside("PodDNSConfig"), ""),
     row("subdomain", Any, Honoured, "in `/etc/hosts`; with the cluster domain of the kubelet's `node.clusterDomain`"),
     row("hostnameOverride setHostnameAsFQDN", Any, Honoured, "as `hostname`"),
-    row("hostNetwork hostPID hostIPC", Is(&["false"]), Satisfied, ""),
-    row("hostNetwork", Any, Rejected, LATER),
+    row("hostNetwork", Any, Honoured, "with `true` the pod is in the compute node's network; otherwise the annotation `knoc.io/network` (`private` or `host`) decides, or else the site: see [networks](networks.md)"),
+    row("hostPID hostIPC", Is(&["false"]), Satisfied, ""),
     row("hostPID hostIPC", Any, Rejected, "namespaces of the compute node are not shared with pods"),
     row("hostUsers", Is(&["true"]), Satisfied, ""),
     row("hostUsers", Any, Rejected, LATER),
@@ -379,6 +377,7 @@ const VOLUME: &[Row] = &[
 #[rustfmt::skip]
 const ANNOTATIONS: &[Row] = &[
     row("knoc.io/partition knoc.io/account knoc.io/qos knoc.io/constraint knoc.io/reservation knoc.io/licenses knoc.io/dependency knoc.io/gres", Any, Honoured, "the sbatch option of this name"),
+    row("knoc.io/job-id", Any, Satisfied, "written by the kubelet: the id of the pod's job"),
     row("knoc.io/time", Any, Honoured, "minutes, `HH:MM:SS`, `D-HH:MM:SS`, or `90m`, `2h`, `1d`"),
     row("knoc.io/ntasks", Any, Honoured, "a number; the CPUs are shared out evenly"),
     row("knoc.io/image-root slurm-job.knoc.io/image-root", Any, Honoured, "a directory that is put before the `image` of every container if that begins with a slash; the result must be below `image_roots` of the site file"),
@@ -387,7 +386,9 @@ const ANNOTATIONS: &[Row] = &[
     row("knoc.io/exclusive", Is(&["true", "false"]), Honoured, ""),
     row("knoc.io/exclusive", Any, Rejected, "must be `true` or `false`"),
     row("knoc.io/flags slurm-job.knoc.io/flags slurm-job.vk.io/flags slurm.hpk.io/flags", Any, Honoured, "further sbatch options, if the site's allow-list contains them"),
-    row("knoc.io/mpi knoc.io/network knoc.io/requeue slurm-job.knoc.io/mpi-flags", Any, Rejected, LATER),
+    row("knoc.io/network", Is(&["private", "host"]), Honoured, "instead of the site's setting: see [networks](networks.md)"),
+    row("knoc.io/network", Any, Rejected, "must be `private` or `host`"),
+    row("knoc.io/mpi knoc.io/requeue slurm-job.knoc.io/mpi-flags", Any, Rejected, LATER),
     row("slurm-job.vk.io/singularity-options slurm-job.vk.io/pre-exec", Any, Rejected, "options and scripts of a pod never reach the runtime or a shell"),
     row("knoc.io/* slurm-job.knoc.io/* slurm-job.vk.io/* slurm.hpk.io/*", Any, Rejected, "KNoC has no annotation of this name"),
     row("*", Any, Satisfied, "not an annotation of KNoC"),

@@ -179,7 +179,6 @@ fn all_rejected_fields_are_reported_at_once() {
         json!({"httpGet": {"port": 80, "host": "10.0.0.1"}});
     pod["spec"]["containers"][0]["lifecycle"] = json!({"preStop": {"tcpSocket": {"port": 80}}});
     pod["spec"]["containers"][0]["securityContext"] = json!({"privileged": true, "runAsUser": 0, "capabilities": {"drop": ["ALL"], "add": ["NET_ADMIN"]}});
-    pod["spec"]["containers"][0]["ports"] = json!([{"containerPort": 80, "hostPort": 8080}]);
     pod["spec"]["volumes"]
         .as_array_mut()
         .unwrap()

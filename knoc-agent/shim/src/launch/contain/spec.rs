@@ -13,7 +13,10 @@ use knoc_contract::{
 use serde::{Deserialize, Serialize};
 
 use super::host::{HostError, HostSource};
-use crate::{launch::beside::Beside, nofollow};
+use crate::{
+    launch::{beside::Beside, ids::Ids},
+    nofollow,
+};
 
 /// The message to the helper. Both ends are the same binary, so it needs no version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +27,9 @@ pub(crate) struct ContainSpec {
     pub users: Vec<String>,
     /// Whether the container's programs have root's rights inside: `--fakeroot`.
     pub root: bool,
+    /// The ids that are mapped in the pod's user namespace, if the pod has a network of its own. The descriptors of the
+    /// user namespace and of the network namespace come with this message.
+    pub network: Option<Ids>,
     /// In the order of mounting.
     pub mounts: Vec<MountSpec>,
     /// The process whose PID namespace the container shares. The helper enters that process's user namespace instead of one of

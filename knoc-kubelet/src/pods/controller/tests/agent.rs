@@ -9,6 +9,7 @@ use std::{
 use futures::{Stream, StreamExt as _};
 use knoc_link::{Carrier, ExpectPeer};
 use knoc_proto::{
+    capability,
     pb::{
         self, PodPhase,
         agent_server::{Agent as Service, AgentServer},
@@ -165,7 +166,9 @@ impl Service for Fake {
         _: Request<pb::GetInfoRequest>,
     ) -> Result<Response<pb::AgentInfo>, Status> {
         Ok(Response::new(pb::AgentInfo {
-            capabilities: vec![knoc_proto::capability::PULL_CREDENTIALS.to_owned()],
+            capabilities: [capability::PULL_CREDENTIALS, capability::EPHEMERAL]
+                .map(str::to_owned)
+                .into(),
             ..pb::AgentInfo::default()
         }))
     }

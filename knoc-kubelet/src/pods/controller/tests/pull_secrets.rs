@@ -93,3 +93,22 @@ async fn a_pull_secret_that_cannot_be_read_holds_the_pod_until_it_can() {
         .await;
     kubelet.stop().await;
 }
+
+#[tokio::test]
+async fn an_ephemeral_container_brings_the_credentials_for_its_image() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.api.pull_secret("login", GOOD);
+    kubelet.with_pull_secrets(&["login"]);
+    kubelet.running().await;
+    kubelet.apply(|pod| {
+        pod["metadata"]["generation"] = 2.into();
+        pod["spec"]["ephemeralContainers"] = json!([{"name": "debug", "image": "ann/tools"}]);
+    });
+    kubelet
+        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 2)
+        .await;
+    let sent = kubelet.agent.credentials().unwrap();
+    let images: Vec<_> = sent.images.iter().map(|image| &*image.image).collect();
+    assert_eq!(images, ["ann/tools", "busybox"]);
+    kubelet.stop().await;
+}

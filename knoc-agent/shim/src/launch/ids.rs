@@ -1,4 +1,4 @@
-//! The helper's user and mount namespace, and the ids that are mapped into it.
+//! New namespaces of a helper, a user namespace among them, and the ids that are mapped into it.
 //!
 //! This user is mapped to itself. If the site gave the user subordinate ids (`/etc/subuid`, `/etc/subgid`) and installed the
 //! tools that map them, they are mapped to themselves, too. The tools have root's rights on the host, not in the
@@ -23,12 +23,18 @@ use nix::{
 };
 use rustix::process::{getgid, getuid};
 
-use super::{super::sys, FAILED};
+use serde::{Deserialize, Serialize};
+
+use super::sys;
+
+/// The exit code of the child that maps ids if it could not.
+const FAILED: u8 = 125;
 
 /// How many ranges are mapped at most.
 const MAX_RANGES: usize = 8;
 
-const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER.union(CloneFlags::CLONE_NEWNS);
+/// The namespaces of a container that has root's rights.
+const OF_ROOT: CloneFlags = CloneFlags::CLONE_NEWUSER.union(CloneFlags::CLONE_NEWNS);
 
 /// How many bytes of a file are read at most.
 const MAX_FILE: u64 = 4 << 20;
@@ -45,7 +51,7 @@ pub(crate) enum Isolated {
 }
 
 /// The ids that are mapped into the namespace.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Ids {
     uid: u32,
     gid: u32,
@@ -54,7 +60,7 @@ pub(crate) struct Ids {
 }
 
 /// A range of ids.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Range {
     first: u32,
     count: u32,
@@ -144,15 +150,16 @@ fn map((tool, ranges): &(PathBuf, Vec<Range>), pid: u32, own: u32) -> bool {
     status.is_ok_and(|status| status.success())
 }
 
-/// Enters the first namespaces. The child that maps ids returns as well, and must exit.
-pub(crate) fn isolate(users: &[String]) -> io::Result<Isolated> {
+/// Enters new namespaces of these `kinds`, a user namespace among them. The child that maps ids returns as well, and must
+/// exit.
+pub(crate) fn isolate(users: &[String], kinds: CloneFlags) -> io::Result<Isolated> {
     let mut ids = Ids {
         uid: getuid().as_raw(),
         gid: getgid().as_raw(),
         ..Ids::default()
     };
     if let Some(mapping) = Mapping::find(users) {
-        if let Some(code) = unshare_mapped(|pid| mapping.write(pid))? {
+        if let Some(code) = unshare_mapped(kinds, |pid| mapping.write(pid))? {
             return Ok(Isolated::Mapper(code));
         }
         if is_mapped("uid_map") && is_mapped("gid_map") {
@@ -160,7 +167,7 @@ pub(crate) fn isolate(users: &[String]) -> io::Result<Isolated> {
             ids.gids = mapping.gids.1;
         }
     } else {
-        unshare(NAMESPACES)?;
+        unshare(kinds)?;
     }
     // Each map can be written once. One that no tool has written maps this user only.
     if !is_mapped("uid_map") {
@@ -182,7 +189,7 @@ pub(crate) fn become_root(ids: Ids) -> io::Result<Isolated> {
     }
     let uids = root_map(ids.uid, &ids.uids);
     let gids = root_map(ids.gid, &ids.gids);
-    let mapped = unshare_mapped(|pid| {
+    let mapped = unshare_mapped(OF_ROOT, |pid| {
         let pid = pid.to_string();
         write(&pid, "uid_map", &uids).is_ok() && write(&pid, "gid_map", &gids).is_ok()
     })?;
@@ -209,12 +216,15 @@ fn root_map(own: u32, ranges: &[Range]) -> String {
 
 /// Enters new namespaces, while a child that stays outside waits and then writes the maps of this process. In the child,
 /// returns the child's exit code.
-fn unshare_mapped(map: impl FnOnce(u32) -> bool) -> io::Result<Option<ExitCode>> {
+fn unshare_mapped(
+    kinds: CloneFlags,
+    map: impl FnOnce(u32) -> bool,
+) -> io::Result<Option<ExitCode>> {
     let (mut reader, mut writer) = io::pipe()?;
     let pid = std::process::id();
     match sys::fork_single_threaded()? {
         ForkResult::Child => {
-            super::super::die_with_parent();
+            super::die_with_parent();
             drop(writer);
             let mut byte = [0];
             let isolated = reader.read_exact(&mut byte).is_ok();
@@ -223,7 +233,7 @@ fn unshare_mapped(map: impl FnOnce(u32) -> bool) -> io::Result<Option<ExitCode>>
         }
         ForkResult::Parent { child } => {
             drop(reader);
-            let isolated = unshare(NAMESPACES);
+            let isolated = unshare(kinds);
             if isolated.is_ok() {
                 // If the child has ended, it mapped nothing, which the caller notices.
                 writer.write_all(b"m").ok();

@@ -1,0 +1,258 @@
+//! `knoc-agent network`: creates the network namespace of a pod, and holds it while the shim lives.
+//!
+//! A user namespace of its own owns the network namespace, and only this account has rights in it. The namespace starts
+//! with nothing but a loopback interface, which this helper brings up and gives the pod's address, and any port may be
+//! bound in it. The shim stays outside: it gets descriptors of both namespaces, which it passes on to the helper that
+//! starts a container ([`super::contain`]), and asks this helper for sockets. A socket belongs to the network namespace in
+//! which it was made, whoever uses it, so the shim connects to the pod's listeners without entering the namespace.
+//!
+//! ```text
+//! shim ──Create──► unshare, map ids, loopback, sysctls
+//!      ◄─Created── with descriptors of the user and the network namespace
+//!      ──Socket──► ◄─Done── with a socket        any number of times
+//! ```
+//!
+//! It ends with the shim's end of the socket pair, its standard input. Single-threaded, as `unshare(2)` requires.
+
+mod netlink;
+pub(crate) mod protocol;
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    net::Ipv4Addr,
+    os::{
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    process::ExitCode,
+};
+
+use knoc_proto::private::while_dumpable;
+use nix::sched::CloneFlags;
+use rustix::{
+    net::{AddressFamily, SocketFlags, SocketType, socket_with},
+    process::getgid,
+};
+
+use self::protocol::{Answer, Family, Request};
+use super::{
+    fds,
+    ids::{self, Ids, Isolated},
+};
+
+/// The helper's exit code if it could not do its work.
+const FAILED: u8 = 125;
+
+/// The namespaces that it creates.
+const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER.union(CloneFlags::CLONE_NEWNET);
+
+/// The kernel's table of IPv4 routes of the reader's network namespace.
+const ROUTES: &str = "/proc/self/net/route";
+
+/// Settings of the network namespace: the first port that needs no rights, and the groups that may send pings.
+const FIRST_PORT: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
+const PING_GROUPS: &str = "/proc/sys/net/ipv4/ping_group_range";
+
+#[derive(Debug, thiserror::Error)]
+enum NetworkError {
+    #[error("create user and network namespaces")]
+    Namespaces(#[source] io::Error),
+    #[error("{what}")]
+    Io {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the shim did not say what to create")]
+    NoRequest,
+}
+
+impl NetworkError {
+    fn on(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// Entry point of the hidden subcommand.
+#[must_use]
+pub fn main() -> ExitCode {
+    super::die_with_parent();
+    let shim = match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) {
+        Ok(fd) => UnixStream::from(fd),
+        Err(error) => {
+            eprintln!("knoc-agent network: standard input: {error}");
+            return ExitCode::from(FAILED);
+        }
+    };
+    super::release_stdin();
+    match run(&shim) {
+        // This is the child that wrote the id maps, or the shim has ended.
+        Ok(code) => code,
+        Err(error) => {
+            let why = knoc_proto::error::chain(&error);
+            // If the shim has ended, nobody receives the answer.
+            answer(&shim, &Answer::Failed { why }, &[]).ok();
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+fn run(shim: &UnixStream) -> Result<ExitCode, NetworkError> {
+    let Some(Request::Create { users, address }) = receive(shim)? else {
+        return Err(NetworkError::NoRequest);
+    };
+    // The shim starts pasta meanwhile, which opens the files of this process that name its namespaces.
+    let begun = while_dumpable(|| begin(shim, &users, address))
+        .map_err(NetworkError::on("let pasta find the namespaces"))?;
+    match begun? {
+        Begun::Mapper(code) => Ok(code),
+        Begun::Held => {
+            serve(shim)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+enum Begun {
+    /// The child that wrote the id maps.
+    Mapper(ExitCode),
+    Held,
+}
+
+/// Creates the namespaces, and answers until the shim has found its way to other networks.
+fn begin(shim: &UnixStream, users: &[String], address: Ipv4Addr) -> Result<Begun, NetworkError> {
+    let ids = match ids::isolate(users, NAMESPACES).map_err(NetworkError::Namespaces)? {
+        Isolated::Mapper(code) => return Ok(Begun::Mapper(code)),
+        Isolated::Done(ids) => ids,
+    };
+    // The change of credentials may have reset it.
+    super::die_with_parent();
+    set_up(address)?;
+    hand_over(shim, ids)?;
+    serve_until(shim, true)?;
+    Ok(Begun::Held)
+}
+
+/// Prepares the new network namespace.
+fn set_up(address: Ipv4Addr) -> Result<(), NetworkError> {
+    netlink::loopback(address).map_err(NetworkError::on("bring up the loopback interface"))?;
+    write(FIRST_PORT, "0").map_err(NetworkError::on("let the pod bind any port"))?;
+    // Without it ping needs rights that the pod does not have.
+    let group = getgid().as_raw();
+    write(PING_GROUPS, &format!("{group} {group}")).ok();
+    Ok(())
+}
+
+fn hand_over(shim: &UnixStream, ids: Ids) -> Result<(), NetworkError> {
+    let open = || -> io::Result<[File; 2]> {
+        Ok([
+            File::open("/proc/self/ns/user")?,
+            File::open("/proc/self/ns/net")?,
+        ])
+    };
+    let [user, net] = open().map_err(NetworkError::on("open the namespaces"))?;
+    answer(shim, &Answer::Created { ids }, &[user.as_fd(), net.as_fd()])
+}
+
+fn serve(shim: &UnixStream) -> Result<(), NetworkError> {
+    serve_until(shim, false)
+}
+
+/// Answers requests until the shim ends, or with `seal` until [`Request::Seal`].
+fn serve_until(shim: &UnixStream, seal: bool) -> Result<(), NetworkError> {
+    while let Some(request) = receive(shim)? {
+        match request {
+            Request::Create { .. } => {
+                let why = "the namespaces exist already".to_owned();
+                answer(shim, &Answer::Failed { why }, &[])?;
+            }
+            Request::Seal => {
+                answer(shim, &Answer::Done, &[])?;
+                if seal {
+                    return Ok(());
+                }
+            }
+            Request::IsRouted => {
+                let routes = fs::read_to_string(ROUTES).unwrap_or_default();
+                answer(shim, &Answer::Routed(has_default(&routes)), &[])?;
+            }
+            Request::Socket(family) => match stream_socket(family) {
+                Ok(made) => answer(shim, &Answer::Done, &[made.as_fd()])?,
+                Err(error) => {
+                    let why = format!("make a socket: {error}");
+                    answer(shim, &Answer::Failed { why }, &[])?;
+                }
+            },
+        }
+    }
+    Ok(())
+}
+
+fn stream_socket(family: Family) -> rustix::io::Result<OwnedFd> {
+    let family = match family {
+        Family::Ipv4 => AddressFamily::INET,
+        Family::Ipv6 => AddressFamily::INET6,
+    };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(family, SocketType::STREAM, flags, None)
+}
+
+/// PURE: whether the text of `/proc/net/route` has a default route.
+fn has_default(routes: &str) -> bool {
+    let zero = |field: Option<&str>| field == Some("00000000");
+    routes.lines().skip(1).any(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        // Destination and mask.
+        zero(fields.nth(1)) && zero(fields.nth(5))
+    })
+}
+
+/// The next request; `None` if the shim has ended.
+fn receive(shim: &UnixStream) -> Result<Option<Request>, NetworkError> {
+    let received = fds::receive_frame(shim, protocol::LONGEST);
+    let received = received.map_err(NetworkError::on("receive a request"))?;
+    let Some((body, _)) = received else {
+        return Ok(None);
+    };
+    let request = serde_json::from_slice(&body).map_err(io::Error::other);
+    request
+        .map(Some)
+        .map_err(NetworkError::on("receive a request"))
+}
+
+fn answer(
+    shim: &UnixStream,
+    answer: &Answer,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<(), NetworkError> {
+    let sending = || fds::send_frame(shim, &serde_json::to_vec(answer)?, descriptors);
+    sending().map_err(NetworkError::on("answer the shim"))
+}
+
+fn write(path: &str, text: &str) -> io::Result<()> {
+    File::options()
+        .write(true)
+        .open(path)?
+        .write_all(text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_route_to_everywhere_is_a_default_route() {
+        let head =
+            "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n";
+        let line = |destination: &str, mask: &str| {
+            format!("{head}eth0\t{destination}\t010000C0\t0003\t0\t0\t0\t{mask}\t0\t0\t0\n")
+        };
+        assert!(has_default(&line("00000000", "00000000")));
+        assert!(!has_default(&line("00000A0A", "00FFFFFF")));
+        // The lower half of all addresses.
+        assert!(!has_default(&line("00000000", "00000080")));
+        assert!(!has_default(head));
+        assert!(!has_default(""));
+    }
+}

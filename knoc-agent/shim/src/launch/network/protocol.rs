@@ -1,0 +1,52 @@
+//! What the shim and the helper that holds a pod's network say to each other. Both are the same binary, so it needs no
+//! version. Each message is JSON with its length first; descriptors are attached to its first byte.
+
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::launch::ids::Ids;
+
+/// The longest message in bytes.
+pub(crate) const LONGEST: usize = 64 << 10;
+
+/// What the shim asks for. Each request has one answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Request {
+    /// Creates the namespaces; sent once, before anything else.
+    Create {
+        /// The names that `/etc/subuid` may have for this user.
+        users: Vec<String>,
+        /// The pod's own address.
+        address: Ipv4Addr,
+    },
+    /// Whether there is a default route.
+    IsRouted,
+    /// From now on no other process may open the helper's files.
+    Seal,
+    /// A new TCP socket in the pod's network.
+    Socket(Family),
+}
+
+/// The family of a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Family {
+    Ipv4,
+    Ipv6,
+}
+
+/// What the helper answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Answer {
+    /// With the user namespace and the network namespace.
+    Created {
+        /// The ids that are mapped in the user namespace.
+        ids: Ids,
+    },
+    Routed(bool),
+    /// With the socket, if one was asked for.
+    Done,
+    Failed {
+        why: String,
+    },
+}

@@ -1,0 +1,177 @@
+//! The helper that holds the network of a pod.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::{
+    io::{self, IoSliceMut, Read as _, Write as _},
+    mem::MaybeUninit,
+    net::{Ipv4Addr, SocketAddrV4, TcpListener},
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, bind, connect, listen, recvmsg},
+};
+use serde_json::{Value, json};
+
+const LOCALHOST: Ipv4Addr = Ipv4Addr::LOCALHOST;
+
+/// One helper, and the shim's end of its socket.
+struct Helper {
+    child: Child,
+    socket: UnixStream,
+}
+
+impl Helper {
+    fn start() -> Self {
+        let (socket, theirs) = UnixStream::pair().unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the test's own helper, which it waits for"
+        )]
+        let mut command = Command::new(env!("CARGO_BIN_EXE_knoc-agent"));
+        let child = command
+            .arg("network")
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .spawn()
+            .unwrap();
+        Self { child, socket }
+    }
+
+    fn ask(&mut self, request: &Value) -> (Value, Vec<OwnedFd>) {
+        let body = request.to_string();
+        let length = u32::try_from(body.len()).unwrap().to_be_bytes();
+        self.socket.write_all(&length).unwrap();
+        self.socket.write_all(body.as_bytes()).unwrap();
+        let mut head = [0; 4];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut parts = [IoSliceMut::new(&mut head)];
+        let received = recvmsg(
+            &self.socket,
+            &mut parts,
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        );
+        assert_eq!(received.unwrap().bytes, 4);
+        let mut fds = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
+        let mut body = vec![0; u32::from_be_bytes(head) as usize];
+        self.socket.read_exact(&mut body).unwrap();
+        (serde_json::from_slice(&body).unwrap(), fds)
+    }
+
+    fn create(&mut self) -> (Value, Vec<OwnedFd>) {
+        self.ask(&json!({"Create": {"users": [], "address": "192.0.0.2"}}))
+    }
+
+    fn tcp(&mut self) -> OwnedFd {
+        let (answer, mut fds) = self.ask(&json!({"Socket": "Ipv4"}));
+        assert_eq!(answer, json!("Done"));
+        fds.pop().unwrap()
+    }
+
+    /// A socket whose connect waits for the outcome.
+    fn client(&mut self) -> OwnedFd {
+        let socket = self.tcp();
+        rustix::io::ioctl_fionbio(&socket, false).unwrap();
+        socket
+    }
+
+    fn end(self) {
+        let Self { mut child, socket } = self;
+        drop(socket);
+        let status = child.wait().unwrap();
+        assert!(status.success(), "{status}");
+    }
+}
+
+#[test]
+fn each_network_is_its_own_and_every_port_is_free() {
+    let [mut one, mut other] = [Helper::start(), Helper::start()];
+    for helper in [&mut one, &mut other] {
+        let (answer, namespaces) = helper.create();
+        let ids = &answer["Created"]["ids"];
+        assert_eq!(
+            ids["uid"],
+            json!(rustix::process::getuid().as_raw()),
+            "{answer}"
+        );
+        assert_eq!(namespaces.len(), 2);
+    }
+    let http = SocketAddrV4::new(LOCALHOST, 80);
+    // The same port in both, and a third on the pod's own address.
+    let listeners = [one.tcp(), other.tcp()];
+    for listener in &listeners {
+        bind(listener, &http).unwrap();
+        listen(listener, 1).unwrap();
+    }
+    let own = one.tcp();
+    bind(&own, &SocketAddrV4::new(Ipv4Addr::new(192, 0, 0, 2), 80)).unwrap();
+    // A connection leads to the listener of its own network.
+    let client = one.client();
+    connect(&client, &http).unwrap();
+    let mut wait = [PollFd::new(&listeners[0], PollFlags::IN)];
+    let limit = Timespec {
+        tv_sec: 20,
+        tv_nsec: 0,
+    };
+    assert_eq!(poll(&mut wait, Some(&limit)), Ok(1));
+    rustix::net::accept(&listeners[0]).unwrap();
+    let nobody = rustix::net::accept(&listeners[1]);
+    assert_eq!(nobody.unwrap_err(), rustix::io::Errno::AGAIN);
+    // What listens outside is not there.
+    let outside = TcpListener::bind((LOCALHOST, 0)).unwrap();
+    let port = outside.local_addr().unwrap().port();
+    let refused = connect(one.client(), &SocketAddrV4::new(LOCALHOST, port));
+    assert_eq!(refused.unwrap_err(), rustix::io::Errno::CONNREFUSED);
+    one.end();
+    other.end();
+}
+
+#[test]
+fn there_is_no_way_out_until_somebody_makes_one_and_namespaces_are_created_once() {
+    let mut helper = Helper::start();
+    helper.create();
+    assert_eq!(helper.ask(&json!("IsRouted")).0, json!({"Routed": false}));
+    assert_eq!(helper.ask(&json!("Seal")).0, json!("Done"));
+    let (again, none) = helper.create();
+    let why = again["Failed"]["why"].as_str().unwrap_or_default();
+    assert!(why.contains("exist already") && none.is_empty(), "{again}");
+    let unreachable = connect(
+        helper.client(),
+        &SocketAddrV4::new(Ipv4Addr::new(10, 1, 1, 1), 80),
+    );
+    assert_eq!(unreachable.unwrap_err(), rustix::io::Errno::NETUNREACH);
+    helper.end();
+}
+
+#[test]
+fn a_sealed_helper_opens_its_files_to_nobody_of_the_same_user() -> io::Result<()> {
+    let mut helper = Helper::start();
+    helper.create();
+    let network = format!("/proc/{}/ns/net", helper.child.id());
+    std::fs::File::open(&network)?;
+    helper.ask(&json!("Seal"));
+    // Root may open everything.
+    if !rustix::process::getuid().is_root() {
+        let error = std::fs::File::open(&network).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+    }
+    helper.end();
+    Ok(())
+}
