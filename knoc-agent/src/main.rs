@@ -95,6 +95,10 @@ impl ConfigFile {
 }
 
 #[derive(Debug, clap::Args)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is an option of the command line"
+)]
 struct Serve {
     #[command(flatten)]
     config: ConfigFile,

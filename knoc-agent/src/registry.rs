@@ -121,16 +121,16 @@ impl Registry {
         let Ok(found) = read.await else { return Ok(0) };
         let found = found?;
         let count = found.len();
-        let mut published = Vec::with_capacity(count);
+        let mut awaited = Vec::with_capacity(count);
         for (dir, restored) in found {
             if let Ok(uid) = PodUid::try_from(dir.uid()) {
                 let (publishes, on_board) = oneshot::channel();
                 let handle = self.start(&uid, Some((restored, publishes)));
                 self.lock().insert(uid, handle);
-                published.push(on_board);
+                awaited.push(on_board);
             }
         }
-        for on_board in published {
+        for on_board in awaited {
             // Fails only if the actor's task has ended, and its pod with it.
             on_board.await.ok();
         }

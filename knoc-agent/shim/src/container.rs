@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     folders::{Folders, PrepareError},
-    up::bring_up,
+    up::{Runtime, bring_up},
 };
 use super::{
     attach::hub::{self, Hub},
@@ -276,15 +276,8 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     folders.message_below(up.message.take());
     spec.passwd = passwd::of_image(pod, (up.identity, up.beside), &spec).await;
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
-    let launched = match launch(up.socket, &spec, stdio.theirs, &attempt.abort).await {
-        Ok(launched) => launched,
-        Err(error) => {
-            up.runtime.end().await;
-            return Err(error);
-        }
-    };
-    let terminal = launched.master.map(Stream::new).transpose();
-    let terminal = terminal.map_err(PrepareError::Pipes)?.map(Arc::new);
+    let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);
+    let terminal = launched(&mut up.runtime, launching).await?;
     let sources = from_terminal(terminal.as_ref()).unwrap_or(sources);
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
     let mut keeper = hub::open(container.stdin, container.stdin_once, stdio.ours, terminal);
@@ -365,6 +358,22 @@ fn with_signal(exit: Exit) -> Exit {
         exit.signal
     };
     Exit { signal, ..exit }
+}
+
+/// Waits until the program runs, and ends the runtime if it does not. Returns the terminal of the program, if it has one.
+async fn launched(
+    runtime: &mut Runtime,
+    launching: impl Future<Output = Result<Launched, AttemptError>>,
+) -> Result<Option<Arc<Stream>>, AttemptError> {
+    let launched = match launching.await {
+        Ok(launched) => launched,
+        Err(error) => {
+            runtime.end().await;
+            return Err(error);
+        }
+    };
+    let terminal = launched.master.map(Stream::new).transpose();
+    Ok(terminal.map_err(PrepareError::Pipes)?.map(Arc::new))
 }
 
 /// Starts the program. It may lie on a file system that hangs, so `abort` ends the wait.

@@ -267,15 +267,7 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
     background.spawn(signals.obey(pod.spec().grace(), commands.clone()));
     let listener = carried::Listener::bind(&pod);
     let route = route_to(listener.as_ref());
-    let mut first = first_report(&pod, previous.as_ref());
-    first.route = Some(route.clone());
-    first.network = Some(brought_up.reported());
-    let mut publisher = Publisher::new(first);
-    if let Some(why) = pod.scratch.on_disk() {
-        tracing::warn!("{why}");
-        publisher.note("MemoryOnDisk", why, "");
-    }
-    tell(&mut publisher, &brought_up);
+    let publisher = begin_report(&pod, previous.as_ref(), &route, &brought_up);
     background.spawn(tell_if_lost(brought_up, commands.clone()));
     let mut reports = publisher.subscribe();
     background.spawn(scratch::keep_clean(Cleaner::of(&pod.scratch)));
@@ -321,6 +313,25 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
     tokio::time::timeout(LAST_REMOVAL * 2, removal).await.ok();
     let reported = matches!(written, Some(Ok(true)));
     Ok(exit_code(reported, reports.borrow_and_update().outcome()))
+}
+
+/// The first report, with notes about what the node lacks.
+fn begin_report(
+    pod: &Pod,
+    previous: Option<&pb::Report>,
+    route: &pb::ShimRoute,
+    up: &network::Up,
+) -> Publisher {
+    let mut first = first_report(pod, previous);
+    first.route = Some(route.clone());
+    first.network = Some(up.reported());
+    let mut publisher = Publisher::new(first);
+    if let Some(why) = pod.scratch.on_disk() {
+        tracing::warn!("{why}");
+        publisher.note("MemoryOnDisk", why, "");
+    }
+    tell(&mut publisher, up);
+    publisher
 }
 
 /// Says in Events what does not work in the pod's network.

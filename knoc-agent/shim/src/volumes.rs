@@ -129,6 +129,65 @@ enum Place {
     Host(pb::HostPath),
 }
 
+impl Place {
+    /// Where this volume lies. Creates `folder` for it, unless it is a path of the node.
+    fn create(
+        volume: &pb::Volume,
+        folder: &str,
+        scratch: &Scratch,
+        host_paths: &pb::HostPathPolicy,
+    ) -> Result<Self, VolumeError> {
+        let failed = |source| VolumeError::File {
+            volume: volume.name.clone(),
+            source,
+        };
+        let kept = |error| match error {
+            ScratchError::File(source) => failed(source),
+            ScratchError::NoMemory(source) => VolumeError::NoMemory {
+                volume: volume.name.clone(),
+                source,
+            },
+        };
+        let open = |path: &PathBuf, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))
+                .map_err(FileError::on("set the mode of", path))
+                .map_err(failed)
+        };
+        Ok(match &volume.source {
+            Some(Source::EmptyDir(empty)) => {
+                let made = if empty.memory {
+                    scratch.memory(folder)
+                } else {
+                    scratch.disk(folder).map_err(ScratchError::from)
+                };
+                let path = made.map_err(kept)?;
+                open(&path, 0o777)?;
+                Self::Folder(path)
+            }
+            Some(Source::Files(_)) => {
+                let path = scratch.secrets(folder).map_err(kept)?;
+                open(&path, 0o755)?;
+                Self::Files(path)
+            }
+            Some(Source::HostPath(host)) => Self::Host(host.clone()),
+            Some(
+                Source::Nfs(pb::NfsVolume { read_only, .. })
+                | Source::Csi(pb::CsiVolume { read_only, .. }),
+            ) => {
+                let mapped = host_paths.mapped.get(&volume.name);
+                let path = mapped.ok_or_else(|| VolumeError::Unmapped(volume.name.clone()))?;
+                Self::Host(pb::HostPath {
+                    path: path.clone(),
+                    r#type: pb::HostPathType::Directory.into(),
+                    read_only: *read_only,
+                    ..pb::HostPath::default()
+                })
+            }
+            None => return Err(VolumeError::Unknown(volume.name.clone())),
+        })
+    }
+}
+
 impl Volumes {
     /// Creates the folders. Those for files are empty until [`Self::write`].
     pub(crate) fn create(
@@ -138,58 +197,9 @@ impl Volumes {
     ) -> Result<Self, VolumeError> {
         let mut roots = Vec::new();
         for (index, volume) in volumes.iter().enumerate() {
-            let folder = format!("v{index}");
-            let failed = |source| VolumeError::File {
-                volume: volume.name.clone(),
-                source,
-            };
-            let kept = |error| match error {
-                ScratchError::File(source) => failed(source),
-                ScratchError::NoMemory(source) => VolumeError::NoMemory {
-                    volume: volume.name.clone(),
-                    source,
-                },
-            };
-            let open = |path: &PathBuf, mode| {
-                fs::set_permissions(path, fs::Permissions::from_mode(mode))
-                    .map_err(FileError::on("set the mode of", path))
-                    .map_err(failed)
-            };
-            let place = match &volume.source {
-                Some(Source::EmptyDir(empty)) => {
-                    let made = if empty.memory {
-                        scratch.memory(&folder)
-                    } else {
-                        scratch.disk(&folder).map_err(ScratchError::from)
-                    };
-                    let path = made.map_err(kept)?;
-                    open(&path, 0o777)?;
-                    Place::Folder(path)
-                }
-                Some(Source::Files(_)) => {
-                    let path = scratch.secrets(&folder).map_err(kept)?;
-                    open(&path, 0o755)?;
-                    Place::Files(path)
-                }
-                Some(Source::HostPath(host)) => Place::Host(host.clone()),
-                Some(
-                    Source::Nfs(pb::NfsVolume { read_only, .. })
-                    | Source::Csi(pb::CsiVolume { read_only, .. }),
-                ) => {
-                    let mapped = host_paths.mapped.get(&volume.name);
-                    let path = mapped.ok_or_else(|| VolumeError::Unmapped(volume.name.clone()))?;
-                    Place::Host(pb::HostPath {
-                        path: path.clone(),
-                        r#type: pb::HostPathType::Directory.into(),
-                        read_only: *read_only,
-                        ..pb::HostPath::default()
-                    })
-                }
-                None => return Err(VolumeError::Unknown(volume.name.clone())),
-            };
             roots.push(Root {
                 name: volume.name.clone(),
-                place,
+                place: Place::create(volume, &format!("v{index}"), scratch, host_paths)?,
                 limit: limit(volume),
             });
         }

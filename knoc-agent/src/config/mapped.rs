@@ -125,7 +125,8 @@ impl Policy {
                 ("policy.nfs.export", &entry.export),
                 ("policy.nfs.path", &entry.path),
             ] {
-                if let Err(error) = paths::in_container(&path.to_string_lossy()) {
+                let path = path.to_string_lossy();
+                if let Err(error) = paths::in_container(&path) {
                     mistakes.push((key, format!("{path:?} {error}")));
                 }
             }
@@ -142,7 +143,7 @@ impl Policy {
             let base = pieces(&entry.path).and_then(|pieces| base(&pieces));
             match base {
                 Ok(base) => {
-                    mistakes.extend(outside(Path::new(&base), allowed).map(|why| (key, why)))
+                    mistakes.extend(outside(Path::new(&base), allowed).map(|why| (key, why)));
                 }
                 Err(why) => mistakes.push((key, why)),
             }

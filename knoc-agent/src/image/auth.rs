@@ -35,7 +35,7 @@ pub(super) enum Challenge {
 /// Where a token can be requested.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Realm {
-    pub(super) realm: String,
+    pub(super) url: String,
     pub(super) service: Option<String>,
     pub(super) scope: Option<String>,
 }
@@ -63,9 +63,9 @@ pub(super) fn challenge<'a>(
                 let found = found.find(|(key, _)| key.eq_ignore_ascii_case(name));
                 found.map(|(_, value)| value.to_unescaped())
             };
-            let realm = value("realm").ok_or("its WWW-Authenticate header names no realm")?;
+            let url = value("realm").ok_or("its WWW-Authenticate header names no realm")?;
             return Ok(Challenge::Bearer(Realm {
-                realm,
+                url,
                 service: value("service"),
                 scope: value("scope"),
             }));
@@ -79,7 +79,7 @@ pub(super) fn challenge<'a>(
 
 /// The URL that issues the token: the realm with its query.
 pub(super) fn token_url(challenge: &Realm, scope: &str) -> String {
-    let realm = challenge.realm.split('#').next();
+    let realm = challenge.url.split('#').next();
     let mut url = realm.unwrap_or_default().to_owned();
     let scope = challenge.scope.as_deref().unwrap_or(scope);
     let service = challenge.service.as_deref();

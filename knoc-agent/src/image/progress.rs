@@ -136,7 +136,7 @@ mod tests {
         );
         progress.enter(Step::Downloads);
         progress.receive((1 << 30) + (1 << 29));
-        tokio::time::advance(Duration::from_secs(60)).await;
+        tokio::time::advance(Duration::from_mins(1)).await;
         assert_eq!(said(), "1.5 GiB of 5.0 GiB downloaded in 60 s");
         progress.enter(Step::Checks);
         assert_eq!(said(), "checking its layers for 0 s");

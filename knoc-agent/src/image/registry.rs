@@ -315,7 +315,7 @@ impl RegistryClient {
     async fn fetch_token(&self, source: &Source, challenge: &Realm) -> Result<HeaderValue, String> {
         let scope = format!("repository:{}:pull", source.reference.repository());
         let url = Url::parse(&auth::token_url(challenge, &scope));
-        let realm = &challenge.realm;
+        let realm = &challenge.url;
         let url = url.map_err(|why| format!("the token realm {realm:?} is refused: {why}"))?;
         let answer = self.http.ask(Request {
             method: Method::GET,

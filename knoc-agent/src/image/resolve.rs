@@ -222,27 +222,27 @@ impl Images {
         } else {
             credentials
         };
-        let mut tried: Vec<Source> = Vec::new();
+        let mut asked: Vec<Source> = Vec::new();
         let mut errors: Vec<String> = Vec::new();
         for credential in tries {
             let source =
                 reference::source(name, &self.settings.registries, credential.login.as_ref());
             let source = source.map_err(failed)?;
-            if tried.contains(&source) {
+            if asked.contains(&source) {
                 continue;
             }
-            match self.from_registry(name, &source, credential, watch).await {
+            match self.ask_or_pull(name, &source, credential, watch).await {
                 Ok(known) => return Ok(self.resolved(name, known)),
                 Err(error) if errors.contains(&error) => {}
                 Err(error) => errors.push(error),
             }
-            tried.push(source);
+            asked.push(source);
         }
         Err(failed(errors.join("; ")))
     }
 
     /// Asks the registry with one of the credentials, and pulls the image unless the pod may use the cached one.
-    async fn from_registry(
+    async fn ask_or_pull(
         &self,
         name: &Name,
         source: &Source,

@@ -86,7 +86,7 @@ impl Account {
             return Ok(());
         }
         let config = self.config().map_err(Failed::of("fix the site file"))?;
-        if config.site.to_string() == site {
+        if config.site == site {
             return Ok(());
         }
         Err(Failed::new(

@@ -83,7 +83,7 @@ impl Account {
             ));
         }
         let put = || {
-            let folder = link.parent().unwrap_or(Path::new("/"));
+            let folder = link.parent().unwrap_or_else(|| Path::new("/"));
             fs::create_dir_all(folder).map_err(FileError::on("create", folder))?;
             let new = link.with_extension(format!("new.{}", std::process::id()));
             let target = format!("../lib/knoc/{version}/knoc-agent");

@@ -222,8 +222,8 @@ impl Actor {
                     Some(event) => Input::Event(event),
                     None => continue,
                 },
-                Some(step) = self.ephemeral.next() => {
-                    self.ephemeral_step(&pod, step).await;
+                Some(progress) = self.ephemeral.next() => {
+                    self.ephemeral_step(&pod, progress).await;
                     continue;
                 }
                 input = inputs.recv() => match input {

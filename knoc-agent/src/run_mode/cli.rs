@@ -148,7 +148,7 @@ pub async fn after_init(
 
 async fn list(found: &[Possible], agent: &Agent, login: &Login) -> String {
     let best = choose(found);
-    let mut text = "How this site lets the agent be kept running:\n".to_owned();
+    let mut lines = vec!["How this site lets the agent be kept running:\n".to_owned()];
     for it in found {
         let allowed = if it.allowed { "yes" } else { "no" };
         let set_up = if is_set_up(it.mode, agent, login).await {
@@ -156,13 +156,14 @@ async fn list(found: &[Possible], agent: &Agent, login: &Login) -> String {
         } else {
             ""
         };
-        text += &format!(
+        lines.push(format!(
             "  {:<10} {allowed:<4} {set_up}{}\n",
             it.mode.as_str(),
             it.why
-        );
+        ));
     }
-    text + &format!("To set one up: knoc-agent run-mode {best}\n")
+    lines.push(format!("To set one up: knoc-agent run-mode {best}\n"));
+    lines.concat()
 }
 
 #[cfg(test)]

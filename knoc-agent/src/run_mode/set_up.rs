@@ -13,7 +13,7 @@ use super::{
 use crate::command::CommandError;
 
 /// How long systemd or Slurm may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Whether this mode is set up for this user.
 pub async fn is_set_up(mode: RunMode, agent: &Agent, login: &Login) -> bool {

@@ -121,7 +121,7 @@ pub fn with_lines(table: &str, lines: &[String]) -> String {
     }
     if !lines.is_empty() {
         let lines = lines.join("\n");
-        text.push_str(&format!("{CRON_BEGIN}\n{lines}\n{CRON_END}\n"));
+        text.extend([CRON_BEGIN, "\n", &lines, "\n", CRON_END, "\n"]);
     }
     text
 }

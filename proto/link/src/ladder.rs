@@ -206,6 +206,81 @@ pub fn explain(error: &str) -> String {
 mod tests {
     use super::*;
 
+    /// Errors, the rung of each, and a part of its cure.
+    const ERRORS: &[(&str, Rung, &str)] = &[
+        (
+            "connect to login:10350: failed to lookup address information: Name or service not known",
+            Rung::Name,
+            "name server",
+        ),
+        (
+            "connect to tcp:1.2.3.4:10350: Connection refused (os error 111)",
+            Rung::Port,
+            "nobody listens",
+        ),
+        (
+            "no answer from login:10350 within 10 s",
+            Rung::Port,
+            "firewall",
+        ),
+        (
+            "connect to login:10350 through a proxy: connect to the proxy p:3128: Connection refused",
+            Rung::Proxy,
+            "NO_PROXY",
+        ),
+        (
+            "connect to ssh:u@login: the jump host does not answer, or does not reach the login node",
+            Rung::Ssh,
+            "",
+        ),
+        (
+            "connect to ssh:u@login: known_hosts has no key that the host proves",
+            Rung::HostKey,
+            "",
+        ),
+        (
+            "connect to ssh:u@login: the login was refused (exit status: 255)",
+            Rung::Login,
+            "",
+        ),
+        (
+            "connect to ssh:u@login: there is no knoc-agent on the login node",
+            Rung::Program,
+            "",
+        ),
+        (
+            "connect to ssh:u@login: knoc-agent on the login node does not reach the agent",
+            Rung::Agent,
+            "",
+        ),
+        (
+            "TLS handshake with login: tls handshake eof",
+            Rung::Tls,
+            "listens there",
+        ),
+        (
+            "TLS handshake with login: received fatal alert: UnknownCA",
+            Rung::Identity,
+            "different CAs",
+        ),
+        (
+            "TLS handshake with login: received fatal alert: CertificateExpired",
+            Rung::Tls,
+            "clock",
+        ),
+        (
+            "TLS handshake with login: received fatal alert: CertificateUnknown",
+            Rung::Identity,
+            "its log",
+        ),
+        (
+            "the peer is agent/a, not the expected agent/b",
+            Rung::Identity,
+            "another agent",
+        ),
+        ("1.2.3.4 does not speak HTTP/2", Rung::Version, "versions"),
+    ];
+
     #[test]
     fn a_limit_of_sessions_is_known_by_what_the_error_says() {
         let limit = crate::carrier::exec::Cause::SessionLimit.to_string();
@@ -215,79 +290,7 @@ mod tests {
 
     #[test]
     fn each_rung_is_known_by_what_its_errors_say() {
-        for (error, rung, cure) in [
-            (
-                "connect to login:10350: failed to lookup address information: Name or service not known",
-                Rung::Name,
-                "name server",
-            ),
-            (
-                "connect to tcp:1.2.3.4:10350: Connection refused (os error 111)",
-                Rung::Port,
-                "nobody listens",
-            ),
-            (
-                "no answer from login:10350 within 10 s",
-                Rung::Port,
-                "firewall",
-            ),
-            (
-                "connect to login:10350 through a proxy: connect to the proxy p:3128: Connection refused",
-                Rung::Proxy,
-                "NO_PROXY",
-            ),
-            (
-                "connect to ssh:u@login: the jump host does not answer, or does not reach the login node",
-                Rung::Ssh,
-                "",
-            ),
-            (
-                "connect to ssh:u@login: known_hosts has no key that the host proves",
-                Rung::HostKey,
-                "",
-            ),
-            (
-                "connect to ssh:u@login: the login was refused (exit status: 255)",
-                Rung::Login,
-                "",
-            ),
-            (
-                "connect to ssh:u@login: there is no knoc-agent on the login node",
-                Rung::Program,
-                "",
-            ),
-            (
-                "connect to ssh:u@login: knoc-agent on the login node does not reach the agent",
-                Rung::Agent,
-                "",
-            ),
-            (
-                "TLS handshake with login: tls handshake eof",
-                Rung::Tls,
-                "listens there",
-            ),
-            (
-                "TLS handshake with login: received fatal alert: UnknownCA",
-                Rung::Identity,
-                "different CAs",
-            ),
-            (
-                "TLS handshake with login: received fatal alert: CertificateExpired",
-                Rung::Tls,
-                "clock",
-            ),
-            (
-                "TLS handshake with login: received fatal alert: CertificateUnknown",
-                Rung::Identity,
-                "its log",
-            ),
-            (
-                "the peer is agent/a, not the expected agent/b",
-                Rung::Identity,
-                "another agent",
-            ),
-            ("1.2.3.4 does not speak HTTP/2", Rung::Version, "versions"),
-        ] {
+        for &(error, rung, cure) in ERRORS {
             let (found, advice) = look(error).unwrap();
             assert_eq!(found, rung, "{error}");
             assert!(advice.contains(cure), "{error}: {advice}");

@@ -49,7 +49,7 @@ pub fn main() -> ExitCode {
         Ok(ForkResult::Child) => {
             drop(shim);
             let over = while_dumpable(be_first);
-            over.map_or(ExitCode::from(FAILED), |()| ExitCode::SUCCESS)
+            over.map_or_else(|_| ExitCode::from(FAILED), |()| ExitCode::SUCCESS)
         }
         Ok(ForkResult::Parent { child }) => {
             let pid = u32::try_from(child.as_raw()).unwrap_or_default();

@@ -28,7 +28,7 @@ impl Supervisor {
         if Probed::needs(&slot.spec.container) {
             let (stop, end) = slot.begin_probing();
             self.helpers.spawn(async move {
-                end.run_until_cancelled(probed.run(stop)).await;
+                Box::pin(end.run_until_cancelled(probed.run(stop))).await;
             });
         }
     }

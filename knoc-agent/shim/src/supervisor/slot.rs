@@ -27,9 +27,7 @@ pub(super) struct Slot {
     pub(super) phase: Phase,
     /// What its hook and its probes say. A container without any is healthy as soon as its program runs.
     pub(super) health: Health,
-    /// Whether the postStart hook and the preStop hook of the running attempt have not ended yet.
-    post_start_pending: bool,
-    pre_stop_pending: bool,
+    pending: PendingHooks,
     /// See [`Container::spared_until`].
     spared_until: Time,
     /// The postStart hook and the probes of the running program.
@@ -56,6 +54,23 @@ pub(super) struct Slot {
     ending: Option<watch::Sender<bool>>,
     log: Option<Log>,
     previous_log: Option<Log>,
+}
+
+/// Which hooks of the running attempt have not ended yet.
+#[derive(Debug)]
+struct PendingHooks {
+    post_start: bool,
+    pre_stop: bool,
+}
+
+impl PendingHooks {
+    /// All hooks that the container has.
+    fn of(container: &pb::Container) -> Self {
+        Self {
+            post_start: container.post_start.is_some(),
+            pre_stop: container.pre_stop.is_some(),
+        }
+    }
 }
 
 /// What the task of the postStart hook and the probes is told.
@@ -88,8 +103,7 @@ impl Slot {
             };
         }
         Self {
-            post_start_pending: spec.container.post_start.is_some(),
-            pre_stop_pending: spec.container.pre_stop.is_some(),
+            pending: PendingHooks::of(&spec.container),
             spared_until: Time::ZERO,
             probing: None,
             unhealthy: false,
@@ -120,8 +134,8 @@ impl Slot {
             phase: self.phase,
             health: self.health,
             stop: self.stop,
-            pre_stop_pending: self.pre_stop_pending,
-            post_start_pending: self.post_start_pending,
+            pre_stop_pending: self.pending.pre_stop,
+            post_start_pending: self.pending.post_start,
             spared_until: self.spared_until,
         }
     }
@@ -136,8 +150,7 @@ impl Slot {
         self.health = Health::down();
         self.unhealthy = false;
         self.stop = StopStage::NotStopped;
-        self.post_start_pending = self.spec.container.post_start.is_some();
-        self.pre_stop_pending = self.spec.container.pre_stop.is_some();
+        self.pending = PendingHooks::of(&self.spec.container);
         self.spared_until = Time::ZERO;
         self.abort = CancellationToken::new();
         self.history.started_at = None;
@@ -160,7 +173,7 @@ impl Slot {
     /// The program runs.
     pub(super) fn running(&mut self, program: Arc<Program>, started_at: Timestamp) {
         self.phase = Phase::Running;
-        if !self.post_start_pending {
+        if !self.pending.post_start {
             self.health = health::at_start(&self.spec.container);
         }
         self.history.started_at = Some(started_at);
@@ -221,7 +234,7 @@ impl Slot {
         if !self.counts(!succeeded) {
             return false;
         }
-        self.post_start_pending = false;
+        self.pending.post_start = false;
         if succeeded {
             self.health = health::at_start(&self.spec.container);
         } else {
@@ -232,7 +245,7 @@ impl Slot {
 
     /// The preStop hook has ended, so the plan sends TERM.
     pub(super) fn pre_stopped(&mut self) {
-        self.pre_stop_pending = false;
+        self.pending.pre_stop = false;
     }
 
     /// Takes a step of the stop.

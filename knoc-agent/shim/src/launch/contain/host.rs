@@ -319,12 +319,9 @@ mod tests {
         fn open(&self, path: &str, kind: Kind, writes: bool) -> Result<String, String> {
             let found = self.source(path, kind, writes).open();
             let found = found.map_err(|error| knoc_proto::error::chain(&error))?;
-            Ok(found
-                .path
-                .strip_prefix(&self.root)
-                .unwrap()
-                .display()
-                .to_string())
+            let below = found.path.strip_prefix(&self.root);
+            let below = below.map_err(|error| error.to_string())?;
+            Ok(below.display().to_string())
         }
     }
 
@@ -359,8 +356,8 @@ mod tests {
             "is not a directory, it's a File",
         );
         assert!(!at("none").exists());
-        let made = world.open("scratch/new/er", Kind::FolderOrCreate, true);
-        assert_eq!(made.as_deref(), Ok("real/scratch/new/er"));
+        let created = world.open("scratch/new/er", Kind::FolderOrCreate, true);
+        assert_eq!(created.as_deref(), Ok("real/scratch/new/er"));
         let mode = fs::metadata(at("new/er")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777 & !0o755, 0, "{mode:o}");
         assert!(world.open("scratch/any", Kind::Any, true).is_ok() && at("any").is_dir());

@@ -56,7 +56,7 @@ impl Ssh {
         };
         let io = CommandIo::start(argv.words(), held, &[]).map_err(failed)?;
         let (mut from, mut to) = tokio::io::split(io);
-        let send = async {
+        let feed = async {
             let mut chunk = vec![0; CHUNK];
             loop {
                 match input.read(&mut chunk).await? {
@@ -65,7 +65,7 @@ impl Ssh {
                 }
             }
         };
-        let receive = async {
+        let collect = async {
             let mut output = Vec::new();
             let bound = u64::try_from(most).unwrap_or(u64::MAX);
             (&mut from).take(bound).read_to_end(&mut output).await?;
@@ -73,7 +73,7 @@ impl Ssh {
         };
         // If both fail, the end of the output knows why the command has ended.
         let both = async {
-            let (sent, received) = tokio::join!(send, receive);
+            let (sent, received) = tokio::join!(feed, collect);
             received.and_then(|output| sent.map(|()| output))
         };
         let done = tokio::time::timeout(limit, both).await;
