@@ -111,7 +111,11 @@ pub fn blocks(file: &str, text: &str) -> Vec<Block> {
             let inner = take(&lines, at, |line| line.starts_with("    "));
             at += inner.len();
             let indent = line.len() - line.trim_start().len();
-            let cut = |line: &&str| line.get(indent..).unwrap_or(line.trim_start()).to_owned();
+            let cut = |line: &&str| {
+                line.get(indent..)
+                    .unwrap_or_else(|| line.trim_start())
+                    .to_owned()
+            };
             found.push(Block {
                 place,
                 marker: marker.take(),

@@ -204,9 +204,12 @@ async fn a_log_and_a_command_go_on_while_certificates_rotate_and_control_is_cut(
     world.finish().await
 }
 
-async fn rotated_and_cut(world: &World, files: &Files) -> anyhow::Result<()> {
-    world.running(&PodBuilder::new("counter").sh(COUNT)).await?;
-    // New certificates that are due soon; both sides read them when they connect again.
+/// Gives both sides new certificates that are due soon; they read them when they connect again. Returns what the agent and
+/// the kubelet's Secret have then.
+async fn connect_with_nearly_due_pairs(
+    world: &World,
+    files: &Files,
+) -> anyhow::Result<(String, Option<Vec<u8>>)> {
     world
         .service("agent.sh", "down")
         .deadline(SCRIPT)
@@ -214,13 +217,19 @@ async fn rotated_and_cut(world: &World, files: &Files) -> anyhow::Result<()> {
         .await?;
     files.agent.nearly_due(&files.ca)?;
     files.kubelet.nearly_due(&files.ca)?;
-    let (agent_before, kept_before) = (files.agent.read()?, kept(world).await?);
+    let before = (files.agent.read()?, kept(world).await?);
     world
         .service("agent.sh", "up")
         .deadline(SCRIPT)
         .ok()
         .await?;
     world.wait_node_condition("AgentConnected", "True").await?;
+    Ok(before)
+}
+
+async fn rotated_and_cut(world: &World, files: &Files) -> anyhow::Result<()> {
+    world.running(&PodBuilder::new("counter").sh(COUNT)).await?;
+    let (agent_before, kept_before) = connect_with_nearly_due_pairs(world, files).await?;
     let control = connections(world).await?;
 
     let log = Background::start(world.kubectl(["logs", "-f", "counter"]))?;

@@ -166,13 +166,13 @@ async fn refusals(world: &World, folder: &str) -> anyhow::Result<()> {
 }
 
 /// A volume and the claim that is bound to it.
-fn volume(world: &World, name: &str, source: (&str, Value)) -> String {
+fn volume(world: &World, name: &str, kind: &str, source: &Value) -> String {
     let full = format!("{}-{name}", world.namespace);
     let modes = json!(["ReadWriteMany"]);
     let volume = json!({
         "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": full},
         "spec": {
-            "capacity": {"storage": "1Gi"}, "accessModes": modes, "storageClassName": "", source.0: source.1,
+            "capacity": {"storage": "1Gi"}, "accessModes": modes, "storageClassName": "", kind: source,
             "claimRef": {"namespace": world.namespace, "name": name},
         },
     });
@@ -190,8 +190,8 @@ async fn claims(world: &World, folder: &str) -> anyhow::Result<()> {
     let host = json!({"path": format!("{folder}/claim")});
     let nfs = json!({"server": "filer.example.org", "path": "/export/set", "readOnly": true});
     let volumes = [
-        volume(world, "host", ("hostPath", host)),
-        volume(world, "nfs", ("nfs", nfs)),
+        volume(world, "host", "hostPath", &host),
+        volume(world, "nfs", "nfs", &nfs),
     ];
     let apply = world.kubectl(["apply", "-f", "-"]);
     apply.stdin(volumes.join("---\n")).ok().await?;

@@ -349,6 +349,31 @@ async fn create_login(world: &World, name: &str, password: &str) -> anyhow::Resu
     Ok(())
 }
 
+/// Runs pods whose service account has the pull secret: admission copies it into them.
+async fn run_with_the_secret_of_a_service_account(
+    world: &World,
+    pod: impl Fn(&str) -> PodBuilder,
+) -> anyhow::Result<()> {
+    let patch = r#"{"imagePullSecrets": [{"name": "login"}]}"#;
+    world
+        .kubectl(["create", "serviceaccount", "robot"])
+        .ok()
+        .await?;
+    world
+        .kubectl(["patch", "serviceaccount", "robot", "-p", patch])
+        .ok()
+        .await?;
+    for policy in ["Never", "Always"] {
+        let name = policy.to_lowercase();
+        let robot = pod(&name).spec("serviceAccountName", json!("robot"));
+        world
+            .create(&robot.set("imagePullPolicy", json!(policy)))
+            .await?;
+        world.wait_phase(&name, "Succeeded", PULLED).await?;
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_private_image_runs_for_those_who_have_its_password() -> anyhow::Result<()> {
     let world = World::new("private-image").await?;
@@ -386,24 +411,7 @@ async fn a_private_image_runs_for_those_who_have_its_password() -> anyhow::Resul
     let ended = world.wait_phase("own", "Succeeded", PULLED).await?;
     ensure!(world.logs("own", "main").await? == OWN);
     digest(&ended)?;
-    // Admission copies the Secrets of a service account into its pods.
-    let patch = r#"{"imagePullSecrets": [{"name": "login"}]}"#;
-    world
-        .kubectl(["create", "serviceaccount", "robot"])
-        .ok()
-        .await?;
-    world
-        .kubectl(["patch", "serviceaccount", "robot", "-p", patch])
-        .ok()
-        .await?;
-    for policy in ["Never", "Always"] {
-        let name = policy.to_lowercase();
-        let robot = pod(&name).spec("serviceAccountName", json!("robot"));
-        world
-            .create(&robot.set("imagePullPolicy", json!(policy)))
-            .await?;
-        world.wait_phase(&name, "Succeeded", PULLED).await?;
-    }
+    run_with_the_secret_of_a_service_account(&world, &pod).await?;
     // The image is cached now, and still not for others.
     let stranger = pod("stranger").set("imagePullPolicy", json!("Never"));
     world.create(&stranger).await?;
@@ -426,7 +434,7 @@ async fn an_image_of_many_layers_in_another_compression_runs() -> anyhow::Result
     let world = World::new("many-layers").await?;
     let repository = Repository::new(&world);
     let folder = format!("/scratch/{}", world.namespace);
-    let make = format!(
+    let recipe = format!(
         "mkdir {folder} && cd {folder} && skopeo copy -q --insecure-policy oci:/images/own.oci:1 oci:oci:1 && \
          umoci config --image oci:1 --config.volume /data --config.volume /srv/own && \
          for i in $(seq {LAYERS}); do head -c 1048576 /dev/urandom >$i && umoci insert --image oci:1 $i /layers/$i || exit 1; done && \
@@ -434,7 +442,7 @@ async fn an_image_of_many_layers_in_another_compression_runs() -> anyhow::Result
          for i in $(seq {LAYERS}); do cat $i; done | sha256sum",
         repository.image()
     );
-    let made = world.on("login", ["sh", "-c", &make]).ok().await?;
+    let made = world.on("login", ["sh", "-c", &recipe]).ok().await?;
     let (made, sum) = (
         made.text(),
         format!("for i in $(seq {LAYERS}); do cat /layers/$i; done | sha256sum"),

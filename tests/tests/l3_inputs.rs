@@ -85,21 +85,10 @@ async fn shows(world: &World, uid: &str, wanted: &str, within: Duration) -> anyh
     .await
 }
 
-#[tokio::test]
-async fn a_changed_object_reaches_the_container_within_five_seconds() -> anyhow::Result<()> {
-    let world = World::new("live").await?;
-    let create = ["create", "configmap", "map", "--from-literal=k=old,"];
-    world.kubectl(create).ok().await?;
-    let create = [
-        "create",
-        "secret",
-        "generic",
-        "hidden",
-        "--from-literal=k=old,",
-    ];
-    world.kubectl(create).ok().await?;
+/// A pod that has the objects which [`shows`] looks at, as volumes.
+fn showing_its_objects() -> PodBuilder {
     let note = json!([{"path": "note", "fieldRef": {"fieldPath": "metadata.annotations['note']"}}]);
-    let pod = PodBuilder::new("live")
+    PodBuilder::new("live")
         .annotation("note", "old")
         .spec(
             "volumes",
@@ -119,8 +108,23 @@ async fn a_changed_object_reaches_the_container_within_five_seconds() -> anyhow:
                 {"name": "all", "mountPath": "/all"},
             ]),
         )
-        .sh("sleep 600");
-    let uid = world.running(&pod).await?;
+        .sh("sleep 600")
+}
+
+#[tokio::test]
+async fn a_changed_object_reaches_the_container_within_five_seconds() -> anyhow::Result<()> {
+    let world = World::new("live").await?;
+    let create = ["create", "configmap", "map", "--from-literal=k=old,"];
+    world.kubectl(create).ok().await?;
+    let create = [
+        "create",
+        "secret",
+        "generic",
+        "hidden",
+        "--from-literal=k=old,",
+    ];
+    world.kubectl(create).ok().await?;
+    let uid = world.running(&showing_its_objects()).await?;
     shows(&world, &uid, "old,old,old,old,", SOON).await?;
     let patch = [
         "patch",

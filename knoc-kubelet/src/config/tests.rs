@@ -92,6 +92,10 @@ fn which_side_dials_and_through_which_proxy() {
     }
     let named = way(&[("KNOC_AGENT_ADDRESS", "acceptance.example.org:10350")]);
     assert!(matches!(named, AgentWay::Dial(..)), "{named:?}");
+}
+
+#[test]
+fn what_contradicts_the_way_to_the_agent_is_named() {
     for (variables, expected) in [
         (
             &[

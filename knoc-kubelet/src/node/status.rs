@@ -246,12 +246,8 @@ fn os_image(info: &pb::AgentInfo) -> String {
 
 /// A machine ID as in machine-id(5). No machine stands behind the Node, so it follows from the Node's name, and stays the same.
 fn machine_id(name: &str) -> String {
-    let digest = Sha256::digest(format!("knoc node {name}"));
-    digest
-        .iter()
-        .take(16)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    let digits = format!("{:x}", Sha256::digest(format!("knoc node {name}")));
+    digits.chars().take(32).collect()
 }
 
 /// The 32 hexadecimal digits of a machine ID as a UUID.

@@ -405,9 +405,9 @@ mod tests {
                 let body = HttpBody::from(serde_json::to_vec(&status).unwrap());
                 send.send_response(Response::builder().status(code).body(body).unwrap());
                 if code == 201 {
-                    let sent = request.into_body().collect_bytes().await.unwrap();
-                    let sent: serde_json::Value = serde_json::from_slice(&sent).unwrap();
-                    assert_eq!(sent["count"], 4);
+                    let posted = request.into_body().collect_bytes().await.unwrap();
+                    let posted: serde_json::Value = serde_json::from_slice(&posted).unwrap();
+                    assert_eq!(posted["count"], 4);
                 }
             }
             methods

@@ -79,9 +79,9 @@ pub fn patch(pod: &Pod, wanted: &PodStatus) -> Option<Value> {
         .status
         .as_ref()
         .and_then(|status| status.conditions.as_deref());
-    let changed = wanted.conditions.iter().flatten();
-    let changed = changed.filter(|condition| !is_there(before.unwrap_or_default(), condition));
-    let mut conditions: Vec<_> = changed.map(condition_patch).collect();
+    let differing = wanted.conditions.iter().flatten();
+    let differing = differing.filter(|condition| !is_there(before.unwrap_or_default(), condition));
+    let mut conditions: Vec<_> = differing.map(condition_patch).collect();
     let resizes = |list: &[PodCondition]| list.iter().any(|one| one.type_ == RESIZE_PENDING);
     let wants = wanted.conditions.as_deref();
     if before.is_some_and(resizes) && wants.is_some_and(|list| !resizes(list)) {

@@ -228,7 +228,7 @@ mod tests {
     }
 
     fn bind(pod: &Pod, name: &str, found: FoundClaim) -> Result<Mounted, Unbound> {
-        let mut shape = super::super::shape(pod).unwrap();
+        let mut shape = super::super::shape(pod).map_err(Unbound::Never)?;
         assert_eq!(shape.volumes[0].source, None);
         assert_eq!(names(pod), [name]);
         bind_claims(pod, &mut shape, &[(name.to_owned(), found)].into())?;
@@ -253,7 +253,7 @@ mod tests {
         let any = pb::HostPathType::Unspecified;
         assert_eq!(named(|_, _| ()), Ok(host("/data/x", any, false)));
         let local = named(|_, pv| {
-            pv["spec"] = json!({"claimRef": {"uid": "claim-uid"}, "local": {"path": "/l"}})
+            pv["spec"] = json!({"claimRef": {"uid": "claim-uid"}, "local": {"path": "/l"}});
         });
         assert_eq!(local, Ok(host("/l", pb::HostPathType::Directory, false)));
         let read_only = pod(json!({"persistentVolumeClaim": {"claimName": "c", "readOnly": true}}));

@@ -113,21 +113,21 @@ pub fn pull_credentials(
 
 /// A user name and a password, as a Secret has them.
 #[derive(Default, Deserialize)]
-struct Auth {
+struct Entry {
     username: Option<String>,
     password: Option<String>,
     /// `USERNAME:PASSWORD` in base64, which replaces the other two.
     auth: Option<String>,
 }
 
-/// The entries of a Secret by location, or `None` if it is not a Secret for pulling images.
-fn auths(
-    name: &str,
-    secret: &Secret,
-) -> Result<Option<BTreeMap<String, (String, String)>>, BadSecret> {
+/// User names and passwords by location.
+type Pairs = BTreeMap<String, (String, String)>;
+
+/// The entries of a Secret, or `None` if it is not a Secret for pulling images.
+fn auths(name: &str, secret: &Secret) -> Result<Option<Pairs>, BadSecret> {
     #[derive(Deserialize)]
     struct Whole {
-        auths: Option<BTreeMap<String, Option<Auth>>>,
+        auths: Option<BTreeMap<String, Option<Entry>>>,
     }
     let key = match secret.type_.as_deref() {
         Some(JSON_TYPE) => JSON_KEY,
@@ -149,7 +149,7 @@ fn auths(
         serde_json::from_slice(&data.0)
     };
     // The error's own text may quote a password.
-    let read: BTreeMap<String, Option<Auth>> = read.map_err(|error| {
+    let read: BTreeMap<String, Option<Entry>> = read.map_err(|error| {
         let (line, column) = (error.line(), error.column());
         bad(format!(
             " is not a Docker configuration (line {line}, column {column})"
@@ -167,7 +167,7 @@ fn auths(
     pairs.collect::<Result<_, _>>().map(Some)
 }
 
-impl Auth {
+impl Entry {
     fn pair(self) -> Option<(String, String)> {
         let text = self.auth.unwrap_or_default();
         let text = text.trim();
@@ -347,7 +347,7 @@ fn bound(chars: &mut impl Iterator<Item = char>) -> Option<char> {
 struct Keyring(BTreeMap<Location, Vec<RegistryLogin>>);
 
 impl Keyring {
-    fn add(&mut self, secret: &Secret, auths: BTreeMap<String, (String, String)>) {
+    fn add(&mut self, secret: &Secret, auths: Pairs) {
         let uid = secret.metadata.uid.clone().unwrap_or_default();
         for (location, (username, password)) in auths {
             let login = RegistryLogin {

@@ -79,7 +79,7 @@ mod tests {
         if let Some(value) = annotation {
             pod["metadata"] = json!({"annotations": {ANNOTATION: value}});
         }
-        let pod: Pod = serde_json::from_value(pod).unwrap();
+        let pod: Pod = serde_json::from_value(pod).map_err(|error| error.to_string())?;
         let mut problems = Vec::new();
         let spec = pod.spec.as_ref().map(PodSpec::from).unwrap();
         let mode = mode(&pod, spec, &mut problems);

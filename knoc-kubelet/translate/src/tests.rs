@@ -1,3 +1,4 @@
+use k8s_openapi::api::core::v1 as core;
 use serde_json::json;
 
 use super::*;

@@ -192,6 +192,27 @@ pub(super) fn pods(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
         out,
         "## {many}\n\n| | p50 | p99 | max | n |\n|---|---|---|---|---|"
     )?;
+    pod_rows(out, batch)?;
+    let [patches, events, server] = batch.cost.for_each();
+    writeln!(
+        out,
+        "\nFor each pod, from its creation to its terminal phase: {patches:.1} status patches and {events:.1} Events of KNoC, \
+         {server:.0} ms of the API server's processor time (with the scheduler's requests and the benchmark's own)."
+    )?;
+    if batch.t2_apptainer.count() == 0 {
+        return Ok(());
+    }
+    writeln!(
+        out,
+        "\nKNoC's share of T2, by medians (created → accepted, and job began → first line less apptainer exec): {:.1} ms. \
+         slurmctld starts jobs once a second, so the whole T2 always varies by ± 500 ms.\n",
+        batch.t2_share()
+    )?;
+    Ok(())
+}
+
+/// The rows of the table of pods, each with its floor.
+fn pod_rows(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
     let mut row = |name: &str, series: &Series| {
         if series.count() == 0 {
             // Many pods at once are measured without their floors.
@@ -231,21 +252,6 @@ pub(super) fn pods(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
     )?;
     row("of it: → the agent has the report", &batch.t3_agent)?;
     row("of it: → terminal phase seen", &batch.t3_kubelet)?;
-    let [patches, events, server] = batch.cost.for_each();
-    writeln!(
-        out,
-        "\nFor each pod, from its creation to its terminal phase: {patches:.1} status patches and {events:.1} Events of KNoC, \
-         {server:.0} ms of the API server's processor time (with the scheduler's requests and the benchmark's own)."
-    )?;
-    if batch.t2_apptainer.count() == 0 {
-        return Ok(());
-    }
-    writeln!(
-        out,
-        "\nKNoC's share of T2, by medians (created → accepted, and job began → first line less apptainer exec): {:.1} ms. \
-         slurmctld starts jobs once a second, so the whole T2 always varies by ± 500 ms.\n",
-        batch.t2_share()
-    )?;
     Ok(())
 }
 

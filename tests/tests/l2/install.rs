@@ -17,7 +17,7 @@ use knoc_tests::{
     wait_for,
 };
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_mins(1);
 /// The program is large without optimisation, and everything else runs at the same time.
 const LIMIT: Duration = Duration::from_mins(3);
 
@@ -227,13 +227,21 @@ async fn an_agent_is_installed_over_ssh_and_a_second_run_completes_the_first() -
     let left = fs::read_dir(far.home().join(".local/lib/knoc"))?.count();
     ensure!(left == 1, "uploads are left: {left}");
 
-    // The line of the crontab does nothing while the agent runs.
-    let line = lines
+    cron_leaves_a_running_agent_alone(&far, &lines, before).await
+}
+
+/// The line of the crontab does nothing while the agent runs.
+async fn cron_leaves_a_running_agent_alone(
+    far: &Far,
+    table: &str,
+    process: i64,
+) -> anyhow::Result<()> {
+    let line = table
         .lines()
         .find_map(|line| line.strip_prefix("*/5 * * * * "));
     let words: Vec<&str> = line.context("no line")?.split(' ').collect();
     let cron = far.there(words[0]).args(&words[1..]).ok().await?;
-    ensure!(cron.text().is_empty() && far.pid()? == before, "{cron}");
+    ensure!(cron.text().is_empty() && far.pid()? == process, "{cron}");
     Ok(())
 }
 
@@ -247,6 +255,18 @@ async fn with_agent(far: &Far) -> anyhow::Result<PathBuf> {
     let again = far.install(&["--run-mode", "cron"]).await?;
     ensure!(again.code == 0, "{again}\n{}", far.log());
     Ok(table)
+}
+
+/// Waits until the login node's own `knocctl` shows that the pod runs.
+async fn pod_runs(far: &Far, what: &str) -> anyhow::Result<()> {
+    wait_for(what, SOON, async || {
+        let pods = far.there(binary("knocctl")?).arg("pods");
+        let pods = pods.ok().await?.text();
+        ensure!(pods.contains("Running"), "{pods:?}");
+        Ok(())
+    })
+    .await
+    .with_context(|| format!("the agent's log: {}", far.log()))
 }
 
 #[tokio::test]
@@ -264,26 +284,14 @@ async fn an_upgrade_is_not_noticed_by_pods_and_a_removal_waits_for_them() -> any
         .arg(far.site.path("pod.yaml"))
         .ok()
         .await?;
-    wait_for("the pod runs", SOON, async || {
-        let pods = knocctl()?.arg("pods").ok().await?.text();
-        ensure!(pods.contains("Running"), "{pods}");
-        Ok(())
-    })
-    .await
-    .with_context(|| format!("the agent's log: {}", far.log()))?;
+    pod_runs(&far, "the pod runs").await?;
     let upgraded = far.ok("upgrade", &[]).await?;
     ensure!(
         upgraded.contains("is process") && far.pid()? != before,
         "{upgraded}"
     );
     // The agent answers before it has published the pods that it restored.
-    wait_for("the pod runs after the upgrade", SOON, async || {
-        let pods = knocctl()?.arg("pods").ok().await?.text();
-        ensure!(pods.contains("Running"), "{pods:?}");
-        Ok(())
-    })
-    .await
-    .with_context(|| format!("the agent's log: {}", far.log()))?;
+    pod_runs(&far, "the pod runs after the upgrade").await?;
 
     let refused = far.ctl("uninstall", &[]).await?;
     ensure!(
@@ -326,36 +334,7 @@ async fn an_upgrade_is_not_noticed_by_pods_and_a_removal_waits_for_them() -> any
 async fn each_failure_of_an_installation_names_its_cause_and_its_cure() -> anyhow::Result<()> {
     let far = Far::new()?;
     let on_demand = ["--run-mode", "on-demand"];
-    for (first, cause, cure) in [
-        (
-            "echo 'ann@login: Permission denied (publickey).' >&2; exit 255",
-            "the login was refused",
-            "ControlMaster",
-        ),
-        (
-            "echo 'No ED25519 host key is known for login and you have requested strict checking.' >&2\n\
-             echo 'Host key verification failed.' >&2; exit 255",
-            "known_hosts has no key",
-            "ssh-keyscan",
-        ),
-        (
-            "echo 'sh: cannot create upload.1: No space left on device' >&2; exit 1",
-            "No space left",
-            "make room",
-        ),
-        (
-            "cat >/dev/null; exit 0",
-            "has not answered",
-            "forced command",
-        ),
-    ] {
-        far.ssh(first)?;
-        let output = far.install(&on_demand).await?;
-        ensure!(
-            output.code == 1 && output.stderr.contains(cause) && output.stderr.contains(cure),
-            "{first}: {output}"
-        );
-    }
+    failures_of_ssh_are_named(&far, &on_demand).await?;
     // The transfer is cut, and what has arrived would run.
     let cut = "case $1 in *cat*) { cat; echo more; } | env HOME=\"$KNOC_FAR\" /bin/sh -c \"$1\"; exit ;; esac";
     far.ssh(&cut.replace("$KNOC_FAR", &far.home().display().to_string()))?;
@@ -407,6 +386,41 @@ async fn each_failure_of_an_installation_names_its_cause_and_its_cure() -> anyho
     Ok(())
 }
 
+/// For each way in which `ssh` fails, the installation names the cause and the cure.
+async fn failures_of_ssh_are_named(far: &Far, run_mode: &[&str]) -> anyhow::Result<()> {
+    for (first, cause, cure) in [
+        (
+            "echo 'ann@login: Permission denied (publickey).' >&2; exit 255",
+            "the login was refused",
+            "ControlMaster",
+        ),
+        (
+            "echo 'No ED25519 host key is known for login and you have requested strict checking.' >&2\n\
+             echo 'Host key verification failed.' >&2; exit 255",
+            "known_hosts has no key",
+            "ssh-keyscan",
+        ),
+        (
+            "echo 'sh: cannot create upload.1: No space left on device' >&2; exit 1",
+            "No space left",
+            "make room",
+        ),
+        (
+            "cat >/dev/null; exit 0",
+            "has not answered",
+            "forced command",
+        ),
+    ] {
+        far.ssh(first)?;
+        let output = far.install(run_mode).await?;
+        ensure!(
+            output.code == 1 && output.stderr.contains(cause) && output.stderr.contains(cure),
+            "{first}: {output}"
+        );
+    }
+    Ok(())
+}
+
 /// systemd, cron and Slurm; returns the files of crontab and scrontab.
 fn site_programs(far: &Far) -> anyhow::Result<(PathBuf, PathBuf)> {
     let cron = far.crontab("crontab")?;
@@ -420,14 +434,10 @@ fn site_programs(far: &Far) -> anyhow::Result<(PathBuf, PathBuf)> {
     Ok((cron, scron))
 }
 
-#[tokio::test]
-async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_before()
--> anyhow::Result<()> {
-    let far = Far::new()?;
-    let (cron, scron) = site_programs(&far)?;
-    let agent = binary("knoc-agent")?;
+/// `init` lists the run modes that the site has the programs for.
+async fn init_lists_what_the_site_offers(far: &Far) -> anyhow::Result<()> {
     let listed = far
-        .there(&agent)
+        .there(binary("knoc-agent")?)
         .args([
             "init",
             "--site",
@@ -450,15 +460,20 @@ async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_befo
     ] {
         ensure!(listed.contains(part), "{part}: {listed}");
     }
-    let set_up = async |words: &[&str]| {
-        far.there(&agent)
-            .arg("run-mode")
-            .args(words)
-            .ok()
-            .await
-            .map(|it| it.text())
-    };
-    let said = set_up(&["auto"]).await?;
+    Ok(())
+}
+
+/// Sets up a run mode, or lists them all; returns what it printed.
+async fn set_up(far: &Far, words: &[&str]) -> anyhow::Result<String> {
+    let agent = far.there(binary("knoc-agent")?);
+    let output = agent.arg("run-mode").args(words).ok().await?;
+    Ok(output.text())
+}
+
+/// Where there is systemd, `auto` chooses it; returns the file of the unit.
+async fn systemd_is_set_up_by_itself(far: &Far) -> anyhow::Result<PathBuf> {
+    let agent = binary("knoc-agent")?;
+    let said = set_up(far, &["auto"]).await?;
     let unit = far.home().join(".config/systemd/user/knoc-agent.service");
     let text = fs::read_to_string(&unit)?;
     ensure!(
@@ -471,8 +486,18 @@ async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_befo
         asked.contains("--user enable --now knoc-agent.service"),
         "{asked}"
     );
+    Ok(unit)
+}
 
-    set_up(&["scrontab", "--partition", "service"]).await?;
+#[tokio::test]
+async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_before()
+-> anyhow::Result<()> {
+    let far = Far::new()?;
+    let (cron, scron) = site_programs(&far)?;
+    init_lists_what_the_site_offers(&far).await?;
+    let unit = systemd_is_set_up_by_itself(&far).await?;
+
+    set_up(&far, &["scrontab", "--partition", "service"]).await?;
     let asked = far.asked("systemctl");
     ensure!(
         asked.contains("--user disable --now") && !unit.exists(),
@@ -481,7 +506,7 @@ async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_befo
     let table = fs::read_to_string(&scron)?;
     ensure!(table.contains("#SCRON --partition=service\n"), "{table}");
 
-    set_up(&["job", "--partition", "service"]).await?;
+    set_up(&far, &["job", "--partition", "service"]).await?;
     ensure!(
         !fs::read_to_string(&scron)?.contains("knoc-agent"),
         "both start the agent"
@@ -496,9 +521,9 @@ async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_befo
     );
     far.there("/bin/sh").arg("-n").arg(&script).ok().await?;
 
-    let listed = set_up(&[]).await?;
+    let listed = set_up(&far, &[]).await?;
     ensure!(listed.contains("job        yes  set up;"), "{listed}");
-    set_up(&["on-demand"]).await?;
+    set_up(&far, &["on-demand"]).await?;
     ensure!(!script.exists(), "jobs go on");
     ensure!(
         far.asked("scancel").contains("--name=knoc-agent-service"),
@@ -507,7 +532,7 @@ async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_befo
     );
     ensure!(!cron.exists(), "the crontab was written");
     let wrong = far
-        .there(&agent)
+        .there(binary("knoc-agent")?)
         .args(["run-mode", "cron", "--partition", "x"])
         .output()
         .await?;

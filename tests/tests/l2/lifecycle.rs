@@ -209,7 +209,7 @@ async fn a_grace_period_longer_than_any_clock_ends_nobody_else() -> anyhow::Resu
     let script = "trap 'exit 0' TERM; while :; do sleep 0.1; done";
     let pod = Pod::new("patient", vec![shell("main", script)]);
     let pod = change(&pod, |spec| {
-        spec.termination_grace_period_seconds = i64::MAX
+        spec.termination_grace_period_seconds = i64::MAX;
     });
     pod.ensure(&client).await?;
     pod.running(&client, SOON).await?;

@@ -65,27 +65,24 @@ pub(super) fn commands(
         "{access}\nIn the cluster:\n\n    kubectl create namespace knoc-system\n    kubectl -n knoc-system apply -f {bundle}\n"
     );
     let install = "    helm install knoc deploy/chart/knoc --namespace knoc-system";
-    match address {
-        Some(address) => {
-            let port = if address.contains(':') { "" } else { ":10350" };
-            format!(
-                "{begin}{install} \\\n        --set agent.site={site} --set agent.address={address}{port}\n"
-            )
-        }
-        None => {
-            let key = over_ssh(ssh, installed);
-            let further = if installed.run_mode == Some(RunMode::OnDemand) {
-                " --set agent.ssh.onDemand=true"
-            } else {
-                ""
-            };
-            format!(
-                "{key}{begin}    kubectl -n knoc-system create secret generic knoc-ssh --from-file=ssh-privatekey=knoc-ssh \\\n        \
-                 --from-file=known_hosts{literals}\n{install} \\\n        --set agent.site={site} --set agent.address=ssh: \
-                 --set agent.ssh.secret=knoc-ssh{further}\n",
-                literals = literals(ssh),
-            )
-        }
+    if let Some(address) = address {
+        let port = if address.contains(':') { "" } else { ":10350" };
+        format!(
+            "{begin}{install} \\\n        --set agent.site={site} --set agent.address={address}{port}\n"
+        )
+    } else {
+        let key = over_ssh(ssh, installed);
+        let further = if installed.run_mode == Some(RunMode::OnDemand) {
+            " --set agent.ssh.onDemand=true"
+        } else {
+            ""
+        };
+        format!(
+            "{key}{begin}    kubectl -n knoc-system create secret generic knoc-ssh --from-file=ssh-privatekey=knoc-ssh \\\n        \
+             --from-file=known_hosts{literals}\n{install} \\\n        --set agent.site={site} --set agent.address=ssh: \
+             --set agent.ssh.secret=knoc-ssh{further}\n",
+            literals = literals(ssh),
+        )
     }
 }
 
@@ -111,14 +108,10 @@ fn over_ssh(ssh: &Ssh, installed: &Installed) -> String {
 }
 
 fn literals(ssh: &Ssh) -> String {
-    let mut text = format!(
-        " \\\n        --from-literal=host={}",
-        ssh.host.as_deref().unwrap_or_default()
-    );
+    let host = ssh.host.as_deref().unwrap_or_default();
     let user = ssh.user.as_deref().unwrap_or("USER");
-    text += &format!(" --from-literal=remote_user={user}");
-    if let Some(port) = ssh.port {
-        text += &format!(" --from-literal=port={port}");
-    }
-    text
+    let port = ssh
+        .port
+        .map_or_else(String::new, |port| format!(" --from-literal=port={port}"));
+    format!(" \\\n        --from-literal=host={host} --from-literal=remote_user={user}{port}")
 }

@@ -112,6 +112,12 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
         let all = statuses.init.iter_mut().chain(&mut statuses.regular);
         all.for_each(initializing);
     }
+    restrict_readiness(&mut statuses);
+    statuses
+}
+
+/// A container is ready only while it runs, but an init container that is no sidecar is ready once it has ended well.
+fn restrict_readiness(statuses: &mut Statuses) {
     for status in &mut statuses.init {
         if statuses.sidecars.contains(&status.name) {
             status.ready &= is_running(status);
@@ -122,7 +128,6 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
     for status in &mut statuses.regular {
         status.ready &= is_running(status);
     }
-    statuses
 }
 
 /// As in Kubernetes, a pod with init containers is initializing until each of its containers has been started once.
@@ -179,7 +184,7 @@ fn ephemeral_status(input: &Input<'_>, ephemeral: &EphemeralContainer) -> Contai
         && let (Some(waiting), Some(hold)) = (waiting, input.hold)
     {
         // The pod runs, and only the container is held up.
-        waiting.reason = text(&hold.reason).or(waiting.reason.take());
+        waiting.reason = text(&hold.reason).or_else(|| waiting.reason.take());
         waiting.message = text(&hold.message);
     }
     status
