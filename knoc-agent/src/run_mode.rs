@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Whichever it is, the lease lets one agent of a state directory run. The texts ([`text`]) and the choice ([`choose`]) are
-//! pure; [`detect`] and [`set_up`] run the site's programs.
+//! pure; `detect` and `set_up` run the site's programs.
 
 pub mod cli;
 mod detect;

@@ -5,7 +5,7 @@
 //! processes. All jobs are queried in one `squeue`, and those that have left the queue in one
 //! `sacct`. The only state is what the last `sinfo` reported about the partitions' limits. No
 //! string of a pod is ever passed to a shell, and a job ID alone never identifies a pod's job
-//! ([`whose`]).
+//! ([`ownership`]).
 
 use std::{
     sync::{Arc, Mutex, PoisonError},

@@ -1,5 +1,5 @@
 //! PURE: which release of Kubernetes the Node reports. A kubelet must not be newer than its API server, and may be up
-//! to three minor releases older: https://kubernetes.io/releases/version-skew-policy/.
+//! to three minor releases older: <https://kubernetes.io/releases/version-skew-policy/>.
 
 use k8s_openapi::apimachinery::pkg::version::Info;
 

@@ -5,7 +5,7 @@
 //! is the form in configuration, such as `tcp:HOST:PORT`, `ssh:USER@HOST` or `unix:/PATH`.
 //!
 //! To add a carrier, add its file, a variant of [`Carrier`] with its textual form, and an arm in
-//! [`connect`](super::connect) that says how its peer is verified. The compiler points at these places.
+//! [`connect`](fn@super::connect) that says how its peer is verified. The compiler points at these places.
 use std::{
     fmt,
     future::Future,

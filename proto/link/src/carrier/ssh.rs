@@ -1,6 +1,6 @@
 //! The carrier `ssh:[USER@]HOST[:PORT]`: OpenSSH to the login node, and `knoc-agent connect` there.
 //!
-//! A convenient form of [`exec`](super::exec). Keys, host keys and the jump host come from a folder ([`secret`]), usually a
+//! A convenient form of [`exec`](mod@super::exec). Keys, host keys and the jump host come from a folder ([`secret`]), usually a
 //! Secret that is mounted, or, without one, from the user's own OpenSSH configuration. In both cases the host key must be
 //! known already: nothing is accepted at first use, and nothing is asked.
 use std::{fmt, path::PathBuf, str::FromStr};
