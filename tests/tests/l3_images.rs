@@ -462,7 +462,7 @@ async fn an_image_of_many_layers_in_another_compression_runs() -> anyhow::Result
         )
         .set(
             "volumeMounts",
-            json!([{"name": "own", "mountPath": "/srv"}]),
+            json!([{"name": "own", "mountPath": "/srv/own"}]),
         );
     world.create(&pod).await?;
     world.wait_phase("layers", "Succeeded", PULLED).await?;

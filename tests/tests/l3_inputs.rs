@@ -234,9 +234,11 @@ async fn a_volume_that_is_missing_and_a_name_that_is_none_keep_a_container_waiti
         Ok(())
     })
     .await?;
-    let waits = container_reason(&world.pod("mount").await?, "main");
-    let (reason, _) = waits.context("no status")?;
-    ensure!(reason == "ContainerCreating", "{reason}");
+    let creating =
+        |pod: &_| container_reason(pod, "main").filter(|(reason, _)| reason == "ContainerCreating");
+    world
+        .wait_for_state("mount", "ContainerCreating", SOON, creating)
+        .await?;
     let create = [
         "create",
         "configmap",
@@ -266,13 +268,13 @@ async fn a_pod_with_unsupported_fields_fails_with_all_reasons_and_no_job() -> an
         .spec("hostPID", json!(true))
         .spec(
             "volumes",
-            json!([{"name": "share", "nfs": {"server": "s", "path": "/p"}}]),
+            json!([{"name": "share", "iscsi": {"targetPortal": "s", "iqn": "iqn.2001-04.com.example:p", "lun": 0}}]),
         )
         .set("securityContext", json!({"privileged": true}));
     let uid = world.create(&pod).await?;
     let ended = world.wait_phase("refused", "Failed", SOON).await?;
     let (reason, message) = why(&ended);
-    for word in ["hostPID", "nfs", "privileged"] {
+    for word in ["hostPID", "iscsi", "privileged"] {
         ensure!(message.contains(word), "{reason}: {message}");
     }
     let jobs = world.jobs(&uid).await?;
