@@ -147,7 +147,7 @@ async fn exec_on_a_terminal_resizes_interrupts_and_passes_the_exit_code() -> any
     terminal.expect("/dev/pts/").await?;
     terminal.resize(50, 132)?;
     terminal.expect_size("50 132").await?;
-    terminal.interrupt_and_exit_with_7().await?;
+    ensure!(terminal.interrupt_and_exit_with_7().await? == Some(7));
     world.finish().await
 }
 

@@ -120,7 +120,7 @@ fn readable(view: &PodView, pod: &str, container: &str, previous: bool) -> Resul
         .as_ref()
         .and_then(|observed| container_status(observed, container))
     else {
-        return Err(unobserved(view, &whole, previous));
+        return Err(unobserved(view, container, &whole, previous));
     };
     let earlier = status.last_termination.is_some();
     if previous {
@@ -148,15 +148,26 @@ fn readable(view: &PodView, pod: &str, container: &str, previous: bool) -> Resul
 }
 
 /// The text for a container that the agent has not reported.
-fn unobserved(view: &PodView, whole: &str, previous: bool) -> String {
+fn unobserved(view: &PodView, container: &str, whole: &str, previous: bool) -> String {
     let phase = view.pod.status.as_ref().and_then(|it| it.phase.as_deref());
     match phase {
         _ if previous => format!("previous terminated {whole} not found"),
         None | Some("Pending") => {
             format!("{whole} is waiting to start: {}", creating(&view.pod))
         }
-        Some(_) => format!("{whole} is not available"),
+        Some(_) => match rejection(&view.pod, container) {
+            Some(why) => format!("{whole} was rejected: {why}"),
+            None => format!("{whole} is not available"),
+        },
     }
+}
+
+/// Why an ephemeral container never starts, as its status says.
+fn rejection<'a>(pod: &'a Pod, container: &str) -> Option<&'a str> {
+    let statuses = pod.status.as_ref()?.ephemeral_container_statuses.as_ref()?;
+    let status = statuses.iter().find(|status| status.name == container)?;
+    let ended = status.state.as_ref()?.terminated.as_ref()?;
+    ended.message.as_deref()
 }
 
 /// Kubernetes' reason for a container that was not started yet.
