@@ -118,7 +118,7 @@ async fn the_host_network_is_the_nodes() -> anyhow::Result<()> {
     let uid = world.running(&pod).await?;
     // slurmd.
     wait_for("the node's own listener is reached", SOON, async || {
-        let script = ["nc", "-z", "127.0.0.1", "6818"];
+        let script = ["sh", "-c", "nc -w 2 127.0.0.1 6818 </dev/null"];
         world.exec(&uid, "main", script).ok().await.map(drop)
     })
     .await?;

@@ -23,6 +23,7 @@ use super::{
     directory::{Directory, Entry},
     exec::{self, Session},
     forward, measure,
+    network::Network,
     pod::Pod,
     proc,
     supervisor::Command,
@@ -102,17 +103,18 @@ impl Service {
         Ok((name, program))
     }
 
-    /// Fails if the pod's programs are not in the network namespace of the shim.
+    /// Fails if the pod's programs are neither in the pod's own network nor in that of the shim.
     fn check_network(&self) -> Result<(), Status> {
         let directory = Arc::clone(&self.directory.borrow());
         let program = directory.running().next().ok_or_else(|| {
             let message = format!("no container of pod {} is running", self.pod.spec().name);
             ErrorReason::NotRunning.status(message)
         })?;
-        if proc::same_network(program.identity.pid) {
+        let own = matches!(self.pod.network, Network::Private(_));
+        if own || proc::same_network(program.identity.pid) {
             return Ok(());
         }
-        let message = "the pod has a network namespace of its own: port-forward works only for pods in the node's network";
+        let message = "the runtime gave the container a network that KNoC does not know: port-forward cannot reach it";
         Err(ErrorReason::Unsupported.status(message))
     }
 
