@@ -20,7 +20,11 @@ use knoc_proto::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{
+    filter::{LevelFilter, Targets},
+    layer::SubscriberExt as _,
+    util::SubscriberInitExt as _,
+};
 
 /// Threads for file work that waits for a slow file system; a login node allows a user few threads.
 const BLOCKING_THREADS: usize = 64;
@@ -236,10 +240,10 @@ fn say(text: &str) -> anyhow::Result<()> {
 }
 
 /// What is logged, by the value of `KNOC_LOG`.
-fn filter(wanted: Option<&OsStr>) -> anyhow::Result<EnvFilter> {
+fn filter(wanted: Option<&OsStr>) -> anyhow::Result<Targets> {
     let text = wanted.map_or(Some("info"), OsStr::to_str);
     let text = text.context("KNOC_LOG is not UTF-8")?;
-    EnvFilter::try_new(text).with_context(|| {
+    text.parse::<Targets>().with_context(|| {
         format!("KNOC_LOG is {text:?}, and not like `debug` or `info,knoc_agent::pod=debug`")
     })
 }
@@ -247,10 +251,12 @@ fn filter(wanted: Option<&OsStr>) -> anyhow::Result<EnvFilter> {
 fn serve(config: Config, on_demand: bool) -> anyhow::Result<()> {
     let filter = filter(std::env::var_os("KNOC_LOG").as_deref())?;
     tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(LevelFilter::TRACE)
         // No colours: escape sequences in a line are escaped, whoever wrote them.
         .with_ansi(false)
         .with_writer(|| log::stderr(Form::Text))
+        .finish()
+        .with(filter)
         .init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.limits.threads)

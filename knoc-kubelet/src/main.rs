@@ -17,7 +17,11 @@ use knoc_proto::{
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{
+    filter::{LevelFilter, Targets},
+    layer::SubscriberExt as _,
+    util::SubscriberInitExt as _,
+};
 
 /// A virtual Kubernetes node whose pods run on a Slurm cluster, as jobs of knoc-agent's user.
 ///
@@ -101,19 +105,27 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 }
 
 fn log_to(config: &LogConfig) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&config.level)
+    let filter: Targets = config
+        .level
+        .parse()
         .with_context(|| format!("log.level `{}` is not a valid filter", config.level))?;
     // No colours: everything in a line that looks like an escape sequence is escaped, whoever wrote it.
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(LevelFilter::TRACE)
         .with_ansi(false);
     if config.json {
         builder
             .json()
             .with_writer(|| log::stderr(Form::Json))
+            .finish()
+            .with(filter)
             .init();
     } else {
-        builder.with_writer(|| log::stderr(Form::Text)).init();
+        builder
+            .with_writer(|| log::stderr(Form::Text))
+            .finish()
+            .with(filter)
+            .init();
     }
     Ok(())
 }
