@@ -41,7 +41,7 @@ no_limits() {
 left=$(namespaces) jobs=$(foreign_jobs || true)
 [ -z "$left$jobs" ] || say "removing what an earlier run left:" $left $jobs
 afresh
-[ -z "$left" ] || kubectl delete $left --wait=false >/dev/null
+[ -z "$left" ] || kubectl delete $left --wait=false --ignore-not-found >/dev/null
 [ -z "$jobs" ] || as_user scancel $jobs
 wait_for 120 "no namespaces of tests" no_namespaces
 wait_for 60 "no jobs but those of pods" no_foreign_jobs
