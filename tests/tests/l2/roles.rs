@@ -258,7 +258,7 @@ async fn an_ephemeral_container_runs_once_in_the_running_job_and_outlives_a_rest
         "{refused:?}"
     );
 
-    drop(agent);
+    agent.kill().await?;
     let _agent = site.agent(&[]).await?;
     let state = pod
         .wait_for_state(&client, "stay runs still", SOON, runs_now)
