@@ -181,7 +181,7 @@ async fn a_pull_secret_is_in_no_log_and_on_no_disk() -> anyhow::Result<()> {
     failed("manifest unknown").await?;
     nobody_sees(&site)?;
     // A new process has no credentials until the kubelet has sent them again.
-    drop(agent);
+    agent.kill().await?;
     let before = registry.admitted();
     let _agent = site.agent(&[("KNOC_LOG", "debug")]).await?;
     wait_for("the registry gets them again", SOON, async || {
