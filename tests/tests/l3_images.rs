@@ -46,6 +46,20 @@ impl<'a> Repository<'a> {
         image(&format!("{}:latest", self.name))
     }
 
+    /// Pushes an image that is in no cache, because no other image has its label. Returns the folder on the login node in
+    /// which it was made, for the test to remove.
+    async fn push_one_of_its_own(&self) -> anyhow::Result<String> {
+        let (world, label) = (self.world, &self.world.namespace);
+        let folder = format!("/scratch/{label}");
+        let make = format!(
+            "mkdir {folder} && skopeo copy -q --insecure-policy oci:/images/own.oci:1 oci:{folder}/oci:1 && \
+             umoci config --image {folder}/oci:1 --config.label test={label}"
+        );
+        world.on("login", ["sh", "-c", &make]).ok().await?;
+        self.push(&format!("oci:{folder}/oci:1")).await?;
+        Ok(folder)
+    }
+
     /// Moves the tag to that image, given in any format that skopeo reads.
     async fn push(&self, source: &str) -> anyhow::Result<()> {
         let target = format!("docker://{}", self.image());
@@ -286,14 +300,7 @@ async fn an_image_that_a_registry_lacks_is_reported_with_its_message() -> anyhow
 async fn a_missing_layer_is_reported_with_the_message_of_the_registry() -> anyhow::Result<()> {
     let world = World::new("no-pull").await?;
     let repository = Repository::new(&world);
-    // An image that is in no cache, because no other image has this label.
-    let (folder, label) = (format!("/scratch/{}", world.namespace), &world.namespace);
-    let make = format!(
-        "mkdir {folder} && skopeo copy -q --insecure-policy oci:/images/own.oci:1 oci:{folder}/oci:1 && \
-         umoci config --image {folder}/oci:1 --config.label test={label}"
-    );
-    world.on("login", ["sh", "-c", &make]).ok().await?;
-    repository.push(&format!("oci:{folder}/oci:1")).await?;
+    let folder = repository.push_one_of_its_own().await?;
     repository.lose_its_last_layer().await?;
     let pod = as_it_is(PodBuilder::new("broken"), &repository.image());
     world.create(&pod).await?;
@@ -378,14 +385,7 @@ async fn run_with_the_secret_of_a_service_account(
 async fn a_private_image_runs_for_those_who_have_its_password() -> anyhow::Result<()> {
     let world = World::new("private-image").await?;
     let repository = Repository::new(&world);
-    // An image of its own, which no pod of another test has pulled.
-    let (folder, label) = (format!("/scratch/{}", world.namespace), &world.namespace);
-    let make = format!(
-        "mkdir {folder} && skopeo copy -q --insecure-policy oci:/images/own.oci:1 oci:{folder}/oci:1 && \
-         umoci config --image {folder}/oci:1 --config.label test={label}"
-    );
-    world.on("login", ["sh", "-c", &make]).ok().await?;
-    repository.push(&format!("oci:{folder}/oci:1")).await?;
+    let folder = repository.push_one_of_its_own().await?;
     let private = repository.image().replace("ctl:5000", "ctl:5001");
     let pod = |name: &str| as_it_is(PodBuilder::new(name), &private);
     let uid = world.create(&pod("nobody")).await?;

@@ -347,14 +347,7 @@ mod tests {
             uid: PodUid::try_from("u").unwrap(),
             grace: second,
             deadline: None,
-            timeouts: Timeouts {
-                report_grace: second,
-                never_ends_after: second,
-                lost_after: second,
-                stop_slack: second,
-                backoff_initial: second,
-                backoff_max: second,
-            },
+            timeouts: Timeouts::each(second),
         };
         let mut pod = Pod::new(facts, jiff::Timestamp::UNIX_EPOCH);
         pod.report = report;

@@ -13,14 +13,7 @@ fn facts() -> Facts {
         uid: PodUid::try_from("u").unwrap(),
         grace: second,
         deadline: None,
-        timeouts: Timeouts {
-            report_grace: second,
-            never_ends_after: second,
-            lost_after: second,
-            stop_slack: second,
-            backoff_initial: second,
-            backoff_max: second,
-        },
+        timeouts: Timeouts::each(second),
     }
 }
 

@@ -25,6 +25,21 @@ pub struct Timeouts {
     pub backoff_max: Duration,
 }
 
+#[cfg(test)]
+impl Timeouts {
+    /// The same for each, in tests that wait for none of them.
+    pub(crate) fn each(time: Duration) -> Self {
+        Self {
+            report_grace: time,
+            never_ends_after: time,
+            lost_after: time,
+            stop_slack: time,
+            backoff_initial: time,
+            backoff_max: time,
+        }
+    }
+}
+
 impl Timeouts {
     /// The pause before try `tries + 1`. It grows, and it differs from pod to pod, so that pods
     /// which failed at the same time do not all try again at the same time.

@@ -182,6 +182,12 @@ impl Kubelet {
         );
     }
 
+    /// The agent was sent the pod, once.
+    async fn ensured(&self) {
+        self.wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
+            .await;
+    }
+
     async fn phase(&self, phase: &str) {
         self.wait(phase, |kubelet| {
             kubelet.phase_now().as_deref() == Some(phase)
@@ -217,9 +223,7 @@ fn finish(pod: &mut pb::PodObserved) {
 async fn a_pod_from_the_watch_to_succeeded_and_away() {
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|_| ());
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     let values = kubelet.agent.values();
     let files = &values.files[0].files;
     assert_eq!(
@@ -294,9 +298,7 @@ async fn a_rejected_pod_fails_with_all_reasons_and_no_job() {
 async fn a_deleted_pod_is_stopped_and_released_only_after_its_job_has_ended() {
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|_| ());
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     kubelet
         .agent
         .change(UID, |pod| pod.phase = PodPhase::Running.into());
@@ -330,9 +332,7 @@ async fn a_status_that_fails_is_retried_and_delays_no_deletion() {
     const TOO_SOON: Duration = Duration::from_millis(500);
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|_| ());
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     kubelet.api.refuse_statuses();
     let (before, began) = (kubelet.called("PATCH"), tokio::time::Instant::now());
     // Due at once, but only after the status.
@@ -362,9 +362,7 @@ async fn a_status_that_fails_is_retried_and_delays_no_deletion() {
 async fn a_pod_that_vanishes_takes_its_job_with_it_at_once() {
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|_| ());
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     kubelet.vanish();
     kubelet
         .wait("DeletePod", |kubelet| {
@@ -408,9 +406,7 @@ async fn a_missing_config_map_holds_the_pod_until_it_is_there() {
     let told = told.iter().filter(|call| call.contains("/events"));
     assert_eq!(told.count(), 1);
     kubelet.api.config_map("later", json!({"K": "v"}));
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     kubelet.stop().await;
 }
 
@@ -506,9 +502,7 @@ async fn a_pod_that_was_accepted_before_needs_no_room() {
 async fn a_pod_that_ended_makes_room_for_the_next() {
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|_| ());
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     fill(&kubelet);
     let short = |kubelet: &Kubelet| {
         let next = "next".parse().unwrap();

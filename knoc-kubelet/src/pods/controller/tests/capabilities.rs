@@ -19,8 +19,6 @@ async fn a_pod_that_needs_what_an_older_agent_does_not_know_waits() {
     kubelet.apply(|pod| {
         pod["spec"]["subdomain"] = Value::Null;
     });
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     kubelet.stop().await;
 }

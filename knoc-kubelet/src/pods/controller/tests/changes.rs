@@ -191,9 +191,7 @@ async fn skipped_names_are_reported_once_for_each_set() {
         pod["spec"]["containers"][0]["envFrom"] =
             json!([{"prefix": "a=", "configMapRef": {"name": "odd"}}]);
     });
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     kubelet.apply(|pod| pod["metadata"]["generation"] = 2.into());
     kubelet
         .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 2)

@@ -64,9 +64,7 @@ fn queued(pod: &mut pb::PodObserved, reason: &str) {
 async fn a_normal_life_costs_four_patches_and_four_events() {
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|_| ());
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     kubelet
         .observes(|pod| {
             pod.phase = PodPhase::Staging.into();
@@ -127,9 +125,7 @@ async fn a_normal_life_costs_four_patches_and_four_events() {
 async fn the_start_of_a_job_is_published_although_no_container_starts() {
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|_| ());
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     kubelet.observes(|pod| queued(pod, "Priority")).await;
     kubelet
         .wait("the first status", |kubelet| kubelet.called("PATCH") == 1)
@@ -154,9 +150,7 @@ async fn the_start_of_a_job_is_published_although_no_container_starts() {
 async fn a_note_about_the_queue_is_recorded_if_nothing_replaces_it() {
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|_| ());
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     kubelet
         .observes(|pod| {
             queued(pod, "Priority");

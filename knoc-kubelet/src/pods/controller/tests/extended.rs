@@ -25,9 +25,7 @@ async fn a_pod_with_an_extended_resource_waits_until_it_is_known_whose_it_is() {
         extended: [("nvidia.com/gpu".to_owned(), 1)].into(),
         ..pb::NodeInfo::default()
     });
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     let limits = kubelet.agent.spec().containers[0].limits.clone();
     assert_eq!(limits.unwrap().extended["nvidia.com/gpu"], 1);
     kubelet.stop().await;

@@ -62,9 +62,7 @@ async fn a_label_that_was_just_set_counts() {
     let mut kubelet = Kubelet::start().await;
     kubelet.api.node(node(&json!({"disk": "ssd"}), &json!([])));
     kubelet.apply(wants_ssd);
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     assert_eq!(kubelet.called("GET /api/v1/nodes/n"), 1);
     kubelet.stop().await;
 }
@@ -82,9 +80,7 @@ async fn no_pod_fails_for_a_node_that_cannot_be_read() {
     assert_eq!(kubelet.said(&["PATCH", "Failed"]), 0);
     assert_eq!(kubelet.called("EnsurePod"), 0);
     kubelet.api.node(node(&json!({"disk": "ssd"}), &json!([])));
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     kubelet.stop().await;
 }
 

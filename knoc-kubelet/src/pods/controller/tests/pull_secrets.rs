@@ -21,9 +21,7 @@ impl Kubelet {
 async fn credentials_go_to_the_agent_for_as_long_as_it_needs_them() {
     let mut kubelet = Kubelet::start().await;
     kubelet.with_pull_secrets(&["login", "none"]);
-    kubelet
-        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
-        .await;
+    kubelet.ensured().await;
     assert_eq!(kubelet.passwords(), Some(Vec::new()), "no Secret exists");
     assert_eq!(kubelet.agent.spec().image_pull_secrets, ["login", "none"]);
     let text = "Unable to retrieve some image pull secrets (login, none); attempting to pull the image may not succeed.";
