@@ -131,17 +131,20 @@ fn ways<'a>(
         if !own_network && one.host_port == one.container_port {
             continue;
         }
-        let asked: Option<IpAddr> = one.host_ip.parse().ok();
+        let refused = || HostPortError::Address {
+            port: one.host_port,
+            ip: one.host_ip.clone(),
+            node: node.to_owned(),
+        };
+        // Kubernetes accepts forms such as 127.0.0.01, which must not be taken for an address that was left out.
+        let asked: Option<IpAddr> = match one.host_ip.as_str() {
+            "" => None,
+            text => Some(text.parse().map_err(|_| refused())?),
+        };
         let addresses: Vec<IpAddr> = match asked.filter(|ip| !ip.is_unspecified()) {
             None => node_ip.into_iter().chain([loopback]).collect(),
             Some(ip) if ip.is_loopback() || Some(ip) == node_ip => vec![ip],
-            Some(_) => {
-                return Err(HostPortError::Address {
-                    port: one.host_port,
-                    ip: one.host_ip.clone(),
-                    node: node.to_owned(),
-                });
-            }
+            Some(_) => return Err(refused()),
         };
         // The agent has checked that both are ports.
         let number = |port: u32| u16::try_from(port).unwrap_or_default();
@@ -189,6 +192,8 @@ mod tests {
         let error = shown(&[port(8080, 80, "10.0.0.8")], true).unwrap_err();
         let named = error.contains("hostIP 10.0.0.8") && error.contains("10.0.0.7");
         assert!(named, "{error}");
+        let error = shown(&[port(8080, 80, "127.0.0.01")], true).unwrap_err();
+        assert!(error.contains("hostIP 127.0.0.01"), "{error}");
     }
 
     #[test]

@@ -102,7 +102,12 @@ impl Private {
         };
         let socket = self.holder.socket(family).await?;
         let socket = TcpSocket::from_std_stream(std::net::TcpStream::from(socket));
-        socket.connect(address).await
+        let stream = socket.connect(address).await?;
+        // If nobody listens, the kernel may choose this very port for the shim's end, and TCP connects the socket to itself.
+        if stream.local_addr()? == address {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        Ok(stream)
     }
 }
 

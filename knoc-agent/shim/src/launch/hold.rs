@@ -12,7 +12,7 @@ use nix::{
     errno::Errno,
     sched::{CloneFlags, unshare},
     sys::{
-        signal::{SigSet, Signal},
+        signal::{SigSet, Signal, kill},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
     unistd::ForkResult,
@@ -53,7 +53,10 @@ pub fn main() -> ExitCode {
         }
         Ok(ForkResult::Parent { child }) => {
             let pid = u32::try_from(child.as_raw()).unwrap_or_default();
-            fds::send(&shim, &Reply::Pid(pid).encode(), &[]).ok();
+            if fds::send(&shim, &Reply::Pid(pid).encode(), &[]).is_err() {
+                // The shim waits no longer, so nobody would use the namespace.
+                kill(child, Signal::SIGKILL).ok();
+            }
             drop(shim);
             super::release_stdin();
             enter::end_as(child)
