@@ -27,7 +27,9 @@ use knoc_proto::manage::RunMode;
 use crate::command::{Command, CommandError};
 
 pub use detect::{Possible, choose, detect};
-pub use set_up::{is_set_up, restart_by_mode, set_up, start_detached, tear_down, write_unit};
+pub use set_up::{
+    check, is_set_up, restart_by_mode, set_up, start_detached, tear_down, write_unit,
+};
 
 /// Why a run mode cannot be set up.
 #[derive(Debug, thiserror::Error)]

@@ -58,7 +58,11 @@ impl<K: Eq + Hash, V: Clone + Send + Sync + 'static> Flights<K, V> {
                 flight
             }
         };
-        flight.await
+        let outcome = flight.await;
+        // The key may have a pod's credentials.
+        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        flights.retain(|_, flight| flight.upgrade().is_some());
+        outcome
     }
 }
 

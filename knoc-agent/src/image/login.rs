@@ -1,7 +1,7 @@
 //! PURE: the credentials for registries that came with a pod.
 //!
-//! They are in memory only, from the request that brought them until the pod's job is submitted (ADR 0108). Nothing
-//! shows them: `Debug` hides them, and they are in no error.
+//! They are in memory only: with the pod until its images are there, and with a registry's token until that has expired
+//! (ADR 0108). Nothing shows them: `Debug` hides them, and they are in no error.
 
 use std::{collections::BTreeMap, fmt};
 

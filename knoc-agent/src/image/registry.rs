@@ -282,9 +282,12 @@ impl RegistryClient {
     }
 
     fn token(&self, source: &Source) -> Option<HeaderValue> {
-        let tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
-        let (bearer, until) = tokens.get(&Self::token_key(source))?;
-        (*until > Instant::now()).then(|| bearer.clone())
+        let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        // The key has a pod's credentials, which must not outlive the token.
+        tokens.retain(|_, (_, until)| *until > now);
+        let known = tokens.get(&Self::token_key(source));
+        known.map(|(bearer, _)| bearer.clone())
     }
 
     /// What the registry that sent this response demands.

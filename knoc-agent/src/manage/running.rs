@@ -117,7 +117,8 @@ impl Running {
 fn is_agent(process: &Path) -> bool {
     let line = std::fs::read(process.join("cmdline")).unwrap_or_default();
     let mut words = line.split(|byte| *byte == 0);
-    let serves = words.any(|word| word == b"serve");
+    let program = String::from_utf8_lossy(words.next().unwrap_or_default());
+    let serves = program.contains("knoc-agent") && words.any(|word| word == b"serve");
     let state = std::fs::read_to_string(process.join("stat")).unwrap_or_default();
     let state = state.rsplit_once(") ").map(|(_, rest)| rest.to_owned());
     serves && state.is_some_and(|state| !state.starts_with(['Z', 'X']))

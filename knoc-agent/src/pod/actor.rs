@@ -376,6 +376,7 @@ impl Actor {
             // The images are for a pod that is no longer wanted.
             self.staging.abort_all();
             self.ephemeral.abort();
+            self.credentials = None;
         }
         if final_report {
             self.show(&pod);

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use knoc_proto::manage::RunMode;
 
-use super::{Agent, Login, Possible, RunModeError, choose, detect, is_set_up, set_up, tear_down};
+use super::{
+    Agent, Login, Possible, RunModeError, check, choose, detect, is_set_up, set_up, tear_down,
+};
 use crate::config::{Config, ConfigError, Home};
 
 /// The options of `run-mode`.
@@ -102,6 +104,9 @@ pub async fn change(
         Wanted::Mode(mode) => mode,
         Wanted::Auto => choose(&detect(login).await),
     };
+    // What runs now is not taken away for a mode that is refused.
+    let checked = check(mode, agent, partition);
+    checked.map_err(|source| CliError::Mode { mode, source })?;
     for other in RunMode::ALL.into_iter().filter(|other| *other != mode) {
         let taken = tear_down(other, agent, login).await;
         taken.map_err(|source| CliError::Before {

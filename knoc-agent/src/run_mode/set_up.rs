@@ -38,6 +38,20 @@ fn unit_file(agent: &Agent) -> PathBuf {
     agent.config_home.join("systemd/user").join(text::UNIT)
 }
 
+/// PURE: whether the mode can be set up as far as its texts go.
+pub fn check(mode: RunMode, agent: &Agent, partition: Option<&str>) -> Result<(), RunModeError> {
+    if partition.is_some() && !mode.is_in_job() {
+        return Err(RunModeError::NeedlessPartition { mode });
+    }
+    match mode {
+        RunMode::Systemd => text::unit(agent).map(drop),
+        RunMode::Cron => text::cron(agent).map(drop),
+        RunMode::Scrontab => text::scrontab(agent, partition).map(drop),
+        RunMode::Job => text::job(agent, partition, "sbatch").map(drop),
+        RunMode::OnDemand => Ok(()),
+    }
+}
+
 /// Sets up the mode and starts the agent with it, unless it starts by itself later. Returns what was done.
 pub async fn set_up(
     mode: RunMode,
@@ -45,9 +59,7 @@ pub async fn set_up(
     partition: Option<&str>,
     login: &Login,
 ) -> Result<String, RunModeError> {
-    if partition.is_some() && !mode.is_in_job() {
-        return Err(RunModeError::NeedlessPartition { mode });
-    }
+    check(mode, agent, partition)?;
     match mode {
         RunMode::Systemd => systemd(agent, login).await,
         RunMode::Cron => {

@@ -32,10 +32,14 @@ impl Actor {
         let Some(credentials) = credentials.map(Arc::new) else {
             return pod;
         };
-        if pod.is_finished() || self.credentials.as_ref() == Some(&credentials) {
+        // The kubelet may not know yet that the images are there.
+        if !self.needs_credentials(&pod) || self.credentials.as_ref() == Some(&credentials) {
             return pod;
         }
         self.credentials = Some(credentials);
+        if self.looks_for_image(&pod) {
+            self.ephemeral.retry_now().await;
+        }
         // What is being looked up goes on with the earlier ones.
         if before_images(&pod) && self.staging.is_empty() {
             return self.apply(pod, Event::Credentials).await;
@@ -46,6 +50,12 @@ impl Actor {
     /// Whether the images cannot be looked up, because an earlier agent process had the credentials.
     pub(super) fn lacks_credentials(&self) -> bool {
         self.credentials.is_none() && !self.spec.image_pull_secrets.is_empty()
+    }
+
+    /// Whether an image of the pod, or of one of its ephemeral containers, is still to be looked up.
+    pub(super) fn needs_credentials(&self, pod: &Pod) -> bool {
+        let over = pod.is_finished() || pod.deletion.is_some();
+        !over && (before_images(pod) || self.ephemeral.lacks_image(pod, &self.spec))
     }
 
     /// Whether the kubelet is to send the credentials again.

@@ -85,6 +85,24 @@ impl Adding {
         self.task.shutdown().await;
     }
 
+    /// Ends the pause after a failure, or a further try, so that the next one begins at once.
+    pub(super) async fn retry_now(&mut self) {
+        if !self.troubles.is_empty() {
+            self.task.shutdown().await;
+            self.troubles.clear();
+        }
+    }
+
+    /// Whether there is no image yet for a container that the shim does not have.
+    pub(super) fn lacks_image(&self, pod: &Pod, spec: &pb::PodSpec) -> bool {
+        let in_shim = |name: &str| {
+            let mut all = pod.report.iter().flat_map(|it| &it.ephemeral_containers);
+            all.any(|status| status.name == name)
+        };
+        let mut all = spec.ephemeral_containers.iter();
+        all.any(|one| !self.images.contains_key(&one.name) && !in_shim(&one.name))
+    }
+
     /// How often the container was tried, and the pause before the next try.
     fn pause(&self, container: &str, [first, longest]: [Duration; 2]) -> Duration {
         match self.troubles.get(container) {
@@ -234,9 +252,7 @@ impl Actor {
                     self.ephemeral.troubles.remove(&container);
                     let image = found.images().first().cloned().unwrap_or_default();
                     self.ephemeral.images.insert(container, image);
-                    let images = &self.ephemeral.images;
-                    let mut all = self.spec.ephemeral_containers.iter();
-                    if all.all(|one| images.contains_key(&one.name)) {
+                    if !self.needs_credentials(pod) {
                         self.credentials = None;
                     }
                 }
