@@ -65,7 +65,8 @@ pub(crate) fn as_accepted(pod: &Arc<Pod>) -> Arc<Pod> {
     if let Some(spec) = &mut accepted.spec {
         let init = spec.init_containers.iter_mut().flatten();
         for container in spec.containers.iter_mut().chain(init) {
-            let claims = container.resources.take().and_then(|own| own.claims);
+            let own = container.resources.as_ref();
+            let claims = own.and_then(|own| own.claims.clone());
             container.resources = Some(ResourceRequirements {
                 claims,
                 ..shown(pod, container)

@@ -124,11 +124,13 @@ impl Store {
         self.write().take(uid, pod, findings);
     }
 
-    /// Stores the answer to one of our patches, which the watch will bring soon.
+    /// Stores the answer to one of our patches, which the watch will bring soon. A newer generation is left to the watch,
+    /// because the findings that are known are not about it.
     pub fn refresh_desired(&self, uid: &PodUid, pod: Pod) {
         let mut inner = self.write();
         if let Some(known) = inner.desired.get_mut(uid)
             && !older(&pod, &known.pod)
+            && pod.metadata.generation == known.pod.metadata.generation
         {
             known.pod = Arc::new(pod);
         }

@@ -156,11 +156,13 @@ fn auths(name: &str, secret: &Secret) -> Result<Option<Pairs>, BadSecret> {
         ))
     })?;
     let pairs = read.into_iter().map(|(location, auth)| {
-        let why = format!("[{location:?}].auth is not USERNAME:PASSWORD in base64");
+        // A location may be a URL that contains a password.
+        let shown = location.rsplit('@').next().unwrap_or_default();
+        let why = format!("[{shown:?}].auth is not USERNAME:PASSWORD in base64");
         let pair = auth.unwrap_or_default().pair().ok_or_else(|| bad(why))?;
         if pair.0.len() + pair.1.len() > pb::RegistryLogin::MAX_LENGTH {
             let most = pb::RegistryLogin::MAX_LENGTH;
-            return Err(bad(format!("[{location:?}] is longer than {most} bytes")));
+            return Err(bad(format!("[{shown:?}] is longer than {most} bytes")));
         }
         Ok((location, pair))
     });

@@ -320,6 +320,10 @@ impl Worker<'_> {
     /// changed to which the pod refers; at once if labels or annotations changed that the pod reads.
     pub(super) fn plan_refresh(&mut self, view: &PodView, now: Timestamp) {
         let Some(observed) = &view.observed else {
+            if status::is_terminal(&view.pod) {
+                // It was rejected or lost after its objects were read.
+                self.context.api.references.forget(self.uid);
+            }
             return;
         };
         if observed.phase() == pb::PodPhase::Finished {

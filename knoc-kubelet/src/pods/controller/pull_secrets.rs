@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb::{self, PodPhase, container_status::State};
 
 use super::{ensure::NoValues, worker::Worker};
-use crate::pods::{resolve, store::PodView};
+use crate::pods::{resolve, status, store::PodView};
 
 /// The shortest and the longest time between two reads, in seconds.
 const READ_AGAIN: std::ops::RangeInclusive<u64> = 10..=20;
@@ -21,7 +21,10 @@ impl Worker<'_> {
     ) -> Result<Option<pb::PullCredentials>, NoValues> {
         let names = knoc_translate::pull_secrets(pod);
         let observed = self.context.pods.store.observed(self.uid);
-        if names.is_empty() || observed.is_some_and(|observed| !waits_for_images(pod, &observed)) {
+        let findings = self.context.pods.store.findings(self.uid);
+        let findings = findings.unwrap_or_default();
+        let waits = observed.is_none_or(|it| waits_for_images(pod, &it, &findings.rejected));
+        if names.is_empty() || !waits {
             return Ok(None);
         }
         let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
@@ -47,7 +50,7 @@ impl Worker<'_> {
     /// When a new process reads the pull secrets of a pod that an earlier one sent.
     pub(super) fn pull_secrets_due(view: &PodView) -> Option<Duration> {
         let observed = view.observed.as_deref();
-        let waits = observed.is_some_and(|observed| waits_for_images(&view.pod, observed));
+        let waits = observed.is_some_and(|it| waits_for_images(&view.pod, it, &[]));
         let due = waits && !knoc_translate::pull_secrets(&view.pod).is_empty();
         due.then(|| read_again().unsigned_abs())
     }
@@ -58,13 +61,16 @@ fn read_again() -> SignedDuration {
     SignedDuration::try_from(Duration::from_secs(seconds)).unwrap_or(SignedDuration::ZERO)
 }
 
-/// Does the agent lack images of the pod, or of an ephemeral container that was added to it?
-fn waits_for_images(pod: &Pod, observed: &pb::PodObserved) -> bool {
+/// Does the agent lack images of the pod, or of an ephemeral container that was added to it and is not `rejected`?
+fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, rejected: &[String]) -> bool {
     let spec = pod.spec.as_ref();
     let mut ephemeral = spec
         .iter()
         .flat_map(|spec| spec.ephemeral_containers.iter().flatten());
     let waits = |name: &str| {
+        if status::refused(rejected, name).is_some() {
+            return false;
+        }
         let mut statuses = observed.ephemeral_containers.iter();
         let status = statuses.find(|status| status.name == name);
         let state = status.and_then(|status| status.state.as_ref());
