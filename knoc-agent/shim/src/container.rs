@@ -48,6 +48,8 @@ use super::{
     signals::{self, Identity},
     usage::{Counters, Used},
 };
+use crate::launch::beside::Beside;
+use crate::launch::beside::Beside;
 
 /// Kubernetes' limits of a termination message, and of the end of the log that may replace it.
 const MESSAGE_BYTES: usize = 4096;
@@ -68,7 +70,7 @@ const NOT_STARTED: i32 = 128;
 pub(crate) struct Program {
     pub(crate) identity: Identity,
     /// The process whose PID namespace it shares.
-    pub(crate) beside: Option<Identity>,
+    pub(crate) beside: Option<Beside>,
     /// Whether its PID namespace ends with it, and has no other programs.
     pub(crate) isolated: bool,
     pub(crate) spec: LaunchSpec,

@@ -22,6 +22,7 @@ use super::{
 };
 use crate::launch::{
     account::{self, PASSWD_BYTES},
+    beside::Beside,
     enter,
 };
 
@@ -29,7 +30,7 @@ use crate::launch::{
 const WAIT: Duration = Duration::from_secs(5);
 
 /// A container, and the process whose PID namespace it shares.
-type Place = (Identity, Option<Identity>);
+type Place = (Identity, Option<Beside>);
 
 /// The text of the file, if `spec` needs it. `None` if it cannot be read, as in a container that root has set up.
 pub(crate) async fn of_image(pod: &Pod, container: Place, spec: &LaunchSpec) -> Option<Vec<u8>> {

@@ -33,7 +33,10 @@ use super::{
     folders::{Folders, PrepareError},
 };
 use crate::{
-    launch::contain::spec::{ContainSpec, MountSpec},
+    launch::{
+        beside::Beside,
+        contain::spec::{ContainSpec, MountSpec},
+    },
     runtime::{Root, Sandbox},
 };
 
@@ -62,7 +65,7 @@ pub(super) struct Up {
     pub(super) socket: UnixStream,
     pub(super) identity: Identity,
     /// The process whose PID namespace it shares.
-    pub(super) beside: Option<Identity>,
+    pub(super) beside: Option<Beside>,
     /// The volume that holds the termination message, if it lies in one.
     pub(super) message: Option<OwnedFd>,
 }
@@ -114,7 +117,7 @@ pub(super) async fn bring_up(
 
 /// The process whose PID namespace the container shares: that of the pod, of its target, or none. Without isolation all
 /// containers see all processes.
-async fn shared_processes(pod: &Pod, attempt: &Attempt) -> Result<Option<Identity>, AttemptError> {
+async fn shared_processes(pod: &Pod, attempt: &Attempt) -> Result<Option<Beside>, AttemptError> {
     let shares = pod.spec().share_process_namespace;
     if !pod.runtime.isolates() || !shares && attempt.target.is_none() {
         return Ok(None);
@@ -123,7 +126,7 @@ async fn shared_processes(pod: &Pod, attempt: &Attempt) -> Result<Option<Identit
         return Err(ProcessesError::NoNamespaces.into());
     }
     if !shares {
-        return Ok(attempt.target);
+        return Ok(attempt.target.map(Beside::container));
     }
     let helper = Helper {
         agent: &pod.agent,
@@ -131,7 +134,7 @@ async fn shared_processes(pod: &Pod, attempt: &Attempt) -> Result<Option<Identit
         users: &pod.mounting.users,
         network: &pod.network,
     };
-    Ok(Some(pod.holder.first(helper).await?))
+    Ok(Some(Beside::holder(pod.holder.first(helper).await?)))
 }
 
 /// Resolves the names on a blocking thread: a file system that the pod mounts may hang.
@@ -164,7 +167,7 @@ struct Starting<'a> {
     /// What the helper mounts first; `None` if the runtime is started without the helper.
     specs: Option<Vec<MountSpec>>,
     /// The process whose PID namespace the container shares.
-    beside: Option<Identity>,
+    beside: Option<Beside>,
 }
 
 impl Starting<'_> {
@@ -232,7 +235,7 @@ impl Starting<'_> {
                     root: sandbox.fakeroot,
                     network,
                     mounts: mounts.clone(),
-                    beside: self.beside.map(Into::into),
+                    beside: self.beside,
                 };
                 self.contain(&spec, namespaces).await?
             }

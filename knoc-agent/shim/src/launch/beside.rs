@@ -5,6 +5,7 @@ use std::{fs::File, io, os::fd::AsFd as _, os::unix::fs::MetadataExt as _};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 
+use super::sys;
 use crate::signals::Identity;
 
 /// A process whose PID namespace is joined, with its start time, since a pid alone may be given to another process later.
@@ -12,28 +13,67 @@ use crate::signals::Identity;
 pub(crate) struct Beside {
     pid: u32,
     start: u64,
+    whose: Whose,
 }
 
-impl From<Identity> for Beside {
-    fn from(process: Identity) -> Self {
-        Self {
-            pid: process.pid,
-            start: process.start,
-        }
-    }
+/// What the process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum Whose {
+    /// The helper that holds the PID namespace of a pod. The containers' user namespaces are below its own.
+    Holder,
+    /// A program in a container. Whatever runs in its user namespace, or below it, is at its mercy: also the runtime that
+    /// starts another container, which sees the files of the node. So only the namespace above is entered.
+    Container,
 }
 
 impl Beside {
-    /// The process with this pid and start time, as [`super::enter`] is given them.
-    pub(crate) fn parse(pid: &str, start: &str) -> Option<Self> {
+    /// The helper that holds the PID namespace of the pod.
+    pub(crate) fn holder(process: Identity) -> Self {
+        Self::of(process, Whose::Holder)
+    }
+
+    /// A program of a container.
+    pub(crate) fn container(process: Identity) -> Self {
+        Self::of(process, Whose::Container)
+    }
+
+    fn of(process: Identity, whose: Whose) -> Self {
+        Self {
+            pid: process.pid,
+            start: process.start,
+            whose,
+        }
+    }
+
+    /// As arguments, which [`Self::parse`] reads.
+    pub(crate) fn arguments(self) -> [String; 3] {
+        let whose = match self.whose {
+            Whose::Holder => "holder",
+            Whose::Container => "container",
+        };
+        [
+            self.pid.to_string(),
+            self.start.to_string(),
+            whose.to_owned(),
+        ]
+    }
+
+    /// The process that these arguments name, as [`super::enter`] is given them.
+    pub(crate) fn parse(pid: &str, start: &str, whose: &str) -> Option<Self> {
+        let whose = match whose {
+            "holder" => Whose::Holder,
+            "container" => Whose::Container,
+            _ => return None,
+        };
         Some(Self {
             pid: pid.parse().ok()?,
             start: start.parse().ok()?,
+            whose,
         })
     }
 
-    /// Enters the user namespace of the process, which gives the rights for its PID namespace, and has the children of this
-    /// process created in the latter.
+    /// Enters the user namespace that gives the rights for the process's PID namespace and in which the process itself has
+    /// none, and has the children of this process created in the latter.
     pub(super) fn join(self) -> io::Result<()> {
         let open = |name: &str| File::open(format!("/proc/{}/ns/{name}", self.pid));
         let (user, processes) = (open("user")?, open("pid")?);
@@ -43,12 +83,25 @@ impl Beside {
                 "the container whose processes it shares has ended",
             ));
         }
-        let own = std::fs::metadata("/proc/self/ns/user")?;
-        let theirs = user.metadata()?;
-        if (theirs.dev(), theirs.ino()) != (own.dev(), own.ino()) {
+        let user = match self.whose {
+            Whose::Holder => user,
+            Whose::Container if is_own(&user)? => {
+                return Err(io::Error::other(
+                    "the target has no user namespace of its own, so nothing can share its processes safely",
+                ));
+            }
+            Whose::Container => File::from(sys::parent_of_namespace(&user.into())?),
+        };
+        if !is_own(&user)? {
             move_into_link_name_space(user.as_fd(), Some(LinkNameSpaceType::User))?;
         }
         move_into_link_name_space(processes.as_fd(), Some(LinkNameSpaceType::ProcessID))?;
         Ok(())
     }
+}
+
+/// Whether this process is in the user namespace.
+fn is_own(user: &File) -> io::Result<bool> {
+    let (own, theirs) = (std::fs::metadata("/proc/self/ns/user")?, user.metadata()?);
+    Ok((theirs.dev(), theirs.ino()) == (own.dev(), own.ino()))
 }

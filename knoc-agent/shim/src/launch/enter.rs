@@ -6,8 +6,7 @@
 //! to the container's root, and forks into the PID namespace. The child becomes the program; the parent waits and exits as
 //! the child did. Namespaces that the helper shares with the container already are left out, so without isolation it joins none.
 //!
-//! With a second PID and START, the container shares the processes of that process, whose user namespace has the rights for
-//! their PID namespace.
+//! With a second PID and START, the container shares the processes of that process ([`Beside`]).
 //!
 //! `knoc-agent enter PID START passwd` writes the image's own `/etc/passwd` to its standard input instead (see
 //! [`account`]).
@@ -53,7 +52,7 @@ const FAILED: u8 = 125;
 
 #[derive(Debug, thiserror::Error)]
 enum EnterError {
-    #[error("usage: knoc-agent enter PID START [PID START]")]
+    #[error("usage: knoc-agent enter PID START [PID START holder|container]")]
     Usage,
     #[error("the container has ended")]
     Ended,
@@ -81,10 +80,10 @@ impl EnterError {
 pub(crate) const PASSWD: &str = "passwd";
 
 /// The arguments for a container that shares the processes `beside`, if it shares any.
-pub(crate) fn arguments(container: Identity, beside: Option<Identity>) -> Vec<String> {
-    let all = [Some(container), beside].into_iter().flatten();
-    all.flat_map(|one| [one.pid.to_string(), one.start.to_string()])
-        .collect()
+pub(crate) fn arguments(container: Identity, beside: Option<Beside>) -> Vec<String> {
+    let container = [container.pid.to_string(), container.start.to_string()];
+    let beside = beside.into_iter().flat_map(Beside::arguments);
+    container.into_iter().chain(beside).collect()
 }
 
 /// Entry point of the hidden subcommand.
@@ -167,8 +166,8 @@ struct Target {
 fn join(arguments: &[String]) -> Result<(), EnterError> {
     let (pid, start, beside) = match arguments {
         [pid, start] => (pid, start, None),
-        [pid, start, of, since] => {
-            let beside = Beside::parse(of, since).ok_or(EnterError::Usage)?;
+        [pid, start, of, since, whose] => {
+            let beside = Beside::parse(of, since, whose).ok_or(EnterError::Usage)?;
             (pid, start, Some(beside))
         }
         _ => return Err(EnterError::Usage),

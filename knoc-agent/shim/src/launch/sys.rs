@@ -17,14 +17,24 @@ use nix::{
 
 /// Of `linux/nsfs.h`.
 const NS_GET_USERNS: nix::libc::Ioctl = 0xb701;
+const NS_GET_PARENT: nix::libc::Ioctl = 0xb702;
 
 /// The user namespace that owns this namespace.
 pub(super) fn owner_of_namespace(namespace: &OwnedFd) -> io::Result<OwnedFd> {
-    // SAFETY: the descriptor is open; the call takes no argument and returns a new descriptor or fails.
-    let owner = unsafe { nix::libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS) };
-    let owner = nix::errno::Errno::result(owner)?;
+    related_namespace(namespace, NS_GET_USERNS)
+}
+
+/// The user namespace above this one.
+pub(super) fn parent_of_namespace(namespace: &OwnedFd) -> io::Result<OwnedFd> {
+    related_namespace(namespace, NS_GET_PARENT)
+}
+
+fn related_namespace(namespace: &OwnedFd, which: nix::libc::Ioctl) -> io::Result<OwnedFd> {
+    // SAFETY: the descriptor is open; the calls take no argument and return a new descriptor or fail.
+    let found = unsafe { nix::libc::ioctl(namespace.as_raw_fd(), which) };
+    let found = nix::errno::Errno::result(found)?;
     // SAFETY: the kernel has just opened it for this process, and nothing else knows its number.
-    Ok(unsafe { OwnedFd::from_raw_fd(owner) })
+    Ok(unsafe { OwnedFd::from_raw_fd(found) })
 }
 
 /// Forks the calling process.
