@@ -139,6 +139,62 @@ async fn containers_share_their_processes_and_one_may_end_that_of_another() -> a
     world.finish().await
 }
 
+/// Which containers' files, or the node's, a container reaches by the processes that it sees.
+const REACHES: &str = "for process in /proc/[0-9]*; do \
+     for one in main other helper; do [ ! -e $process/root/tmp/i-am-$one ] || echo $one; done; \
+     [ ! -e $process/root/home/hpcuser ] || echo the node; done | sort -u";
+
+/// A program that can be recognised by a file.
+fn recognised(name: &str) -> String {
+    format!("touch /tmp/i-am-{name}; while :; do sleep 1; done")
+}
+
+#[tokio::test]
+async fn through_shared_processes_a_container_reaches_its_own_files_only() -> anyhow::Result<()> {
+    let world = World::new("shared-files").await?;
+    for network in ["host", "private"] {
+        let (target, shared) = (format!("target-{network}"), format!("shared-{network}"));
+        let pod = |name: &str| PodBuilder::new(name).annotation("knoc.io/network", network);
+        let of_target = world.running(&pod(&target).sh(&recognised("main"))).await?;
+        let both = pod(&shared)
+            .spec("shareProcessNamespace", json!(true))
+            .sh(&recognised("main"))
+            .container("other")
+            .sh(&recognised("other"));
+        let of_shared = world.running(&both).await?;
+        let image = format!("--image={}", PodBuilder::image_name());
+        let debug = [
+            "debug",
+            &target,
+            "--attach=false",
+            "--target=main",
+            "-c",
+            "helper",
+        ];
+        let run = world.kubectl(debug).arg(&image);
+        let program = recognised("helper");
+        run.args(["--", "sh", "-c", &program]).ok().await?;
+        for (uid, container) in [
+            (&of_target, "helper"),
+            (&of_target, "main"),
+            (&of_shared, "main"),
+            (&of_shared, "other"),
+        ] {
+            wait_for("it reaches its own files only", SOON, async || {
+                let look = world.exec(uid, container, ["sh", "-c", REACHES]);
+                let reached = look.ok().await?.text();
+                ensure!(
+                    reached == container,
+                    "{container} of {network}: {reached:?}"
+                );
+                anyhow::Ok(())
+            })
+            .await?;
+        }
+    }
+    world.finish().await
+}
+
 #[tokio::test]
 async fn a_resize_is_answered_with_infeasible_and_taken_back() -> anyhow::Result<()> {
     let world = World::new("resize").await?;

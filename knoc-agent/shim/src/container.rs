@@ -49,7 +49,6 @@ use super::{
     usage::{Counters, Used},
 };
 use crate::launch::beside::Beside;
-use crate::launch::beside::Beside;
 
 /// Kubernetes' limits of a termination message, and of the end of the log that may replace it.
 const MESSAGE_BYTES: usize = 4096;
