@@ -35,7 +35,8 @@ impl Patience {
     /// That of a node with this many pods.
     pub(super) fn with(pods: usize) -> Self {
         let pods = u64::try_from(pods).unwrap_or(u64::MAX);
-        let seconds = |each: u64, least, most| Duration::from_secs((pods / each).clamp(least, most));
+        let seconds =
+            |each: u64, least, most| Duration::from_secs((pods / each).clamp(least, most));
         Self {
             first: seconds(100, 1, 4),
             ending: seconds(100, 1, 4),
@@ -311,7 +312,12 @@ mod tests {
     fn many_pods_have_more_patience_but_never_for_a_phase() {
         let seconds = |pods| {
             let patience = Patience::with(pods);
-            let all = [patience.first, patience.ending, patience.details, patience.messages];
+            let all = [
+                patience.first,
+                patience.ending,
+                patience.details,
+                patience.messages,
+            ];
             all.map(|one| one.as_secs())
         };
         assert_eq!(seconds(0), [1, 1, 3, 10]);

@@ -87,7 +87,10 @@ impl Worker<'_> {
         }
         let now = Instant::now();
         let since = *self.memory.events.held_since.get_or_insert(now);
-        let left = self.patience().messages.saturating_sub(now.duration_since(since));
+        let left = self
+            .patience()
+            .messages
+            .saturating_sub(now.duration_since(since));
         if left.is_zero() {
             self.memory.events.held_since = None;
             return false;
