@@ -122,15 +122,8 @@ pub(crate) struct Named {
 
 impl Mounts {
     pub(crate) fn new(image: &pb::ResolvedImage, agent: PathBuf, staging: PathBuf) -> Self {
-        let host = node_name();
         Self {
-            image: Source::Image {
-                path: image.path.clone().into(),
-                expected: image
-                    .file
-                    .as_ref()
-                    .map(|file| FileId::from_job(file, &host)),
-            },
+            image: self::image(image),
             image_path: image.path.clone(),
             volumes: Vec::new(),
             message: None,
@@ -236,7 +229,8 @@ impl Mounts {
             let found = mounted.source.open().map_err(failed(&mounted.what))?;
             if let Some(point) = &mounted.point {
                 // If this fails, the mount point may exist already. If it does not, the runtime reports the error.
-                point.make(found.is_folder(), &opened).ok();
+                let folder = mounted.source.is_folder(&found);
+                point.make(folder, &opened).ok();
             }
             named.binds.push(bind(mounted, found.path.clone()));
             if let Some((_, rest)) = self.message.as_ref().filter(|(mount, _)| *mount == index) {
@@ -249,6 +243,16 @@ impl Mounts {
             opened.push(found);
         }
         Ok(named)
+    }
+}
+
+/// The source of a mount of this image.
+pub(crate) fn image(image: &pb::ResolvedImage) -> Source {
+    let host = node_name();
+    let file = image.file.as_ref();
+    Source::Image {
+        path: image.path.clone().into(),
+        expected: file.map(|file| FileId::from_job(file, &host)),
     }
 }
 
@@ -266,6 +270,7 @@ fn bind(mounted: &Mounted, source: PathBuf) -> Bind {
         source,
         target: mounted.target.clone(),
         read_only: mounted.read_only,
+        image: mounted.image,
     }
 }
 
@@ -286,6 +291,7 @@ mod tests {
             target: "/v".into(),
             read_only: false,
             needs_descriptor,
+            image: None,
             point: None,
         };
         let image = pb::ResolvedImage {

@@ -61,7 +61,8 @@ fn read_again() -> SignedDuration {
     SignedDuration::try_from(Duration::from_secs(seconds)).unwrap_or(SignedDuration::ZERO)
 }
 
-/// Does the agent lack images of the pod, or of an ephemeral container that was added to it and is not `rejected`?
+/// Does the agent lack images of the pod: at first, of an ephemeral container that was added to it and is not `rejected`, or
+/// another one for a container?
 fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, rejected: &[String]) -> bool {
     let spec = pod.spec.as_ref();
     let mut ephemeral = spec
@@ -76,6 +77,21 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, rejected: &[String]) 
         let state = status.and_then(|status| status.state.as_ref());
         matches!(state, None | Some(State::Waiting(_)))
     };
+    let others = || {
+        let containers = spec.iter().flat_map(|spec| {
+            let init = spec.init_containers.iter().flatten();
+            init.chain(&spec.containers)
+        });
+        let statuses = || observed.init_containers.iter().chain(&observed.containers);
+        let image = |name: &str| {
+            statuses()
+                .find(|one| one.name == name)
+                .map(|one| &one.image)
+        };
+        containers
+            .map(|container| (image(&container.name), &container.image))
+            .any(|(known, wanted)| known.is_some() && known != wanted.as_ref())
+    };
     match observed.phase() {
         PodPhase::Unspecified | PodPhase::Accepted | PodPhase::Staging => true,
         PodPhase::Finished => false,
@@ -84,6 +100,8 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, rejected: &[String]) 
         | PodPhase::Queued
         | PodPhase::Running
         | PodPhase::Stopping
-        | PodPhase::Lost => ephemeral.any(|container| waits(&container.name)),
+        | PodPhase::Lost => {
+            observed.values_wanted || others() || ephemeral.any(|container| waits(&container.name))
+        }
     }
 }

@@ -143,6 +143,19 @@ impl SourceError {
 }
 
 impl Source {
+    /// Whether it is an image in one file, which the runtime mounts as a folder.
+    pub(crate) fn is_image_file(&self) -> bool {
+        match self {
+            Self::Image { expected, .. } => !expected.as_ref().is_some_and(|file| file.folder),
+            Self::Inside { .. } | Self::Own(_) | Self::Host(_) => false,
+        }
+    }
+
+    /// Whether it is a folder in the container. `found` is what it led to.
+    pub(crate) fn is_folder(&self, found: &Found) -> bool {
+        found.is_folder() || self.is_image_file()
+    }
+
     /// Opens what is to be mounted.
     pub(crate) fn open(&self) -> Result<Found, SourceError> {
         match self {
