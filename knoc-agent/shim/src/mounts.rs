@@ -10,7 +10,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use knoc_contract::{host::node_name, image_file::FileId, setuid};
+use knoc_contract::setuid;
 use knoc_proto::pb;
 use rustix::io::Errno;
 
@@ -123,7 +123,7 @@ pub(crate) struct Named {
 impl Mounts {
     pub(crate) fn new(image: &pb::ResolvedImage, agent: PathBuf, staging: PathBuf) -> Self {
         Self {
-            image: self::image(image),
+            image: Source::of_image(image),
             image_path: image.path.clone(),
             volumes: Vec::new(),
             message: None,
@@ -243,16 +243,6 @@ impl Mounts {
             opened.push(found);
         }
         Ok(named)
-    }
-}
-
-/// The source of a mount of this image.
-pub(crate) fn image(image: &pb::ResolvedImage) -> Source {
-    let host = node_name();
-    let file = image.file.as_ref();
-    Source::Image {
-        path: image.path.clone().into(),
-        expected: file.map(|file| FileId::from_job(file, &host)),
     }
 }
 

@@ -25,7 +25,6 @@ use knoc_proto::{
 };
 
 use super::{
-    mounts,
     scratch::{NoMemory, Scratch, ScratchError},
     sif::{self, Part, SifError},
 };
@@ -189,7 +188,7 @@ impl Place {
                 let mut images = images.iter();
                 let image = images.find(|image| image.volume == volume.name);
                 let image = image.ok_or_else(|| VolumeError::Unknown(volume.name.clone()))?;
-                let (source, path) = (mounts::image(image), Path::new(&image.path));
+                let (source, path) = (spec::Source::of_image(image), Path::new(&image.path));
                 let part = source.is_image_file().then(|| sif::part(path)).transpose();
                 Self::Image(
                     source,
