@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_tests::{
     PodBuilder, World, wait_for,
-    world::{SOON, container_reason},
+    world::{SOON, container_reason, why},
 };
 use serde_json::{Value, json};
 
@@ -527,5 +527,34 @@ async fn another_image_is_taken_by_a_running_pod_and_by_one_whose_image_does_not
         .await?;
     let inside = world.exec(&runs, "main", ["cat", "/bin/show"]).ok().await?;
     ensure!(!inside.stdout.is_empty(), "{inside:?}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn an_image_is_a_volume_that_no_container_can_write() -> anyhow::Result<()> {
+    let world = World::new("images-volume").await?;
+    let pod = |name: &str| {
+        PodBuilder::new(name).spec(
+            "volumes",
+            json!([{"name": "models", "image": {"reference": image("own:1"), "pullPolicy": "IfNotPresent"}}]),
+        )
+    };
+    let reads = pod("reads")
+        .set(
+            "volumeMounts",
+            json!([{"name": "models", "mountPath": "/models"}]),
+        )
+        .sh("head -c 2 /models/bin/show; touch /models/x 2>/dev/null || echo ' read-only'");
+    world.run(&reads, "Succeeded").await?;
+    let log = world.logs("reads", "main").await?;
+    ensure!(log == "#! read-only\n", "{log:?}");
+    // A link in the image could lead to a file of the node.
+    let part = pod("part").set(
+        "volumeMounts",
+        json!([{"name": "models", "mountPath": "/models", "subPath": "bin"}]),
+    );
+    let rejected = world.run(&part.sh("true"), "Failed").await?;
+    let (_, message) = why(&rejected);
+    ensure!(message.contains("the image volume \"models\""), "{message}");
     world.finish().await
 }
