@@ -98,7 +98,8 @@ async fn a_job_without_a_link_is_told_of_another_image_once_a_step_can_carry_it_
     let (_site, _agent, client) = Site::start(Options::without_link()).await?;
     let pod = Pod::new("cut-off", vec![shell("main", "exec sleep 600")]);
     pod.ensure(&client).await?;
-    pod.running(&client, SOON).await?;
+    let runs = |pod: &pb::PodObserved| runs_with(pod, "main", "none", 0);
+    pod.wait_for_state(&client, "it runs", SOON, runs).await?;
     with_image(&pod, "main", "newer").ensure(&client).await?;
     let told = |pod: &pb::PodObserved| {
         let mut notes = pod.notes.iter();
