@@ -7,8 +7,7 @@ use knoc_proto::{
 };
 use tonic::Status;
 
-use super::host_paths;
-use crate::{scheduler::SubmitErrorKind, site::Site};
+use crate::{policy::host_paths, scheduler::SubmitErrorKind, site::Site};
 
 /// The runtime of a site without containers.
 const PROCESS: &str = "process";
