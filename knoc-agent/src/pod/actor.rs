@@ -327,6 +327,7 @@ impl Actor {
         let up = self.site.shim_links.client(&self.uid).is_some();
         if up {
             self.linked();
+            self.updates.linked().await;
         }
         let pod = self.apply(pod, Event::Link(up)).await;
         self.push_values(&pod, false);

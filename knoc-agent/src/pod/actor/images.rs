@@ -30,6 +30,8 @@ use crate::{
 pub(super) struct Updates {
     /// At most one task.
     task: JoinSet<Step>,
+    /// Whether the task tells the shim something.
+    tells: bool,
     /// By container: what `job.pb` names; empty until the pod is staged.
     staged: BTreeMap<String, String>,
     /// By container: the images that were found for it.
@@ -82,6 +84,13 @@ impl Updates {
     pub(super) async fn retry_now(&mut self) {
         self.task.shutdown().await;
         self.troubles.clear();
+    }
+
+    /// The shim has a link now: what it could not be told before, it is told at once.
+    pub(super) async fn linked(&mut self) {
+        if self.tells {
+            self.retry_now().await;
+        }
     }
 
     /// `job.pb` names these images now.
@@ -174,6 +183,7 @@ impl Actor {
                 let wait = pause(self.updates.tries(&container.name), IMAGE_AGAIN);
                 let (site, spec) = (Arc::clone(&self.site), Arc::clone(&self.spec));
                 let (own, credentials) = (self.own.clone(), self.known_credentials());
+                self.updates.tells = false;
                 self.updates.task.spawn(async move {
                     tokio::time::sleep(wait).await;
                     let name = container.name.clone();
@@ -195,6 +205,7 @@ impl Actor {
                 let wait = pause(self.updates.tries(&name), GIVE_AGAIN);
                 let image = self.updates.found.get(&name).cloned();
                 let (site, uid) = (Arc::clone(&self.site), self.uid.clone());
+                self.updates.tells = true;
                 self.updates.task.spawn(async move {
                     tokio::time::sleep(wait).await;
                     let result = tell(&site, &uid, image).await;
