@@ -123,8 +123,17 @@ pub struct Values {
     pub values: pb::PodValues,
     /// The skipped names, for the Event `InvalidEnvironmentVariableNames`.
     pub skipped: Vec<String>,
-    /// What the variables of ephemeral containers lack. It does not hold up the pod, which runs without them.
-    pub lacking: Vec<String>,
+    /// The ephemeral containers that lack something. They do not hold up the pod, which runs without them.
+    pub lacking: Vec<Lacking>,
+}
+
+/// What the variables of an ephemeral container lack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lacking {
+    /// The name of the container.
+    pub container: String,
+    /// One message for each missing object or key.
+    pub messages: Vec<String>,
 }
 
 /// Translates the shape of the pod, or returns everything that is wrong with it. The volumes of claims have no source until
@@ -208,9 +217,16 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
         });
     }
     for one in ephemeral::containers(spec) {
-        let (container, lacking) = ((&one.container).into(), &mut values.lacking);
-        let vars = env::variables(pod, container, resolved, &mut values.skipped, lacking);
-        values.lacking.extend(env::bad_sub_paths(container, &vars));
+        let (container, mut messages) = ((&one.container).into(), Vec::new());
+        let skipped = &mut values.skipped;
+        let vars = env::variables(pod, container, resolved, skipped, &mut messages);
+        messages.extend(env::bad_sub_paths(container, &vars));
+        if !messages.is_empty() {
+            values.lacking.push(Lacking {
+                container: container.name.clone(),
+                messages,
+            });
+        }
         values.values.ephemeral_env.push(pb::ContainerEnv {
             container: container.name.clone(),
             vars,
