@@ -21,6 +21,7 @@ mod converse;
 mod cp;
 mod delete;
 mod describe;
+mod command;
 mod doctor;
 mod error;
 mod exec;

@@ -22,12 +22,12 @@ const SOON: Duration = Duration::from_mins(1);
 const LIMIT: Duration = Duration::from_mins(3);
 
 /// A login node with a home of its own.
-struct Far {
-    site: Site,
+pub(super) struct Far {
+    pub(super) site: Site,
 }
 
 impl Far {
-    fn new() -> anyhow::Result<Self> {
+    pub(super) fn new() -> anyhow::Result<Self> {
         let far = Self {
             site: Site::new(Options::default())?,
         };
@@ -38,7 +38,7 @@ impl Far {
         Ok(far)
     }
 
-    fn home(&self) -> PathBuf {
+    pub(super) fn home(&self) -> PathBuf {
         self.site.path("login")
     }
 
@@ -54,14 +54,14 @@ impl Far {
         self.program("near/ssh", &text)
     }
 
-    fn program(&self, name: &str, text: &str) -> anyhow::Result<()> {
+    pub(super) fn program(&self, name: &str, text: &str) -> anyhow::Result<()> {
         self.site.put(name, text)?;
         fs::set_permissions(self.site.path(name), fs::Permissions::from_mode(0o755))?;
         Ok(())
     }
 
     /// A program of the site that appends its arguments to `tools/NAME.log` and then runs these lines.
-    fn tool(&self, name: &str, lines: &str) -> anyhow::Result<()> {
+    pub(super) fn tool(&self, name: &str, lines: &str) -> anyhow::Result<()> {
         let log = self.site.path("tools").join(format!("{name}.log"));
         self.program(
             &format!("tools/{name}"),
@@ -70,7 +70,7 @@ impl Far {
     }
 
     /// What a tool was asked.
-    fn asked(&self, name: &str) -> String {
+    pub(super) fn asked(&self, name: &str) -> String {
         fs::read_to_string(self.site.path("tools").join(format!("{name}.log"))).unwrap_or_default()
     }
 
