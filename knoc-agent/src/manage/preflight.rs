@@ -87,7 +87,11 @@ fn machine(architecture: &str) -> Found {
 
 fn limits() -> Found {
     let most = |resource| getrlimit(resource).maximum;
-    judge_limits(most(Resource::Nofile), most(Resource::Nproc), most(Resource::Cpu))
+    judge_limits(
+        most(Resource::Nofile),
+        most(Resource::Nproc),
+        most(Resource::Cpu),
+    )
 }
 
 /// PURE: judges the hard limits of open files, processes and seconds of processor time; `None` is unlimited.
@@ -234,7 +238,11 @@ async fn controller(login: &Login) -> Found {
             names.dedup();
             let more = names.len().saturating_sub(8);
             names.truncate(8);
-            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let more = if more > 0 {
+                format!(" and {more} more")
+            } else {
+                String::new()
+            };
             Ok(format!("answers; partitions {}{more}", names.join(", ")))
         }
         Err(error) => wrong(error, cure),
@@ -242,7 +250,12 @@ async fn controller(login: &Login) -> Found {
 }
 
 async fn accounting(login: &Login) -> Found {
-    let asked = said(login, "sacct", &["--allocations", "--noheader", "--starttime=now"]).await;
+    let asked = said(
+        login,
+        "sacct",
+        &["--allocations", "--noheader", "--starttime=now"],
+    )
+    .await;
     match asked {
         Ok(_) => Ok("sacct answers".to_owned()),
         Err(error) => wrong(
@@ -312,10 +325,15 @@ async fn run_modes(login: &Login) -> String {
 /// Binds the ports for a moment, without listening.
 fn ports() -> Found {
     let taken = |port: &u16| {
-        let bound = TcpSocket::new_v4().and_then(|socket| socket.bind(([0, 0, 0, 0], *port).into()));
+        let bound =
+            TcpSocket::new_v4().and_then(|socket| socket.bind(([0, 0, 0, 0], *port).into()));
         bound.is_err()
     };
-    let taken: Vec<String> = PORTS.iter().filter(|port| taken(port)).map(u16::to_string).collect();
+    let taken: Vec<String> = PORTS
+        .iter()
+        .filter(|port| taken(port))
+        .map(u16::to_string)
+        .collect();
     if taken.is_empty() {
         return Ok(format!(
             "{} (kubelets) and {} (jobs) are free on this host",
@@ -373,7 +391,12 @@ mod tests {
         let judge = |kind, gib: u64| judge_folder(&path, kind, gib << 30);
         assert!(judge(0x6969, 40).unwrap().contains("on nfs, with 40 GiB"));
         assert!(judge(0xEF53, 40).unwrap().contains("--probe"));
-        assert!(judge(0x0102_1994, 40).unwrap_err().cure.contains("state_dir"));
+        assert!(
+            judge(0x0102_1994, 40)
+                .unwrap_err()
+                .cure
+                .contains("state_dir")
+        );
         assert!(judge(0x6969, 1).unwrap_err().cure.contains("make room"));
     }
 

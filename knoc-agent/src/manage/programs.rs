@@ -66,8 +66,8 @@ impl Account {
 
     /// Removes the program that runs if it was sent for one request only, and the folders that were created for it.
     pub(super) fn forget_upload(&self) {
-        let Ok((own, store)) = std::env::current_exe()
-            .and_then(|own| Ok((own, self.store().canonicalize()?)))
+        let Ok((own, store)) =
+            std::env::current_exe().and_then(|own| Ok((own, self.store().canonicalize()?)))
         else {
             return;
         };

@@ -349,9 +349,7 @@ impl Actor {
                 self.uid
             )),
             Ordering::Equal if !super::update::adds(&self.spec, &spec) => return (pod, Ok(())),
-            Ordering::Equal | Ordering::Greater => {
-                super::update::allowed(&self.spec, &spec).err()
-            }
+            Ordering::Equal | Ordering::Greater => super::update::allowed(&self.spec, &spec).err(),
         };
         if let Some(message) = conflict {
             return (

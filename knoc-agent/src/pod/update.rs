@@ -71,9 +71,7 @@ pub(super) fn same(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
 /// Whether `new` has an ephemeral container that `old` lacks.
 pub(super) fn adds(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
     let known = |name: &str| old.ephemeral_containers.iter().any(|one| one.name == name);
-    new.ephemeral_containers
-        .iter()
-        .any(|one| !known(&one.name))
+    new.ephemeral_containers.iter().any(|one| !known(&one.name))
 }
 
 /// Clears what older kubelets did not send.

@@ -110,7 +110,10 @@ mod tests {
             run(OsStr::new("/bin/sh"), &["-c", script], b"word", limit).await
         };
         let said = run("cat; echo no >&2; exit 3", SOON).await.unwrap();
-        assert_eq!((said.ok, said.text(), said.last()), (false, "word".into(), "no".into()));
+        assert_eq!(
+            (said.ok, said.text(), said.last()),
+            (false, "word".into(), "no".into())
+        );
         let late = run("exec sleep 60", Duration::from_millis(50)).await;
         assert!(matches!(late, Err(RunError::Late(_))), "{late:?}");
         let none = super::run(OsStr::new("no-such-program"), &[], b"", SOON).await;

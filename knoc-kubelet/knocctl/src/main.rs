@@ -15,13 +15,13 @@ use knoc_proto::private::keep_memory_private;
 
 mod agent;
 mod attach;
+mod command;
 mod completions;
 mod config;
 mod converse;
 mod cp;
 mod delete;
 mod describe;
-mod command;
 mod doctor;
 mod error;
 mod exec;

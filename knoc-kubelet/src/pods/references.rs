@@ -210,11 +210,11 @@ impl State {
             let object = self.objects.entry(key.clone()).or_insert_with(|| {
                 *followed += 1;
                 Object {
-                incarnation: *followed,
-                pods: HashSet::new(),
-                version,
-                level: 0,
-                watched: false,
+                    incarnation: *followed,
+                    pods: HashSet::new(),
+                    version,
+                    level: 0,
+                    watched: false,
                 }
             });
             object.pods.insert(uid.clone());
@@ -568,7 +568,9 @@ mod tests {
         let first = references.wanted(&HashMap::new())[&key("one")];
         references.state().set_watched((&key("one"), first), true);
         references.forget(&a);
-        let lost = references.state().observe((&key("one"), first), Some("2".to_owned()));
+        let lost = references
+            .state()
+            .observe((&key("one"), first), Some("2".to_owned()));
         assert!(lost.is_empty(), "nobody follows it");
         references.follow(&a, read(&[("one", Some("1"))]));
         let second = references.wanted(&HashMap::new())[&key("one")];
@@ -577,7 +579,9 @@ mod tests {
         assert!(!references.all_watched(&a), "the old watch does not count");
         let observe = |incarnation| {
             let version = Some("2".to_owned());
-            references.state().observe((&key("one"), incarnation), version)
+            references
+                .state()
+                .observe((&key("one"), incarnation), version)
         };
         assert!(observe(first).is_empty());
         assert_eq!(observe(second), [a]);

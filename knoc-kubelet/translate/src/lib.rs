@@ -28,7 +28,7 @@ mod volume;
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
+use k8s_openapi::api::core::v1::{self as core, ConfigMap, Pod, Secret};
 use knoc_proto::{names, pb};
 
 use carried::{Container, DnsConfig, DnsOption, HostAlias, PodSpec};
@@ -216,6 +216,27 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
             vars,
         });
     }
+    ephemeral_values(pod, spec, resolved, &mut values);
+    let mut mounts = Vec::new();
+    let volumes = spec.volumes.iter().flatten();
+    values.values.files = volumes
+        .filter_map(|volume| volume_files(pod, volume, resolved, &mut mounts))
+        .collect();
+    let expiries = resolved
+        .tokens
+        .values()
+        .map(|token| token.expires.as_second());
+    values.values.not_after = expiries.min().unwrap_or(0);
+    missing.dedup();
+    match (mounts.is_empty(), missing.is_empty()) {
+        (false, _) => Err(Missing::Mounts(mounts)),
+        (true, false) => Err(Missing::Variables(missing)),
+        (true, true) => Ok(values),
+    }
+}
+
+/// The environment of the ephemeral containers, and what it lacks.
+fn ephemeral_values(pod: &Pod, spec: PodSpec<'_>, resolved: &Resolved, values: &mut Values) {
     for one in ephemeral::containers(spec) {
         let (container, mut messages) = ((&one.container).into(), Vec::new());
         let skipped = &mut values.skipped;
@@ -232,44 +253,31 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
             vars,
         });
     }
-    let mut mounts = Vec::new();
-    for volume in spec.volumes.iter().flatten() {
-        let mut missing = Vec::new();
-        let files = match volume::source(volume) {
-            Ok(Source::EmptyDir(_) | Source::HostPath(_) | Source::Nfs(_) | Source::Claim(_)) => {
-                None
-            }
-            Ok(Source::Files(source)) => Some(files::files(pod, source, resolved, &mut missing)),
-            Err(unknown) => {
-                missing.push(unknown.to_string());
-                None
-            }
-        };
-        let failed = |why| {
-            format!(
-                "MountVolume.SetUp failed for volume \"{}\" : {why}",
-                volume.name
-            )
-        };
-        mounts.extend(missing.into_iter().map(failed));
-        if let Some(files) = files {
-            values.values.files.push(pb::VolumeFiles {
-                volume: volume.name.clone(),
-                files,
-            });
+}
+
+/// The files of a volume, if it is one of files. What they lack goes to `mounts`.
+fn volume_files(
+    pod: &Pod,
+    volume: &core::Volume,
+    resolved: &Resolved,
+    mounts: &mut Vec<String>,
+) -> Option<pb::VolumeFiles> {
+    let mut missing = Vec::new();
+    let files = match volume::source(volume) {
+        Ok(Source::EmptyDir(_) | Source::HostPath(_) | Source::Nfs(_) | Source::Claim(_)) => None,
+        Ok(Source::Files(source)) => Some(files::files(pod, source, resolved, &mut missing)),
+        Err(unknown) => {
+            missing.push(unknown.to_string());
+            None
         }
-    }
-    let expiries = resolved
-        .tokens
-        .values()
-        .map(|token| token.expires.as_second());
-    values.values.not_after = expiries.min().unwrap_or(0);
-    missing.dedup();
-    match (mounts.is_empty(), missing.is_empty()) {
-        (false, _) => Err(Missing::Mounts(mounts)),
-        (true, false) => Err(Missing::Variables(missing)),
-        (true, true) => Ok(values),
-    }
+    };
+    let name = &volume.name;
+    let failed = |why| format!("MountVolume.SetUp failed for volume \"{name}\" : {why}");
+    mounts.extend(missing.into_iter().map(failed));
+    Some(pb::VolumeFiles {
+        volume: name.clone(),
+        files: files?,
+    })
 }
 
 /// The objects to which the pod refers: names of `ConfigMaps` and Secrets, and tokens.

@@ -24,7 +24,10 @@ fn login_node() -> anyhow::Result<Far> {
     far.tool("sinfo", version)?;
     far.tool("apptainer", "echo 'apptainer version 1.4.5'")?;
     // The job runs here, with what srun passes on.
-    far.tool("srun", "while [ \"$1\" != /bin/sh ]; do shift; done; exec \"$@\"")?;
+    far.tool(
+        "srun",
+        "while [ \"$1\" != /bin/sh ]; do shift; done; exec \"$@\"",
+    )?;
     Ok(far)
 }
 
@@ -66,7 +69,15 @@ async fn what_an_installation_needs_is_checked_before_it_and_nothing_is_left() -
     let far = login_node()?;
     cluster(&far)?;
     let address = format!("127.0.0.1:{}", free_port()?);
-    let options = ["--ssh", "ann@login", "--probe", "--address", &address, "-n", "team"];
+    let options = [
+        "--ssh",
+        "ann@login",
+        "--probe",
+        "--address",
+        &address,
+        "-n",
+        "team",
+    ];
     let findings = examine(preflight(&far, &options)?).await?;
     for (check, detail) in [
         ("machine", "x86_64"),
@@ -91,7 +102,11 @@ async fn what_an_installation_needs_is_checked_before_it_and_nothing_is_left() -
         "{rights:#?}"
     );
     ensure!(!rights.detail.contains("create secrets"), "{rights:#?}");
-    ensure!(far.asked("srun").contains("--immediate=60"), "{}", far.asked("srun"));
+    ensure!(
+        far.asked("srun").contains("--immediate=60"),
+        "{}",
+        far.asked("srun")
+    );
     let left: Vec<_> = std::fs::read_dir(far.home())?.collect();
     ensure!(left.is_empty(), "left in the home directory: {left:?}");
     Ok(())
@@ -131,7 +146,9 @@ async fn a_machine_with_nothing_to_check_says_where_to_go() -> anyhow::Result<()
     // Without SSH, on a login node: the agent's program beside knocctl looks.
     let far = login_node()?;
     let path = format!("{}:/usr/bin:/bin", far.site.path("tools").display());
-    let here = preflight(&far, &[])?.env("PATH", path).env("HOME", far.home());
+    let here = preflight(&far, &[])?
+        .env("PATH", path)
+        .env("HOME", far.home());
     let findings = examine(here).await?;
     ensure!(find(&findings, "slurm: version")?.ok, "{findings:#?}");
     Ok(())

@@ -45,7 +45,11 @@ impl Marker {
     fn create(home: &Path) -> std::io::Result<Self> {
         let path = home.join(format!(".knoc-preflight.{}", std::process::id()));
         let mut options = OpenOptions::new();
-        options.write(true).create_new(true).mode(0o600).open(&path)?;
+        options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)?;
         Ok(Self(path))
     }
 }
@@ -68,7 +72,12 @@ pub(super) async fn run(login: &Login, home: &Path) -> Vec<(&'static str, Found)
     };
     let command = login
         .command("srun")
-        .args([IMMEDIATE, "--job-name=knoc-preflight", "--ntasks=1", "--time=1"])
+        .args([
+            IMMEDIATE,
+            "--job-name=knoc-preflight",
+            "--ntasks=1",
+            "--time=1",
+        ])
         .args(["/bin/sh", "-s", "--"])
         .arg(&marker.0)
         .args([node_name(), PORTS[1].to_string()])
@@ -158,7 +167,10 @@ fn job_memory(said: Option<&str>) -> Found {
     match said {
         Some("tmpfs") => Ok("/dev/shm is a tmpfs, so Secrets stay in memory".to_owned()),
         other => wrong(
-            format!("/dev/shm is {}", other.filter(|kind| !kind.is_empty()).unwrap_or("missing")),
+            format!(
+                "/dev/shm is {}",
+                other.filter(|kind| !kind.is_empty()).unwrap_or("missing")
+            ),
             "set memory_fallback = \"disk\" under [values] of the site file, if Secrets may be on the node's disk",
         ),
     }

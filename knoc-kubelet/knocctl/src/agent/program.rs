@@ -46,10 +46,12 @@ impl Program {
 
     /// The path of the file, or of `knoc-agent` beside this program.
     pub(crate) fn path(named: Option<PathBuf>) -> Result<PathBuf, ManageError> {
-        named.map_or_else(beside, Ok).map_err(|source| ManageError::Program {
-            path: "knoc-agent".into(),
-            source,
-        })
+        named
+            .map_or_else(beside, Ok)
+            .map_err(|source| ManageError::Program {
+                path: "knoc-agent".into(),
+                source,
+            })
     }
 
     pub(super) fn length(&self) -> u64 {

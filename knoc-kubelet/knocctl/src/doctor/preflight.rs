@@ -115,7 +115,8 @@ fn login_node(report: &mut Report, answer: Result<Answer, CtlError>) -> Result<(
             .try_for_each(|step| report.add(agent::finding(step))),
         Err(error) => {
             let cure = error.hint().unwrap_or_else(|| {
-                "log in to the login node by hand, and run `knocctl doctor --preflight` there".to_owned()
+                "log in to the login node by hand, and run `knocctl doctor --preflight` there"
+                    .to_owned()
             });
             report.bad("login node", &chain(&error), &cure)
         }
@@ -146,7 +147,10 @@ async fn reach(report: &mut Report, address: &str) -> Result<(), CtlError> {
         Ok(Err(error)) => report.bad(&check, &error.to_string(), closed),
         Err(_) => report.bad(
             &check,
-            &format!("no answer within {} s: a firewall drops the packets", CONNECT.as_secs()),
+            &format!(
+                "no answer within {} s: a firewall drops the packets",
+                CONNECT.as_secs()
+            ),
             closed,
         ),
     }

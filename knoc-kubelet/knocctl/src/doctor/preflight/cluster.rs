@@ -23,8 +23,18 @@ const INSTALL: [&[&str]; 10] = [
     &["create", "clusterroles.rbac.authorization.k8s.io"],
     &["create", "clusterrolebindings.rbac.authorization.k8s.io"],
     &["create", "runtimeclasses.node.k8s.io"],
-    &["create", "roles.rbac.authorization.k8s.io", "-n", "kube-node-lease"],
-    &["create", "rolebindings.rbac.authorization.k8s.io", "-n", "kube-system"],
+    &[
+        "create",
+        "roles.rbac.authorization.k8s.io",
+        "-n",
+        "kube-node-lease",
+    ],
+    &[
+        "create",
+        "rolebindings.rbac.authorization.k8s.io",
+        "-n",
+        "kube-system",
+    ],
     &["create", "deployments.apps", "-n", NAMESPACE],
     &["create", "secrets", "-n", NAMESPACE],
     &["create", "configmaps", "-n", NAMESPACE],
@@ -105,7 +115,10 @@ fn note_rights(
     if lacking.is_empty() {
         return report.good(what, "all of them");
     }
-    let text = format!("`kubectl auth can-i` does not say yes to: {}", lacking.join("; "));
+    let text = format!(
+        "`kubectl auth can-i` does not say yes to: {}",
+        lacking.join("; ")
+    );
     report.bad(what, &text, cure)
 }
 
@@ -162,7 +175,10 @@ mod tests {
                 r#"{{"clientVersion": {{"gitVersion": "v1.37.0"}}, "serverVersion": {{"gitVersion": "{server}"}}}}"#
             ))
         };
-        assert_eq!(of("v1.36.0").unwrap(), "API server v1.36.0, kubectl v1.37.0");
+        assert_eq!(
+            of("v1.36.0").unwrap(),
+            "API server v1.36.0, kubectl v1.37.0"
+        );
         of("v1.29.4+k3s1").unwrap();
         of("v1.28.9").unwrap_err();
         judge_versions(r#"{"clientVersion": {"gitVersion": "v1.37.0"}}"#).unwrap_err();

@@ -12,8 +12,8 @@ use knoc_proto::{
     capability,
     pb::{
         self, PodPhase,
-        container_status::State,
         agent_server::{Agent as Service, AgentServer},
+        container_status::State,
         pod_event::Event,
     },
     reason::ErrorReason,

@@ -43,8 +43,16 @@ async fn an_ephemeral_container_that_lacks_something_holds_back_nothing_else() {
     assert_eq!(kubelet.agent.spec().active_deadline_seconds, 600);
     let waits = |kubelet: &Kubelet| {
         let view = kubelet.store.by_uid(&uid())?;
-        let statuses = view.pod.status.as_ref()?.ephemeral_container_statuses.clone()?;
-        let state = statuses.into_iter().find(|one| one.name == "debug")?.state?;
+        let statuses = view
+            .pod
+            .status
+            .as_ref()?
+            .ephemeral_container_statuses
+            .clone()?;
+        let state = statuses
+            .into_iter()
+            .find(|one| one.name == "debug")?
+            .state?;
         state.waiting?.reason
     };
     kubelet
@@ -60,7 +68,10 @@ async fn an_ephemeral_container_that_lacks_something_holds_back_nothing_else() {
         .await;
     assert_eq!(kubelet.called("EnsurePod"), 3);
     let values = kubelet.agent.values();
-    let env = values.ephemeral_env.iter().find(|env| env.container == "debug");
+    let env = values
+        .ephemeral_env
+        .iter()
+        .find(|env| env.container == "debug");
     assert_eq!(env.unwrap().vars[0].name, "K");
     kubelet.stop().await;
 }
@@ -80,10 +91,15 @@ async fn a_container_that_lacks_something_has_no_pull_secrets_read_for_it() {
     kubelet.runs_ephemeral("look");
     kubelet.round("Running").await;
     // The agent asks for the values: they are made and sent without the credentials.
-    let (read, sent) = (kubelet.said(&["GET", "/secrets/"]), kubelet.called("UpdateValues"));
+    let (read, sent) = (
+        kubelet.said(&["GET", "/secrets/"]),
+        kubelet.called("UpdateValues"),
+    );
     kubelet.agent.change(UID, |pod| pod.values_wanted = true);
     kubelet
-        .wait("the values", |kubelet| kubelet.called("UpdateValues") > sent)
+        .wait("the values", |kubelet| {
+            kubelet.called("UpdateValues") > sent
+        })
         .await;
     assert_eq!(kubelet.said(&["GET", "/secrets/"]), read);
     assert_eq!(kubelet.agent.credentials(), None);
