@@ -74,6 +74,10 @@ bench: up ## measures T1 to T4 and streams, and their lower bounds (docs/perform
 links: prepare ## measures each way to the agent on its profile; writes the table in docs/guide/links.md
 	@$(TESTBED)/links.sh
 
+.PHONY: sealed-secrets
+sealed-secrets: prepare ## runs a kubelet with Secrets that sealed-secrets has created (docs/guide/links.md)
+	@$(TESTBED)/sealed-secrets.sh
+
 .PHONY: ssh-transcript
 ssh-transcript: prepare ## goes from an SSH login to a pod's log, with times; writes docs/ssh-transcript.md
 	@$(TESTBED)/ssh-transcript.sh

@@ -9,7 +9,6 @@
 
 mod admission;
 pub mod gate;
-mod host_paths;
 mod lead;
 mod logs;
 pub(crate) mod renew;

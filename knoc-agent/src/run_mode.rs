@@ -43,6 +43,18 @@ pub enum RunModeError {
         #[source]
         source: Box<CommandError>,
     },
+    /// The unit is there, but systemd does not stop it.
+    #[error(
+        "stop and disable {}; remove that file yourself if no systemd of this user uses it",
+        path.display()
+    )]
+    Unit {
+        /// The file of the unit.
+        path: PathBuf,
+        /// What systemd said.
+        #[source]
+        source: Box<RunModeError>,
+    },
     /// A file of ours.
     #[error("write the run mode's file")]
     File(#[from] FileError),

@@ -28,6 +28,7 @@ mod probes;
 mod pull_secrets;
 mod restarts;
 mod roles;
+mod run_modes;
 mod secrets;
 mod socket;
 mod ssh;
