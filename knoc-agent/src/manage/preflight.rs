@@ -8,7 +8,7 @@ mod job;
 use std::{path::Path, time::Duration};
 
 use knoc_contract::setuid;
-use knoc_proto::error::chain;
+use knoc_proto::{error::chain, manage::RunMode};
 use nix::sys::{statfs::statfs, statvfs::statvfs};
 use rustix::process::{Resource, getrlimit};
 use tokio::net::{TcpSocket, TcpStream};
@@ -315,18 +315,24 @@ async fn run_modes(login: &Login) -> String {
         format!("{} {may} ({})", one.mode, one.why)
     });
     let list: Vec<String> = list.collect();
-    format!(
-        "the agent would be kept running by {}; {}",
-        choose(&found),
-        list.join(", ")
-    )
+    let chosen = match choose(&found) {
+        RunMode::OnDemand => {
+            "nothing keeps an agent running here but a job: over SSH each link starts it, over TCP start it by `knoc-agent serve --detach`"
+                .to_owned()
+        }
+        mode => format!("the agent would be kept running by {mode}"),
+    };
+    format!("{chosen}; {}", list.join(", "))
 }
 
 /// Binds the ports for a moment, without listening.
 fn ports() -> Found {
     let taken = |port: &u16| {
-        let bound =
-            TcpSocket::new_v4().and_then(|socket| socket.bind(([0, 0, 0, 0], *port).into()));
+        let bound = TcpSocket::new_v4().and_then(|socket| {
+            // As the agent does: connections of an earlier agent that linger do not count.
+            socket.set_reuseaddr(true)?;
+            socket.bind(([0, 0, 0, 0], *port).into())
+        });
         bound.is_err()
     };
     let taken: Vec<String> = PORTS
