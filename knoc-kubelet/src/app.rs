@@ -225,13 +225,7 @@ impl App {
         let unit = Arc::new(Unit::new(self.node_identity(port), capacity));
         tasks.spawn(self.report(&link, &events, shutdown));
         let context = Arc::new(Context {
-            api: ApiServer {
-                client: client.clone(),
-                pod_lookup: self.pod_lookup(),
-                events,
-                services: services.clone(),
-                references: References::default(),
-            },
+            api: self.api_server(client.clone(), events, services.clone()),
             site: Site {
                 agent: self.agent.clone(),
                 link: link.clone(),
@@ -263,6 +257,16 @@ impl App {
         tasks.spawn(Controller::new(context).run(token()));
         tasks.spawn(pod_watch.run(token()));
         Ok(())
+    }
+
+    fn api_server(&self, client: Client, events: Events, services: Services) -> ApiServer {
+        ApiServer {
+            client,
+            pod_lookup: self.pod_lookup(),
+            events,
+            services,
+            references: References::default(),
+        }
     }
 
     /// How this kubelet's identity may ask the API server whether a pod exists.

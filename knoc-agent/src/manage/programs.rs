@@ -107,6 +107,28 @@ impl Account {
         })
     }
 
+    /// Removes the program that runs if it was sent for one request only, and the folders that were created for it.
+    pub(super) fn forget_upload(&self) {
+        let Ok((own, store)) =
+            std::env::current_exe().and_then(|own| Ok((own, self.store().canonicalize()?)))
+        else {
+            return;
+        };
+        if own.parent() != Some(store.as_path()) {
+            return;
+        }
+        let name = own.file_name().and_then(|name| name.to_str());
+        if name.is_some_and(|name| name.starts_with(UPLOAD)) {
+            fs::remove_file(&own).ok();
+            // A folder with something in it stays.
+            for folder in store.ancestors().take(3) {
+                if fs::remove_dir(folder).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
     /// The version of which the link is, if it is one of ours.
     pub(super) fn linked(&self) -> Option<String> {
         let target = fs::read_link(self.link()).ok()?;

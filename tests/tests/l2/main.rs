@@ -23,6 +23,7 @@ mod logs;
 mod network;
 mod old_kernel;
 mod packages;
+mod preflight;
 mod probes;
 mod pull_secrets;
 mod restarts;
