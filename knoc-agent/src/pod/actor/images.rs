@@ -32,6 +32,8 @@ pub(super) struct Updates {
     task: JoinSet<Step>,
     /// Whether the task tells the shim something.
     tells: bool,
+    /// By container: what the shim was told on this link, which its report names soon.
+    told: BTreeMap<String, String>,
     /// By container: what `job.pb` names; empty until the pod is staged.
     staged: BTreeMap<String, String>,
     /// By container: the images that were found for it.
@@ -88,6 +90,7 @@ impl Updates {
 
     /// The shim has a link now: what it could not be told before, it is told at once.
     pub(super) async fn linked(&mut self) {
+        self.told.clear();
         if self.tells {
             self.retry_now().await;
         }
@@ -120,6 +123,9 @@ impl Updates {
         if old.is_some_and(|report| !takes_images(report)) {
             let known = self.troubles.contains_key(&container.name);
             return (!known).then_some(Next::Impossible(container));
+        }
+        if *staged == container.image && self.told.get(&container.name) == Some(&container.image) {
+            return None;
         }
         let found = self.found.get(&container.name);
         if *staged == container.image && found.is_some_and(|it| it.image == container.image) {
@@ -261,8 +267,11 @@ impl Actor {
                 result: Ok(()),
             } => {
                 self.updates.troubles.remove(&container);
-                // Its report names the image, and then the next one follows.
-                return pod;
+                if let Some(image) = self.updates.found.get(&container) {
+                    let image = image.image.clone();
+                    self.updates.told.insert(container, image);
+                }
+                pod
             }
             Step::Told {
                 container,
@@ -388,6 +397,13 @@ mod tests {
         assert_eq!(due(&updates, Some(report("a", "")), "b"), "tell");
         assert_eq!(due(&updates, Some(report("a", "b")), "b"), "nothing");
         assert_eq!(due(&updates, Some(report("b", "")), "b"), "nothing");
+        updates.told.insert("main".to_owned(), "b".to_owned());
+        assert_eq!(
+            due(&updates, Some(report("a", "")), "b"),
+            "nothing",
+            "its report is awaited"
+        );
+        updates.told.clear();
         // It changes once more.
         assert_eq!(due(&updates, Some(report("a", "b")), "c"), "find");
         // After a restart of the agent.
