@@ -13,6 +13,9 @@ pub const LOG_POSITIONS: &str = "log-positions";
 /// by the signal.
 pub const STOP_SIGNAL: &str = "stop-signal";
 
+/// The shim serves `WatchEgress` and `EgressStream`.
+pub const EGRESS: &str = "egress";
+
 /// The shim serves `AddEphemeralContainer`.
 pub const EPHEMERAL: &str = "ephemeral-containers";
 
