@@ -10,9 +10,14 @@
 //!                           └─ tcp, udp ◄─── take ◄═ EgressStream ══ agent, kubelet
 //! ```
 //!
+//! In the node's network there is no edge, and only the API server is reached, at a port of the loopback interface
+//! ([`host`]).
+//!
 //! The [`Table`] is a level: whoever calls `WatchEgress` replaces it, and the listeners follow while the pod runs. Without a
 //! link, connections wait for a new one as long as they would wait for an answer.
 
+mod api;
+mod host;
 mod ports;
 mod table;
 mod tcp;
@@ -30,7 +35,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tonic::{Status, Streaming};
 
 pub(crate) use self::{
-    ports::Ports,
+    api::ApiServer,
+    host::ApiPort,
+    ports::{Gate, Ports},
     table::{Table, TableError},
 };
 use self::waiting::Waiting;

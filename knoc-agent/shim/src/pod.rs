@@ -230,6 +230,7 @@ fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>, isolated: bool) -> Fac
         devices: gpus::devices(|name| std::env::var(name).ok()),
         binds_libraries: isolated,
         isolated,
+        api: None,
     }
 }
 

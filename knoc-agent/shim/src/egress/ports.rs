@@ -18,7 +18,7 @@ use std::{
 use nix::sys::socket::{setsockopt, sockopt::Ipv4PacketInfo};
 use tokio::{
     net::{TcpListener, TcpStream, UdpSocket},
-    sync::{Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::{AbortHandle, JoinSet},
 };
 use tokio_util::task::TaskTracker;
@@ -40,7 +40,7 @@ const BACKLOG: i32 = 256;
 const FLOWS: usize = 1024;
 
 /// The pause after a connection could not be accepted, because the shim has too many files open.
-const PAUSE: Duration = Duration::from_millis(100);
+pub(super) const PAUSE: Duration = Duration::from_millis(100);
 
 /// The open listeners.
 #[derive(Debug)]
@@ -53,12 +53,12 @@ pub(crate) struct Ports {
 
 /// What admits connections.
 #[derive(Debug, Clone)]
-pub(super) struct Gate {
+pub(crate) struct Gate {
     pub(super) egress: Arc<Egress>,
     connections: Arc<Semaphore>,
     pub(super) flows: Arc<Semaphore>,
     /// The tasks of the connections, which outlive their listener.
-    tasks: TaskTracker,
+    pub(super) tasks: TaskTracker,
     notes: mpsc::Sender<Command>,
     /// Whether users were told that there are too many.
     told: Arc<AtomicBool>,
@@ -66,21 +66,13 @@ pub(super) struct Gate {
 
 impl Ports {
     /// Listens as the network says that is known by now. `None` if the pod has no edge.
-    pub(crate) async fn open(pod: &Pod, notes: mpsc::Sender<Command>) -> Option<Self> {
+    pub(crate) async fn open(pod: &Pod, gate: Gate) -> Option<Self> {
         let Network::Private(private) = &pod.network else {
             return None;
         };
         if private.no_edge.is_some() {
             return None;
         }
-        let gate = Gate {
-            egress: Arc::clone(&pod.egress),
-            connections: Arc::new(Semaphore::new(CONNECTIONS)),
-            flows: Arc::new(Semaphore::new(FLOWS)),
-            tasks: TaskTracker::new(),
-            notes,
-            told: Arc::default(),
-        };
         let mut ports = Self {
             private: Arc::clone(private),
             open: HashMap::new(),
@@ -173,23 +165,40 @@ async fn accept(listener: TcpListener, gate: Gate) {
 }
 
 impl Gate {
+    pub(crate) fn new(egress: &Arc<Egress>, notes: mpsc::Sender<Command>) -> Self {
+        Self {
+            egress: Arc::clone(egress),
+            connections: Arc::new(Semaphore::new(CONNECTIONS)),
+            flows: Arc::new(Semaphore::new(FLOWS)),
+            tasks: TaskTracker::new(),
+            notes,
+            told: Arc::default(),
+        }
+    }
+
     fn admit(&self, stream: TcpStream) {
         let stream = tcp::Guarded::new(stream);
         // The edge has an address of its own, which is none of the cluster's.
         let Some(target) = self.target(stream.local_addr()) else {
             return;
         };
-        let Ok(slot) = Arc::clone(&self.connections).try_acquire_owned() else {
-            self.note_once(format!(
-                "the containers have {CONNECTIONS} connections to the cluster open: further ones are reset until some have ended"
-            ));
-            return;
-        };
+        let Some(slot) = self.slot() else { return };
         let egress = Arc::clone(&self.egress);
         self.tasks.spawn(async move {
             tcp::serve(stream, target, &egress).await;
             drop(slot);
         });
+    }
+
+    /// Room for one more connection.
+    pub(super) fn slot(&self) -> Option<OwnedSemaphorePermit> {
+        let slot = Arc::clone(&self.connections).try_acquire_owned();
+        if slot.is_err() {
+            self.note_once(format!(
+                "the containers have {CONNECTIONS} connections to the cluster open: further ones are reset until some have ended"
+            ));
+        }
+        slot.ok()
     }
 
     fn target(&self, dialled: io::Result<SocketAddr>) -> Option<SocketAddrV4> {

@@ -16,13 +16,15 @@ impl Range {
         Self { first, prefix }
     }
 
-    /// The range of a text such as `10.96.0.0/12`. `None` if it is none, or if an address bit beyond the prefix is set.
+    /// The range of a text such as `10.96.0.0/12`, in which address bits beyond the prefix do not count. `None` if it is
+    /// none.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let (first, prefix) = text.split_once('/')?;
         let digits = !prefix.is_empty() && prefix.bytes().all(|byte| byte.is_ascii_digit());
         let prefix: u8 = prefix.parse().ok().filter(|bits| digits && *bits <= 32)?;
-        let range = Self::new(first.parse().ok()?, prefix);
-        (range.first.to_bits() & !range.mask() == 0).then_some(range)
+        let given = Self::new(first.parse().ok()?, prefix);
+        let first = Ipv4Addr::from_bits(given.first.to_bits() & given.mask());
+        Some(Self::new(first, prefix))
     }
 
     fn mask(self) -> u32 {
@@ -56,6 +58,7 @@ mod tests {
     fn a_range_is_what_its_prefix_says() {
         let range = Range::parse("10.96.0.0/12").unwrap();
         assert_eq!(range.to_string(), "10.96.0.0/12");
+        assert_eq!(Range::parse("10.100.0.1/12"), Some(range));
         assert!(range.contains(Ipv4Addr::new(10, 111, 255, 255)));
         assert!(!range.contains(Ipv4Addr::new(10, 112, 0, 0)));
         let all = Range::parse("0.0.0.0/0").unwrap();
@@ -63,7 +66,7 @@ mod tests {
         let one = Range::parse("10.96.0.1/32").unwrap();
         assert!(one.overlaps(range) && range.overlaps(one));
         assert!(!one.overlaps(Range::parse("10.96.0.2/32").unwrap()));
-        for broken in ["", "10.96.0.0", "10.96.0.1/12", "10.0.0.0/33", "10.0.0.0/+8", "10.0.0/8", "fd00::/8", "10.0.0.0/"] {
+        for broken in ["", "10.96.0.0", "10.0.0.0/33", "10.0.0.0/+8", "10.0.0/8", "fd00::/8", "10.0.0.0/"] {
             assert_eq!(Range::parse(broken), None, "{broken}");
         }
     }
