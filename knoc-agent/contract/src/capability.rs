@@ -20,8 +20,9 @@ pub const EGRESS: &str = "egress";
 pub const EPHEMERAL: &str = "ephemeral-containers";
 
 /// All capabilities of this version's shim.
-pub const ALL: [&str; 6] = [
+pub const ALL: [&str; 7] = [
     ATTACH,
+    EGRESS,
     EPHEMERAL,
     LOG_POSITIONS,
     PORT_FORWARD,

@@ -7,6 +7,7 @@ mod argv;
 mod backpressure;
 mod carried;
 mod certificates;
+mod cluster;
 mod crash;
 mod data;
 mod dial_out;
