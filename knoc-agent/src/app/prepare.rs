@@ -25,12 +25,12 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::{
     config::{Config, RuntimeKind, SchedulerKind},
+    egress::Egress,
     image::{self, Images},
     lease::{Holder, LeaseError, Process},
     open_files, own_limits, policy,
     registry::board::Board,
     scheduler::{Scheduler, local, slurm},
-    egress::Egress,
     shim_links::ShimLinks,
     shim_route::{ShimRoute, Told},
     shim_steps::{self, ShimSteps},

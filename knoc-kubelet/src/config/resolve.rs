@@ -13,11 +13,14 @@ use knoc_link::{
 };
 use knoc_proto::{
     egress::{AllowList, Range},
-    ids::SiteName, names, settings::Document};
+    ids::SiteName,
+    names,
+    settings::Document,
+};
 
 use super::{
-    AgentConfig, AgentWay, Config, CredentialFiles, EgressConfig, IdentityConfig, KeysConfig, KubernetesConfig,
-    LogConfig, NodeConfig, ServerConfig, ServingConfig,
+    AgentConfig, AgentWay, Config, CredentialFiles, EgressConfig, IdentityConfig, KeysConfig,
+    KubernetesConfig, LogConfig, NodeConfig, ServerConfig, ServingConfig,
     settings::{CertificateSource, EgressAllow, IdentityKind, LogFormat, PodIpPolicy, Settings},
 };
 

@@ -374,7 +374,10 @@ impl<'de> Visitor<'de> for Words {
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
-        let words = text.split(',').map(str::trim).filter(|word| !word.is_empty());
+        let words = text
+            .split(',')
+            .map(str::trim)
+            .filter(|word| !word.is_empty());
         Ok(Some(words.map(str::to_owned).collect()))
     }
 

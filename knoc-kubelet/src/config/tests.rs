@@ -453,21 +453,42 @@ fn what_pods_reach_is_a_list_or_off() {
         let text = format!("{GOOD}egress: {{allow: {off}}}\n");
         assert_eq!(load(&text, &[]).unwrap().egress, None, "{off}");
     }
-    let text = format!("{GOOD}egress:\n  allow: [a/b]\n  serviceRanges: [10.96.0.0/12]\n  dns: 10.96.0.10\n");
+    let text = format!(
+        "{GOOD}egress:\n  allow: [a/b]\n  serviceRanges: [10.96.0.0/12]\n  dns: 10.96.0.10\n"
+    );
     let config = load(&text, &[]).unwrap();
     let egress = config.egress.unwrap();
     assert!(egress.allow.names("a", "b") && egress.dns.is_some());
     assert_eq!(egress.service_ranges.len(), 1);
-    assert_eq!(config.effective["egress"]["allow"], serde_json::json!(["a/b"]));
+    assert_eq!(
+        config.effective["egress"]["allow"],
+        serde_json::json!(["a/b"])
+    );
 }
 
 #[test]
 fn what_pods_cannot_reach_is_named() {
     for (variable, value, expected) in [
-        ("KNOC_EGRESS_ALLOW", "kubernetes", "egress.allow: \"kubernetes\" is not `NAMESPACE/SERVICE`"),
-        ("KNOC_EGRESS_SERVICE_RANGES", "10.96.0.0", "egress.serviceRanges: \"10.96.0.0\" is not a range"),
-        ("KNOC_EGRESS_POD_RANGES", "0.0.0.0/0", "egress.podRanges: \"0.0.0.0/0\" is not a range"),
-        ("KNOC_EGRESS_DNS", "dns", "egress.dns: `dns` is not an IP address"),
+        (
+            "KNOC_EGRESS_ALLOW",
+            "kubernetes",
+            "egress.allow: \"kubernetes\" is not `NAMESPACE/SERVICE`",
+        ),
+        (
+            "KNOC_EGRESS_SERVICE_RANGES",
+            "10.96.0.0",
+            "egress.serviceRanges: \"10.96.0.0\" is not a range",
+        ),
+        (
+            "KNOC_EGRESS_POD_RANGES",
+            "0.0.0.0/0",
+            "egress.podRanges: \"0.0.0.0/0\" is not a range",
+        ),
+        (
+            "KNOC_EGRESS_DNS",
+            "dns",
+            "egress.dns: `dns` is not an IP address",
+        ),
     ] {
         let error = load(GOOD, &[(variable, value)]).unwrap_err();
         assert!(error.contains(expected), "{error}");
