@@ -121,7 +121,7 @@ impl AllowList {
             ));
         }
         for text in texts.iter().take(MAX_PATTERNS) {
-            match text.as_ref().parse() {
+            match text.as_ref().parse::<ServicePattern>() {
                 Ok(pattern) => list.push(pattern),
                 Err(error) => wrong.push(error.to_string()),
             }
