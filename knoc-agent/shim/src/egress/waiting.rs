@@ -72,7 +72,7 @@ mod tests {
     fn each_reader_gets_all_that_wait_in_order_and_no_id_is_used_twice() {
         let mut waiting = Waiting::default();
         let target: SocketAddrV4 = "10.96.0.1:443".parse().unwrap();
-        let mut add = |waiting: &mut Waiting, kind| {
+        let add = |waiting: &mut Waiting, kind| {
             let (taker, taken) = oneshot::channel();
             (waiting.add(kind, target, taker), taken)
         };
