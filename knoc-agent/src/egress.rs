@@ -102,7 +102,8 @@ impl Egress {
         if let Some(older) = lock(&node.caller).replace(caller) {
             older.ended.cancel();
         }
-        // What the older call may have been woken for.
+        // What the older call was told of and did not settle.
+        lock(&node.queue).again(Instant::now());
         node.waits.notify_one();
         Ok(Call {
             node,
@@ -111,8 +112,21 @@ impl Egress {
         })
     }
 
-    /// Fails unless this peer follows the connections of the node now.
-    pub(crate) fn check_caller(&self, name: &str, peer: Option<&Peer>) -> Result<(), Status> {
+    /// Fails unless this peer follows the connections of the node now; from now on nobody else is told of the connection `id`.
+    pub(crate) fn settle(
+        &self,
+        name: &str,
+        peer: Option<&Peer>,
+        (uid, id): (&PodUid, u64),
+    ) -> Result<(), Status> {
+        self.check_caller(name, peer)?;
+        if let Some(node) = lock(&self.0).get(name) {
+            lock(&node.queue).settle(uid.as_str(), id);
+        }
+        Ok(())
+    }
+
+    fn check_caller(&self, name: &str, peer: Option<&Peer>) -> Result<(), Status> {
         let node = lock(&self.0).get(name).cloned();
         let follows = node.is_some_and(|node| {
             let caller = lock(&node.caller);
@@ -211,6 +225,7 @@ impl Call {
 
     /// Passes a refusal on to the pod's shim. If it has no link, nobody waits for it.
     pub(crate) fn refuse(&self, refusal: pb::EgressRefusal) {
+        lock(&self.node.queue).settle(&refusal.uid, refusal.id);
         let shims = lock(&self.node.shims);
         if let Some((_, controls)) = shims.get(refusal.uid.as_str()) {
             controls.try_send(refused(refusal)).ok();
@@ -307,6 +322,11 @@ mod tests {
             async { tokio::join!(older.next(), async { egress.call("n", unix(2)).unwrap() }) };
         let (ended, newer) = waiting.await;
         assert_eq!(ended, None);
+        assert_eq!(newer.next().await, Some(attempt(1)), "nobody has taken it");
+        newer.refuse(pb::EgressRefusal {
+            uid: "u".to_owned(),
+            id: 1,
+        });
         node.announce(attempt(2)).unwrap();
         assert_eq!(newer.next().await, Some(attempt(2)));
         assert!(egress.check_caller("n", unix(1).as_ref()).is_err());

@@ -236,6 +236,7 @@ impl App {
             site: Site {
                 agent: self.agent.clone(),
                 link: link.clone(),
+                network: egress::Described::default(),
             },
             node: unit.clone(),
             pods: KnownPods {
@@ -285,6 +286,7 @@ impl App {
             link: context.site.link.clone(),
             store: self.store.clone(),
             events: context.api.events.clone(),
+            described: context.site.network.clone(),
         };
         egress::start(setup, client, context.api.services.clone(), tasks, shutdown);
     }

@@ -69,6 +69,37 @@ const AGAIN_MOST: Duration = Duration::from_secs(5);
 /// How long the agent may take to begin its answer.
 const ANSWER: Duration = Duration::from_secs(20);
 
+/// How long a new pod waits until the agent has the cluster's network. Without it the pod reaches nothing of the cluster.
+const DESCRIBED: Duration = Duration::from_secs(5);
+
+/// Whether the agent has the cluster's network; clones are handles on the same fact. By default nobody describes it.
+#[derive(Debug, Clone)]
+pub struct Described(channel::Sender<Option<bool>>);
+
+impl Default for Described {
+    fn default() -> Self {
+        Self(channel::Sender::new(None))
+    }
+}
+
+impl Described {
+    /// Waits until the agent has it, for a bounded time.
+    pub(crate) async fn wait(&self, link: &channel::Receiver<Link>) {
+        if !serves(&link.borrow()) {
+            return;
+        }
+        let mut described = self.0.subscribe();
+        if timeout(DESCRIBED, described.wait_for(|it| *it != Some(false)))
+            .await
+            .is_err()
+        {
+            tracing::warn!(
+                "the cluster's Services could not be described to the agent in time: a pod starts without a way to them"
+            );
+        }
+    }
+}
+
 /// What the task needs of the other parts.
 #[derive(Debug)]
 pub struct Setup {
@@ -84,6 +115,8 @@ pub struct Setup {
     pub store: Store,
     /// Where refusals are told.
     pub events: Events,
+    /// Is told when the agent has the cluster's network.
+    pub described: Described,
 }
 
 /// Starts the tasks. `client` is that of the ServiceAccount.
@@ -94,6 +127,7 @@ pub fn start(
     tasks: &mut JoinSet<()>,
     shutdown: &CancellationToken,
 ) {
+    setup.described.0.send_replace(Some(false));
     let cluster = Cluster::new();
     let ranges = setup.config.service_ranges.clone();
     tasks.spawn(
@@ -183,6 +217,7 @@ impl Connections {
 
     /// One call of `WatchEgress`, from the moment at which the agent can serve it.
     async fn session(&mut self) -> Result<(), Status> {
+        self.setup.described.0.send_replace(Some(false));
         able(&mut self.setup.link).await;
         let mut changed = self.cluster.subscribe();
         let mut network = self.first_network(&mut changed).await;
@@ -197,6 +232,7 @@ impl Connections {
         let answer = timeout(ANSWER, client.watch_egress(ReceiverStream::new(sent))).await;
         let answer = answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time")));
         let mut attempts = answer?.into_inner();
+        self.setup.described.0.send_replace(Some(true));
         tracing::info!(ranges = ?network.ranges, dns = network.dns, "pods can reach the cluster");
         let mut due = None;
         loop {
@@ -377,13 +413,17 @@ impl Connections {
     }
 }
 
-/// Waits until there is a link to an agent that can serve it.
-async fn able(link: &mut channel::Receiver<Link>) {
-    let able = |link: &Link| match link {
+/// Is there a link to an agent that can serve it?
+fn serves(link: &Link) -> bool {
+    match link {
         Link::Up { info, .. } => info.capabilities.iter().any(|name| name == CAPABILITY),
         Link::Down { .. } => false,
-    };
-    if link.wait_for(able).await.is_err() {
+    }
+}
+
+/// Waits until there is a link to an agent that can serve it.
+async fn able(link: &mut channel::Receiver<Link>) {
+    if link.wait_for(serves).await.is_err() {
         // The process ends.
         std::future::pending::<()>().await;
     }

@@ -82,7 +82,7 @@ pub(super) async fn egress(
     let uid = super::uid(&start.uid)?;
     let pod = site.board.get(uid.as_str());
     let pod = pod.ok_or_else(|| ErrorReason::NotFound.status(format!("no pod {uid}")))?;
-    site.egress.check_caller(&pod.node_name, peer)?;
+    site.egress.settle(&pod.node_name, peer, (&uid, start.id))?;
     if !site.policy.now().permits_egress(&start.service) {
         let service = text::quote(&start.service, SERVICE);
         let message = format!("Service {service} is not among policy.egress of the site file");

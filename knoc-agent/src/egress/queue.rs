@@ -1,7 +1,8 @@
-//! PURE: the connections of a node's pods that wait until the kubelet asks for the next one.
+//! PURE: the connections of a node's pods that wait until the kubelet asks for the next one, and those that it was told of and
+//! has neither taken nor refused: the next call is told of them again.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     time::Duration,
 };
 
@@ -31,6 +32,8 @@ pub(super) enum Full {
 pub(super) struct Queue {
     waiting: VecDeque<(Instant, pb::EgressAttempt)>,
     of_pod: HashMap<String, usize>,
+    /// Those that the present call was told of.
+    told: BTreeMap<(String, u64), (Instant, pb::EgressAttempt)>,
 }
 
 impl Queue {
@@ -60,8 +63,33 @@ impl Queue {
         loop {
             let (at, attempt) = self.take()?;
             if !is_over(at, now) {
+                if self.told.len() >= WAITING {
+                    self.told.retain(|_, (at, _)| !is_over(*at, now));
+                }
+                if self.told.len() < WAITING {
+                    let key = (attempt.uid.clone(), attempt.id);
+                    self.told.insert(key, (at, attempt.clone()));
+                }
                 return Some(attempt);
             }
+        }
+    }
+
+    /// The connection was taken or refused.
+    pub(super) fn settle(&mut self, uid: &str, id: u64) {
+        self.told.remove(&(uid.to_owned(), id));
+    }
+
+    /// A new call is told of everything that was not settled.
+    pub(super) fn again(&mut self, now: Instant) {
+        let told = std::mem::take(&mut self.told).into_values();
+        let mut all: Vec<_> = told.filter(|(at, _)| !is_over(*at, now)).collect();
+        for (_, attempt) in &all {
+            *self.of_pod.entry(attempt.uid.clone()).or_default() += 1;
+        }
+        all.sort_by_key(|(at, _)| *at);
+        for one in all.into_iter().rev() {
+            self.waiting.push_front(one);
         }
     }
 
@@ -108,6 +136,28 @@ mod tests {
         let rest: Vec<_> = std::iter::from_fn(|| queue.pop(now)).collect();
         assert_eq!(rest.len(), WAITING_OF_ONE + 1);
         assert!(queue.of_pod.is_empty());
+    }
+
+    #[test]
+    fn a_new_call_is_told_again_of_what_was_not_settled() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        for id in 1..=4 {
+            let later = now + Duration::from_millis(id);
+            queue.push(later, attempt("pod", 10 - id)).unwrap();
+        }
+        for id in [9, 8, 7] {
+            assert_eq!(queue.pop(now).map(|one| one.id), Some(id));
+        }
+        queue.settle("pod", 8);
+        queue.settle("other", 9);
+        queue.again(now);
+        let all: Vec<_> = std::iter::from_fn(|| queue.pop(now))
+            .map(|one| one.id)
+            .collect();
+        assert_eq!(all, [9, 7, 6]);
+        assert!(queue.of_pod.is_empty());
+        queue.again(now + PATIENT + PATIENT);
+        assert_eq!(queue.pop(now), None, "their shims have given up");
     }
 
     #[test]
