@@ -22,20 +22,27 @@ use std::{
     },
 };
 
-use knoc_link::Peer;
-use knoc_proto::{ids::PodUid, log_limit::LogLimit, pb, reason::ErrorReason};
+use knoc_link::{Peer, bulk::RawClient};
+use knoc_proto::{
+    ids::PodUid,
+    log_limit::LogLimit,
+    pb::{self, shim_client::ShimClient},
+    reason::ErrorReason,
+};
 use tokio::{
     sync::{Notify, mpsc, watch},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+use tonic::{Status, transport::Channel};
 
 use self::queue::{Full, Queue};
-use crate::shim_links::Client;
 
 /// The most nodes whose networks are remembered. A kubelet leads one node, and a site has few.
 const NODES: usize = 256;
+
+/// The client of a shim.
+type Client = ShimClient<RawClient<Channel>>;
 
 /// A handle to the nodes' networks and queues; clones share them.
 #[derive(Debug, Clone, Default)]

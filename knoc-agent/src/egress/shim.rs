@@ -9,8 +9,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::Node;
-use crate::shim_links::Client;
+use super::{Client, Node};
 
 /// How many messages to a shim may wait. A refusal beyond them is dropped: its connection then ends at the shim's own
 /// deadline.
