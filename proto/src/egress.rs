@@ -178,6 +178,12 @@ impl FromStr for Range {
     }
 }
 
+impl fmt::Display for Range {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.length)
+    }
+}
+
 impl Range {
     /// Is the address within the range?
     #[must_use]

@@ -34,13 +34,13 @@ use knoc_proto::{
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::{Status, Streaming};
 
+use self::waiting::Waiting;
 pub(crate) use self::{
     api::ApiServer,
     host::ApiPort,
     ports::{Gate, Ports},
     table::{Table, TableError},
 };
-use self::waiting::Waiting;
 use crate::launch::network::protocol::Kind;
 
 /// How long a connection waits until it is taken.
@@ -143,7 +143,10 @@ impl Egress {
     }
 
     /// Takes the first message of `WatchEgress`; from now on, earlier calls end.
-    pub(crate) async fn begin(&self, calls: &mut Streaming<pb::EgressControl>) -> Result<Watch, Status> {
+    pub(crate) async fn begin(
+        &self,
+        calls: &mut Streaming<pb::EgressControl>,
+    ) -> Result<Watch, Status> {
         let first = calls.message().await?.unwrap_or_default();
         if !matches!(first.control, Some(Control::Network(_))) {
             let message = "the first message of WatchEgress is `network`";

@@ -202,9 +202,8 @@ mod tests {
             ..pb::Resolver::default()
         };
         assert!(!changes_node(&wanted));
-        let of = |wanted: &pb::Resolver, cluster: &ClusterDns| {
-            resolv_conf(NODE, wanted, Some(cluster))
-        };
+        let of =
+            |wanted: &pb::Resolver, cluster: &ClusterDns| resolv_conf(NODE, wanted, Some(cluster));
         let searches = "search ns.svc.cluster.local svc.cluster.local cluster.local hpc.example";
         assert_eq!(
             of(&wanted, &cluster),
@@ -220,14 +219,19 @@ mod tests {
         assert!(changes_node(&wanted));
         assert_eq!(
             of(&wanted, &cluster),
-            format!("{searches} my.example\nnameserver 10.96.0.10\nnameserver 1.1.1.1\noptions ndots:2\n")
+            format!(
+                "{searches} my.example\nnameserver 10.96.0.10\nnameserver 1.1.1.1\noptions ndots:2\n"
+            )
         );
         let unnamed = ClusterDns {
             domain: String::new(),
             ..cluster
         };
         let text = of(&wanted, &unnamed);
-        assert!(text.starts_with("search hpc.example my.example cluster.local\n"), "{text}");
+        assert!(
+            text.starts_with("search hpc.example my.example cluster.local\n"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -411,7 +411,11 @@ fn what_a_pod_says_about_names_reaches_its_resolver() {
         })
         .resolver
     };
-    assert_eq!(resolver("Default", json!(null)), None, "the node's file stays");
+    assert_eq!(
+        resolver("Default", json!(null)),
+        None,
+        "the node's file stays"
+    );
     let cluster_first = Some(pb::Resolver {
         cluster_first: true,
         ..pb::Resolver::default()
@@ -428,7 +432,10 @@ fn what_a_pod_says_about_names_reaches_its_resolver() {
     };
     assert_eq!(in_the_nodes_network(Some("ClusterFirst")), None);
     assert_eq!(in_the_nodes_network(None), None);
-    assert_eq!(in_the_nodes_network(Some("ClusterFirstWithHostNet")), cluster_first);
+    assert_eq!(
+        in_the_nodes_network(Some("ClusterFirstWithHostNet")),
+        cluster_first
+    );
     let config = json!({
         "nameservers": ["1.1.1.1"], "searches": ["a.example"],
         "options": [{"name": "ndots", "value": "2"}, {"name": "edns0"}],

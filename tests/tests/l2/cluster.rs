@@ -153,9 +153,16 @@ fn pod(connections: u32) -> Pod {
 
 async fn says(pod: &Pod, client: &AgentClient<Channel>, expected: &str) -> anyhow::Result<String> {
     wait_for(expected, SOON, async || {
-        let log = pod.log(client, "main").await.map_err(|error| error.to_string())?;
+        let log = pod
+            .log(client, "main")
+            .await
+            .map_err(|error| error.to_string())?;
         let log = String::from_utf8_lossy(&log).into_owned();
-        if log.contains(expected) { Ok(log) } else { Err(log) }
+        if log.contains(expected) {
+            Ok(log)
+        } else {
+            Err(log)
+        }
     })
     .await
 }
@@ -200,7 +207,9 @@ async fn a_container_reaches_the_api_server_and_no_broken_connection_looks_compl
     let attempt = kubelet.attempt().await?;
     let mut call = kubelet.take(&attempt).await?;
     ensure!(call.read().await? == SIZE);
-    call.input.send(message(Input::Data(vec![3; 5].into()))).await?;
+    call.input
+        .send(message(Input::Data(vec![3; 5].into())))
+        .await?;
     drop(call);
     says(&pod, &client, "2 reset after").await?;
     // A watch that begins anew gets what waits.
@@ -228,10 +237,18 @@ async fn a_connection_that_nobody_takes_is_reset_after_ten_seconds() -> anyhow::
     let attempt = kubelet.attempt().await?;
     let log = says(&pod, &client, "0 reset after 0").await?;
     ensure!(began.elapsed() > Duration::from_secs(8), "{log}");
-    let late = kubelet.take(&attempt).await.err().context("taken too late")?;
+    let late = kubelet
+        .take(&attempt)
+        .await
+        .err()
+        .context("taken too late")?;
     ensure!(late.code() == Code::NotFound, "{late:?}");
     // The port ends with the pod.
-    let port = log.split_whitespace().nth(1).context("no port")?.parse::<u16>()?;
+    let port = log
+        .split_whitespace()
+        .nth(1)
+        .context("no port")?
+        .parse::<u16>()?;
     pod.remove(&client).await?;
     wait_for("nobody listens", SOON, async || {
         match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {

@@ -11,6 +11,7 @@ mod cluster;
 mod crash;
 mod data;
 mod dial_out;
+mod egress;
 mod flood;
 mod guide;
 mod injection;

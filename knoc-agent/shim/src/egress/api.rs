@@ -52,7 +52,10 @@ impl ApiServer {
     }
 
     fn instead_of(self, name: &str, value: &[u8]) -> Option<String> {
-        let (ip, port) = (self.service.ip().to_string(), self.service.port().to_string());
+        let (ip, port) = (
+            self.service.ip().to_string(),
+            self.service.port().to_string(),
+        );
         let name = name.strip_prefix(PREFIX)?;
         let is_host = name == "SERVICE_HOST" || name.ends_with("_TCP_ADDR");
         let is_port = name.starts_with("SERVICE_PORT") || name.ends_with("_TCP_PORT");
@@ -93,8 +96,16 @@ mod tests {
             ("KUBERNETES_SERVICE_HOST", "10.96.0.1", NAME),
             ("KUBERNETES_SERVICE_PORT", "443", "40001"),
             ("KUBERNETES_SERVICE_PORT_HTTPS", "443", "40001"),
-            ("KUBERNETES_PORT", "tcp://10.96.0.1:443", "tcp://kubernetes.default.svc:40001"),
-            ("KUBERNETES_PORT_443_TCP", "tcp://10.96.0.1:443", "tcp://kubernetes.default.svc:40001"),
+            (
+                "KUBERNETES_PORT",
+                "tcp://10.96.0.1:443",
+                "tcp://kubernetes.default.svc:40001",
+            ),
+            (
+                "KUBERNETES_PORT_443_TCP",
+                "tcp://10.96.0.1:443",
+                "tcp://kubernetes.default.svc:40001",
+            ),
             ("KUBERNETES_PORT_443_TCP_ADDR", "10.96.0.1", NAME),
             ("KUBERNETES_PORT_443_TCP_PORT", "443", "40001"),
             ("KUBERNETES_PORT_443_TCP_PROTO", "tcp", "tcp"),
@@ -108,7 +119,10 @@ mod tests {
             named: false,
             ..api
         };
-        assert_eq!(of(unnamed, "KUBERNETES_SERVICE_HOST", "10.96.0.1"), "127.0.0.1");
+        assert_eq!(
+            of(unnamed, "KUBERNETES_SERVICE_HOST", "10.96.0.1"),
+            "127.0.0.1"
+        );
         assert_eq!(api.hosts_line(), "127.0.0.1\tkubernetes.default.svc");
     }
 }

@@ -120,7 +120,8 @@ impl Ports {
             }
         }
         if let Some((port, error)) = failed {
-            let message = format!("the pod does not reach port {port} of the cluster's Services: {error}");
+            let message =
+                format!("the pod does not reach port {port} of the cluster's Services: {error}");
             self.gate.note("EgressUnavailable", message);
         }
     }
@@ -130,7 +131,9 @@ impl Ports {
         let gate = self.gate.clone();
         Ok(match kind {
             Kind::Tcp => self.tasks.spawn(accept(listener(socket, port)?, gate)),
-            Kind::Udp => self.tasks.spawn(udp::serve(datagrams(socket, port)?, port, gate)),
+            Kind::Udp => self
+                .tasks
+                .spawn(udp::serve(datagrams(socket, port)?, port, gate)),
         })
     }
 }
@@ -232,7 +235,11 @@ mod tests {
 
     #[test]
     fn only_ports_that_are_no_longer_wanted_are_closed() {
-        let open = [((Kind::Tcp, 80), ()), ((Kind::Tcp, 53), ()), ((Kind::Udp, 53), ())];
+        let open = [
+            ((Kind::Tcp, 80), ()),
+            ((Kind::Tcp, 53), ()),
+            ((Kind::Udp, 53), ()),
+        ];
         let wanted = [(Kind::Tcp, 443), (Kind::Tcp, 53)].into();
         let mut gone = changes(&open.into(), &wanted);
         gone.sort_unstable();

@@ -151,7 +151,8 @@ mod tests {
     #[test]
     fn what_pods_do_not_reach_is_named_and_the_rest_works() {
         let mut odd = network();
-        odd.ranges.extend(["192.0.0.0/24", "224.0.0.0/4"].map(str::to_owned));
+        odd.ranges
+            .extend(["192.0.0.0/24", "224.0.0.0/4"].map(str::to_owned));
         "fd00:10::1".clone_into(&mut odd.api_address);
         "192.0.0.10".clone_into(&mut odd.dns);
         let table = Table::parse(&odd).unwrap();
@@ -165,6 +166,9 @@ mod tests {
             ..network()
         };
         let error = Table::parse(&broken).unwrap_err().to_string();
-        assert!(error.contains("EgressNetwork") && error.contains("10.96.0.0"), "{error}");
+        assert!(
+            error.contains("EgressNetwork") && error.contains("10.96.0.0"),
+            "{error}"
+        );
     }
 }

@@ -157,7 +157,11 @@ impl Port {
 
     /// Removes a flow that has ended, unless there is a newer one between the same addresses.
     fn forget(&mut self, key: &Key) {
-        if self.flows.get(key).is_some_and(|flow| flow.datagrams.is_closed()) {
+        if self
+            .flows
+            .get(key)
+            .is_some_and(|flow| flow.datagrams.is_closed())
+        {
             self.flows.remove(key);
         }
     }
@@ -281,7 +285,13 @@ async fn reply(socket: &UdpSocket, (to, from): Key, data: &[u8]) -> io::Result<(
         .async_io(Interest::WRITABLE, || {
             let control = [ControlMessage::Ipv4PacketInfo(&info)];
             let parts = [IoSlice::new(data)];
-            sendmsg(socket.as_raw_fd(), &parts, &control, MsgFlags::empty(), Some(&to))?;
+            sendmsg(
+                socket.as_raw_fd(),
+                &parts,
+                &control,
+                MsgFlags::empty(),
+                Some(&to),
+            )?;
             Ok(())
         })
         .await
@@ -303,14 +313,18 @@ mod tests {
     #[tokio::test]
     async fn an_answer_comes_from_the_address_that_was_asked() {
         let socket = UdpSocket::bind("0.0.0.0:0").await.unwrap();
-        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Ipv4PacketInfo, &true).unwrap();
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Ipv4PacketInfo, &true)
+            .unwrap();
         let port = socket.local_addr().unwrap().port();
         let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let target = SocketAddrV4::new(Ipv4Addr::new(127, 9, 9, 9), port);
         client.send_to(b"question", target).await.unwrap();
         let mut buffer = vec![0; 100];
         let (from, to, count) = receive(&socket, &mut buffer).await.unwrap();
-        assert_eq!((to, buffer.get(..count)), (*target.ip(), Some(&b"question"[..])));
+        assert_eq!(
+            (to, buffer.get(..count)),
+            (*target.ip(), Some(&b"question"[..]))
+        );
         reply(&socket, (from, target), b"answer").await.unwrap();
         let (count, source) = client.recv_from(&mut buffer).await.unwrap();
         assert_eq!(source, target.into());

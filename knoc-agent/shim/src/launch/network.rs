@@ -183,11 +183,7 @@ fn hand_over(shim: &UnixStream, ids: Ids, no_edge: Option<String>) -> Result<(),
 }
 
 /// Answers requests until the shim ends, or with `seal` until [`Request::Seal`].
-fn serve_until(
-    shim: &UnixStream,
-    edge: &mut Option<Edge>,
-    seal: bool,
-) -> Result<(), NetworkError> {
+fn serve_until(shim: &UnixStream, edge: &mut Option<Edge>, seal: bool) -> Result<(), NetworkError> {
     while let Some(request) = receive(shim)? {
         let sealed = seal && request == Request::Seal;
         match carry_out(request, edge) {

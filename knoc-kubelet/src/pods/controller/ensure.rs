@@ -83,6 +83,13 @@ impl Worker<'_> {
             self.ephemeral_waits(pod, &lacking).await;
             return;
         }
+        if self.memory.agent.ensured == 0 {
+            self.context
+                .site
+                .network
+                .wait(&self.context.site.link)
+                .await;
+        }
         let generation = shape.generation;
         let hashes = Hashes::of(&sent.values, sent.pull_credentials.as_ref());
         knoc_proto::crash::point("kubelet.ensure.before");

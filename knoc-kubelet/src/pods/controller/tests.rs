@@ -24,6 +24,7 @@ use tokio::{sync::watch, task::JoinSet};
 
 use crate::{
     agent::{Link, watch::AgentWatch},
+    egress::Described,
     metrics::Metrics,
     node::{Identity, allocations::Allocatable, unit::Unit},
     pods::events::Recorder,
@@ -100,6 +101,7 @@ impl Kubelet {
             site: Site {
                 agent: handle.clone(),
                 link: link.clone(),
+                network: Described::default(),
             },
             node: Arc::new(Unit::new(identity(), capacity)),
             pods: KnownPods {

@@ -106,7 +106,8 @@ impl Edge {
             ranges: BTreeSet::new(),
         };
         let configure = EdgeError::on("configure the interface in the second network namespace");
-        made.inside(|| Self::configure_edge(address))?.map_err(configure)?;
+        made.inside(|| Self::configure_edge(address))?
+            .map_err(configure)?;
         Ok(made)
     }
 
@@ -183,7 +184,8 @@ impl Edge {
             return Ok(Err(errno.into()));
         }
         let done = act();
-        setns(&self.pod, CloneFlags::CLONE_NEWNET).map_err(|errno| EdgeError::Lost(errno.into()))?;
+        setns(&self.pod, CloneFlags::CLONE_NEWNET)
+            .map_err(|errno| EdgeError::Lost(errno.into()))?;
         Ok(done)
     }
 }

@@ -83,12 +83,20 @@ pub(super) fn bring_up(device: u32) -> io::Result<()> {
 
 /// Adds `address` to an interface, without a network.
 pub(super) fn add_address(device: u32, address: Ipv4Addr) -> io::Result<()> {
-    ask(&message(RTM_NEWADDR, REQUEST, &new_address(device, address)))
+    ask(&message(
+        RTM_NEWADDR,
+        REQUEST,
+        &new_address(device, address),
+    ))
 }
 
 /// Creates two interfaces that are the ends of one link: `name` here, and `peer` in the network namespace `there`.
 pub(super) fn create_pair(name: &str, peer: &str, there: BorrowedFd<'_>) -> io::Result<()> {
-    ask(&message(RTM_NEWLINK, CREATE, &new_pair(name, peer, there.as_raw_fd())))
+    ask(&message(
+        RTM_NEWLINK,
+        CREATE,
+        &new_pair(name, peer, there.as_raw_fd()),
+    ))
 }
 
 /// Adds a route, or replaces the one to the same addresses.
@@ -175,7 +183,16 @@ fn route_body(route: Route) -> Vec<u8> {
         Way::Via { .. } => (RT_TABLE_MAIN, RT_SCOPE_UNIVERSE, RTN_UNICAST),
     };
     // No source range, no type of service; no flags at the end.
-    let mut body = vec![AF_INET, route.to.prefix, 0, 0, table, RTPROT_STATIC, scope, kind];
+    let mut body = vec![
+        AF_INET,
+        route.to.prefix,
+        0,
+        0,
+        table,
+        RTPROT_STATIC,
+        scope,
+        kind,
+    ];
     body.extend([0; 4]);
     attribute(&mut body, RTA_DST, &route.to.first.octets());
     attribute(&mut body, RTA_OIF, &route.device.to_ne_bytes());

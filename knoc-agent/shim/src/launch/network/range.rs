@@ -66,7 +66,15 @@ mod tests {
         let one = Range::parse("10.96.0.1/32").unwrap();
         assert!(one.overlaps(range) && range.overlaps(one));
         assert!(!one.overlaps(Range::parse("10.96.0.2/32").unwrap()));
-        for broken in ["", "10.96.0.0", "10.0.0.0/33", "10.0.0.0/+8", "10.0.0/8", "fd00::/8", "10.0.0.0/"] {
+        for broken in [
+            "",
+            "10.96.0.0",
+            "10.0.0.0/33",
+            "10.0.0.0/+8",
+            "10.0.0/8",
+            "fd00::/8",
+            "10.0.0.0/",
+        ] {
             assert_eq!(Range::parse(broken), None, "{broken}");
         }
     }
