@@ -19,7 +19,7 @@ use knoc_proto::{
     reason::ErrorReason,
 };
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::AsyncWriteExt as _,
     net::{
         TcpStream, UdpSocket,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
@@ -222,18 +222,20 @@ async fn to_cluster(mut output: FromPod, writer: OwnedWriteHalf) -> Result<(), B
     }
 }
 
-async fn from_cluster(mut reader: OwnedReadHalf, input: ToPod) -> Result<(), Broken> {
-    let mut buffer = BytesMut::new();
+async fn from_cluster(reader: OwnedReadHalf, input: ToPod) -> Result<(), Broken> {
     loop {
-        buffer.reserve(CHUNK);
-        let count = reader
-            .read_buf(&mut buffer)
-            .await
-            .map_err(Broken::Endpoint)?;
+        // A connection on which nothing is sent holds no buffer.
+        reader.readable().await.map_err(Broken::Endpoint)?;
+        let mut buffer = BytesMut::with_capacity(CHUNK);
+        let count = match reader.try_read_buf(&mut buffer) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) => return Err(Broken::Endpoint(error)),
+        };
         let next = if count == 0 {
             Input::Closed(true)
         } else {
-            Input::Data(cut(&mut buffer))
+            Input::Data(cut(buffer))
         };
         // If nobody takes it, the call has ended, which the other direction notices.
         if input.send(message(next)).await.is_err() || count == 0 {
@@ -242,14 +244,12 @@ async fn from_cluster(mut reader: OwnedReadHalf, input: ToPod) -> Result<(), Bro
     }
 }
 
-/// Takes what was read. A few bytes are copied, so that no large buffer waits for a slow reader because of them.
-fn cut(buffer: &mut BytesMut) -> Bytes {
+/// What was read. A few bytes are copied, so that no large buffer waits for a slow reader because of them.
+fn cut(buffer: BytesMut) -> Bytes {
     if buffer.len() < CHUNK / 8 {
-        let data = Bytes::copy_from_slice(buffer);
-        buffer.clear();
-        data
+        Bytes::copy_from_slice(&buffer)
     } else {
-        buffer.split().freeze()
+        buffer.freeze()
     }
 }
 
