@@ -221,3 +221,6 @@ impl Drop for Announced<'_> {
         drop(self.egress.withdraw(self.id));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -179,7 +179,7 @@ impl Gate {
         }
     }
 
-    fn admit(&self, stream: TcpStream) {
+    pub(super) fn admit(&self, stream: TcpStream) {
         let stream = tcp::Guarded::new(stream);
         // The edge has an address of its own, which is none of the cluster's.
         let Some(target) = self.target(stream.local_addr()) else {

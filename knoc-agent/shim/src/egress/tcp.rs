@@ -17,7 +17,7 @@ use knoc_proto::{
     reason::ErrorReason,
 };
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::AsyncWriteExt as _,
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
@@ -111,11 +111,20 @@ async fn to_container(
     }
 }
 
-async fn from_container(mut reader: ReadHalf<'_>, output: &Output) -> Result<(), Status> {
+async fn from_container(reader: ReadHalf<'_>, output: &Output) -> Result<(), Status> {
     let mut buffer = BytesMut::new();
     loop {
         buffer.reserve(CHUNK);
-        let count = reader.read_buf(&mut buffer).await.map_err(failed)?;
+        let count = match reader.try_read_buf(&mut buffer) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                // A silent connection holds no buffer.
+                buffer = BytesMut::new();
+                reader.readable().await.map_err(failed)?;
+                continue;
+            }
+            Err(error) => return Err(failed(error)),
+        };
         let message = if count == 0 {
             egress_output::Output::Closed(true)
         } else {
