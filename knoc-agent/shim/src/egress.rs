@@ -17,8 +17,9 @@
 //! link, connections wait for a new one as long as they would wait for an answer.
 
 mod api;
-mod host;
-mod ports;
+pub(crate) mod gate;
+pub(crate) mod host;
+pub(crate) mod ports;
 mod table;
 mod tcp;
 mod udp;
@@ -37,8 +38,6 @@ use tonic::{Status, Streaming};
 use self::waiting::Waiting;
 pub(crate) use self::{
     api::ApiServer,
-    host::ApiPort,
-    ports::{Gate, Ports},
     table::{Table, TableError},
 };
 use crate::launch::network::protocol::Kind;

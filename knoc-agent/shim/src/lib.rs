@@ -192,7 +192,7 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     // From here on, a signal stops the pod instead of killing the shim.
     let signals = job_signals::Signals::listen()?;
     let up = pod.bring_up_network().await?;
-    let api = egress::ApiPort::bind(&pod).await;
+    let api = egress::host::ApiPort::bind(&pod).await;
     let api = api.context("listen for the containers' connections to the API server")?;
     pod.facts.api = api.as_ref().map(|port| port.server);
     let host_ports = HostPorts::bind(&pod).await?;
@@ -216,7 +216,7 @@ struct Begun {
     values: Option<pb::PodValues>,
     endpoint: std::path::PathBuf,
     up: network::Up,
-    api: Option<egress::ApiPort>,
+    api: Option<egress::host::ApiPort>,
     signals: job_signals::Signals,
     background: JoinSet<()>,
 }
@@ -276,8 +276,8 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
     let route = route_to(listener.as_ref());
     let publisher = begin_report(&pod, previous.as_ref(), &route, &brought_up);
     background.spawn(tell_if_lost(brought_up, commands.clone()));
-    let gate = egress::Gate::new(&pod.egress, commands.clone());
-    if let Some(ports) = egress::Ports::open(&pod, gate.clone()).await {
+    let gate = egress::gate::Gate::new(&pod.egress, commands.clone());
+    if let Some(ports) = egress::ports::Ports::open(&pod, gate.clone()).await {
         background.spawn(ports.keep());
     }
     if let Some(api) = api {

@@ -12,7 +12,11 @@ use std::{
 
 use tokio::net::{TcpListener, TcpStream};
 
-use super::{api::ApiServer, ports::Gate, ports::PAUSE, tcp};
+use super::{
+    api::ApiServer,
+    gate::{Gate, PAUSE},
+    tcp,
+};
 use crate::{listeners, network::Network, pod::Pod};
 
 /// The port.

@@ -16,7 +16,7 @@ use tonic::{
     codec::{DecodeBuf, Decoder},
 };
 
-use super::*;
+use super::{gate::Gate, *};
 use crate::{launch::network::protocol::Range, supervisor::Command};
 
 const SOON: Duration = Duration::from_secs(30);

@@ -28,7 +28,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::{Egress, Taken, ports::Gate, tcp::send};
+use super::{Egress, Taken, gate::Gate, tcp::send};
 use crate::launch::network::protocol::Kind;
 
 /// How many flows one port may have; beyond it, the one that was idle for the longest time ends.
