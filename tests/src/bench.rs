@@ -39,7 +39,7 @@ use self::bed::Bed;
 use self::stats::Series;
 
 /// Pods at once, and how many rounds of it.
-const ROUNDS: [(usize, usize); 3] = [(1, 20), (10, 5), (50, 3)];
+const ROUNDS: [(usize, usize); 3] = [(1, 20), (10, 5), (50, 5)];
 
 /// Many pods at once, and how many rounds of it. They are measured without the floors, which are those of fewer pods.
 const MANY: (usize, usize) = (400, 2);
@@ -75,6 +75,8 @@ struct Figures {
     beside: beside::Beside,
     streams: Vec<streams::Stream>,
     load: load::Load,
+    /// After many pods at once.
+    after_many: load::Memory,
 }
 
 /// Measures everything and writes the page. `quick` takes few samples, to test the harness itself.
@@ -97,15 +99,16 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
         }
         figures.batches.push(batch);
     }
+    say("memory and RPCs at 50 running pods");
+    figures.load = load::measure(&bed, 50, if quick { 15 } else { 60 }).await?;
     figures.batches.push(many(&bed, quick).await?);
+    figures.after_many = load::memory();
     say("T4: exec");
     figures.exec = exec::measure(&bed, if quick { 30 } else { EXECS }).await?;
     say("a followed log");
     figures.follow = follow::measure(&bed, if quick { 60 } else { FOLLOWED }).await?;
     say("status beside a cp");
     figures.beside = beside::measure(&bed, if quick { 3 } else { BESIDE }).await?;
-    say("memory and RPCs at 50 running pods");
-    figures.load = load::measure(&bed, 50, if quick { 15 } else { 60 }).await?;
     say("streams");
     figures.streams = streams::measure(&bed, sizes(quick), "").await?;
     let text = report::page(&figures, &bed, quick)?;

@@ -118,6 +118,17 @@ async fn connections(world: &World) -> anyhow::Result<BTreeSet<String>> {
     Ok(ports.map(|(_, port)| port.to_owned()).collect())
 }
 
+/// The connections of a kubelet that has found the agent that was just started. The node's condition does not say so: for a
+/// moment it is still about the agent before.
+async fn control(world: &World) -> anyhow::Result<BTreeSet<String>> {
+    wait_for("the kubelet has connected again", SOON, async || {
+        let open = connections(world).await?;
+        ensure!(!open.is_empty(), "no connection to the agent");
+        anyhow::Ok(open)
+    })
+    .await
+}
+
 /// A rule of the login node's routing table for what leaves the agent's port: added or deleted.
 async fn rule(world: &World, action: &str, rest: &[&str]) -> anyhow::Result<()> {
     let mut words = vec![
@@ -230,11 +241,15 @@ async fn connect_with_nearly_due_pairs(
 async fn rotated_and_cut(world: &World, files: &Files) -> anyhow::Result<()> {
     world.running(&PodBuilder::new("counter").sh(COUNT)).await?;
     let (agent_before, kept_before) = connect_with_nearly_due_pairs(world, files).await?;
-    let control = connections(world).await?;
+    let control = control(world).await?;
 
+    let mut echo = wait_for("a command repeats what it is told", SOON, async || {
+        let mut echo = Echo::start(world).await?;
+        echo.repeats("before").await?;
+        anyhow::Ok(echo)
+    })
+    .await?;
     let log = Background::start(world.kubectl(["logs", "-f", "counter"]))?;
-    let mut echo = Echo::start(world).await?;
-    echo.repeats("before").await?;
     let bulk: Vec<String> = connections(world)
         .await?
         .difference(&control)

@@ -3,26 +3,48 @@
 //! ```text
 //!  at once   the phase, the pod's reason, Ready and the conditions like it, a container that starts, ends, turns
 //!            ready or fails, a newer observedGeneration
-//!  1 s       the first status of a pod; the end of the last container, which the terminal phase follows
-//!  3 s       the start of the job (hostIP, startTime, PodReadyToStartContainers) and ids of containers, which the
+//!  1–4 s     the first status of a pod; the end of the last container, which the terminal phase follows
+//!  3–10 s    the start of the job (hostIP, startTime, PodReadyToStartContainers) and ids of containers, which the
 //!            start of a container follows
-//!  10 s      messages alone: what Slurm says of the queue
+//!  10–60 s   messages alone: what Slurm says of the queue
 //! ```
 //!
-//! The time runs from the first change that was not sent. A change that is sent at once takes along all that waited.
+//! The time runs from the first change that was not sent. A change that is sent at once takes along all that waited. The
+//! more pods a node has, the longer they wait ([`Patience`]): otherwise what nobody waits for would delay what somebody
+//! waits for.
 
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodCondition, PodStatus};
 
-/// How long the first status of a pod may wait. It says only that the pod waits, which nobody doubts.
-const FIRST: Duration = Duration::from_secs(1);
-/// How long the end of the last container may wait for the terminal phase.
-const ENDING: Duration = Duration::from_secs(1);
-/// How long the start of the job may wait for the start of a container.
-const DETAILS: Duration = Duration::from_secs(3);
-/// How long a message may wait. Slurm's reasons and estimates change often while a job is queued.
-const MESSAGES: Duration = Duration::from_secs(10);
+/// How long changes may wait for which nobody waits. The figures grow with the number of pods on the node, so that all
+/// of them together cause no more than ten patches about messages in a second, and a hundred about a pod's first status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Patience {
+    /// The first status of a pod, which says only that the pod waits, and nobody doubts that.
+    first: Duration,
+    /// The end of the last container, which the terminal phase follows.
+    ending: Duration,
+    /// The start of the job, which the start of a container follows.
+    details: Duration,
+    /// A message. Slurm's reasons and estimates change often while a job is queued.
+    pub(super) messages: Duration,
+}
+
+impl Patience {
+    /// That of a node with this many pods.
+    pub(super) fn with(pods: usize) -> Self {
+        let pods = u64::try_from(pods).unwrap_or(u64::MAX);
+        let seconds =
+            |each: u64, least, most| Duration::from_secs((pods / each).clamp(least, most));
+        Self {
+            first: seconds(100, 1, 4),
+            ending: seconds(100, 1, 4),
+            details: seconds(40, 3, 10),
+            messages: seconds(10, 10, 60),
+        }
+    }
+}
 
 /// Reasons of a waiting container that are no news.
 const USUAL: [&str; 2] = ["ContainerCreating", "PodInitializing"];
@@ -38,22 +60,22 @@ const AWAITED: [&str; 5] = [
 
 /// How long the change from the published status to `wanted`, which differ, may wait for further changes.
 #[must_use]
-pub(super) fn delay(pod: &Pod, wanted: &PodStatus) -> Duration {
+pub(super) fn delay(pod: &Pod, wanted: &PodStatus, patience: Patience) -> Duration {
     let none = PodStatus::default();
     let have = pod.status.as_ref().unwrap_or(&none);
     let first = have.container_statuses.is_none();
     if awaited(have, wanted) {
         if !first && has_ended(pod, have, wanted) {
-            ENDING
+            patience.ending
         } else {
             Duration::ZERO
         }
     } else if first {
-        FIRST
+        patience.first
     } else if only_messages(have, wanted) {
-        MESSAGES
+        patience.messages
     } else {
-        DETAILS
+        patience.details
     }
 }
 
@@ -213,7 +235,7 @@ mod tests {
 
     fn between(policy: &str, have: &Value, wanted: &Value) -> u64 {
         let wanted = serde_json::from_value(wanted.clone()).unwrap();
-        delay(&pod(policy, have), &wanted).as_secs()
+        delay(&pod(policy, have), &wanted, Patience::with(1)).as_secs()
     }
 
     fn status(phase: &str, state: &Value, more: &Value) -> Value {
@@ -284,6 +306,29 @@ mod tests {
         let mut allocated = queued("");
         allocated["conditions"] = json!([{"type": "PodReadyToStartContainers", "status": "True"}]);
         assert_eq!(between("Never", &queued(""), &allocated), 3);
+    }
+
+    #[test]
+    fn many_pods_have_more_patience_but_never_for_a_phase() {
+        let seconds = |pods| {
+            let patience = Patience::with(pods);
+            let all = [
+                patience.first,
+                patience.ending,
+                patience.details,
+                patience.messages,
+            ];
+            all.map(|one| one.as_secs())
+        };
+        assert_eq!(seconds(0), [1, 1, 3, 10]);
+        assert_eq!(seconds(100), [1, 1, 3, 10]);
+        assert_eq!(seconds(400), [4, 4, 10, 40]);
+        assert_eq!(seconds(10_000), [4, 4, 10, 60]);
+        let runs = status("Running", &json!({"running": {}}), &json!({}));
+        let over = status("Succeeded", &ended(0), &json!({}));
+        let over = serde_json::from_value(over).unwrap();
+        let delay = delay(&pod("Never", &runs), &over, Patience::with(10_000));
+        assert_eq!(delay, Duration::ZERO);
     }
 
     #[test]

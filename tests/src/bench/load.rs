@@ -16,13 +16,28 @@ const RUNNING: Duration = Duration::from_mins(5);
 #[derive(Debug, Default)]
 pub(super) struct Load {
     pub(super) pods: usize,
-    /// The agent's resident memory in KiB.
-    pub(super) agent: u64,
-    pub(super) kubelet: u64,
+    pub(super) memory: Memory,
     /// Median and maximum of the shims' anonymous memory in KiB, which is charged to every job.
     pub(super) shim: (u64, u64),
     /// Calls of the agent's user to slurmctld per minute.
     pub(super) rpcs: u64,
+}
+
+/// Resident memory in KiB.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    pub(super) agent: u64,
+    pub(super) kubelet: u64,
+}
+
+/// The resident memory of agent and kubelet now.
+pub(super) fn memory() -> Memory {
+    let largest =
+        |program: &str, word: &str| resident(program, word).into_iter().max().unwrap_or(0);
+    Memory {
+        agent: largest("knoc-agent", "serve"),
+        kubelet: largest("knoc-kubelet", ""),
+    }
 }
 
 /// Runs `pods` pods and measures for `seconds` seconds.
@@ -44,12 +59,9 @@ pub(super) async fn measure(bed: &Bed, pods: usize, seconds: u64) -> anyhow::Res
     let calls = rpcs(bed).await? - before;
     let mut shims = anonymous("knoc-agent", "shim");
     shims.sort_unstable();
-    let largest =
-        |program: &str, word: &str| resident(program, word).into_iter().max().unwrap_or(0);
     let load = Load {
         pods: shims.len(),
-        agent: largest("knoc-agent", "serve"),
-        kubelet: largest("knoc-kubelet", ""),
+        memory: memory(),
         shim: (
             shims.get(shims.len() / 2).copied().unwrap_or(0),
             shims.last().copied().unwrap_or(0),

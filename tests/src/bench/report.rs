@@ -124,8 +124,8 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
     stream_bounds(figures, &mut bounds);
     let load = &figures.load;
     let memory = [
-        ("resident memory of the agent", load.agent, 32.0),
-        ("resident memory of the kubelet", load.kubelet, 48.0),
+        ("resident memory of the agent", load.memory.agent, 32.0),
+        ("resident memory of the kubelet", load.memory.kubelet, 48.0),
         ("anonymous memory of the shim, median", load.shim.0, 5.0),
     ];
     for (what, kib, limit) in memory {
@@ -304,13 +304,15 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
     writeln!(
         out,
         "\nAt {} running pods: agent {:.1} MiB resident, kubelet {:.1} MiB; shim {:.1} MiB anonymous (median; largest {:.1}); \
-         {} RPCs per minute to slurmctld.\n",
+         {} RPCs per minute to slurmctld. After many pods at once: agent {:.1} MiB, kubelet {:.1} MiB.\n",
         load.pods,
-        mib(load.agent),
-        mib(load.kubelet),
+        mib(load.memory.agent),
+        mib(load.memory.kubelet),
         mib(load.shim.0),
         mib(load.shim.1),
         load.rpcs,
+        mib(figures.after_many.agent),
+        mib(figures.after_many.kubelet),
     )?;
     Ok(())
 }

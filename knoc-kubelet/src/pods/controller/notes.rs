@@ -1,14 +1,12 @@
 //! Records what the agent reports of a pod as Events, each once: its notes, and the changes of containers.
 //!
-//! A note about the queue is held for a moment: if the job starts meanwhile, the note of its start says enough.
+//! A note about the queue is held as long as messages may wait: if the job starts meanwhile, the note of its start says
+//! enough.
 //!
 //! Changes of containers are read from their current state: a container's id names one attempt, so `Created` and
 //! `Started` are recorded once for each attempt, however many observations were missed.
 
-use std::{
-    hash::{DefaultHasher, Hash, Hasher},
-    time::Duration,
-};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
@@ -31,9 +29,6 @@ const FAILURES: &[&str] = &[
 
 /// Notes older than this at the start of the process were recorded by an earlier process.
 const EARLIER: SignedDuration = SignedDuration::from_secs(120);
-
-/// How long a note about the queue waits for a later one that replaces it.
-const HELD: Duration = Duration::from_secs(10);
 
 /// Notes about the queue. Each is replaced by any later note of [`REPLACING`].
 const QUEUE: &[&str] = &["SlurmJobPending", "SlurmJobSubmitted"];
@@ -92,7 +87,10 @@ impl Worker<'_> {
         }
         let now = Instant::now();
         let since = *self.memory.events.held_since.get_or_insert(now);
-        let left = HELD.saturating_sub(now.duration_since(since));
+        let left = self
+            .patience()
+            .messages
+            .saturating_sub(now.duration_since(since));
         if left.is_zero() {
             self.memory.events.held_since = None;
             return false;

@@ -17,7 +17,7 @@ use crate::{
         publish::{self, PublishError},
         status::{self, Input},
         store::PodView,
-        urgency,
+        urgency::{self, Patience},
     },
 };
 
@@ -28,7 +28,7 @@ impl Worker<'_> {
         let wanted = self.wanted(view);
         let patch = wanted.and_then(|wanted| {
             let patch = publish::patch(&view.pod, &wanted)?;
-            Some((patch, urgency::delay(&view.pod, &wanted)))
+            Some((patch, urgency::delay(&view.pod, &wanted, self.patience())))
         });
         let Some((patch, delay)) = patch else {
             self.memory.status.differs_since = None;
@@ -52,6 +52,11 @@ impl Worker<'_> {
             return true;
         }
         self.send_status(view, sent).await
+    }
+
+    /// How long changes may wait for which nobody waits.
+    pub(super) fn patience(&self) -> Patience {
+        Patience::with(self.context.pods.store.count())
     }
 
     /// The status that the pod should have; None if its phase in the API server is terminal.
