@@ -24,9 +24,13 @@ use super::proc;
 /// Values of the column `st`: a listening socket, and a connection that is open at both ends.
 const LISTEN: &str = "0A";
 const ESTABLISHED: &str = "01";
+/// Connections of a process, also those of which one direction has ended.
+const CONNECTED: [&str; 5] = [ESTABLISHED, "04", "05", "08", "09"];
 
 /// How often the listeners of a port are read again because they changed meanwhile.
 const LOOKS: u32 = 20;
+/// How often the tables are read to find the user of a connection.
+const USER_LOOKS: usize = 3;
 
 /// A listening TCP socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -230,15 +234,23 @@ pub(crate) fn choose(listeners: &[Listener], own: &HashSet<u64>) -> Choice {
 fn user_in(text: &str, client: SocketAddr, server: SocketAddr) -> Option<u32> {
     let mut sockets = text.lines().skip(1).filter_map(Socket::parse);
     let found = sockets.find(|one| {
-        one.state == ESTABLISHED && same(one.local, client) && same(one.remote, server)
+        let connected = CONNECTED.contains(&one.state);
+        connected && same(one.local, client) && same(one.remote, server)
     });
     found.map(|socket| socket.uid)
 }
 
 /// The user who has the other end of the connection from `client` to `server` on this host.
 pub(crate) fn user(client: SocketAddr, server: SocketAddr) -> Option<u32> {
-    let mut tables = ["/proc/net/tcp", "/proc/net/tcp6"].into_iter();
-    tables.find_map(|path| user_in(&fs::read_to_string(path).ok()?, client, server))
+    if let (SocketAddr::V4(client), SocketAddr::V4(server)) = (client, server)
+        && let Some(user) = diag::user(client, server)
+    {
+        return Some(user);
+    }
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"];
+    // A table that is read while sockets come and go may lack some.
+    let mut looks = tables.into_iter().cycle().take(tables.len() * USER_LOOKS);
+    looks.find_map(|path| user_in(&fs::read_to_string(path).ok()?, client, server))
 }
 
 /// The listeners on `port` now, and the far end of the connection to it from `client`.

@@ -87,10 +87,10 @@ mod tests {
                 name: name.to_owned(),
                 value: Some(Value::Literal(value.as_bytes().to_vec().into())),
             };
-            match api.redirect(&[var]).remove(0).value {
-                Some(Value::Literal(value)) => String::from_utf8(value.to_vec()).unwrap(),
-                other => panic!("{other:?}"),
-            }
+            let Some(Value::Literal(value)) = api.redirect(&[var]).remove(0).value else {
+                panic!("{name} is no literal");
+            };
+            String::from_utf8(value.to_vec()).unwrap()
         };
         for (name, value, expected) in [
             ("KUBERNETES_SERVICE_HOST", "10.96.0.1", NAME),

@@ -106,10 +106,15 @@ pub(super) fn add_route(route: Route) -> io::Result<()> {
 
 /// Removes a route. It is no error if there is none.
 pub(super) fn remove_route(route: Route) -> io::Result<()> {
-    match ask(&message(RTM_DELROUTE, REQUEST, &route_body(route))) {
-        Err(error) if error.raw_os_error() == Some(Errno::ESRCH as i32) => Ok(()),
-        other => other,
+    let removed = ask(&message(RTM_DELROUTE, REQUEST, &route_body(route)));
+    let none = Some(Errno::ESRCH as i32);
+    if removed
+        .as_ref()
+        .is_err_and(|error| error.raw_os_error() == none)
+    {
+        return Ok(());
     }
+    removed
 }
 
 /// PURE: a message with its header.
