@@ -37,7 +37,7 @@ build-tested: tools ## builds the same with crash points (ADR 0080) for the test
 	@install -m 755 $(BINARIES:%=$(BUILT)/release/%) $(BUILT)/tested
 
 # The test bed runs the binaries with crash points, except where their speed or their look is shown.
-demo demo-transcript bench links ssh-transcript: export KNOC_BIN ?= $(BUILT)/release
+demo demo-transcript bench links ssh-transcript newcomer-transcript: export KNOC_BIN ?= $(BUILT)/release
 
 .PHONY: prepare
 prepare:
@@ -74,9 +74,17 @@ bench: up ## measures T1 to T4 and streams, and their lower bounds (docs/perform
 links: prepare ## measures each way to the agent on its profile; writes the table in docs/guide/links.md
 	@$(TESTBED)/links.sh
 
+.PHONY: sealed-secrets
+sealed-secrets: prepare ## runs a kubelet with Secrets that sealed-secrets has created (docs/guide/links.md)
+	@$(TESTBED)/sealed-secrets.sh
+
 .PHONY: ssh-transcript
 ssh-transcript: prepare ## goes from an SSH login to a pod's log, with times; writes docs/ssh-transcript.md
 	@$(TESTBED)/ssh-transcript.sh
+
+.PHONY: newcomer-transcript
+newcomer-transcript: prepare ## follows the guide in each role, with times; writes docs/newcomer-transcript.md
+	@$(TESTBED)/newcomer.sh
 
 .PHONY: demo
 demo: prepare ## starts the fullest stack that this machine supports and runs a pod on it

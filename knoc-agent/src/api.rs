@@ -10,7 +10,6 @@
 mod admission;
 mod egress;
 pub mod gate;
-mod host_paths;
 mod lead;
 mod logs;
 pub(crate) mod renew;
@@ -69,6 +68,7 @@ fn capabilities(exec: bool) -> Vec<String> {
     let possible = |name: &&str| exec || *name != "exec";
     let names = CAPABILITIES.iter().copied().filter(possible);
     let names = names.chain(capability::OF_PODS);
+    let names = names.chain([capability::LATE_EPHEMERAL]);
     names.map(str::to_owned).collect()
 }
 

@@ -213,6 +213,7 @@ mod tests {
             pid: 1,
             epoch: 1,
             heartbeat: 1000,
+            version: None,
         };
         assert!(lives_elsewhere(Some(&lease), "login2", 1060));
         assert!(!lives_elsewhere(Some(&lease), "login2", 1061));

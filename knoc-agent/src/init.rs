@@ -321,8 +321,8 @@ impl Init<'_> {
             )
         };
         format!(
-            "{written}{kept}\n{access}Next:\n  1. Read {folder}/agent.toml and adapt it.\n  2. Start the agent: \
-             knoc-agent serve\n  3. Check it: knocctl doctor\n  4. In the cluster: kubectl apply -n \
+            "{written}{kept}\n{access}Next:\n  1. Read {folder}/agent.toml and adapt it.\n  2. Start the agent in \
+             the background: knoc-agent serve --detach\n  3. Check it: knocctl doctor\n  4. In the cluster: kubectl apply -n \
              knoc-system -f {folder}/kubelet-bundle.yaml\n     and install the chart with \
              agent.site={site}, agent.address={host}:{port}\n\n{folder}/tls/ca.key is used to \
              renew the certificates before they expire after a year: leave it there, readable only by you. Without it \

@@ -174,6 +174,7 @@ impl Holder {
             pid: self.process.pid,
             epoch: self.epoch,
             heartbeat: now.as_second(),
+            version: Some(env!("CARGO_PKG_VERSION").to_owned()),
         };
         Ok(jobdir::write_json(&self.path, &lease)?)
     }

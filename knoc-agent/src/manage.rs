@@ -11,6 +11,7 @@
 //! running it again completes it. Running jobs have their own copy of the agent and do not notice.
 
 mod install;
+mod preflight;
 mod programs;
 mod running;
 mod uninstall;
@@ -159,6 +160,10 @@ pub async fn run(home: &Home) -> anyhow::Result<()> {
     let mut steps = Steps::default();
     let installed = match request()? {
         Request::Install(wanted) => account.install(&wanted, &mut steps).await.ok(),
+        Request::Preflight { probe } => {
+            account.preflight(probe, &mut steps).await;
+            None
+        }
         Request::Status => {
             account.status(&mut steps).await;
             None

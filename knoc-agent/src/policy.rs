@@ -7,6 +7,7 @@
 //! [`Live::problem`] says what is wrong.
 
 pub mod denied;
+pub(crate) mod host_paths;
 pub mod nodes;
 pub mod rules;
 pub mod watch;

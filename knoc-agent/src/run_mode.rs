@@ -43,6 +43,18 @@ pub enum RunModeError {
         #[source]
         source: Box<CommandError>,
     },
+    /// The unit is there, but systemd does not stop it.
+    #[error(
+        "stop and disable {}; remove that file yourself if no systemd of this user uses it",
+        path.display()
+    )]
+    Unit {
+        /// The file of the unit.
+        path: PathBuf,
+        /// What systemd said.
+        #[source]
+        source: Box<RunModeError>,
+    },
     /// A file of ours.
     #[error("write the run mode's file")]
     File(#[from] FileError),
@@ -102,7 +114,7 @@ impl Login {
         Self(std::env::vars_os().collect())
     }
 
-    fn get(&self, name: &str) -> Option<&OsString> {
+    pub(crate) fn get(&self, name: &str) -> Option<&OsString> {
         let mut all = self.0.iter();
         all.find(|(known, _)| known.as_os_str() == name)
             .map(|(_, value)| value)
@@ -117,7 +129,7 @@ impl Login {
     }
 
     /// A program of the site; the error of running it names it if it is not there.
-    fn command(&self, program: &str) -> Command {
+    pub(crate) fn command(&self, program: &str) -> Command {
         let variables = self.0.iter().map(|(name, value)| (name, value));
         match self.find(program) {
             Some(path) => Command::new(path).envs(variables),

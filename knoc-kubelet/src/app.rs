@@ -226,13 +226,7 @@ impl App {
         let unit = Arc::new(Unit::new(self.node_identity(port), capacity));
         tasks.spawn(self.report(&link, &events, shutdown));
         let context = Arc::new(Context {
-            api: ApiServer {
-                client: client.clone(),
-                pod_lookup: self.pod_lookup(),
-                events,
-                services: services.clone(),
-                references: References::default(),
-            },
+            api: self.api_server(client.clone(), events, services.clone()),
             site: Site {
                 agent: self.agent.clone(),
                 link: link.clone(),
@@ -289,6 +283,16 @@ impl App {
             described: context.site.network.clone(),
         };
         egress::start(setup, client, context.api.services.clone(), tasks, shutdown);
+    }
+
+    fn api_server(&self, client: Client, events: Events, services: Services) -> ApiServer {
+        ApiServer {
+            client,
+            pod_lookup: self.pod_lookup(),
+            events,
+            services,
+            references: References::default(),
+        }
     }
 
     /// How this kubelet's identity may ask the API server whether a pod exists.

@@ -76,5 +76,5 @@ if systemctl --user show-environment >/dev/null 2>&1; then
     echo "upgrade: systemctl --user daemon-reload && systemctl --user restart knoc-agent   (jobs continue)"
     echo "to keep it running after you log out: loginctl enable-linger"
 else
-    echo "start:   nohup knoc-agent serve >>~/knoc-agent.log 2>&1 &   (there is no systemd user session)"
+    echo "start:   knoc-agent serve --detach   (there is no systemd user session)"
 fi

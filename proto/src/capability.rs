@@ -31,6 +31,9 @@ pub const RESTART_RULES: &str = "restart-rules";
 
 /// The agent adds ephemeral containers to running pods.
 pub const EPHEMERAL: &str = "ephemeral-containers";
+/// The agent adds ephemeral containers also if they come later than the generation of the pod that has them. No pod needs
+/// it: without it, the kubelet sends that generation only once nothing is missing.
+pub const LATE_EPHEMERAL: &str = "late-ephemeral-containers";
 
 /// The agent's shims let containers share their processes.
 pub const SHARED_PROCESSES: &str = "share-process-namespace";

@@ -75,12 +75,17 @@ impl FromStr for RunMode {
     }
 }
 
-/// What `knocctl agent` asks for.
+/// What `knocctl agent` and `knocctl doctor --preflight` ask for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "do")]
 pub enum Request {
     /// Installs the program that runs, configures the agent and starts it.
     Install(Box<Install>),
+    /// Looks at what an installation would need; installs nothing.
+    Preflight {
+        /// Also runs a job of some seconds that looks at a compute node.
+        probe: bool,
+    },
     /// Tells which version runs, and how.
     Status,
     /// Installs the program that runs beside the old one, and restarts the agent.

@@ -111,6 +111,26 @@ async fn each_way_to_the_agent_is_rendered() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn the_right_to_watch_secrets_can_be_left_out() -> anyhow::Result<()> {
+    let rules = |may: &str| {
+        let values = format!("agent.site=s,agent.address=a:1,rbac.watchSecrets={may}");
+        helm(["template", "x", "--kube-version", "1.36.0", "--set"])
+            .arg(values)
+            .arg(deploy().join("chart/knoc"))
+            .ok()
+    };
+    let both = "resources: [configmaps, secrets]\n    verbs: [get, watch]\n";
+    let (with, without) = (rules("true").await?, rules("false").await?);
+    ensure!(with.text().contains(both), "{with}");
+    ensure!(!without.text().contains(both), "{without}");
+    for (kind, verbs) in [("configmaps", "get, watch"), ("secrets", "get")] {
+        let rule = format!("resources: [{kind}]\n    verbs: [{verbs}]\n");
+        ensure!(without.text().contains(&rule), "{rule} in {without}");
+    }
+    Ok(())
+}
+
 /// The permissions that the `ServiceAccount` has and those that it does not have, as arguments of `kubectl auth can-i`.
 const MAY: [&str; 16] = [
     "create nodes",

@@ -78,7 +78,15 @@ fn entry_size(parent: BorrowedFd<'_>, name: &CStr) -> Result<u64, Errno> {
         .unwrap_or(0)
         .saturating_mul(BLOCK);
     let is_folder = FileType::from_raw_mode(found.st_mode) == FileType::Directory;
-    let names = if is_folder { 1 } else { found.st_nlink.max(1) };
+    #[cfg_attr(
+        target_arch = "x86_64",
+        expect(clippy::useless_conversion, reason = "u32 on arm64")
+    )]
+    let names = if is_folder {
+        1
+    } else {
+        u64::from(found.st_nlink.max(1))
+    };
     Ok(bytes / names)
 }
 

@@ -6,8 +6,7 @@ use knoc_proto::{
 };
 use tonic::Status;
 
-use super::host_paths;
-use crate::{scheduler::SubmitErrorKind, site::Site};
+use crate::{policy::host_paths, scheduler::SubmitErrorKind, site::Site};
 
 /// Admits a pod that was never seen before, or rejects it with all reasons in one message.
 pub(super) fn admit(site: &Site, spec: &PodSpec, cluster_id: &str) -> Result<(), Status> {

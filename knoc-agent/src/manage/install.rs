@@ -7,6 +7,7 @@ use knoc_proto::{
 
 use super::{
     Account, Ended, Failed, Steps,
+    programs::Put,
     running::{Running, modes, stop, wait_for_newer},
 };
 use crate::{
@@ -38,6 +39,38 @@ fn options(wanted: &Install, no_port: bool) -> Result<init::Options, Failed> {
     })
 }
 
+/// What is to be done about the agent after an installation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// Something else starts it later, or it runs the program that is installed.
+    Nothing,
+    /// It has been started, and holds the lease or soon will.
+    Wait,
+    /// It runs another program than the one that is installed.
+    Restart,
+}
+
+/// PURE: what is to be done about the agent, which was looked at before and after its run mode was set up. `renewed`: whether
+/// the program that is installed is another one than before.
+fn next(mode: RunMode, (before, now): (&Running, &Running), renewed: bool) -> Next {
+    let starts = matches!(mode, RunMode::Systemd | RunMode::Cron);
+    let is_old = match now {
+        // What has been started since runs the program that is installed.
+        Running::No => false,
+        Running::Here { .. } | Running::Elsewhere(_) if now.epoch() > before.epoch() => false,
+        Running::Here { lease, .. } | Running::Elsewhere(lease) => {
+            renewed || lease.version.as_deref() != Some(env!("CARGO_PKG_VERSION"))
+        }
+    };
+    if is_old {
+        Next::Restart
+    } else if starts {
+        Next::Wait
+    } else {
+        Next::Nothing
+    }
+}
+
 /// The mode that was asked for, or the best.
 fn mode(wanted: &Install, found: &[Possible]) -> RunMode {
     wanted.run_mode.unwrap_or_else(|| choose(found))
@@ -59,17 +92,23 @@ impl Account {
             Ok(options)
         });
         let options = checked.map_err(|failed| steps.bad("options", failed))?;
-        steps.add("program", self.put_program(wanted.length))?;
+        let put = self.put(wanted.length, steps)?;
         let config = self.configure(&options, steps)?;
         let bundle = self
             .bundle()
             .map_err(|failed| steps.bad("bundle", failed))?;
+        let before = Running::look(&config.state_dir);
+        let before = before.map_err(|failed| steps.bad("agent", failed))?;
         steps.add(
             "run mode",
             self.keep_running(mode, wanted, &config, &found).await,
         )?;
-        if matches!(mode, RunMode::Systemd | RunMode::Cron) {
-            steps.add("agent", wait_for_newer(0, &config).await)?;
+        let now = Running::look(&config.state_dir);
+        let now = now.map_err(|failed| steps.bad("agent", failed))?;
+        match next(mode, (&before, &now), put.renewed) {
+            Next::Nothing => {}
+            Next::Wait => steps.add("agent", wait_for_newer(0, &config).await)?,
+            Next::Restart => steps.add("agent", self.restart(&config, &now).await)?,
         }
         Ok(Installed {
             bundle,
@@ -78,6 +117,14 @@ impl Account {
             listens: config.listen.kubelet.is_some(),
             namespaces: config.policy.namespaces,
         })
+    }
+
+    /// Installs the program.
+    fn put(&self, length: u64, steps: &mut Steps) -> Result<Put, Ended> {
+        let put = self.put_program(length);
+        let put = put.map_err(|failed| steps.bad("program", failed))?;
+        steps.good("program", put.done.as_str());
+        Ok(put)
     }
 
     /// One account runs the agent of one site.
@@ -167,7 +214,7 @@ impl Account {
         let config = config.map_err(|failed| steps.bad("configuration", failed))?;
         let before = Running::look(&config.state_dir);
         let before = before.map_err(|failed| steps.bad("agent", failed))?;
-        steps.add("program", self.put_program(length))?;
+        self.put(length, steps)?;
         let done = self.restart(&config, &before).await;
         steps.add("agent", done)
     }
@@ -179,10 +226,25 @@ impl Account {
         if modes.contains(&RunMode::Systemd) {
             self.renew_unit(&agent).map_err(Failed::of(cure))?;
         }
+        if let Running::Elsewhere(lease) = before
+            && !modes.iter().any(|mode| mode.is_in_job())
+        {
+            return Err(Failed::new(
+                before.describe(),
+                &format!(
+                    "log in to that host to restart it: knocctl agent upgrade --ssh {}",
+                    lease.host
+                ),
+            ));
+        }
         for mode in &modes {
             let restarted = restart_by_mode(*mode, &self.login).await;
             if !restarted.map_err(Failed::of(cure))? {
                 continue;
+            }
+            // It may have been started otherwise, and the new one waits for its end.
+            if Running::look(&config.state_dir)?.is(before) {
+                stop(before, &config.state_dir).await?;
             }
             return if mode.is_in_job() {
                 Ok(
@@ -194,14 +256,9 @@ impl Account {
             };
         }
         match before {
-            Running::No => Ok("no agent runs; the next start uses the new version".to_owned()),
-            Running::Elsewhere(lease) => Err(Failed::new(
-                before.describe(),
-                &format!(
-                    "log in to that host to restart it: knocctl agent upgrade --ssh {}",
-                    lease.host
-                ),
-            )),
+            Running::No | Running::Elsewhere(_) => {
+                Ok("no agent runs; the next start uses the new version".to_owned())
+            }
             Running::Here { .. } => {
                 stop(before, &config.state_dir).await?;
                 let started = start_detached(&agent, &self.login).await;
@@ -223,7 +280,44 @@ impl Account {
 
 #[cfg(test)]
 mod tests {
+    use knoc_contract::jobdir::schema::Lease;
+
     use super::*;
+
+    #[test]
+    fn an_agent_of_another_program_is_restarted() {
+        use RunMode::{Cron, Job, OnDemand, Systemd};
+        let lease = |version: Option<&str>, epoch| Lease {
+            host: "login".into(),
+            boot_id: String::new(),
+            pid: 7,
+            epoch,
+            heartbeat: 1,
+            version: version.map(str::to_owned),
+        };
+        let here = |version, epoch| Running::Here {
+            pid: 7,
+            lease: lease(version, epoch),
+        };
+        let own = Some(env!("CARGO_PKG_VERSION"));
+        let after = |mode, now: &Running, renewed| next(mode, (now, now), renewed);
+        for (running, renewed, wanted) in [
+            (here(own, 5), false, Next::Wait),
+            (here(own, 5), true, Next::Restart),
+            (here(Some("0.0.1"), 5), false, Next::Restart),
+            (here(None, 5), false, Next::Restart),
+            (Running::Elsewhere(lease(None, 5)), false, Next::Restart),
+            (Running::No, true, Next::Wait),
+        ] {
+            assert_eq!(after(Systemd, &running, renewed), wanted, "{running:?}");
+        }
+        assert_eq!(after(Job, &here(own, 5), true), Next::Restart);
+        assert_eq!(after(OnDemand, &Running::No, true), Next::Nothing);
+        assert_eq!(after(OnDemand, &here(own, 5), false), Next::Nothing);
+        // The run mode has started it just now.
+        let started = next(Cron, (&Running::No, &here(own, 5)), true);
+        assert_eq!(started, Next::Wait);
+    }
 
     #[test]
     fn a_wrong_option_is_named_as_it_was_given() {

@@ -2,8 +2,9 @@
 
 use std::{
     fs,
+    io::{BufRead as _, BufReader},
     os::unix::fs::{PermissionsExt as _, symlink},
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
@@ -18,9 +19,47 @@ const UPLOAD: &str = "upload.";
 const LEFT: Duration = Duration::from_hours(1);
 const SPACE: &str = "check free space, quota and permissions of ~/.local";
 
+/// What [`Account::put_program`] has done.
+#[derive(Debug)]
+pub(super) struct Put {
+    /// For the user.
+    pub(super) done: String,
+    /// Whether the next start runs another program than before.
+    pub(super) renewed: bool,
+}
+
+/// Whether both files have the same contents.
+fn same(one: &Path, other: &Path) -> bool {
+    let open = |path| fs::File::open(path).map(BufReader::new);
+    let (Ok(mut one), Ok(mut other)) = (open(one), open(other)) else {
+        return false;
+    };
+    loop {
+        let (Ok(left), Ok(right)) = (one.fill_buf(), other.fill_buf()) else {
+            return false;
+        };
+        let count = left.len().min(right.len());
+        if count == 0 {
+            return left.len() == right.len();
+        }
+        if left.get(..count) != right.get(..count) {
+            return false;
+        }
+        one.consume(count);
+        other.consume(count);
+    }
+}
+
 impl Account {
-    /// Moves the program that runs to its version's folder and makes it the one in PATH.
-    pub(super) fn put_program(&self, length: u64) -> Result<String, Failed> {
+    /// The program that is installed by this request.
+    pub(super) fn target(&self) -> PathBuf {
+        let version = env!("CARGO_PKG_VERSION");
+        self.store().join(version).join("knoc-agent")
+    }
+
+    /// Moves the program that runs to its version's folder and makes it the one in PATH. One that is there already stays as
+    /// it is, since an agent may run from it.
+    pub(super) fn put_program(&self, length: u64) -> Result<Put, Failed> {
         let version = env!("CARGO_PKG_VERSION");
         let own = std::env::current_exe().map_err(Failed::of(SPACE))?;
         let name = own.file_name().and_then(|name| name.to_str());
@@ -33,8 +72,7 @@ impl Account {
                 "run the command again; is the quota used up?",
             ));
         }
-        let folder = self.store().join(version);
-        let target = folder.join("knoc-agent");
+        let (folder, target) = (self.store().join(version), self.target());
         if !uploaded && own != target {
             return Err(Failed::new(
                 format!(
@@ -44,9 +82,12 @@ impl Account {
                 "run `knocctl agent install` or `knocctl agent upgrade`",
             ));
         }
+        let known = uploaded && same(&own, &target);
         let moved = || {
             fs::create_dir_all(&folder).map_err(FileError::on("create", &folder))?;
-            if uploaded {
+            if known {
+                fs::remove_file(&own).map_err(FileError::on("remove", &own))?;
+            } else if uploaded {
                 let mode = fs::Permissions::from_mode(0o755);
                 fs::set_permissions(&own, mode).map_err(FileError::on("change", &own))?;
                 fs::rename(&own, &target).map_err(FileError::on("write", &target))?;
@@ -56,12 +97,36 @@ impl Account {
         };
         moved().map_err(Failed::of(SPACE))?;
         let before = self.put_link(version)?;
-        Ok(match before {
-            Some(before) if before != version => {
-                format!("knoc-agent {version} is installed beside {before}")
-            }
-            _ => format!("knoc-agent {version} is installed in {}", folder.display()),
+        let other = before.as_deref().filter(|before| *before != version);
+        Ok(Put {
+            renewed: other.is_some() || (uploaded && !known),
+            done: match other {
+                Some(before) => format!("knoc-agent {version} is installed beside {before}"),
+                None => format!("knoc-agent {version} is installed in {}", folder.display()),
+            },
         })
+    }
+
+    /// Removes the program that runs if it was sent for one request only, and the folders that were created for it.
+    pub(super) fn forget_upload(&self) {
+        let Ok((own, store)) =
+            std::env::current_exe().and_then(|own| Ok((own, self.store().canonicalize()?)))
+        else {
+            return;
+        };
+        if own.parent() != Some(store.as_path()) {
+            return;
+        }
+        let name = own.file_name().and_then(|name| name.to_str());
+        if name.is_some_and(|name| name.starts_with(UPLOAD)) {
+            fs::remove_file(&own).ok();
+            // A folder with something in it stays.
+            for folder in store.ancestors().take(3) {
+                if fs::remove_dir(folder).is_err() {
+                    return;
+                }
+            }
+        }
     }
 
     /// The version of which the link is, if it is one of ours.

@@ -39,8 +39,6 @@ pub(super) enum Running {
         pid: i32,
         /// Its lease.
         lease: Lease,
-        /// The program that it was started from.
-        program: Option<PathBuf>,
     },
     /// It has shown recently that it lives on another host.
     Elsewhere(Lease),
@@ -66,12 +64,21 @@ impl Running {
         if !here || pid <= 1 || !is_agent(&process) {
             return Ok(Self::No);
         }
-        let program = std::fs::read_link(process.join("exe")).ok();
-        Ok(Self::Here {
-            pid,
-            lease,
-            program,
-        })
+        Ok(Self::Here { pid, lease })
+    }
+
+    /// Whether it is the same process.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (
+                Self::Here { pid, lease },
+                Self::Here {
+                    pid: other,
+                    lease: there,
+                },
+            ) => pid == other && lease.epoch == there.epoch,
+            (Self::No | Self::Here { .. } | Self::Elsewhere(_), _) => false,
+        }
     }
 
     pub(super) fn epoch(&self) -> i64 {
@@ -89,23 +96,12 @@ impl Running {
         };
         match self {
             Self::No => "no agent runs".to_owned(),
-            Self::Here {
-                pid,
-                lease,
-                program,
-            } => {
-                let version = program.as_deref().and_then(version_of);
+            Self::Here { lease, .. } | Self::Elsewhere(lease) => {
+                let version = lease.version.as_deref();
                 let version = version.map_or_else(String::new, |version| format!(" {version}"));
                 let since = since(lease);
                 format!(
-                    "knoc-agent{version} is process {pid} on {} since {since}",
-                    lease.host
-                )
-            }
-            Self::Elsewhere(lease) => {
-                let since = since(lease);
-                format!(
-                    "an agent is process {} on {} since {since}",
+                    "knoc-agent{version} is process {} on {} since {since}",
                     lease.pid, lease.host
                 )
             }
@@ -122,13 +118,6 @@ fn is_agent(process: &Path) -> bool {
     let state = std::fs::read_to_string(process.join("stat")).unwrap_or_default();
     let state = state.rsplit_once(") ").map(|(_, rest)| rest.to_owned());
     serves && state.is_some_and(|state| !state.starts_with(['Z', 'X']))
-}
-
-/// PURE: the version of a program that is installed as ours are.
-fn version_of(program: &Path) -> Option<&str> {
-    let folder = program.parent()?;
-    let ours = folder.parent()?.ends_with("lib/knoc");
-    folder.file_name()?.to_str().filter(|_| ours)
 }
 
 /// How many pods there are, and how many may still have a job.
@@ -281,6 +270,7 @@ mod tests {
             pid: own.pid,
             epoch: 1,
             heartbeat: Timestamp::now().as_second(),
+            version: Some("1.2.3".to_owned()),
         };
         jobdir::write_json(&state.lease(), &lease).unwrap();
         // The process ID has been used again, for these tests.
@@ -292,19 +282,12 @@ mod tests {
         jobdir::write_json(&state.lease(), &there).unwrap();
         let running = Running::look(folder.path()).unwrap();
         assert!(
-            running.describe().contains("on login2 since 1970"),
+            running
+                .describe()
+                .starts_with("knoc-agent 1.2.3 is process")
+                && running.describe().contains("on login2 since 1970"),
             "{running:?}"
         );
-    }
-
-    #[test]
-    fn a_version_is_read_from_the_path_of_a_program_of_ours_only() {
-        let of = |path: &str| version_of(Path::new(path)).map(str::to_owned);
-        assert_eq!(
-            of("/home/a/.local/lib/knoc/1.2.3/knoc-agent").as_deref(),
-            Some("1.2.3")
-        );
-        assert_eq!(of("/usr/bin/knoc-agent"), None);
     }
 
     #[test]

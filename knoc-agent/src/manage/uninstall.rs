@@ -36,11 +36,16 @@ impl Account {
 
     async fn take_away(&self, config: &Config) -> Result<String, Failed> {
         let agent = self.agent(config);
+        let mut notes = Vec::new();
         for mode in RunMode::ALL {
             let taken = tear_down(mode, &agent, &self.login).await;
-            taken.map_err(Failed::of("remove what starts the agent yourself"))?;
+            notes.extend(taken.map_err(Failed::of("remove what starts the agent yourself"))?);
         }
-        Ok("nothing starts the agent any more".to_owned())
+        Ok(if notes.is_empty() {
+            "nothing starts the agent any more".to_owned()
+        } else {
+            notes.join("; ")
+        })
     }
 }
 

@@ -326,7 +326,8 @@ impl Actor {
     }
 
     /// Handles `EnsurePod` for a pod that exists: the same shape, an older generation, or a newer
-    /// one that changes only what may change.
+    /// one that changes only what may change. The same generation may still add ephemeral
+    /// containers, which the kubelet sends once it has what they refer to.
     async fn ensure_again(
         &mut self,
         pod: Pod,
@@ -343,12 +344,12 @@ impl Actor {
         let generations = spec.generation().cmp(&self.spec.generation());
         let conflict = match generations {
             Ordering::Less => return (pod, Ok(())),
-            Ordering::Equal if super::update::same(&self.spec, &spec) => return (pod, Ok(())),
-            Ordering::Equal => Some(format!(
+            Ordering::Equal if !super::update::same(&self.spec, &spec) => Some(format!(
                 "pod {} exists with another shape of this generation",
                 self.uid
             )),
-            Ordering::Greater => super::update::allowed(&self.spec, &spec).err(),
+            Ordering::Equal if !super::update::adds(&self.spec, &spec) => return (pod, Ok(())),
+            Ordering::Equal | Ordering::Greater => super::update::allowed(&self.spec, &spec).err(),
         };
         if let Some(message) = conflict {
             return (

@@ -68,6 +68,12 @@ pub(super) fn same(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
     old == new || comparable(old) == comparable(new)
 }
 
+/// Whether `new` has an ephemeral container that `old` lacks.
+pub(super) fn adds(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
+    let known = |name: &str| old.ephemeral_containers.iter().any(|one| one.name == name);
+    new.ephemeral_containers.iter().any(|one| !known(&one.name))
+}
+
 /// Clears what older kubelets did not send.
 fn forget_additions(container: &mut pb::Container) {
     container.run_as_user = None;
@@ -145,6 +151,8 @@ mod tests {
             names.join(" ")
         };
         assert_eq!(merge(with(&["b", "a"], "x")), "a b");
+        assert!(adds(&old, &with(&["a", "b"], "x")));
+        assert!(!adds(&old, &with(&["a"], "x")) && !adds(&old, &with(&[], "x")));
         assert_eq!(merge(with(&[], "x")), "a");
     }
 

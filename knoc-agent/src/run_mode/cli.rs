@@ -107,16 +107,19 @@ pub async fn change(
     // What runs now is not taken away for a mode that is refused.
     let checked = check(mode, agent, partition);
     checked.map_err(|source| CliError::Mode { mode, source })?;
+    let mut notes = Vec::new();
     for other in RunMode::ALL.into_iter().filter(|other| *other != mode) {
         let taken = tear_down(other, agent, login).await;
-        taken.map_err(|source| CliError::Before {
+        let note = taken.map_err(|source| CliError::Before {
             mode: other,
             source,
         })?;
+        notes.extend(note);
     }
     let done = set_up(mode, agent, partition, login).await;
     let done = done.map_err(|source| CliError::Mode { mode, source })?;
-    Ok((mode, done))
+    notes.insert(0, done);
+    Ok((mode, notes.join("; ")))
 }
 
 /// `knoc-agent run-mode`.

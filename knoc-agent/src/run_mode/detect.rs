@@ -47,7 +47,7 @@ pub async fn detect(login: &Login) -> Vec<Possible> {
 }
 
 /// The end of what a program said.
-fn said(error: &CommandError) -> String {
+pub(super) fn said(error: &CommandError) -> String {
     if matches!(error.kind, CommandErrorKind::NotFound) {
         return format!("there is no {}", error.program.display());
     }
@@ -142,6 +142,12 @@ pub(super) async fn scrontab_text(login: &Login) -> Result<String, CommandError>
 fn has_none(error: &CommandError) -> bool {
     let said = error.message().unwrap_or_default();
     said.contains("no crontab for") || said.contains("no scrontab for")
+}
+
+/// PURE: whether nothing can be in a table that could not be read: this host has no such program, or Slurm runs no scrontab.
+pub(super) fn is_out_of_use(error: &CommandError) -> bool {
+    let said = error.message().unwrap_or_default();
+    matches!(error.kind, CommandErrorKind::NotFound) || said.contains("scrontab is disabled")
 }
 
 /// Whether a process with the name of a cron daemon is seen.

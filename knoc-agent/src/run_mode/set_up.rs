@@ -7,7 +7,7 @@ use knoc_proto::manage::RunMode;
 
 use super::{
     Agent, Login, RunModeError,
-    detect::{crontab, lingers, scrontab_text},
+    detect::{crontab, is_out_of_use, lingers, said, scrontab_text},
     text, user_name,
 };
 use crate::command::CommandError;
@@ -188,7 +188,8 @@ async fn job(
     let script = text::job(agent, partition, &sbatch.to_string_lossy())?;
     let path = PathBuf::from(text::script(agent)?);
     create_state(agent)?;
-    if atomic::read_optional(&path)?.as_deref() == Some(script.as_bytes()) && has_job(login).await {
+    if atomic::read_optional(&path)?.as_deref() == Some(script.as_bytes()) && has_job(login).await?
+    {
         return Ok("the job of the agent is there already".to_owned());
     }
     cancel(agent, login).await?;
@@ -203,11 +204,12 @@ async fn job(
     ))
 }
 
-async fn has_job(login: &Login) -> bool {
+async fn has_job(login: &Login) -> Result<bool, RunModeError> {
     let name = format!("--name={}", text::JOB);
     let ask = login.command("squeue").args(["--me", "--noheader", &name]);
     let found = ask.deadline(PATIENCE).run().await;
-    found.is_ok_and(|output| !output.text().trim().is_empty())
+    let found = found.map_err(RunModeError::of("look for the job of the agent"))?;
+    Ok(!found.text().trim().is_empty())
 }
 
 /// Removes the batch script, so that no successor is submitted any more, and cancels the jobs.
@@ -216,10 +218,14 @@ async fn cancel(agent: &Agent, login: &Login) -> Result<(), RunModeError> {
     if path.exists() {
         std::fs::remove_file(&path).map_err(FileError::on("remove", &path))?;
     }
-    if !has_job(login).await {
-        return Ok(());
+    cancel_jobs(login).await
+}
+
+async fn cancel_jobs(login: &Login) -> Result<(), RunModeError> {
+    if has_job(login).await? {
+        scancel(login, &[]).await?;
     }
-    scancel(login, &[]).await
+    Ok(())
 }
 
 async fn scancel(login: &Login, further: &[&str]) -> Result<(), RunModeError> {
@@ -234,33 +240,84 @@ async fn scancel(login: &Login, further: &[&str]) -> Result<(), RunModeError> {
         .map_err(RunModeError::of("cancel the job of the agent"))
 }
 
-/// Takes the mode away and stops what it has started. Nothing happens if it is not set up.
-pub async fn tear_down(mode: RunMode, agent: &Agent, login: &Login) -> Result<(), RunModeError> {
-    if !is_set_up(mode, agent, login).await {
+/// Takes the mode away and stops what it has started. Nothing happens if nothing of it is there. Returns what could not be
+/// found out, for the user.
+pub async fn tear_down(
+    mode: RunMode,
+    agent: &Agent,
+    login: &Login,
+) -> Result<Option<String>, RunModeError> {
+    match mode {
+        RunMode::Systemd => take_unit_away(agent, login).await.map(|()| None),
+        RunMode::Cron => match crontab(login).await {
+            Ok(table) if text::has_lines(&table) => {
+                put_table("crontab", &[], login).await.map(|()| None)
+            }
+            Ok(_) => Ok(None),
+            Err(error) => Ok(unknown("crontab", &error)),
+        },
+        RunMode::Scrontab => match scrontab_text(login).await {
+            Ok(table) if text::has_lines(&table) => {
+                put_table("scrontab", &[], login).await?;
+                cancel_jobs(login).await.map(|()| None)
+            }
+            Ok(_) => Ok(None),
+            Err(error) => Ok(unknown("scrontab", &error)),
+        },
+        RunMode::Job if PathBuf::from(text::script(agent)?).exists() => {
+            cancel(agent, login).await.map(|()| None)
+        }
+        RunMode::Job | RunMode::OnDemand => Ok(None),
+    }
+}
+
+/// PURE: what the user has to look at, because a table could not be read.
+fn unknown(program: &str, error: &CommandError) -> Option<String> {
+    (!is_out_of_use(error)).then(|| {
+        format!(
+            "the {program} could not be read ({}): if it has lines of knoc-agent, remove them",
+            said(error)
+        )
+    })
+}
+
+/// Whether the user's systemd of this host runs the unit, or is about to start it again.
+async fn unit_runs(login: &Login) -> bool {
+    let ask = ["--user", "show", "--property=ActiveState", "--value"];
+    let ask = login.command("systemctl").args(ask).arg(text::UNIT);
+    let found = ask.deadline(PATIENCE).run().await;
+    // Without a systemd of the user there is no unit that runs.
+    let state = found.map(|output| output.text()).unwrap_or_default();
+    !matches!(state.trim(), "" | "inactive" | "failed")
+}
+
+/// Whether the user's systemd starts the unit, here or on another host with the same home.
+async fn unit_is_enabled(agent: &Agent, login: &Login) -> bool {
+    let wanted = agent.config_home.join("systemd/user/default.target.wants");
+    wanted.join(text::UNIT).symlink_metadata().is_ok()
+        || is_set_up(RunMode::Systemd, agent, login).await
+}
+
+/// Stops and disables the unit, and removes its file unless the user has changed it. A unit that is disabled may run, and so
+/// may one whose file is gone. One that the package has installed and nobody uses is left alone.
+async fn take_unit_away(agent: &Agent, login: &Login) -> Result<(), RunModeError> {
+    let path = unit_file(agent);
+    let runs = unit_runs(login).await;
+    if !runs && !unit_is_enabled(agent, login).await {
         return Ok(());
     }
-    match mode {
-        RunMode::Systemd => {
-            systemctl(login, &["disable", "--now", text::UNIT]).await?;
-            let path = unit_file(agent);
-            let ours = text::unit(agent)?;
-            let known = atomic::read_optional(&path)?.unwrap_or_default();
-            if known == ours.as_bytes() || was_ours(agent, &known) {
-                std::fs::remove_file(&path).map_err(FileError::on("remove", &path))?;
-            }
-            systemctl(login, &["daemon-reload"]).await
-        }
-        RunMode::Cron => put_table("crontab", &[], login).await,
-        RunMode::Scrontab => {
-            put_table("scrontab", &[], login).await?;
-            if has_job(login).await {
-                scancel(login, &[]).await?;
-            }
-            Ok(())
-        }
-        RunMode::Job => cancel(agent, login).await,
-        RunMode::OnDemand => Ok(()),
+    let Some(known) = atomic::read_optional(&path)? else {
+        return systemctl(login, &["stop", text::UNIT]).await;
+    };
+    let stopped = systemctl(login, &["disable", "--now", text::UNIT]).await;
+    stopped.map_err(|source| RunModeError::Unit {
+        path: path.clone(),
+        source: Box::new(source),
+    })?;
+    if known == text::unit(agent)?.as_bytes() || was_ours(agent, &known) {
+        std::fs::remove_file(&path).map_err(FileError::on("remove", &path))?;
     }
+    systemctl(login, &["daemon-reload"]).await
 }
 
 /// Restarts the agent in the way of its mode. `Ok(false)` if the mode leaves that to the caller.

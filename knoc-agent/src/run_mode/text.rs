@@ -104,20 +104,20 @@ pub fn has_lines(table: &str) -> bool {
     table.lines().any(|line| line == CRON_BEGIN)
 }
 
-/// A crontab without our lines, and with these in their place.
+/// A crontab without our lines, and with these at its end.
 #[must_use]
 pub fn with_lines(table: &str, lines: &[String]) -> String {
-    let mut ours = false;
+    let known: Vec<&str> = table.lines().collect();
+    let mut rest = known.as_slice();
     let mut text = String::new();
-    for line in table.lines() {
-        ours |= line == CRON_BEGIN;
-        // Without an end, as after an edit, nothing but our own lines may be taken away.
-        ours &= is_ours(line);
-        if !ours {
-            text.push_str(line);
-            text.push('\n');
-        }
-        ours &= line != CRON_END;
+    while let Some((line, after)) = rest.split_first() {
+        let (kept, after) = if *line == CRON_BEGIN {
+            without_block(after)
+        } else {
+            (vec![*line], after)
+        };
+        text.extend(kept.iter().flat_map(|line| [*line, "\n"]));
+        rest = after;
     }
     if !lines.is_empty() {
         let lines = lines.join("\n");
@@ -126,10 +126,53 @@ pub fn with_lines(table: &str, lines: &[String]) -> String {
     text
 }
 
-fn is_ours(line: &str) -> bool {
-    [CRON_BEGIN, CRON_END].contains(&line)
-        || line.starts_with("#SCRON ")
-        || line.contains("knoc-agent serve")
+/// Takes our block away, whose first line has been read: what somebody has added to it, and the lines after it.
+///
+/// Somebody may have removed the line after our block, or any line of it. What follows is then theirs, even if it looks like
+/// ours: options (`#SCRON`) before an entry of their own.
+fn without_block<'a, 'b>(lines: &'b [&'a str]) -> (Vec<&'a str>, &'b [&'a str]) {
+    let begin = lines.iter().position(|line| *line == CRON_BEGIN);
+    let end = lines.iter().position(|line| *line == CRON_END);
+    let end = end.filter(|end| begin.is_none_or(|begin| *end < begin));
+    let (block, after) = match end {
+        Some(end) => (lines.get(..end), lines.get(end + 1..)),
+        None => {
+            let of_block = |line: &&&str| is_option(line) || starts_agent(line);
+            let count = lines.iter().take_while(of_block).count();
+            (lines.get(..count), lines.get(count..))
+        }
+    };
+    let (block, after) = (block.unwrap_or_default(), after.unwrap_or_default());
+    let Some(entry) = block.iter().position(|line| starts_agent(line)) else {
+        let ours = block.iter().take_while(|line| is_own_option(line)).count();
+        return (block.iter().skip(ours).copied().collect(), after);
+    };
+    let (before, theirs) = block.split_at(entry);
+    let before = before.iter().filter(|line| !is_option(line));
+    (
+        before.chain(theirs.iter().skip(1)).copied().collect(),
+        after,
+    )
+}
+
+/// Whether the line starts the agent.
+fn starts_agent(line: &str) -> bool {
+    !line.starts_with('#') && line.contains("knoc-agent serve")
+}
+
+/// Whether the line is an option of the entry that follows it.
+fn is_option(line: &str) -> bool {
+    line.starts_with("#SCRON ")
+}
+
+/// Whether the line is an option that we write.
+fn is_own_option(line: &str) -> bool {
+    line.strip_prefix("#SCRON --").is_some_and(|option| {
+        option == format!("job-name={JOB}")
+            || option == "open-mode=append"
+            || option.starts_with("partition=")
+            || (option.starts_with("output=") && option.ends_with("/agent.log"))
+    })
 }
 
 #[cfg(test)]
@@ -164,6 +207,42 @@ mod tests {
         assert_eq!(
             with_lines(&edited, &[]),
             format!("{other}\n5 * * * * mine\n")
+        );
+        let commented = once.replace("*/5", "# every five minutes\n*/5");
+        assert_eq!(
+            with_lines(&commented, &[]),
+            format!("{other}\n# every five minutes\n")
+        );
+    }
+
+    #[test]
+    fn options_of_another_entry_are_kept_whatever_was_removed_of_our_lines() {
+        let lines = scrontab(&agent(), Some("service")).unwrap();
+        let entry = lines.last().unwrap().as_str();
+        let mine = "#SCRON --partition=long\n#SCRON --mem=1G\n0 4 * * * mine\n";
+        let table = with_lines("", &lines) + mine;
+        assert_eq!(with_lines(&table, &[]), mine);
+        let without_end = table.replace(&format!("{CRON_END}\n"), "");
+        assert_eq!(with_lines(&without_end, &[]), mine);
+        let again = with_lines(&without_end, &lines);
+        assert_eq!(again, format!("{mine}{}", with_lines("", &lines)));
+        // Without the entry too: an option that we do not write is somebody else's.
+        let memory = "#SCRON --mem=1G\n0 4 * * * mine\n";
+        let cut = with_lines("", &lines) + memory;
+        let cut = cut.replace(&format!("{entry}\n{CRON_END}\n"), "");
+        assert_eq!(with_lines(&cut, &[]), memory);
+        let no_entry = table.replace(&format!("{entry}\n"), "");
+        assert_eq!(with_lines(&no_entry, &[]), mine);
+        // Another agent of the user, which is not in our lines.
+        let own = "# mine\n* * * * * /opt/knoc-agent serve --config x\n";
+        assert_eq!(
+            with_lines(&(without_end.clone() + own), &[]),
+            format!("{mine}{own}")
+        );
+        // Our lines twice.
+        assert_eq!(
+            with_lines(&(without_end + &table), &[]),
+            format!("{mine}{mine}")
         );
     }
 

@@ -27,11 +27,13 @@ use knoc_proto::{
 use serde_json::{Value, json};
 
 use super::{
-    CtlError, Global, doctor,
+    CtlError, Global,
+    command::RunError,
+    doctor,
     output::{self, Format, print},
 };
 
-use program::Program;
+pub(super) use program::Program;
 
 /// How long the far side may take: it waits for systemd, Slurm and the start of the agent.
 const ANSWER_LIMIT: Duration = Duration::from_mins(5);
@@ -52,6 +54,12 @@ pub(crate) enum ManageError {
         path: PathBuf,
         #[source]
         source: std::io::Error,
+    },
+    #[error("run the program {}", path.display())]
+    Run {
+        path: PathBuf,
+        #[source]
+        source: RunError,
     },
     #[error("{} is no program for Linux (it does not begin as an ELF file)", path.display())]
     NotElf { path: PathBuf },
@@ -75,7 +83,7 @@ impl ManageError {
     pub(crate) fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::Ssh { source, .. } => return hint_of_ssh(source),
-            Self::Program { .. } | Self::NotElf { .. } => {
+            Self::Program { .. } | Self::NotElf { .. } | Self::Run { .. } => {
                 "the agent's program lies beside knocctl in the package; name another one by --binary FILE"
             }
             Self::NoAnswer { .. } => {
@@ -138,7 +146,7 @@ struct Login {
 }
 
 /// A login that names its host.
-fn login(text: &str) -> Result<Ssh, String> {
+pub(super) fn login(text: &str) -> Result<Ssh, String> {
     let ssh: Ssh = text
         .parse()
         .map_err(|error: knoc_link::InvalidCarrier| error.to_string())?;
@@ -292,10 +300,14 @@ async fn ask(ssh: &Ssh, script: &str, request: &Request) -> Result<Answer, CtlEr
         doing: "manage the agent over SSH",
         source,
     })?;
-    let answer = Answer::find(&output);
-    Ok(answer.ok_or_else(|| ManageError::NoAnswer {
-        said: last_of(&output),
-    })?)
+    Ok(answer(&output)?)
+}
+
+/// PURE: the answer in the output of `knoc-agent manage`.
+pub(super) fn answer(output: &[u8]) -> Result<Answer, ManageError> {
+    Answer::find(output).ok_or_else(|| ManageError::NoAnswer {
+        said: last_of(output),
+    })
 }
 
 /// PURE: the end of an output, for an error.
@@ -309,7 +321,7 @@ fn last_of(output: &[u8]) -> String {
         .to_owned()
 }
 
-fn finding(step: &Step) -> pb::Finding {
+pub(super) fn finding(step: &Step) -> pb::Finding {
     pb::Finding {
         check: step.what.clone(),
         ok: step.ok,

@@ -1,6 +1,10 @@
 //! `knocctl doctor`: checks the chain from the configuration to the agent's tools step by step. Each finding is one line;
 //! if a step fails, a second line says what to do. The first failed step on the way to the agent ends the checks. The
 //! agent's own findings are always shown completely.
+//!
+//! With `--preflight`, it checks what an installation needs instead ([`preflight`]).
+
+mod preflight;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -30,6 +34,8 @@ pub(super) struct Doctor {
     /// Also submits a one-minute job and checks from inside it
     #[arg(long)]
     probe: bool,
+    #[command(flatten)]
+    preflight: preflight::Options,
 }
 
 /// The findings so far.
@@ -106,7 +112,11 @@ impl Doctor {
             format: global.output,
             findings: Vec::new(),
         };
-        self.walk(global, &mut report).await?;
+        if self.preflight.asked() {
+            self.preflight.run(self.probe, global, &mut report).await?;
+        } else {
+            self.walk(global, &mut report).await?;
+        }
         report.end()
     }
 

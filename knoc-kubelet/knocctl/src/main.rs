@@ -15,6 +15,7 @@ use knoc_proto::private::keep_memory_private;
 
 mod agent;
 mod attach;
+mod command;
 mod completions;
 mod config;
 mod converse;

@@ -293,7 +293,7 @@ fn conditions(facts: &Facts<'_>) -> Vec<Value> {
         fine(
             "NetworkUnavailable",
             "RouteCreated",
-            "pods use the network of the cluster's compute nodes",
+            "pods use the network of their compute nodes, or one of their own that leads through it",
         ),
         agent_connected(facts),
     ];

@@ -21,7 +21,7 @@ use k8s_openapi::{
 use knoc_proto::ids::PodUid;
 use kube::{
     Api, Client, Resource,
-    api::{WatchEvent, WatchParams},
+    api::{PartialObjectMeta, WatchEvent, WatchParams},
 };
 use serde::de::DeserializeOwned;
 use tokio::{
@@ -42,6 +42,10 @@ const BACKOFF_MOST: Duration = Duration::from_mins(1);
 const SESSION: Duration = Duration::from_mins(6);
 /// A session that ended sooner than this has failed.
 const SHORT: Duration = Duration::from_secs(1);
+/// How long the first event of a new watch may take before the object is asked for, which may have been deleted before.
+const FIRST_EVENT: Duration = Duration::from_secs(2);
+/// The deadline of that question.
+const ASK: Duration = Duration::from_secs(10);
 /// The pause after the API server denied a watch.
 const DENIED: Duration = Duration::from_mins(5);
 /// How much later each further pod of a changed object may be refreshed, so that many do not ask at the same time.
@@ -82,12 +86,17 @@ struct State {
     pods: HashMap<PodUid, Vec<Key>>,
     /// The number of changes so far.
     level: u64,
+    /// How many objects were followed so far.
+    followed: u64,
     /// The kinds of objects whose watch was denied, which is logged once for each.
     denied: HashSet<Kind>,
 }
 
 #[derive(Debug)]
 struct Object {
+    /// Which watch is this object's: one that was opened before the object was released and followed again may have
+    /// missed events.
+    incarnation: u64,
     pods: HashSet<PodUid>,
     version: Version,
     /// The level of its last change.
@@ -133,25 +142,29 @@ impl References {
     /// Watches until `shutdown`.
     pub async fn run(self, client: Client, queue: Queue, shutdown: CancellationToken) {
         let mut watches = JoinSet::new();
-        let mut running: HashMap<Key, AbortHandle> = HashMap::new();
+        let mut running: HashMap<Key, Running> = HashMap::new();
         loop {
             let wanted = self.wanted(&running);
             running.retain(|key, watch| {
-                let keep = wanted.contains(key);
+                let keep = wanted.get(key) == Some(&watch.incarnation);
                 if !keep {
-                    watch.abort();
+                    watch.task.abort();
                 }
                 keep
             });
-            for key in wanted {
+            for (key, incarnation) in wanted {
                 running.entry(key.clone()).or_insert_with(|| {
                     let watch = Watch {
                         references: self.clone(),
                         client: client.clone(),
                         queue: queue.clone(),
                         key,
+                        incarnation,
                     };
-                    watches.spawn(watch.run())
+                    Running {
+                        incarnation,
+                        task: watches.spawn(watch.run()),
+                    }
                 });
             }
             tokio::select! {
@@ -160,18 +173,19 @@ impl References {
                 Some(_) = watches.join_next() => {}
                 () = self.0.changed.notified() => {}
             }
-            running.retain(|_, watch| !watch.is_finished());
+            running.retain(|_, watch| !watch.task.is_finished());
         }
     }
 
     /// The objects to watch: those that are watched stay so, others fill up to [`WATCHES`].
-    fn wanted(&self, running: &HashMap<Key, AbortHandle>) -> HashSet<Key> {
+    fn wanted(&self, running: &HashMap<Key, Running>) -> HashMap<Key, u64> {
         let state = self.state();
         let (old, new): (Vec<_>, Vec<_>) = state
             .objects
-            .keys()
-            .partition(|key| running.contains_key(*key));
-        old.into_iter().chain(new).take(WATCHES).cloned().collect()
+            .iter()
+            .map(|(key, object)| (key.clone(), object.incarnation))
+            .partition(|(key, _)| running.contains_key(key));
+        old.into_iter().chain(new).take(WATCHES).collect()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -192,11 +206,16 @@ impl State {
         }
         let mut keys = Vec::with_capacity(objects.len());
         for (key, version) in objects {
-            let object = self.objects.entry(key.clone()).or_insert_with(|| Object {
-                pods: HashSet::new(),
-                version,
-                level: 0,
-                watched: false,
+            let followed = &mut self.followed;
+            let object = self.objects.entry(key.clone()).or_insert_with(|| {
+                *followed += 1;
+                Object {
+                    incarnation: *followed,
+                    pods: HashSet::new(),
+                    version,
+                    level: 0,
+                    watched: false,
+                }
             });
             object.pods.insert(uid.clone());
             keys.push(key);
@@ -225,43 +244,61 @@ impl State {
         }
     }
 
+    /// The object, if this incarnation of it is still followed.
+    fn object(&mut self, (key, incarnation): (&Key, u64)) -> Option<&mut Object> {
+        let object = self.objects.get_mut(key);
+        object.filter(|object| object.incarnation == incarnation)
+    }
+
     /// The object has this version. Returns its pods if that is news.
-    fn observe(&mut self, key: &Key, version: Version) -> Vec<PodUid> {
-        let Some(object) = self.objects.get_mut(key) else {
+    fn observe(&mut self, which: (&Key, u64), version: Version) -> Vec<PodUid> {
+        let level = self.level + 1;
+        let Some(object) = self.object(which) else {
             return Vec::new();
         };
         if object.version == version {
             return Vec::new();
         }
         object.version = version;
-        self.level += 1;
-        object.level = self.level;
-        object.pods.iter().cloned().collect()
+        object.level = level;
+        let pods = object.pods.iter().cloned().collect();
+        self.level = level;
+        pods
     }
 
     /// The object may have changed unseen. Returns its pods.
-    fn doubt(&mut self, key: &Key) -> Vec<PodUid> {
-        let Some(object) = self.objects.get_mut(key) else {
+    fn doubt(&mut self, which: (&Key, u64)) -> Vec<PodUid> {
+        let level = self.level + 1;
+        let Some(object) = self.object(which) else {
             return Vec::new();
         };
-        self.level += 1;
-        object.level = self.level;
-        object.pods.iter().cloned().collect()
+        object.level = level;
+        let pods = object.pods.iter().cloned().collect();
+        self.level = level;
+        pods
     }
 
-    fn set_watched(&mut self, key: &Key, watched: bool) {
-        if let Some(object) = self.objects.get_mut(key) {
+    fn set_watched(&mut self, which: (&Key, u64), watched: bool) {
+        if let Some(object) = self.object(which) {
             object.watched = watched;
         }
     }
 }
 
-/// The watch of one object.
+/// A watch that runs.
+#[derive(Debug)]
+struct Running {
+    incarnation: u64,
+    task: AbortHandle,
+}
+
+/// The watch of one incarnation of an object.
 struct Watch {
     references: References,
     client: Client,
     queue: Queue,
     key: Key,
+    incarnation: u64,
 }
 
 /// Why a session of a watch ended.
@@ -280,13 +317,7 @@ impl Watch {
         let mut backoff = BACKOFF;
         // The version of the last bookmark: from there a new session misses nothing.
         let mut resume = None;
-        let mut first = true;
         loop {
-            if resume.is_none() && !first {
-                // A deletion meanwhile would not be reported.
-                self.push(self.references.state().doubt(&self.key));
-            }
-            first = false;
             let began = Instant::now();
             let end = tokio::time::timeout(SESSION, self.one_session(&mut resume)).await;
             let end = end.unwrap_or_else(|_| End::Failed("the connection is silent".to_owned()));
@@ -300,7 +331,7 @@ impl Watch {
             let pause = self.report(end).unwrap_or(backoff);
             backoff = (backoff * 2).min(BACKOFF_MOST);
             resume = None;
-            self.references.state().set_watched(&self.key, false);
+            self.references.state().set_watched(self.which(), false);
             self.push(self.pods());
             tokio::time::sleep(pause.mul_f64(rand::random_range(0.75..1.25))).await;
         }
@@ -360,9 +391,24 @@ impl Watch {
             Ok(events) => events,
             Err(error) => return failed(&error),
         };
-        self.references.state().set_watched(&self.key, true);
+        self.references.state().set_watched(self.which(), true);
         let mut events = std::pin::pin!(events);
-        while let Some(event) = events.next().await {
+        // A new watch begins with the object. If that does not come, the object may have been deleted since it was read.
+        let mut unproven = resume.is_none() && self.exists();
+        loop {
+            let event = if unproven {
+                let Ok(event) = tokio::time::timeout(FIRST_EVENT, events.next()).await else {
+                    unproven = false;
+                    self.ask(&api).await;
+                    continue;
+                };
+                event
+            } else {
+                events.next().await
+            };
+            let Some(event) = event else {
+                return End::Closed;
+            };
             let version = match event {
                 Err(error) => return failed(&error),
                 Ok(WatchEvent::Error(status)) if status.code == 410 => return End::TooOld,
@@ -376,15 +422,49 @@ impl Watch {
                 }
                 Ok(WatchEvent::Deleted(_)) => None,
             };
-            let pods = self.references.state().observe(&self.key, version);
-            self.push(pods);
+            unproven = false;
+            self.observed(version);
         }
-        End::Closed
+    }
+
+    /// Asks for the version of the object.
+    async fn ask<K>(&self, api: &Api<K>)
+    where
+        K: Clone + DeserializeOwned + std::fmt::Debug,
+    {
+        let asked = tokio::time::timeout(ASK, api.get_metadata_opt(&self.key.name)).await;
+        match asked {
+            Ok(Ok(found)) => {
+                let version = |object: PartialObjectMeta<K>| object.metadata.resource_version;
+                self.observed(found.and_then(version));
+            }
+            // The pods read it themselves.
+            Ok(Err(_)) | Err(_) => {
+                let pods = self.references.state().doubt(self.which());
+                self.push(pods);
+            }
+        }
+    }
+
+    fn observed(&self, version: Version) {
+        let pods = self.references.state().observe(self.which(), version);
+        self.push(pods);
+    }
+
+    fn which(&self) -> (&Key, u64) {
+        (&self.key, self.incarnation)
+    }
+
+    /// Did the object exist when it was last read or seen?
+    fn exists(&self) -> bool {
+        let mut state = self.references.state();
+        let object = state.object(self.which());
+        object.is_some_and(|object| object.version.is_some())
     }
 
     fn pods(&self) -> Vec<PodUid> {
-        let state = self.references.state();
-        let object = state.objects.get(&self.key);
+        let mut state = self.references.state();
+        let object = state.object(self.which());
         object.map_or_else(Vec::new, |object| object.pods.iter().cloned().collect())
     }
 
@@ -409,83 +489,4 @@ fn failed(error: &kube::Error) -> End {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn uid(name: &str) -> PodUid {
-        name.parse().unwrap()
-    }
-
-    fn key(name: &str) -> Key {
-        Key {
-            kind: Kind::ConfigMap,
-            namespace: "ns".to_owned(),
-            name: name.to_owned(),
-        }
-    }
-
-    fn read(objects: &[(&str, Option<&str>)]) -> BTreeMap<Key, Version> {
-        let objects = objects.iter();
-        let one = |(name, version): &(&str, Option<&str>)| (key(name), version.map(str::to_owned));
-        objects.map(one).collect()
-    }
-
-    #[test]
-    fn only_a_version_that_was_not_read_is_a_change() {
-        let references = References::default();
-        let (a, b) = (uid("a"), uid("b"));
-        let level = references.level();
-        references.follow(&a, read(&[("one", Some("7")), ("two", None)]));
-        let observe = |name, version: Option<&str>| {
-            let version = version.map(str::to_owned);
-            references.state().observe(&key(name), version)
-        };
-        assert!(observe("one", Some("7")).is_empty(), "what was read");
-        assert!(observe("two", None).is_empty());
-        assert_eq!(references.changed_since(&a, level), None);
-        let only_a = std::slice::from_ref(&a);
-        assert_eq!(observe("two", Some("9")), only_a, "it appears");
-        assert!(references.changed_since(&a, level).is_some());
-        let level = references.level();
-        references.follow(&b, read(&[("two", Some("9"))]));
-        assert_eq!(references.changed_since(&b, level), None);
-        assert_eq!(observe("two", Some("10")).len(), 2);
-        assert!(references.changed_since(&b, level).is_some());
-        assert!(references.changed_since(&b, references.level()).is_none());
-        let level = references.level();
-        assert_eq!(references.state().doubt(&key("one")), only_a);
-        assert!(references.changed_since(&a, level).is_some());
-    }
-
-    #[test]
-    fn an_object_is_watched_as_long_as_a_pod_refers_to_it() {
-        let references = References::default();
-        let (a, b) = (uid("a"), uid("b"));
-        references.follow(&a, read(&[("one", None), ("two", None)]));
-        references.follow(&b, read(&[("one", None)]));
-        let wanted = || references.wanted(&HashMap::new());
-        assert_eq!(wanted(), HashSet::from([key("one"), key("two")]));
-        references.follow(&a, read(&[("one", None)]));
-        assert_eq!(wanted(), HashSet::from([key("one")]));
-        references.forget(&a);
-        assert_eq!(wanted(), HashSet::from([key("one")]));
-        references.forget(&b);
-        assert!(wanted().is_empty());
-        assert!(references.state().pods.is_empty());
-    }
-
-    #[test]
-    fn the_number_of_watches_is_bounded() {
-        let references = References::default();
-        for number in 0..WATCHES + 10 {
-            let name = format!("map-{number}");
-            let uid = uid(&format!("pod-{number}"));
-            references.follow(&uid, read(&[(name.as_str(), None)]));
-            references.state().set_watched(&key(&name), number < 5);
-        }
-        assert_eq!(references.wanted(&HashMap::new()).len(), WATCHES);
-        assert!(references.all_watched(&uid("pod-4")));
-        assert!(!references.all_watched(&uid("pod-5")), "it is read again");
-        assert!(references.all_watched(&uid("none")));
-    }
-}
+mod tests;

@@ -3,7 +3,8 @@
 //! ```text
 //!  at once   the phase, the pod's reason, Ready and the conditions like it, a container that starts, ends, turns
 //!            ready or fails, a newer observedGeneration
-//!  1–4 s     the first status of a pod; the end of the last container, which the terminal phase follows
+//!  1–4 s     the first status of a pod; the end of the last container of a pod that was published as Running, which
+//!            the terminal phase follows
 //!  3–10 s    the start of the job (hostIP, startTime, PodReadyToStartContainers) and ids of containers, which the
 //!            start of a container follows
 //!  10–60 s   messages alone: what Slurm says of the queue

@@ -25,20 +25,26 @@ pub(super) struct Containers {
 
 /// Translates all containers of the pod.
 pub(super) fn of_pod(pod: &Pod, spec: PodSpec<'_>, problems: &mut Vec<String>) -> Containers {
-    let mut list = |list: &[core::Container]| -> Vec<pb::Container> {
-        list.iter()
-            .map(|container| shape_container(spec, container.into(), problems))
-            .collect()
+    let mut shape = |list: &str, container: &core::Container| {
+        let mut relative = Vec::new();
+        let shape = shape_container(spec, container.into(), &mut relative);
+        let name = &container.name;
+        let absolute = relative.into_iter();
+        problems.extend(absolute.map(|problem| format!("spec.{list}[{name}].{problem}")));
+        shape
     };
+    let init = spec.init_containers.iter().flatten();
     let mut containers = Containers {
-        init: list(spec.init_containers.as_deref().unwrap_or_default()),
-        regular: list(spec.containers),
+        init: init.map(|one| shape("initContainers", one)).collect(),
+        regular: (spec.containers.iter())
+            .map(|one| shape("containers", one))
+            .collect(),
         ephemeral: Vec::new(),
     };
     for one in ephemeral::containers(spec) {
         containers.ephemeral.push(pb::Container {
             target: one.target,
-            ..shape_container(spec, (&one.container).into(), problems)
+            ..shape("ephemeralContainers", &one.container)
         });
     }
     let mut problem = Vec::new();
@@ -55,6 +61,7 @@ pub(super) fn of_pod(pod: &Pod, spec: PodSpec<'_>, problems: &mut Vec<String>) -
     containers
 }
 
+/// Translates one container. The problems begin with a path inside of the container.
 fn shape_container(
     spec: PodSpec<'_>,
     container: Container<'_>,
@@ -67,10 +74,7 @@ fn shape_container(
         .map(SecurityContext::from);
     let image = container.image.clone().unwrap_or_default();
     if image.is_empty() {
-        problems.push(format!(
-            "spec.containers[{}].image is missing",
-            container.name
-        ));
+        problems.push("image is missing".to_owned());
     }
     let probes = probe::shape(container, problems);
     pb::Container {
@@ -125,7 +129,7 @@ fn requests_and_limits(
 ) -> (pb::Resources, pb::Resources) {
     let resources = container.resources.as_ref().map(ResourceRequirements::from);
     let mut list = |list: Option<&Option<BTreeMap<String, Quantity>>>| match list {
-        Some(Some(list)) => shape_resources(container.name, list, problems),
+        Some(Some(list)) => shape_resources(list, problems),
         Some(None) | None => pb::Resources::default(),
     };
     let limits = list(resources.map(|resources| resources.limits));
@@ -217,11 +221,7 @@ fn pull_policy(policy: Option<&str>, image: &str) -> pb::PullPolicy {
     }
 }
 
-fn shape_resources(
-    container: &str,
-    list: &BTreeMap<String, Quantity>,
-    problems: &mut Vec<String>,
-) -> pb::Resources {
+fn shape_resources(list: &BTreeMap<String, Quantity>, problems: &mut Vec<String>) -> pb::Resources {
     let mut resources = pb::Resources::default();
     for (name, value) in list {
         let read = if name == "cpu" {
@@ -232,9 +232,7 @@ fn shape_resources(
         let amount = match read {
             Ok(amount) => amount,
             Err(error) => {
-                problems.push(format!(
-                    "spec.containers[{container}].resources[{name}]: {error}"
-                ));
+                problems.push(format!("resources[{name}]: {error}"));
                 continue;
             }
         };

@@ -97,7 +97,11 @@ mod tests {
         let env = &values.values.ephemeral_env[0];
         assert_eq!((env.container.as_str(), env.vars.len()), ("debug", 1));
         // It holds up nothing but its container.
-        assert_eq!(values.lacking.len(), 1, "{:?}", values.lacking);
+        let [lacking] = values.lacking.as_slice() else {
+            panic!("{:?}", values.lacking);
+        };
+        assert_eq!(lacking.container, "debug");
+        assert_eq!(lacking.messages.len(), 1, "{lacking:?}");
     }
 
     #[test]

@@ -28,7 +28,7 @@ mod volume;
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
+use k8s_openapi::api::core::v1::{self as core, ConfigMap, Pod, Secret};
 use knoc_proto::{names, pb};
 
 use carried::{Container, DnsConfig, DnsOption, HostAlias, PodSpec};
@@ -123,8 +123,17 @@ pub struct Values {
     pub values: pb::PodValues,
     /// The skipped names, for the Event `InvalidEnvironmentVariableNames`.
     pub skipped: Vec<String>,
-    /// What the variables of ephemeral containers lack. It does not hold up the pod, which runs without them.
-    pub lacking: Vec<String>,
+    /// The ephemeral containers that lack something. They do not hold up the pod, which runs without them.
+    pub lacking: Vec<Lacking>,
+}
+
+/// What the variables of an ephemeral container lack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lacking {
+    /// The name of the container.
+    pub container: String,
+    /// One message for each missing object or key.
+    pub messages: Vec<String>,
 }
 
 /// Translates the shape of the pod, or returns everything that is wrong with it. The volumes of claims have no source until
@@ -207,42 +216,12 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
             vars,
         });
     }
-    for one in ephemeral::containers(spec) {
-        let (container, lacking) = ((&one.container).into(), &mut values.lacking);
-        let vars = env::variables(pod, container, resolved, &mut values.skipped, lacking);
-        values.lacking.extend(env::bad_sub_paths(container, &vars));
-        values.values.ephemeral_env.push(pb::ContainerEnv {
-            container: container.name.clone(),
-            vars,
-        });
-    }
+    ephemeral_values(pod, spec, resolved, &mut values);
     let mut mounts = Vec::new();
-    for volume in spec.volumes.iter().flatten() {
-        let mut missing = Vec::new();
-        let files = match volume::source(volume) {
-            Ok(Source::EmptyDir(_) | Source::HostPath(_) | Source::Nfs(_) | Source::Claim(_)) => {
-                None
-            }
-            Ok(Source::Files(source)) => Some(files::files(pod, source, resolved, &mut missing)),
-            Err(unknown) => {
-                missing.push(unknown.to_string());
-                None
-            }
-        };
-        let failed = |why| {
-            format!(
-                "MountVolume.SetUp failed for volume \"{}\" : {why}",
-                volume.name
-            )
-        };
-        mounts.extend(missing.into_iter().map(failed));
-        if let Some(files) = files {
-            values.values.files.push(pb::VolumeFiles {
-                volume: volume.name.clone(),
-                files,
-            });
-        }
-    }
+    let volumes = spec.volumes.iter().flatten();
+    values.values.files = volumes
+        .filter_map(|volume| volume_files(pod, volume, resolved, &mut mounts))
+        .collect();
     let expiries = resolved
         .tokens
         .values()
@@ -254,6 +233,51 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
         (true, false) => Err(Missing::Variables(missing)),
         (true, true) => Ok(values),
     }
+}
+
+/// The environment of the ephemeral containers, and what it lacks.
+fn ephemeral_values(pod: &Pod, spec: PodSpec<'_>, resolved: &Resolved, values: &mut Values) {
+    for one in ephemeral::containers(spec) {
+        let (container, mut messages) = ((&one.container).into(), Vec::new());
+        let skipped = &mut values.skipped;
+        let vars = env::variables(pod, container, resolved, skipped, &mut messages);
+        messages.extend(env::bad_sub_paths(container, &vars));
+        if !messages.is_empty() {
+            values.lacking.push(Lacking {
+                container: container.name.clone(),
+                messages,
+            });
+        }
+        values.values.ephemeral_env.push(pb::ContainerEnv {
+            container: container.name.clone(),
+            vars,
+        });
+    }
+}
+
+/// The files of a volume, if it is one of files. What they lack goes to `mounts`.
+fn volume_files(
+    pod: &Pod,
+    volume: &core::Volume,
+    resolved: &Resolved,
+    mounts: &mut Vec<String>,
+) -> Option<pb::VolumeFiles> {
+    let mut missing = Vec::new();
+    let files = match volume::source(volume) {
+        Ok(Source::EmptyDir(_) | Source::HostPath(_) | Source::Nfs(_) | Source::Claim(_)) => None,
+        Ok(Source::Files(source)) => Some(files::files(pod, source, resolved, &mut missing)),
+        Err(unknown) => {
+            missing.push(unknown.to_string());
+            None
+        }
+    };
+    let name = &volume.name;
+    let failed = |why| format!("MountVolume.SetUp failed for volume \"{name}\" : {why}");
+    mounts.extend(missing.into_iter().map(failed));
+    Some(pb::VolumeFiles {
+        volume: name.clone(),
+        files: files?,
+    })
 }
 
 /// The objects to which the pod refers: names of `ConfigMaps` and Secrets, and tokens.

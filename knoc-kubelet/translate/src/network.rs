@@ -52,8 +52,7 @@ pub(super) fn host_ports(
         let protocol = port.protocol.as_deref().unwrap_or("TCP");
         if protocol != "TCP" {
             problems.push(format!(
-                "spec.containers[{}].ports: hostPort {host_port} with the protocol {protocol}; only TCP ports of the node are forwarded",
-                container.name
+                "ports: hostPort {host_port} with the protocol {protocol}; only TCP ports of the node are forwarded"
             ));
             continue;
         }
@@ -130,7 +129,7 @@ mod tests {
             panic!("{problems:?}");
         };
         assert!(
-            problem.contains("hostPort 53 with the protocol UDP"),
+            problem.starts_with("ports: hostPort 53 with the protocol UDP"),
             "{problem}"
         );
         assert_eq!(of(true), (Vec::new(), Vec::new()));

@@ -163,8 +163,7 @@ impl Field<'_> {
     }
 
     fn wrong(self, what: &str, problems: &mut Vec<String>) {
-        let Self { container, name } = self;
-        problems.push(format!("spec.containers[{}].{name}{what}", container.name));
+        problems.push(format!("{}{what}", self.name));
     }
 }
 
@@ -276,8 +275,7 @@ mod tests {
         ];
         assert_eq!(problems.len(), fields.len(), "{problems:#?}");
         for (problem, field) in problems.iter().zip(fields) {
-            let start = format!("spec.containers[web].{field}");
-            assert!(problem.starts_with(&start), "{problem}");
+            assert!(problem.starts_with(field), "{problem}");
         }
     }
 }

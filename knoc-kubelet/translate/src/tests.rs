@@ -571,3 +571,24 @@ fn a_host_path_has_its_type_and_a_clean_path() {
         assert!(named && problem.contains(why), "{problem}");
     }
 }
+
+#[test]
+fn a_problem_of_a_container_names_the_list_that_it_is_in() {
+    let mut pod = pod();
+    let spec = pod.spec.as_mut().unwrap();
+    let port = json!([{"containerPort": 53, "hostPort": 53, "protocol": "UDP"}]);
+    let ports: Option<Vec<core::ContainerPort>> = serde_json::from_value(port).unwrap();
+    spec.init_containers.as_mut().unwrap()[0].ports = ports.clone();
+    spec.containers[1].ports = ports;
+    spec.containers[1].image = None;
+    let problems = shape(&pod).unwrap_err();
+    let starts = [
+        "spec.initContainers[init].ports: hostPort 53",
+        "spec.containers[side].image is missing",
+        "spec.containers[side].ports: hostPort 53",
+    ];
+    assert_eq!(problems.len(), starts.len(), "{problems:?}");
+    for (problem, start) in problems.iter().zip(starts) {
+        assert!(problem.starts_with(start), "{problem}");
+    }
+}

@@ -379,6 +379,32 @@ async fn a_link_that_flaps_once_a_second_costs_no_pod_and_makes_no_duplicate() -
     agent.still_runs().map_err(anyhow::Error::msg)
 }
 
+/// Many proxies end connections on which nothing is sent for a minute; this one is less patient.
+#[tokio::test]
+async fn a_proxy_that_ends_idle_connections_ends_none_of_a_link() -> anyhow::Result<()> {
+    let address = spare_address()?;
+    let patience = Duration::from_secs(30);
+    let proxy = Proxy::start(Behaviour::RelayUnlessIdle(address, patience)).await?;
+    let settings = format!("proxy = \"{}\"", proxy.url());
+    let site = dialling("kubelet.example.org:443", &settings)?;
+    let _agent = site.agent(&[]).await?;
+    let kubelet = Kubelet::prepare(&site).await?;
+    let _running = kubelet.start(&site, &as_env(&accepting(address))).await?;
+    connected(&kubelet).await?;
+    // The connection that waits for its use, and the kubelet's own, have nothing to do.
+    let quiet = knoc_tests::stays("no connection ends", patience * 2, async || {
+        let idle = proxy.idle_ones();
+        ensure!(idle == 0, "{idle} connections were idle");
+        Ok(())
+    });
+    quiet.await?;
+    let log = std::fs::read_to_string(site.path("kubelet.log"))?;
+    ensure!(!log.contains("lost the link to the agent"), "{log}");
+    kubelet.create_pod("pod", program("exit 0"))?;
+    kubelet.phase("pod", "Succeeded", SOON).await?;
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_clock_that_is_off_is_named_by_both_sides() -> anyhow::Result<()> {
     let now = Timestamp::now();

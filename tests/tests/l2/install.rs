@@ -1,6 +1,5 @@
-//! Level 2: `knocctl agent` and the run modes. `ssh` is a script that runs what the login shell would be given, as the same
-//! user in another home; one test goes through a real sshd. systemd, cron and Slurm are scripts that record what they are
-//! asked.
+//! Level 2: `knocctl agent`. `ssh` is a script that runs what the login shell would be given, as the same user in another
+//! home; one test goes through a real sshd. The crontab is a file.
 
 use std::{
     fs,
@@ -22,12 +21,12 @@ const SOON: Duration = Duration::from_mins(1);
 const LIMIT: Duration = Duration::from_mins(3);
 
 /// A login node with a home of its own.
-struct Far {
-    site: Site,
+pub(super) struct Far {
+    pub(super) site: Site,
 }
 
 impl Far {
-    fn new() -> anyhow::Result<Self> {
+    pub(super) fn new() -> anyhow::Result<Self> {
         let far = Self {
             site: Site::new(Options::default())?,
         };
@@ -38,12 +37,12 @@ impl Far {
         Ok(far)
     }
 
-    fn home(&self) -> PathBuf {
+    pub(super) fn home(&self) -> PathBuf {
         self.site.path("login")
     }
 
     /// Writes `ssh`, which runs these lines first.
-    fn ssh(&self, first: &str) -> anyhow::Result<()> {
+    pub(super) fn ssh(&self, first: &str) -> anyhow::Result<()> {
         let (home, tools) = (self.home(), self.site.path("tools"));
         let text = format!(
             "#!/bin/sh\nwhile [ \"$1\" != -- ]; do shift; done\nshift 2\necho 'Welcome to the login node'\n{first}\n\
@@ -54,14 +53,14 @@ impl Far {
         self.program("near/ssh", &text)
     }
 
-    fn program(&self, name: &str, text: &str) -> anyhow::Result<()> {
+    pub(super) fn program(&self, name: &str, text: &str) -> anyhow::Result<()> {
         self.site.put(name, text)?;
         fs::set_permissions(self.site.path(name), fs::Permissions::from_mode(0o755))?;
         Ok(())
     }
 
     /// A program of the site that appends its arguments to `tools/NAME.log` and then runs these lines.
-    fn tool(&self, name: &str, lines: &str) -> anyhow::Result<()> {
+    pub(super) fn tool(&self, name: &str, lines: &str) -> anyhow::Result<()> {
         let log = self.site.path("tools").join(format!("{name}.log"));
         self.program(
             &format!("tools/{name}"),
@@ -70,12 +69,12 @@ impl Far {
     }
 
     /// What a tool was asked.
-    fn asked(&self, name: &str) -> String {
+    pub(super) fn asked(&self, name: &str) -> String {
         fs::read_to_string(self.site.path("tools").join(format!("{name}.log"))).unwrap_or_default()
     }
 
     /// A crontab that is a file.
-    fn crontab(&self, name: &str) -> anyhow::Result<PathBuf> {
+    pub(super) fn crontab(&self, name: &str) -> anyhow::Result<PathBuf> {
         let file = self.site.path("tools").join(format!("{name}.table"));
         let shown = file.display();
         self.tool(
@@ -89,7 +88,7 @@ impl Far {
     }
 
     /// `knocctl agent VERB --ssh ann@login …`
-    async fn ctl(&self, verb: &str, further: &[&str]) -> anyhow::Result<Output> {
+    pub(super) async fn ctl(&self, verb: &str, further: &[&str]) -> anyhow::Result<Output> {
         let path = format!("{}:/usr/bin:/bin", self.site.path("near").display());
         let run = Run::new(binary("knocctl")?)
             .env("PATH", path)
@@ -101,13 +100,13 @@ impl Far {
     }
 
     /// The same, which must succeed.
-    async fn ok(&self, verb: &str, further: &[&str]) -> anyhow::Result<String> {
+    pub(super) async fn ok(&self, verb: &str, further: &[&str]) -> anyhow::Result<String> {
         let output = self.ctl(verb, further).await?;
         ensure!(output.code == 0, "{verb}: {output}\n{}", self.log());
         Ok(output.text())
     }
 
-    async fn install(&self, further: &[&str]) -> anyhow::Result<Output> {
+    pub(super) async fn install(&self, further: &[&str]) -> anyhow::Result<Output> {
         let bundle = self.site.path("bundle.yaml").display().to_string();
         let fixed = [
             "--site",
@@ -123,23 +122,23 @@ impl Far {
         self.ctl("install", &all).await
     }
 
-    fn state(&self) -> PathBuf {
+    pub(super) fn state(&self) -> PathBuf {
         self.home().join(".local/state/knoc")
     }
 
-    fn log(&self) -> String {
+    pub(super) fn log(&self) -> String {
         fs::read_to_string(self.state().join("agent.log")).unwrap_or_default()
     }
 
     /// The process that holds the lease.
-    fn pid(&self) -> anyhow::Result<i64> {
+    pub(super) fn pid(&self) -> anyhow::Result<i64> {
         let lease = fs::read_to_string(self.state().join("agent.lease"))?;
         let lease: serde_json::Value = serde_json::from_str(&lease)?;
         lease["pid"].as_i64().context("no pid")
     }
 
     /// A program of the login node, run there.
-    fn there(&self, program: impl AsRef<std::ffi::OsStr>) -> Run {
+    pub(super) fn there(&self, program: impl AsRef<std::ffi::OsStr>) -> Run {
         let path = format!("{}:/usr/bin:/bin", self.site.path("tools").display());
         Run::new(program)
             .env_clear()
@@ -148,12 +147,12 @@ impl Far {
             .deadline(LIMIT)
     }
 
-    fn installed(&self) -> PathBuf {
+    pub(super) fn installed(&self) -> PathBuf {
         self.home().join(".local/bin/knoc-agent")
     }
 
     /// Ports of its own: the tests run at the same time.
-    fn own_ports(&self) -> anyhow::Result<()> {
+    pub(super) fn own_ports(&self) -> anyhow::Result<()> {
         let path = self.home().join(".config/knoc/agent.toml");
         let text = fs::read_to_string(&path)?;
         let shim = format!("shim = \"127.0.0.1:{}\"", free_port()?);
@@ -227,7 +226,36 @@ async fn an_agent_is_installed_over_ssh_and_a_second_run_completes_the_first() -
     let left = fs::read_dir(far.home().join(".local/lib/knoc"))?.count();
     ensure!(left == 1, "uploads are left: {left}");
 
-    cron_leaves_a_running_agent_alone(&far, &lines, before).await
+    cron_leaves_a_running_agent_alone(&far, &lines, before).await?;
+    another_program_restarts_the_agent(&far, before).await
+}
+
+/// The same program again leaves the agent alone; another one of the same version does not.
+async fn another_program_restarts_the_agent(far: &Far, before: i64) -> anyhow::Result<()> {
+    let same = far.install(&["--run-mode", "cron"]).await?;
+    ensure!(
+        same.code == 0 && far.pid()? == before,
+        "{same}\n{}",
+        far.log()
+    );
+    let path = far.site.path("other-agent");
+    fs::copy(binary("knoc-agent")?, &path)?;
+    let mut file = fs::File::options().append(true).open(&path)?;
+    std::io::Write::write_all(&mut file, b"another build")?;
+    drop(file);
+    let path = path.display().to_string();
+    let other = far
+        .install(&["--run-mode", "cron", "--binary", &path])
+        .await?;
+    ensure!(
+        other.code == 0 && far.pid()? != before,
+        "{other}\n{}",
+        far.log()
+    );
+    let status = far.ok("status", &[]).await?;
+    let version = format!("knoc-agent {} is process", env!("CARGO_PKG_VERSION"));
+    ensure!(status.contains(&version), "{status}");
+    Ok(())
 }
 
 /// The line of the crontab does nothing while the agent runs.
@@ -418,128 +446,6 @@ async fn failures_of_ssh_are_named(far: &Far, run_mode: &[&str]) -> anyhow::Resu
             "{first}: {output}"
         );
     }
-    Ok(())
-}
-
-/// systemd, cron and Slurm; returns the files of crontab and scrontab.
-fn site_programs(far: &Far) -> anyhow::Result<(PathBuf, PathBuf)> {
-    let cron = far.crontab("crontab")?;
-    let scron = far.crontab("scrontab")?;
-    far.tool("systemctl", "exit 0")?;
-    far.tool("loginctl", "case $1 in show-user) echo no ;; esac")?;
-    far.tool("sinfo", "echo 'service infinite'")?;
-    far.tool("sbatch", "echo 77")?;
-    far.tool("squeue", "echo 77")?;
-    far.tool("scancel", "")?;
-    Ok((cron, scron))
-}
-
-/// `init` lists the run modes that the site has the programs for.
-async fn init_lists_what_the_site_offers(far: &Far) -> anyhow::Result<()> {
-    let listed = far
-        .there(binary("knoc-agent")?)
-        .args([
-            "init",
-            "--site",
-            "hpc",
-            "--scheduler",
-            "local",
-            "--runtime",
-            "process",
-            "--no-port",
-        ])
-        .ok()
-        .await?
-        .text();
-    for part in [
-        "systemd    yes",
-        "linger is off",
-        "scrontab   yes",
-        "service (infinite)",
-        "run-mode systemd",
-    ] {
-        ensure!(listed.contains(part), "{part}: {listed}");
-    }
-    Ok(())
-}
-
-/// Sets up a run mode, or lists them all; returns what it printed.
-async fn set_up(far: &Far, words: &[&str]) -> anyhow::Result<String> {
-    let agent = far.there(binary("knoc-agent")?);
-    let output = agent.arg("run-mode").args(words).ok().await?;
-    Ok(output.text())
-}
-
-/// Where there is systemd, `auto` chooses it; returns the file of the unit.
-async fn systemd_is_set_up_by_itself(far: &Far) -> anyhow::Result<PathBuf> {
-    let agent = binary("knoc-agent")?;
-    let said = set_up(far, &["auto"]).await?;
-    let unit = far.home().join(".config/systemd/user/knoc-agent.service");
-    let text = fs::read_to_string(&unit)?;
-    ensure!(
-        text.contains(&format!("ExecStart={} serve\n", agent.display())),
-        "{text}"
-    );
-    ensure!(said.contains("linger is switched on"), "{said}");
-    let asked = far.asked("systemctl");
-    ensure!(
-        asked.contains("--user enable --now knoc-agent.service"),
-        "{asked}"
-    );
-    Ok(unit)
-}
-
-#[tokio::test]
-async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_before()
--> anyhow::Result<()> {
-    let far = Far::new()?;
-    let (cron, scron) = site_programs(&far)?;
-    init_lists_what_the_site_offers(&far).await?;
-    let unit = systemd_is_set_up_by_itself(&far).await?;
-
-    set_up(&far, &["scrontab", "--partition", "service"]).await?;
-    let asked = far.asked("systemctl");
-    ensure!(
-        asked.contains("--user disable --now") && !unit.exists(),
-        "{asked}"
-    );
-    let table = fs::read_to_string(&scron)?;
-    ensure!(table.contains("#SCRON --partition=service\n"), "{table}");
-
-    set_up(&far, &["job", "--partition", "service"]).await?;
-    ensure!(
-        !fs::read_to_string(&scron)?.contains("knoc-agent"),
-        "both start the agent"
-    );
-    let script = far.state().join("agent-job.sh");
-    let text = fs::read_to_string(&script)?;
-    ensure!(text.contains("#SBATCH --partition=service\n"), "{text}");
-    ensure!(
-        far.asked("sbatch").contains("--parsable"),
-        "{}",
-        far.asked("sbatch")
-    );
-    far.there("/bin/sh").arg("-n").arg(&script).ok().await?;
-
-    let listed = set_up(&far, &[]).await?;
-    ensure!(listed.contains("job        yes  set up;"), "{listed}");
-    set_up(&far, &["on-demand"]).await?;
-    ensure!(!script.exists(), "jobs go on");
-    ensure!(
-        far.asked("scancel").contains("--name=knoc-agent-service"),
-        "{}",
-        far.asked("scancel")
-    );
-    ensure!(!cron.exists(), "the crontab was written");
-    let wrong = far
-        .there(binary("knoc-agent")?)
-        .args(["run-mode", "cron", "--partition", "x"])
-        .output()
-        .await?;
-    ensure!(
-        wrong.code == 1 && wrong.stderr.contains("--partition is for"),
-        "{wrong}"
-    );
     Ok(())
 }
 

@@ -114,6 +114,16 @@ async fn a_banner_before_the_stream_is_discarded() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn a_login_without_knoc_agent_in_its_path_is_named() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let sshd = Sshd::start(&site, "sshd", None).await?;
+    std::fs::remove_file(site.path("sshd/bin/knoc-agent"))?;
+    let said = refused(sshd.knocctl(&site, true, "")?).await?;
+    ensure!(said.contains("no knoc-agent on the login node"), "{said}");
+    Ok(())
+}
+
 /// sshd gives the command to the login shell of the user as `SHELL -c COMMAND`.
 #[tokio::test]
 async fn csh_and_fish_read_the_command_as_sh_does() -> anyhow::Result<()> {
@@ -134,6 +144,13 @@ async fn csh_and_fish_read_the_command_as_sh_does() -> anyhow::Result<()> {
             let info = info.ok().await.with_context(|| shell)?;
             ensure!(info.text().contains("test"), "{info}");
         }
+        // Each shell has its own words for a program that is not in PATH.
+        std::fs::remove_file(&link)?;
+        let said = refused(sshd.knocctl(&site, true, "")?).await?;
+        ensure!(
+            said.contains("no knoc-agent on the login node"),
+            "{shell}: {said}"
+        );
     }
     Ok(())
 }

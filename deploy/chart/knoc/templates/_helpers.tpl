@@ -49,9 +49,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{- /* What pods use of their namespace: values for environment and volumes, and tokens. */ -}}
 {{- define "knoc.podRules" -}}
+{{- if .Values.rbac.watchSecrets -}}
 - apiGroups: [""]
   resources: [configmaps, secrets]
   verbs: [get, watch]
+{{- else -}}
+- apiGroups: [""]
+  resources: [configmaps]
+  verbs: [get, watch]
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [get]
+{{- end }}
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
   verbs: [get]

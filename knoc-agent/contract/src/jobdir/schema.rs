@@ -66,6 +66,9 @@ pub struct Lease {
     pub epoch: i64,
     /// When the holder last renewed the lease, in Unix seconds.
     pub heartbeat: i64,
+    /// The holder's version; older agents do not name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
 }
 
 /// `cluster.json`: the Kubernetes cluster that this agent serves, pinned at first use, and its

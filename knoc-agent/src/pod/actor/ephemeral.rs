@@ -3,9 +3,14 @@
 //! The actor compares levels, not edges: the containers of the shape with those in the shim's report. While the shim lacks
 //! one, a task looks up its image, the actor notes the image in `job.pb` (so that it stays in the cache), and another task
 //! gives the container to the shim. That waits until the shim has the newest values, which have the container's
-//! environment. What fails is tried again after a pause, and meanwhile is the status of the container.
+//! environment. What fails is tried again after a pause, and meanwhile is the status of the container. Each container has
+//! its own task, so one that cannot start holds up no other.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use knoc_contract::capability;
 use knoc_proto::{
@@ -14,7 +19,7 @@ use knoc_proto::{
     pb::{self, container_status::State},
     pod::{PodSpec, no_privileges},
 };
-use tokio::task::JoinSet;
+use tokio::task::{self, AbortHandle, JoinSet};
 use tonic::Request;
 
 use super::{Actor, values::revision_of_shim};
@@ -23,6 +28,7 @@ use crate::{
         stage::{self, StageError},
         state::Pod,
     },
+    policy::host_paths,
     shim_links::DEADLINE,
     site::Site,
 };
@@ -38,8 +44,10 @@ const NEVER_STARTED: i32 = 128;
 /// The containers on their way to the shim.
 #[derive(Debug, Default)]
 pub(super) struct Adding {
-    /// At most one task.
-    task: JoinSet<Step>,
+    /// At most one task for each container, and a pod has at most 64 of those (`MAX_EPHEMERAL`).
+    tasks: JoinSet<Step>,
+    /// The container of each task that is under way.
+    busy: HashMap<task::Id, (String, AbortHandle)>,
     /// The images that were found.
     images: BTreeMap<String, pb::ResolvedImage>,
     /// Why the shim does not have a container yet, and how often that was tried.
@@ -62,35 +70,56 @@ pub(super) enum Step {
 }
 
 impl Adding {
-    /// What the task has done, once it has; pending if there is none. A task that was aborted does not count.
+    /// What the next task has done, once it has; `None` if there is no task. A task that was aborted does not count.
     pub(super) async fn next(&mut self) -> Option<Step> {
         loop {
-            match self.task.join_next().await? {
-                Ok(step) => return Some(step),
-                Err(error) if error.is_cancelled() => {}
+            match self.tasks.join_next_with_id().await? {
+                Ok((id, step)) => {
+                    self.busy.remove(&id);
+                    return Some(step);
+                }
                 Err(error) => {
-                    tracing::error!(error = chain(&error), "a task of an ephemeral container");
+                    self.busy.remove(&error.id());
+                    if !error.is_cancelled() {
+                        tracing::error!(error = chain(&error), "a task of an ephemeral container");
+                    }
                 }
             }
         }
     }
 
+    /// Runs the next step of this container.
+    fn start(&mut self, container: String, step: impl Future<Output = Step> + Send + 'static) {
+        let task = self.tasks.spawn(step);
+        self.busy.insert(task.id(), (container, task));
+    }
+
+    /// Whether a task of this container is under way.
+    fn is_busy(&self, container: &str) -> bool {
+        self.busy.values().any(|(name, _)| name == container)
+    }
+
     /// Gives up: the pod is not to start anything any more.
     pub(super) fn abort(&mut self) {
-        self.task.abort_all();
+        self.tasks.abort_all();
     }
 
-    /// Ends the task.
+    /// Ends the tasks.
     pub(super) async fn end(&mut self) {
-        self.task.shutdown().await;
+        self.tasks.shutdown().await;
+        self.busy.clear();
     }
 
-    /// Ends the pause after a failure, or a further try, so that the next one begins at once.
-    pub(super) async fn retry_now(&mut self) {
-        if !self.troubles.is_empty() {
-            self.task.shutdown().await;
-            self.troubles.clear();
-        }
+    /// Ends the pauses after failures, and what was tried again, so that the next try begins at once.
+    pub(super) fn retry_now(&mut self) {
+        let troubles = std::mem::take(&mut self.troubles);
+        self.busy.retain(|_, (container, task)| {
+            let retried = troubles.contains_key(container);
+            if retried {
+                task.abort();
+            }
+            !retried
+        });
     }
 
     /// Whether there is no image yet for a container that the shim does not have.
@@ -172,37 +201,46 @@ fn takes_containers(report: &pb::Report) -> bool {
     all.any(|name| name == capability::EPHEMERAL)
 }
 
-/// PURE: the first container that the shim lacks and can take now.
-fn lacking<'a>(pod: &Pod, spec: &'a pb::PodSpec, values: i64) -> Option<&'a pb::Container> {
-    let report = pod.report.as_ref()?;
+/// PURE: the containers that the shim lacks and can take now.
+fn lacking<'a>(pod: &Pod, spec: &'a pb::PodSpec, values: i64) -> Vec<&'a pb::Container> {
+    let Some(report) = pod.report.as_ref() else {
+        return Vec::new();
+    };
     let over = report.r#final || pod.is_finished() || pod.deletion.is_some();
     let has_values = revision_of_shim(pod).is_some_and(|has| has >= values);
     if over || !has_values || !takes_containers(report) {
-        return None;
+        return Vec::new();
     }
     let known = |name: &str| {
         let mut all = report.ephemeral_containers.iter();
         all.any(|status| status.name == name)
     };
-    let mut all = spec.ephemeral_containers.iter();
-    all.find(|container| !known(&container.name))
+    let all = spec.ephemeral_containers.iter();
+    all.filter(|container| !known(&container.name)).collect()
 }
 
 impl Actor {
-    /// Whether the image of a container is looked up next.
+    /// Whether the image of a container is looked up now.
     pub(super) fn looks_for_image(&self, pod: &Pod) -> bool {
-        let next = lacking(pod, &self.spec, self.values.revision);
-        next.is_some_and(|next| !self.ephemeral.images.contains_key(&next.name))
+        let lacking = lacking(pod, &self.spec, self.values.revision);
+        let mut names = lacking.iter().map(|container| &container.name);
+        names.any(|name| !self.ephemeral.images.contains_key(name))
     }
 
-    /// Takes the next step towards giving the shim a container that it lacks, unless one is under way.
+    /// Takes the next step towards giving the shim each container that it lacks, unless that step is under way.
     pub(super) fn add_ephemeral(&mut self, pod: &Pod) {
-        if self.spec.ephemeral_containers.is_empty() || !self.ephemeral.task.is_empty() {
+        if self.spec.ephemeral_containers.is_empty() {
             return;
         }
-        let Some(container) = lacking(pod, &self.spec, self.values.revision) else {
-            return;
-        };
+        let spec = Arc::clone(&self.spec);
+        for container in lacking(pod, &spec, self.values.revision) {
+            if !self.ephemeral.is_busy(&container.name) {
+                self.add_one(container);
+            }
+        }
+    }
+
+    fn add_one(&mut self, container: &pb::Container) {
         let name = container.name.clone();
         let (site, spec) = (Arc::clone(&self.site), Arc::clone(&self.spec));
         match self.ephemeral.images.get(&name).cloned() {
@@ -211,7 +249,7 @@ impl Actor {
             None => {
                 let pause = self.ephemeral.pause(&name, IMAGE_AGAIN);
                 let (own, credentials) = (self.own.clone(), self.known_credentials());
-                self.ephemeral.task.spawn(async move {
+                self.ephemeral.start(name.clone(), async move {
                     tokio::time::sleep(pause).await;
                     let image = match allowed(&site, &spec, &name) {
                         Ok(()) => stage::image_of(&site, &spec, &name, &credentials, &own).await,
@@ -230,7 +268,7 @@ impl Actor {
                     image: Some(image),
                 };
                 let uid = self.uid.clone();
-                self.ephemeral.task.spawn(async move {
+                self.ephemeral.start(name.clone(), async move {
                     tokio::time::sleep(pause).await;
                     Step::Given {
                         container: name,
@@ -241,7 +279,7 @@ impl Actor {
         }
     }
 
-    /// The task has done something: takes the next step.
+    /// A task has done something: takes the next step.
     pub(super) async fn ephemeral_step(&mut self, pod: &Pod, step: Step) {
         match step {
             Step::Found {
@@ -270,7 +308,7 @@ impl Actor {
                 result: Ok(()),
             } => {
                 self.ephemeral.troubles.remove(&container);
-                // Its report names the container, and then the next one follows.
+                // The shim's report names it soon.
                 self.show(pod);
                 return;
             }
@@ -323,6 +361,11 @@ fn allowed(site: &Site, spec: &PodSpec, name: &str) -> Result<(), StageError> {
     if container.privileged && !site.policy.now().maps_privileged() {
         let message = no_privileges(name);
         return Err(refused("CreateContainerConfigError", message));
+    }
+    let policy = site.policy.now();
+    let problems = host_paths::problems_of(container, spec, &policy, &site.host_paths());
+    if !problems.is_empty() {
+        return Err(refused("CreateContainerConfigError", problems.join("; ")));
     }
     let checked = site.images.check(&container.image);
     checked.map_err(|error| refused(error.reason(), error.to_string()))
@@ -400,24 +443,60 @@ mod tests {
         let spec = spec();
         let next = |report, values| {
             let pod = pod(report);
-            lacking(&pod, &spec, values).map(|container| container.name.clone())
+            let lacking = lacking(&pod, &spec, values);
+            let names: Vec<_> = lacking.iter().map(|it| it.name.as_str()).collect();
+            names.join(" ")
         };
-        assert_eq!(next(None, 5), None);
-        assert_eq!(next(Some(report(&[])), 5).as_deref(), Some("a"));
-        assert_eq!(next(Some(report(&["a"])), 5).as_deref(), Some("b"));
-        assert_eq!(next(Some(report(&["a", "b"])), 5), None);
-        assert_eq!(next(Some(report(&[])), 6), None, "its values are older");
+        assert_eq!(next(None, 5), "");
+        assert_eq!(next(Some(report(&[])), 5), "a b");
+        assert_eq!(next(Some(report(&["a"])), 5), "b");
+        assert_eq!(next(Some(report(&["a", "b"])), 5), "");
+        assert_eq!(next(Some(report(&[])), 6), "", "its values are older");
         let old = pb::Report {
             capabilities: Vec::new(),
             ..report(&[])
         };
-        assert_eq!(next(Some(old), 5), None);
+        assert_eq!(next(Some(old), 5), "");
         let mut ending = pod(Some(report(&[])));
         ending.deletion = Some(Deletion {
             grace: Duration::ZERO,
             reason: String::new(),
         });
-        assert!(lacking(&ending, &spec, 5).is_none());
+        assert!(lacking(&ending, &spec, 5).is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_container_that_waits_for_its_next_try_holds_up_no_other() {
+        let mut adding = Adding::default();
+        let found = |container: &str| Step::Given {
+            container: container.to_owned(),
+            result: Ok(()),
+        };
+        let step = |container: &'static str, pause: u64| async move {
+            tokio::time::sleep(Duration::from_secs(pause)).await;
+            found(container)
+        };
+        adding.fails("a".to_owned(), "ErrImagePull".to_owned(), "no".to_owned());
+        adding.start("a".to_owned(), step("a", 300));
+        assert!(adding.is_busy("a") && !adding.is_busy("b"));
+        adding.start("b".to_owned(), step("b", 1));
+        let next = adding.next().await;
+        assert!(
+            matches!(&next, Some(Step::Given { container, .. }) if container == "b"),
+            "{next:?}"
+        );
+        assert!(adding.is_busy("a") && !adding.is_busy("b"));
+        // New credentials: the one that failed is tried again, and what goes well is not disturbed.
+        adding.start("c".to_owned(), step("c", 10));
+        adding.retry_now();
+        assert!(!adding.is_busy("a") && adding.is_busy("c"));
+        adding.start("a".to_owned(), step("a", 0));
+        let mut ended = Vec::new();
+        while let Some(Step::Given { container, .. }) = adding.next().await {
+            ended.push(container);
+        }
+        assert_eq!(ended, ["a", "c"]);
+        assert!(adding.busy.is_empty());
     }
 
     #[test]

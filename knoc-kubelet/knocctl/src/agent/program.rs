@@ -17,21 +17,15 @@ const ELF: &[u8] = b"\x7fELF";
 
 /// A program that was opened and looked at.
 #[derive(Debug)]
-pub(super) struct Program {
+pub(crate) struct Program {
     file: File,
     length: u64,
 }
 
 impl Program {
     /// Opens the file, or `knoc-agent` beside this program.
-    pub(super) fn open(named: Option<PathBuf>) -> Result<Self, ManageError> {
-        let path = match named {
-            Some(path) => path,
-            None => beside().map_err(|source| ManageError::Program {
-                path: "knoc-agent".into(),
-                source,
-            })?,
-        };
+    pub(crate) fn open(named: Option<PathBuf>) -> Result<Self, ManageError> {
+        let path = Self::path(named)?;
         let read = || {
             let mut file = File::open(&path)?;
             let mut begin = Vec::new();
@@ -50,12 +44,22 @@ impl Program {
         Ok(Self { file, length })
     }
 
+    /// The path of the file, or of `knoc-agent` beside this program.
+    pub(crate) fn path(named: Option<PathBuf>) -> Result<PathBuf, ManageError> {
+        named
+            .map_or_else(beside, Ok)
+            .map_err(|source| ManageError::Program {
+                path: "knoc-agent".into(),
+                source,
+            })
+    }
+
     pub(super) fn length(&self) -> u64 {
         self.length
     }
 
     /// Sends the program, which then answers the request.
-    pub(super) async fn run(self, ssh: &Ssh, request: &Request) -> Result<Answer, CtlError> {
+    pub(crate) async fn run(self, ssh: &Ssh, request: &Request) -> Result<Answer, CtlError> {
         // Of this process, not of the user: hexadecimal digits only.
         let token = format!("{:016x}", rand::random::<u64>());
         let [put, run] = scripts(&token);

@@ -112,6 +112,14 @@ impl Context {
         ))
     }
 
+    /// Does the agent announce this capability?
+    pub(super) fn agent_knows(&self, capability: &str) -> bool {
+        match &*self.site.link.borrow() {
+            Link::Up { info, .. } => info.capabilities.iter().any(|known| known == capability),
+            _ => false,
+        }
+    }
+
     /// What a container without a limit may use: the total of the node.
     pub(super) fn allocatable(&self) -> pb::Resources {
         self.node.total()

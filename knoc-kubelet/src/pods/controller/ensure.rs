@@ -8,8 +8,8 @@ use std::{
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::{pb, reason::ErrorReason};
-use knoc_translate::{BadSecret, Missing, Unbound};
+use knoc_proto::{capability, pb, reason::ErrorReason};
+use knoc_translate::{BadSecret, Lacking, Missing, Unbound};
 
 use super::{hashes::Hashes, worker::Worker};
 use crate::{
@@ -55,7 +55,7 @@ impl Worker<'_> {
                 return;
             }
         };
-        let Some(shape) = self.with_claims(pod, shape).await else {
+        let Some(mut shape) = self.with_claims(pod, shape).await else {
             return;
         };
         let judged = self.memory.admission.judged >= shape.generation;
@@ -79,10 +79,19 @@ impl Worker<'_> {
                 return;
             }
         };
-        if !lacking.is_empty() {
-            self.ephemeral_waits(pod, &lacking).await;
-            return;
+        if !lacking.is_empty() && !self.context.agent_knows(capability::LATE_EPHEMERAL) {
+            // This agent takes no container after its generation.
+            self.ephemeral_waits(pod, &lacking);
+            self.retry();
+            return self.update_values(pod, sent).await;
         }
+        let lacks = |name: &str| lacking.iter().any(|one| one.container == name);
+        shape.ephemeral_containers.retain(|one| !lacks(&one.name));
+        self.send(pod, shape, sent, &lacking).await;
+    }
+
+    /// Calls `EnsurePod` without the ephemeral containers that lack something.
+    async fn send(&mut self, pod: &Pod, shape: pb::PodSpec, sent: Sent, lacking: &[Lacking]) {
         if self.memory.agent.ensured == 0 {
             self.context
                 .site
@@ -101,6 +110,7 @@ impl Worker<'_> {
                 self.memory.values.sent = Some(hashes);
                 self.memory.status.hold = None;
                 self.memory.attempts = 0;
+                self.ephemeral_waits(pod, lacking);
                 self.answered(answer.pod);
             }
             Err(status) => self.not_ensured(pod, generation, &status),
@@ -118,16 +128,27 @@ impl Worker<'_> {
         shape
     }
 
-    /// An ephemeral container waits for what its variables refer to. The pod runs without it.
-    async fn ephemeral_waits(&mut self, pod: &Pod, lacking: &[String]) {
-        let message = lacking.join("; ");
+    /// These ephemeral containers wait for what their variables refer to. The pod runs without them.
+    fn ephemeral_waits(&mut self, pod: &Pod, lacking: &[Lacking]) {
+        let messages: Vec<_> = lacking.iter().flat_map(|one| &one.messages).collect();
+        if messages.is_empty() {
+            return;
+        }
+        let messages: Vec<_> = messages.into_iter().map(String::as_str).collect();
+        let message = messages.join("; ");
         self.record_once(pod, "Failed", &format!("Error: {message}"));
         self.hold("CreateContainerConfigError", &message);
-        self.retry();
-        let due = self.memory.values.refresh_at;
-        if due.is_some_and(|at| at <= Timestamp::now()) {
-            self.refresh(pod).await;
-        }
+    }
+
+    /// Is there an ephemeral container that the agent could be sent and does not have?
+    fn has_new_ephemeral(&self, pod: &Pod) -> bool {
+        let Some(observed) = self.context.pods.store.observed(self.uid) else {
+            return false;
+        };
+        let findings = self.context.pods.store.findings(self.uid);
+        let findings = findings.unwrap_or_default();
+        let not_sent = self.not_sent(pod, &findings.rejected);
+        unknown_ephemeral(pod, &observed).any(|name| !not_sent.has(name))
     }
 
     /// The shape with the volumes of its claims; otherwise records why the pod waits or was rejected.
@@ -193,6 +214,7 @@ impl Worker<'_> {
             Some(R::PermissionDenied) => self.reject(pod, generation, "NotAllowed", message),
             Some(R::SpecConflict) => {
                 self.memory.agent.ensured = generation;
+                self.memory.agent.refused = generation;
                 self.record(pod, true, "SpecConflict", message);
             }
             _ => {
@@ -207,6 +229,7 @@ impl Worker<'_> {
     fn reject(&mut self, pod: &Pod, generation: i64, reason: &str, message: &str) {
         if self.accepted(pod) {
             self.memory.agent.ensured = self.memory.agent.ensured.max(generation);
+            self.memory.agent.refused = generation;
             self.record_unsupported_change(pod, message);
             if self.context.pods.store.observed(self.uid).is_none() {
                 // The agent lost the pod before it ran. It may accept it again after its site file or its version
@@ -221,17 +244,26 @@ impl Worker<'_> {
         self.memory.admission.rejection = Some(rejection);
     }
 
-    /// Sends the values again if they changed.
+    /// Sends the values again if they changed, and ephemeral containers that lack nothing any more.
     pub(super) async fn refresh(&mut self, pod: &Pod) {
-        let sent = match self.values(pod).await {
-            // The ephemeral containers that lack something are not at the agent yet.
-            Ok((sent, _lacking)) => sent,
+        let (sent, lacking) = match self.values(pod).await {
+            Ok(sent) => sent,
             Err(error) => {
                 self.record_stale(pod, &error);
                 self.refresh_later(Duration::from_mins(1));
                 return;
             }
         };
+        self.ephemeral_waits(pod, &lacking);
+        let late = self.context.agent_knows(capability::LATE_EPHEMERAL);
+        if late && self.has_new_ephemeral(pod) {
+            return self.ensure(pod).await;
+        }
+        self.update_values(pod, sent).await;
+    }
+
+    /// Sends these values if they differ from those that the agent has.
+    async fn update_values(&mut self, pod: &Pod, sent: Sent) {
         let hashes = Hashes::of(&sent.values, sent.pull_credentials.as_ref());
         if self
             .memory
@@ -274,7 +306,7 @@ impl Worker<'_> {
     }
 
     /// What is sent for the pod, and what the variables of ephemeral containers lack.
-    async fn values(&mut self, pod: &Pod) -> Result<(Sent, Vec<String>), NoValues> {
+    async fn values(&mut self, pod: &Pod) -> Result<(Sent, Vec<Lacking>), NoValues> {
         let now = Timestamp::now();
         let needs = knoc_translate::needs(pod);
         let references = &self.context.api.references;
@@ -314,6 +346,8 @@ impl Worker<'_> {
         values.revision = self.memory.values.revision;
         self.memory.values.refresh_at = resolve::renew_at(&self.memory.values.tokens);
         self.memory.values.metadata = Some(metadata(pod));
+        let names = lacking.iter().map(|one| one.container.clone());
+        self.memory.values.lacking = names.collect();
         let pull_credentials = self.pull_credentials(pod, now).await;
         self.plan(now);
         let sent = Sent {
@@ -349,7 +383,9 @@ impl Worker<'_> {
                 let needs = knoc_translate::needs(&view.pod);
                 if let Some(after) = Self::pull_secrets_due(view) {
                     self.refresh_later(after);
-                } else if needs != knoc_translate::Needs::default() {
+                } else if needs != knoc_translate::Needs::default()
+                    || unknown_ephemeral(&view.pod, observed).next().is_some()
+                {
                     let pods = self.context.pods.store.count().try_into();
                     let most = AFTER_RESTART.saturating_mul(pods.unwrap_or(u32::MAX));
                     let most = most.clamp(SOONEST, Duration::from_mins(1));
@@ -426,6 +462,19 @@ impl Worker<'_> {
             self.revisit_in(if wait.is_zero() { NOT_DONE } else { wait });
         }
     }
+}
+
+/// The ephemeral containers of the pod that the agent does not know.
+fn unknown_ephemeral<'a>(
+    pod: &'a Pod,
+    observed: &'a pb::PodObserved,
+) -> impl Iterator<Item = &'a str> {
+    let spec = pod.spec.iter();
+    let all = spec.flat_map(|spec| spec.ephemeral_containers.iter().flatten());
+    all.map(|one| one.name.as_str()).filter(|name| {
+        let mut known = observed.ephemeral_containers.iter();
+        known.all(|status| status.name != *name)
+    })
 }
 
 fn metadata(pod: &Pod) -> u64 {

@@ -39,6 +39,8 @@ pub(super) struct Admission {
 pub(super) struct AgentSide {
     /// The newest generation that the agent answered for.
     pub(super) ensured: i64,
+    /// The newest generation that the agent has answered and does not take.
+    pub(super) refused: i64,
     /// The shortest grace period that the agent was sent.
     pub(super) stop: Option<Grace>,
     /// The pod ran or is being deleted, but the agent does not know it, or no longer.
@@ -59,6 +61,8 @@ pub(super) struct Values {
     pub(super) unwatched: bool,
     /// When the objects were read last, and the level of their changes then.
     pub(super) read: Option<(Timestamp, u64)>,
+    /// The ephemeral containers that lacked something when the values were last made.
+    pub(super) lacking: Vec<String>,
     /// When values that the agent asked for were last sent again.
     pub(super) resent_at: Option<Timestamp>,
     /// Hash of the labels and annotations from which the values were made.

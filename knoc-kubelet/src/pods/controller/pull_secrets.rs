@@ -23,7 +23,8 @@ impl Worker<'_> {
         let observed = self.context.pods.store.observed(self.uid);
         let findings = self.context.pods.store.findings(self.uid);
         let findings = findings.unwrap_or_default();
-        let waits = observed.is_none_or(|it| waits_for_images(pod, &it, &findings.rejected));
+        let not_sent = self.not_sent(pod, &findings.rejected);
+        let waits = observed.is_none_or(|it| waits_for_images(pod, &it, not_sent));
         if names.is_empty() || !waits {
             return Ok(None);
         }
@@ -47,10 +48,19 @@ impl Worker<'_> {
         Ok(Some(found.credentials))
     }
 
+    /// The ephemeral containers of the pod that the agent does not get.
+    pub(super) fn not_sent<'b>(&'b self, pod: &Pod, rejected: &'b [String]) -> NotSent<'b> {
+        NotSent {
+            rejected,
+            lacking: &self.memory.values.lacking,
+            all: self.memory.agent.refused >= pod.metadata.generation.unwrap_or(1),
+        }
+    }
+
     /// When a new process reads the pull secrets of a pod that an earlier one sent.
     pub(super) fn pull_secrets_due(view: &PodView) -> Option<Duration> {
         let observed = view.observed.as_deref();
-        let waits = observed.is_some_and(|it| waits_for_images(&view.pod, it, &[]));
+        let waits = observed.is_some_and(|it| waits_for_images(&view.pod, it, NotSent::default()));
         let due = waits && !knoc_translate::pull_secrets(&view.pod).is_empty();
         due.then(|| read_again().unsigned_abs())
     }
@@ -61,20 +71,38 @@ fn read_again() -> SignedDuration {
     SignedDuration::try_from(Duration::from_secs(seconds)).unwrap_or(SignedDuration::ZERO)
 }
 
-/// Does the agent lack images of the pod, or of an ephemeral container that was added to it and is not `rejected`?
-fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, rejected: &[String]) -> bool {
+/// The ephemeral containers that the agent does not get, and for which it needs no image.
+#[derive(Clone, Copy, Default)]
+pub(super) struct NotSent<'a> {
+    /// What the verdict table rejects.
+    rejected: &'a [String],
+    /// The names of those that wait for what their variables refer to.
+    lacking: &'a [String],
+    /// Whether the agent does not take this generation of the pod.
+    all: bool,
+}
+
+impl NotSent<'_> {
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.all
+            || self.lacking.iter().any(|lacks| lacks == name)
+            || status::refused(self.rejected, name).is_some()
+    }
+}
+
+/// Does the agent lack images of the pod, or of an ephemeral container that was added to it?
+fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>) -> bool {
     let spec = pod.spec.as_ref();
     let mut ephemeral = spec
         .iter()
         .flat_map(|spec| spec.ephemeral_containers.iter().flatten());
     let waits = |name: &str| {
-        if status::refused(rejected, name).is_some() {
-            return false;
-        }
         let mut statuses = observed.ephemeral_containers.iter();
         let status = statuses.find(|status| status.name == name);
-        let state = status.and_then(|status| status.state.as_ref());
-        matches!(state, None | Some(State::Waiting(_)))
+        match status.and_then(|status| status.state.as_ref()) {
+            None => !not_sent.has(name),
+            Some(state) => matches!(state, State::Waiting(_)),
+        }
     };
     match observed.phase() {
         PodPhase::Unspecified | PodPhase::Accepted | PodPhase::Staging => true,

@@ -5,6 +5,7 @@ mod api;
 mod capabilities;
 mod changes;
 mod cost;
+mod ephemeral;
 mod extended;
 mod live;
 mod predicates;

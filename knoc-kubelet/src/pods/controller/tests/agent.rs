@@ -13,6 +13,7 @@ use knoc_proto::{
     pb::{
         self, PodPhase,
         agent_server::{Agent as Service, AgentServer},
+        container_status::State,
         pod_event::Event,
     },
     reason::ErrorReason,
@@ -29,7 +30,7 @@ use crate::agent::Agent;
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[derive(Default)]
-struct State {
+struct Known {
     pods: BTreeMap<String, pb::PodObserved>,
     calls: Vec<String>,
     spec: Option<pb::PodSpec>,
@@ -38,7 +39,7 @@ struct State {
     refuse: Option<ErrorReason>,
 }
 
-impl State {
+impl Known {
     fn called(&mut self, call: String) -> Result<(), Status> {
         self.calls.push(call);
         self.refuse
@@ -48,7 +49,7 @@ impl State {
 
 #[derive(Clone)]
 struct Fake {
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<Known>>,
     changes: broadcast::Sender<Event>,
     node: watch::Sender<Option<pb::NodeInfo>>,
 }
@@ -140,7 +141,7 @@ impl FakeAgent {
 }
 
 impl Fake {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Known> {
         self.state.lock().unwrap()
     }
 
@@ -166,9 +167,13 @@ impl Service for Fake {
         _: Request<pb::GetInfoRequest>,
     ) -> Result<Response<pb::AgentInfo>, Status> {
         Ok(Response::new(pb::AgentInfo {
-            capabilities: [capability::PULL_CREDENTIALS, capability::EPHEMERAL]
-                .map(str::to_owned)
-                .into(),
+            capabilities: [
+                capability::PULL_CREDENTIALS,
+                capability::EPHEMERAL,
+                capability::LATE_EPHEMERAL,
+            ]
+            .map(str::to_owned)
+            .into(),
             ..pb::AgentInfo::default()
         }))
     }
@@ -205,7 +210,15 @@ impl Service for Fake {
                     ..pb::PodObserved::default()
                 });
         }
-        let pod = self.change(&spec.uid, |pod| pod.spec_generation = spec.generation);
+        let pod = self.change(&spec.uid, |pod| {
+            pod.spec_generation = spec.generation;
+            let waits = |container: &pb::Container| pb::ContainerStatus {
+                name: container.name.clone(),
+                state: Some(State::Waiting(pb::Waiting::default())),
+                ..pb::ContainerStatus::default()
+            };
+            pod.ephemeral_containers = spec.ephemeral_containers.iter().map(waits).collect();
+        });
         Ok(Response::new(pb::EnsurePodResponse {
             pod: Some(pod),
             created: true,

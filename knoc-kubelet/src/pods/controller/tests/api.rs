@@ -27,6 +27,8 @@ struct State {
     /// The open watches, by the name of their object.
     watches: Vec<(String, mpsc::Sender<Bytes>)>,
     denies_watches: bool,
+    /// A ConfigMap that is deleted once it has been read.
+    read_once: Option<String>,
     /// The Secrets by name, complete.
     secrets: Vec<(String, Value)>,
     pod: Value,
@@ -120,6 +122,11 @@ impl FakeApi {
         self.state.lock().unwrap().set(name, None);
     }
 
+    /// Deletes a ConfigMap as soon as it has been read, and before it is watched.
+    pub(super) fn read_once(&self, name: &str) {
+        self.state.lock().unwrap().read_once = Some(name.to_owned());
+    }
+
     /// Denies all further watches.
     pub(super) fn deny_watches(&self) {
         self.state.lock().unwrap().denies_watches = true;
@@ -139,10 +146,10 @@ impl State {
             .extend(data.map(|data| (name.to_owned(), data)));
         let object =
             json!({"metadata": {"name": name, "resourceVersion": self.version.to_string()}});
-        let line = format!("{}\n", json!({"type": kind, "object": object}));
+        let line = line(kind, &object);
         let watches = self.watches.iter().filter(|(of, _)| of == name);
         for (_, watch) in watches {
-            drop(watch.try_send(Bytes::from(line.clone())));
+            drop(watch.try_send(line.clone()));
         }
     }
 
@@ -156,6 +163,11 @@ impl State {
         let (_, name) = query.split_once("metadata.name%3D")?;
         let name = name.split('&').next().unwrap_or_default();
         let (send, events) = mpsc::channel(16);
+        if self.config_maps.iter().any(|(known, _)| known == name) {
+            let version = self.version.to_string();
+            let object = json!({"metadata": {"name": name, "resourceVersion": version}});
+            drop(send.try_send(line("ADDED", &object)));
+        }
         self.watches.push((name.to_owned(), send));
         Some(ReceiverStream::new(events))
     }
@@ -178,7 +190,7 @@ impl State {
         }
         if path.contains("/configmaps/") {
             let found = self.config_maps.iter().find(|(name, _)| name == last);
-            return match found {
+            let answer = match found {
                 Some((name, data)) => {
                     let version = self.version.to_string();
                     let metadata = json!({"name": name, "resourceVersion": version});
@@ -186,6 +198,10 @@ impl State {
                 }
                 None => (404, failure(404, "NotFound")),
             };
+            if self.read_once.take_if(|name| *name == last).is_some() {
+                self.config_maps.retain(|(name, _)| name != last);
+            }
+            return answer;
         }
         if path.contains("/secrets/") {
             let found = self.secrets.iter().rfind(|(name, _)| name == last);
@@ -242,6 +258,12 @@ impl State {
             }
         }
     }
+}
+
+/// A line of a watch.
+fn line(kind: &str, object: &Value) -> Bytes {
+    let event = json!({"type": kind, "object": object});
+    Bytes::from(format!("{event}\n"))
 }
 
 fn failure(code: u16, reason: &str) -> Value {

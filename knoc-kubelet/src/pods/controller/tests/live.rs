@@ -70,6 +70,21 @@ async fn a_volume_whose_object_is_gone_keeps_its_files_and_says_so() {
     kubelet.stop().await;
 }
 
+/// No watch reports an object that was deleted before the watch began.
+#[tokio::test]
+async fn an_object_that_is_deleted_before_its_first_watch_is_missed() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.api.read_once("live");
+    kubelet.with_live_volume().await;
+    kubelet
+        .wait("an Event", |kubelet| {
+            kubelet.said(&["/events", "FailedMount", "keeps its present files"]) == 1
+        })
+        .await;
+    assert_eq!(kubelet.called("UpdateValues"), 0);
+    kubelet.stop().await;
+}
+
 #[tokio::test]
 async fn values_that_the_agent_rejects_are_reported_and_not_repeated() {
     let mut kubelet = Kubelet::start().await;

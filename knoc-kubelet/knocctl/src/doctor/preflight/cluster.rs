@@ -1,0 +1,188 @@
+//! The Kubernetes cluster, by kubectl: versions and rights. Rights are asked for by `kubectl auth can-i`, which creates a
+//! `SelfSubjectAccessReview`.
+
+use futures::future::join_all;
+use knoc_proto::error::chain;
+use serde_json::Value;
+
+use super::{Report, program};
+use crate::CtlError;
+
+/// The oldest minor version of Kubernetes 1 that the chart accepts.
+const OLDEST: u32 = 29;
+/// The oldest version of helm that knows the chart's functions.
+const OLDEST_HELM: (u32, u32) = (3, 14);
+/// No answer of the API server is waited for longer.
+const TIMEOUT: &str = "--request-timeout=10s";
+/// The namespace into which the chart is installed.
+const NAMESPACE: &str = "knoc-system";
+
+/// What the installation of the chart creates in the cluster.
+const INSTALL: [&[&str]; 10] = [
+    &["create", "namespaces"],
+    &["create", "clusterroles.rbac.authorization.k8s.io"],
+    &["create", "clusterrolebindings.rbac.authorization.k8s.io"],
+    &["create", "runtimeclasses.node.k8s.io"],
+    &[
+        "create",
+        "roles.rbac.authorization.k8s.io",
+        "-n",
+        "kube-node-lease",
+    ],
+    &[
+        "create",
+        "rolebindings.rbac.authorization.k8s.io",
+        "-n",
+        "kube-system",
+    ],
+    &["create", "deployments.apps", "-n", NAMESPACE],
+    &["create", "secrets", "-n", NAMESPACE],
+    &["create", "configmaps", "-n", NAMESPACE],
+    &["create", "serviceaccounts", "-n", NAMESPACE],
+];
+
+/// What the user of a namespace does; the namespace follows.
+const USE: [&[&str]; 4] = [
+    &["create", "pods"],
+    &["get", "pods", "--subresource=log"],
+    &["create", "pods", "--subresource=exec"],
+    &["create", "pods", "--subresource=portforward"],
+];
+
+/// Checks the cluster. Returns false if there is no kubectl.
+pub(super) async fn check(report: &mut Report, namespace: Option<&str>) -> Result<bool, CtlError> {
+    let Some(asked) = program("kubectl", &["version", "-o", "json", TIMEOUT]).await else {
+        return Ok(false);
+    };
+    let cure = "check the kubeconfig: `kubectl cluster-info` shows why the cluster is not reached";
+    let said = match asked {
+        Ok(said) if said.ok => said,
+        Ok(said) => {
+            report.bad("cluster: version", &said.last(), cure)?;
+            return Ok(true);
+        }
+        Err(error) => {
+            report.bad("cluster: version", &chain(&error), cure)?;
+            return Ok(true);
+        }
+    };
+    match judge_versions(&said.text()) {
+        Ok(text) => report.good("cluster: version", text)?,
+        Err(text) => {
+            let cure = "KNoC needs Kubernetes 1.29 or later; docs/guide/support-matrix.md says what was tested";
+            report.bad("cluster: version", &text, cure)?;
+        }
+    }
+    let install = lacking(&INSTALL, None).await;
+    note_rights(
+        report,
+        "cluster: rights to install",
+        &install,
+        "ask a cluster administrator to apply the bundle and to install the chart; everything else needs the rights of one namespace",
+    )?;
+    let what = format!(
+        "cluster: rights to run pods in {}",
+        namespace.unwrap_or("the namespace of kubectl's context")
+    );
+    let run = lacking(&USE, namespace).await;
+    let cure = "ask an administrator of that namespace, or name another one by -n NAMESPACE";
+    note_rights(report, &what, &run, cure)?;
+    helm(report).await?;
+    Ok(true)
+}
+
+/// The rights that the user lacks, or could not be asked for.
+async fn lacking(rights: &[&[&str]], namespace: Option<&str>) -> Vec<String> {
+    let questions = rights.iter().map(|right| async move {
+        let mut args = vec!["auth", "can-i"];
+        args.extend(*right);
+        args.push(TIMEOUT);
+        if let Some(namespace) = namespace {
+            args.extend(["-n", namespace]);
+        }
+        let may = matches!(program("kubectl", &args).await, Some(Ok(said)) if said.text() == "yes");
+        (!may).then(|| right.join(" "))
+    });
+    join_all(questions).await.into_iter().flatten().collect()
+}
+
+fn note_rights(
+    report: &mut Report,
+    what: &str,
+    lacking: &[String],
+    cure: &str,
+) -> Result<(), CtlError> {
+    if lacking.is_empty() {
+        return report.good(what, "all of them");
+    }
+    let text = format!(
+        "`kubectl auth can-i` does not say yes to: {}",
+        lacking.join("; ")
+    );
+    report.bad(what, &text, cure)
+}
+
+async fn helm(report: &mut Report) -> Result<(), CtlError> {
+    let cure = "install helm 3.14 or later, or apply deploy/manifests/knoc.yaml, which is rendered from the chart";
+    let text = match program("helm", &["version", "--template={{.Version}}"]).await {
+        Some(Ok(said)) if said.ok => said.text(),
+        Some(Ok(said)) => return report.bad("helm", &said.last(), cure),
+        Some(Err(error)) => return report.bad("helm", &chain(&error), cure),
+        None => return report.bad("helm", "there is no helm in PATH", cure),
+    };
+    if version(&text).is_some_and(|found| found >= OLDEST_HELM) {
+        report.good("helm", text)
+    } else {
+        report.bad("helm", &format!("{text} is not 3.14 or later"), cure)
+    }
+}
+
+/// PURE: the two first numbers of a version such as `v1.36.0+k3s1`.
+fn version(text: &str) -> Option<(u32, u32)> {
+    let mut parts = text.trim_start_matches('v').split('.');
+    let number = |part: &str| {
+        let digits: String = part.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().ok()
+    };
+    Some((number(parts.next()?)?, number(parts.next()?)?))
+}
+
+/// PURE: judges what `kubectl version -o json` prints.
+fn judge_versions(json: &str) -> Result<String, String> {
+    let said: Value = serde_json::from_str(json).map_err(|error| error.to_string())?;
+    let of = |side: &str| said.get(side)?.get("gitVersion")?.as_str();
+    let Some(server) = of("serverVersion") else {
+        return Err("kubectl has not said which version the API server has".to_owned());
+    };
+    let text = format!(
+        "API server {server}, kubectl {}",
+        of("clientVersion").unwrap_or("of an unknown version")
+    );
+    match version(server) {
+        Some(found) if found >= (1, OLDEST) => Ok(text),
+        Some(_) | None => Err(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_cluster_is_named() {
+        let of = |server: &str| {
+            judge_versions(&format!(
+                r#"{{"clientVersion": {{"gitVersion": "v1.37.0"}}, "serverVersion": {{"gitVersion": "{server}"}}}}"#
+            ))
+        };
+        assert_eq!(
+            of("v1.36.0").unwrap(),
+            "API server v1.36.0, kubectl v1.37.0"
+        );
+        of("v1.29.4+k3s1").unwrap();
+        of("v1.28.9").unwrap_err();
+        judge_versions(r#"{"clientVersion": {"gitVersion": "v1.37.0"}}"#).unwrap_err();
+        assert_eq!(version("v3.14.0"), Some((3, 14)));
+        assert_eq!(version("nothing"), None);
+    }
+}

@@ -1,0 +1,107 @@
+//! Ephemeral containers that lack what their variables refer to.
+
+use super::*;
+
+/// Adds `debug`, which needs the ConfigMap `later`, and `look`, which needs nothing.
+fn debugged(pod: &mut Value) {
+    pod["metadata"]["generation"] = 2.into();
+    pod["spec"]["activeDeadlineSeconds"] = 600.into();
+    let later = json!([{"configMapRef": {"name": "later"}}]);
+    pod["spec"]["ephemeralContainers"] = json!([
+        {"name": "debug", "image": "ann/tools", "envFrom": later},
+        {"name": "look", "image": "ann/tools"},
+    ]);
+}
+
+impl Kubelet {
+    fn ephemeral(&self) -> Vec<String> {
+        let all = self.agent.spec().ephemeral_containers.into_iter();
+        all.map(|one| one.name).collect()
+    }
+
+    fn runs_ephemeral(&self, name: &str) {
+        self.agent.change(UID, |pod| {
+            let mut all = pod.ephemeral_containers.iter_mut();
+            let one = all.find(|one| one.name == name).unwrap();
+            one.state = Some(pb::container_status::State::Running(pb::Running::default()));
+        });
+    }
+}
+
+#[tokio::test]
+async fn an_ephemeral_container_that_lacks_something_holds_back_nothing_else() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.running().await;
+    kubelet.apply(debugged);
+    kubelet
+        .wait("the other container", |kubelet| {
+            kubelet.called("EnsurePod") == 2
+        })
+        .await;
+    assert_eq!(kubelet.ephemeral(), ["look"]);
+    assert_eq!(kubelet.agent.spec().generation, 2);
+    assert_eq!(kubelet.agent.spec().active_deadline_seconds, 600);
+    let waits = |kubelet: &Kubelet| {
+        let view = kubelet.store.by_uid(&uid())?;
+        let statuses = view
+            .pod
+            .status
+            .as_ref()?
+            .ephemeral_container_statuses
+            .clone()?;
+        let state = statuses
+            .into_iter()
+            .find(|one| one.name == "debug")?
+            .state?;
+        state.waiting?.reason
+    };
+    kubelet
+        .wait("CreateContainerConfigError", |kubelet| {
+            waits(kubelet).as_deref() == Some("CreateContainerConfigError")
+        })
+        .await;
+    kubelet.api.config_map("later", json!({"K": "v"}));
+    kubelet
+        .wait("both containers", |kubelet| {
+            kubelet.ephemeral() == ["debug", "look"]
+        })
+        .await;
+    assert_eq!(kubelet.called("EnsurePod"), 3);
+    let values = kubelet.agent.values();
+    let env = values
+        .ephemeral_env
+        .iter()
+        .find(|env| env.container == "debug");
+    assert_eq!(env.unwrap().vars[0].name, "K");
+    kubelet.stop().await;
+}
+
+#[tokio::test]
+async fn a_container_that_lacks_something_has_no_pull_secrets_read_for_it() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.api.pull_secret("login", r#"{"auths": {}}"#);
+    kubelet.apply(|pod| pod["spec"]["imagePullSecrets"] = json!([{"name": "login"}]));
+    kubelet.running().await;
+    kubelet.apply(debugged);
+    kubelet
+        .wait("the other container", |kubelet| {
+            kubelet.called("EnsurePod") == 2
+        })
+        .await;
+    kubelet.runs_ephemeral("look");
+    kubelet.round("Running").await;
+    // The agent asks for the values: they are made and sent without the credentials.
+    let (read, sent) = (
+        kubelet.said(&["GET", "/secrets/"]),
+        kubelet.called("UpdateValues"),
+    );
+    kubelet.agent.change(UID, |pod| pod.values_wanted = true);
+    kubelet
+        .wait("the values", |kubelet| {
+            kubelet.called("UpdateValues") > sent
+        })
+        .await;
+    assert_eq!(kubelet.said(&["GET", "/secrets/"]), read);
+    assert_eq!(kubelet.agent.credentials(), None);
+    kubelet.stop().await;
+}
