@@ -8,6 +8,7 @@
 //! recorded only after the rest of the request was found valid.
 
 mod admission;
+mod egress;
 pub mod gate;
 mod lead;
 mod logs;
@@ -59,6 +60,7 @@ const CAPABILITIES: &[&str] = &[
     "stats",
     "renew",
     "log-positions",
+    "egress",
 ];
 
 /// The capabilities that hold on this site.
@@ -456,6 +458,25 @@ impl pb::agent_server::Agent for Service {
         request: Request<Streaming<pb::PortForwardInput>>,
     ) -> Result<Response<Self::PortForwardStream>, Status> {
         streams::port_forward(&self.0.site, bulk::input(request)?).await
+    }
+
+    type WatchEgressStream = Answers<pb::EgressAttempt>;
+
+    async fn watch_egress(
+        &self,
+        request: Request<Streaming<pb::EgressControl>>,
+    ) -> Result<Response<Self::WatchEgressStream>, Status> {
+        egress::watch(self, request).await
+    }
+
+    type EgressStreamStream = bulk::NoMessages<pb::EgressOutput>;
+
+    async fn egress_stream(
+        &self,
+        request: Request<Streaming<pb::EgressInput>>,
+    ) -> Result<Response<Self::EgressStreamStream>, Status> {
+        let peer = request.extensions().get::<Peer>().cloned();
+        streams::egress(&self.0.site, peer.as_ref(), bulk::input(request)?).await
     }
 
     type GetStatsStream = Answers<pb::PodStats>;

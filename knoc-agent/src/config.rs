@@ -7,6 +7,7 @@
 mod binds;
 mod check;
 pub mod dial_out;
+mod egress;
 mod host_paths;
 mod host_ports;
 mod limits;
@@ -311,6 +312,9 @@ pub struct Policy {
     pub privileged: Privileged,
     /// Ports of compute nodes that may lead to pods, such as `20000-20999`. If empty: none.
     pub host_ports: Vec<String>,
+    /// The Services of the cluster that pods may reach, as `NAMESPACE/SERVICE`, where `*` stands for any characters. If empty:
+    /// none.
+    pub egress: Vec<String>,
     /// The paths of the compute nodes that pods may mount, with everything below them.
     pub host_paths: Vec<HostPath>,
     /// Where the compute nodes have the exports of NFS volumes.
@@ -342,6 +346,7 @@ impl Default for Policy {
             registries: Vec::new(),
             privileged: Privileged::Reject,
             host_ports: Vec::new(),
+            egress: knoc_proto::egress::DEFAULT_ALLOW.map(str::to_owned).into(),
             host_paths: Vec::new(),
             nfs: Vec::new(),
             csi: Vec::new(),

@@ -19,6 +19,7 @@ pub mod config;
 pub mod connect;
 pub mod dial_out;
 pub mod doctor;
+pub mod egress;
 pub mod host;
 pub mod image;
 pub mod init;

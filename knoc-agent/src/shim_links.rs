@@ -17,6 +17,7 @@ use std::{
 };
 
 use futures::{FutureExt as _, StreamExt as _};
+use knoc_contract::capability::EGRESS;
 use knoc_link::{Connection, Incoming, Peer, admission::Source, bulk::RawClient};
 use knoc_proto::{
     error::chain,
@@ -30,9 +31,10 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, transport::Channel};
+use tonic::{Status, Streaming, transport::Channel};
 
 use crate::{
+    egress::Egress,
     pod::{input::Input, state::Event},
     shim_route::ShimRoute,
 };
@@ -60,11 +62,14 @@ struct Shared {
     pins: Mutex<HashMap<String, Route>>,
     links: Mutex<HashMap<PodUid, Link>>,
     counter: AtomicU64,
+    egress: Egress,
 }
 
 #[derive(Debug, Clone)]
 struct Route {
     uid: PodUid,
+    /// The pod's node.
+    node: String,
     input: mpsc::Sender<Input>,
     /// Limits the links of this pod.
     permits: Arc<Semaphore>,
@@ -104,15 +109,35 @@ impl About {
             capabilities: report.capabilities.clone(),
         }
     }
+
+    fn has(&self, capability: &str) -> bool {
+        self.capabilities.iter().any(|name| name == capability)
+    }
 }
 
 impl ShimLinks {
-    /// Registers the shim of `uid`, which will present the key `spki`; its reports go to `input`.
-    pub(crate) fn expect(&self, uid: &PodUid, spki: String, input: mpsc::Sender<Input>) {
+    /// No links yet; what pods of shims with the capability open to the cluster goes to `egress`.
+    #[must_use]
+    pub fn new(egress: Egress) -> Self {
+        Self(Arc::new(Shared {
+            egress,
+            ..Shared::default()
+        }))
+    }
+
+    /// Registers the shim of `uid`, a pod of `node`, which will present the key `spki`; its reports go to `input`.
+    pub(crate) fn expect(
+        &self,
+        uid: &PodUid,
+        node: &str,
+        spki: String,
+        input: mpsc::Sender<Input>,
+    ) {
         lock(&self.0.pins).insert(
             spki,
             Route {
                 uid: uid.clone(),
+                node: node.to_owned(),
                 input,
                 permits: Arc::new(Semaphore::new(LINKS_OF_ONE)),
             },
@@ -136,12 +161,8 @@ impl ShimLinks {
     #[must_use]
     pub fn able(&self, uid: &PodUid, capability: &str) -> Option<Result<Client, Status>> {
         let link = lock(&self.0.links).get(uid).cloned()?;
-        let About {
-            version,
-            capabilities,
-        } = &*link.about;
-        let able = capabilities.iter().any(|name| name == capability);
-        Some(if able {
+        let version = &link.about.version;
+        Some(if link.about.has(capability) {
             Ok(link.client)
         } else {
             let message = format!(
@@ -284,20 +305,49 @@ async fn follow(
         begun = tokio::time::timeout(FIRST_REPORT, begun) => begun,
     };
     let begun = begun.unwrap_or_else(|_| Err(Status::deadline_exceeded("no report in time")));
-    let (mut next, mut reports) = match begun {
+    let (first, reports) = match begun {
         Ok((first, reports)) => (first, reports),
         Err(status) => {
             tracing::debug!(%uid, error = status.message(), "the shim's link broke before its first report");
             return;
         }
     };
-    let about = next.as_ref().map(About::of).unwrap_or_default();
+    let about = first.as_ref().map(About::of).unwrap_or_default();
+    let egress = {
+        let able = about.has(EGRESS);
+        let (egress, client) = (links.0.egress.clone(), client.clone());
+        let (node, uid) = (route.node.clone(), uid.clone());
+        async move {
+            if able {
+                egress.follow(&node, &uid, client).await;
+            }
+            std::future::pending::<()>().await;
+        }
+    };
     let number = links.open(uid, client, about);
     tracing::debug!(%uid, "the shim's link is up");
     if let Some(opened) = opened {
         // Whoever waited for the link may have given up.
         opened.send(()).ok();
     }
+    tokio::select! {
+        biased;
+        () = pass_on(&route, first, reports, &stop) => {}
+        () = egress => {}
+    }
+    if links.close(uid, number) {
+        // If the actor has ended, no one needs to know.
+        drop(route.input.send(Input::Link).await);
+    }
+}
+
+/// Makes each report an event of the pod's actor, until the final one or until the link is gone.
+async fn pass_on(
+    route: &Route,
+    mut next: Option<pb::Report>,
+    mut reports: Streaming<pb::Report>,
+    stop: &CancellationToken,
+) {
     let mut input_open = route.input.send(Input::Link).await.is_ok();
     // After the final report there are no more.
     while input_open && let Some(report) = next.take() {
@@ -311,13 +361,9 @@ async fn follow(
         match message {
             Ok(report) => next = report,
             Err(status) => {
-                tracing::debug!(%uid, error = status.message(), "the shim's link broke");
+                tracing::debug!(uid = %route.uid, error = status.message(), "the shim's link broke");
             }
         }
-    }
-    if links.close(uid, number) {
-        // If the actor has ended, no one needs to know.
-        drop(route.input.send(Input::Link).await);
     }
 }
 

@@ -8,6 +8,7 @@ use tokio::sync::{Notify, Semaphore};
 
 use crate::{
     config::Config,
+    egress::Egress,
     image::Images,
     lease::{Holder, LeaseError},
     policy::Live,
@@ -63,6 +64,8 @@ pub struct Site {
     pub board: Board,
     /// The links to the kubelets of `[[dial_out]]`.
     pub dial_out: crate::dial_out::DialStates,
+    /// What pods open to the cluster.
+    pub egress: Egress,
     /// The links of running shims.
     pub shim_links: ShimLinks,
     /// How shims are reached.

@@ -175,3 +175,62 @@ fn a_sealed_helper_opens_its_files_to_nobody_of_the_same_user() -> io::Result<()
     helper.end();
     Ok(())
 }
+
+const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
+
+/// The helper's edge; `None` on a node without virtual interfaces.
+fn edge(helper: &mut Helper) -> Option<()> {
+    let (answer, _) = helper.create();
+    if let Some(why) = answer["Created"]["no_edge"].as_str() {
+        eprintln!("no edge: {why}");
+        assert!(why.contains("veth"), "{why}");
+        return None;
+    }
+    let (led, _) = helper.ask(&json!({"Lead": [{"first": "10.96.0.0", "prefix": 12}]}));
+    assert_eq!(led, json!("Done"));
+    Some(())
+}
+
+fn edge_socket(helper: &mut Helper, kind: &str) -> OwnedFd {
+    let (answer, mut fds) = helper.ask(&json!({ "EdgeSocket": kind }));
+    assert_eq!(answer, json!("Done"));
+    let socket = fds.pop().unwrap();
+    rustix::io::ioctl_fionbio(&socket, false).unwrap();
+    socket
+}
+
+#[test]
+fn one_listener_in_the_edge_takes_the_connections_to_every_address_of_the_cluster() {
+    let mut helper = Helper::start();
+    if edge(&mut helper).is_none() {
+        return;
+    }
+    let listener = edge_socket(&mut helper, "Tcp");
+    bind(&listener, &SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 443)).unwrap();
+    listen(&listener, 5).unwrap();
+    let listener = TcpListener::from(listener);
+    // The pod's own port of the same number is another one.
+    let own = helper.tcp();
+    bind(&own, &SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 443)).unwrap();
+    for address in [SERVICE, Ipv4Addr::new(10, 111, 255, 254)] {
+        let target = SocketAddrV4::new(address, 443);
+        let client = helper.client();
+        connect(&client, &target).unwrap();
+        let (accepted, peer) = listener.accept().unwrap();
+        assert_eq!(accepted.local_addr().unwrap(), target.into());
+        assert_eq!(peer.ip(), Ipv4Addr::new(192, 0, 0, 2));
+    }
+    // Nobody listens on another port, and another address is not reached.
+    let refused = connect(helper.client(), &SocketAddrV4::new(SERVICE, 80));
+    assert_eq!(refused.unwrap_err(), rustix::io::Errno::CONNREFUSED);
+    let elsewhere = SocketAddrV4::new(Ipv4Addr::new(10, 1, 1, 1), 443);
+    let unreachable = connect(helper.client(), &elsewhere);
+    assert_eq!(unreachable.unwrap_err(), rustix::io::Errno::NETUNREACH);
+    // The ranges are replaced while the listener stays.
+    let (led, _) = helper.ask(&json!({"Lead": [{"first": "10.1.0.0", "prefix": 16}]}));
+    assert_eq!(led, json!("Done"));
+    connect(helper.client(), &elsewhere).unwrap();
+    let gone = connect(helper.client(), &SocketAddrV4::new(SERVICE, 443));
+    assert_eq!(gone.unwrap_err(), rustix::io::Errno::NETUNREACH);
+    helper.end();
+}

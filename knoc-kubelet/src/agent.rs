@@ -309,6 +309,16 @@ impl Agent {
         Ok(answer.into_inner().certificate)
     }
 
+    /// Who calls `WatchEgress`.
+    #[must_use]
+    pub fn egress_caller(&self) -> pb::EgressCaller {
+        pb::EgressCaller {
+            cluster_id: self.cluster_id.to_string(),
+            leadership_epoch: self.epoch(),
+            node_name: self.node.to_string(),
+        }
+    }
+
     fn epoch(&self) -> i64 {
         self.leadership.load(Ordering::Acquire)
     }

@@ -25,6 +25,7 @@ use crate::{
     },
     certs::StartError,
     config::{Config, IdentityConfig},
+    egress,
     leader::{Leader, LeaderError},
     metrics::Metrics,
     node::{
@@ -211,7 +212,7 @@ impl App {
         let (listed_to, listed) = watch::channel(false);
         let events = self.record(tasks, shutdown);
         let own = self.certificates(tasks, shutdown, &events).await?;
-        let client = own.clients.node.clone();
+        let (client, own_account) = (own.clients.node.clone(), own.clients.account.clone());
         let (queue, services) = (Queue::default(), Services::default());
         let process = Process {
             started: Timestamp::now(),
@@ -229,6 +230,7 @@ impl App {
             site: Site {
                 agent: self.agent.clone(),
                 link: link.clone(),
+                network: egress::Described::default(),
             },
             node: unit.clone(),
             pods: KnownPods {
@@ -249,6 +251,7 @@ impl App {
         let agent_watch = AgentWatch::new(agent, store, queue.clone(), link_to, capacity_to);
         let (missing_to, missing) = watch::channel(0);
         let pod_watch = PodWatch::new(context.clone(), listed_to, missing_to);
+        self.follow_egress(&context, own_account, tasks, shutdown);
         let token = || shutdown.clone();
         tasks.spawn(services.run(client.clone(), token()));
         tasks.spawn(context.api.references.clone().run(client, queue, token()));
@@ -257,6 +260,29 @@ impl App {
         tasks.spawn(Controller::new(context).run(token()));
         tasks.spawn(pod_watch.run(token()));
         Ok(())
+    }
+
+    /// Starts the tasks for what pods open to the cluster, unless the configuration turns it off.
+    fn follow_egress(
+        &self,
+        context: &Context,
+        client: Client,
+        tasks: &mut JoinSet<()>,
+        shutdown: &CancellationToken,
+    ) {
+        let Some(config) = self.config.egress.clone() else {
+            return;
+        };
+        let setup = egress::Setup {
+            config,
+            domain: self.config.node.cluster_domain.clone(),
+            agent: self.agent.clone(),
+            link: context.site.link.clone(),
+            store: self.store.clone(),
+            events: context.api.events.clone(),
+            described: context.site.network.clone(),
+        };
+        egress::start(setup, client, context.api.services.clone(), tasks, shutdown);
     }
 
     fn api_server(&self, client: Client, events: Events, services: Services) -> ApiServer {

@@ -9,12 +9,15 @@ pub mod settings;
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
 
 use knoc_link::{Carrier, Route, proxy::Via};
-use knoc_proto::settings::{Document, Mistakes};
+use knoc_proto::{
+    egress::{AllowList, Range},
+    settings::{Document, Mistakes},
+};
 
 use settings::Settings;
 
@@ -29,6 +32,8 @@ const NOT_SETTINGS: &[&str] = &["KNOC_CONFIG", "KNOC_CRASH_AT"];
 pub struct Config {
     /// The agent and the link to it.
     pub agent: AgentConfig,
+    /// What pods reach of the cluster; None if they reach nothing.
+    pub egress: Option<EgressConfig>,
     /// Who the kubelet is towards the API server.
     pub identity: IdentityConfig,
     /// Where its own keys are stored.
@@ -73,6 +78,19 @@ impl AgentWay {
             Self::Accept(_) => false,
         }
     }
+}
+
+/// What pods reach of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EgressConfig {
+    /// The Services that they may reach.
+    pub allow: AllowList,
+    /// The address ranges of Services, if the cluster's API does not have them.
+    pub service_ranges: Vec<Range>,
+    /// The address ranges of the cluster's pods.
+    pub pod_ranges: Vec<Range>,
+    /// The address of the cluster's DNS; None for that of `kube-system/kube-dns`.
+    pub dns: Option<IpAddr>,
 }
 
 /// The PEM files of one side of a TLS connection.
@@ -144,7 +162,7 @@ pub struct NodeConfig {
     /// The name of the Node.
     pub name: String,
     /// The address that the API server connects to; None to find it from the route to the API server.
-    pub internal_ip: Option<std::net::IpAddr>,
+    pub internal_ip: Option<IpAddr>,
     /// Labels that the operator adds.
     pub labels: BTreeMap<String, String>,
     /// The most pods that the node accepts.

@@ -24,6 +24,7 @@ pub mod agent;
 pub mod app;
 pub mod certs;
 pub mod config;
+pub mod egress;
 pub mod identity;
 pub mod leader;
 pub mod metrics;

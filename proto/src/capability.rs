@@ -86,7 +86,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             POD_DOMAIN,
             !spec.subdomain.is_empty() || spec.set_hostname_as_fqdn,
         ),
-        (RESOLVER, spec.resolver.is_some()),
+        (RESOLVER, spec.resolver.as_ref().is_some_and(is_configured)),
         (
             RUN_AS_NON_ROOT,
             containers().any(|container| container.run_as_non_root),
@@ -120,6 +120,16 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
+}
+
+/// Whether the pod says more than that it asks the cluster's DNS first. Agents that do not know that have no way to the
+/// cluster's DNS, and pods use the resolvers of their node.
+fn is_configured(resolver: &pb::Resolver) -> bool {
+    let unset = pb::Resolver {
+        cluster_first: true,
+        ..pb::Resolver::default()
+    };
+    *resolver != unset
 }
 
 fn has_probe(container: &pb::Container) -> bool {
@@ -168,6 +178,11 @@ mod tests {
             containers: vec![container],
             ..pb::PodSpec::default()
         };
+        assert!(needed(&spec).is_empty());
+        spec.resolver = Some(pb::Resolver {
+            cluster_first: true,
+            ..pb::Resolver::default()
+        });
         assert!(needed(&spec).is_empty());
         spec.containers[0].mounts = vec![pb::Mount {
             sub_path_expr: "$(A)".to_owned(),

@@ -7,6 +7,7 @@
 
 pub mod capability;
 pub mod crash;
+pub mod egress;
 pub mod error;
 pub mod expand;
 pub mod ids;

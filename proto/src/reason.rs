@@ -80,6 +80,8 @@ reasons! {
     ClusterMismatch => PermissionDenied, false;
     /// The agent's policy denies the request to this identity.
     PermissionDenied => PermissionDenied, false;
+    /// The site does not let pods reach this Service of the cluster.
+    PolicyDenied => PermissionDenied, false;
     /// The peer itself is denied: its identity or certificate is denied or expired, or was not issued by the site's CA.
     /// This does not depend on the request.
     PeerDenied => PermissionDenied, false;

@@ -13,6 +13,9 @@ pub const LOG_POSITIONS: &str = "log-positions";
 /// by the signal.
 pub const STOP_SIGNAL: &str = "stop-signal";
 
+/// The shim serves `WatchEgress` and `EgressStream`.
+pub const EGRESS: &str = "egress";
+
 /// The shim serves `AddEphemeralContainer`.
 pub const EPHEMERAL: &str = "ephemeral-containers";
 
@@ -22,6 +25,7 @@ pub const IMAGE_UPDATES: &str = "image-updates";
 /// All capabilities of this version's shim.
 pub const ALL: [&str; 7] = [
     ATTACH,
+    EGRESS,
     EPHEMERAL,
     IMAGE_UPDATES,
     LOG_POSITIONS,

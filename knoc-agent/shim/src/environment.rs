@@ -2,6 +2,7 @@
 //! termination message is found.
 
 use std::{
+    borrow::Cow,
     fmt::Write as _,
     path::{Path, PathBuf},
 };
@@ -13,7 +14,7 @@ use knoc_proto::{
     pod::{Hostname, PodValues},
 };
 
-use super::gpus;
+use super::{egress::ApiServer, gpus};
 use crate::runtime::{Gpus, INSIDE};
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -35,6 +36,8 @@ pub(crate) struct Facts {
     pub(crate) binds_libraries: bool,
     /// Whether containers have a root of their own, with the image's `/etc/passwd`.
     pub(crate) isolated: bool,
+    /// How containers in the node's network reach the API server.
+    pub(crate) api: Option<ApiServer>,
 }
 
 /// What the launcher is told to run.
@@ -44,7 +47,7 @@ pub(crate) fn launch_spec(
     values: &PodValues,
     facts: &Facts,
 ) -> LaunchSpec {
-    let vars = variables(container, values);
+    let vars = &variables(container, values, facts);
     let gpus = gpus::asked(container);
     let mut given = image.env.clone();
     given.extend(gpus::variables(gpus, &facts.devices));
@@ -86,10 +89,19 @@ pub(crate) fn launch_spec(
     }
 }
 
-fn variables<'a>(container: &pb::Container, values: &'a pb::PodValues) -> &'a [pb::EnvVar] {
+/// The variables that the pod gives to the container.
+pub(crate) fn variables<'a>(
+    container: &pb::Container,
+    values: &'a pb::PodValues,
+    facts: &Facts,
+) -> Cow<'a, [pb::EnvVar]> {
     let mut all = values.env.iter().chain(&values.ephemeral_env);
     let own = all.find(|env| env.container == container.name);
-    own.map_or(&[], |env| &env.vars)
+    let vars = own.map_or(&[][..], |env| &env.vars);
+    match facts.api {
+        None => vars.into(),
+        Some(api) => api.redirect(vars).into(),
+    }
 }
 
 /// The container's mounts, each `subPathExpr` expanded to a path.
@@ -98,7 +110,7 @@ pub(crate) fn mounts(
     values: &pb::PodValues,
     facts: &Facts,
 ) -> Result<Vec<pb::Mount>, SubPathError> {
-    let env = expand::pod_environment(variables(container, values), &facts.fields);
+    let env = expand::pod_environment(&variables(container, values, facts), &facts.fields);
     let expanded = |mount: &pb::Mount| {
         let mut mount = mount.clone();
         let template = std::mem::take(&mut mount.sub_path_expr);
@@ -153,6 +165,9 @@ pub(crate) fn hosts(node: &str, facts: &Facts, aliases: &[pb::HostAlias]) -> Str
         let names = qualified.iter().chain([short]);
         let names: Vec<_> = names.map(String::as_str).collect();
         writeln!(text, "{}\t{}", facts.fields.pod_ip, names.join("\t")).ok();
+    }
+    if let Some(api) = facts.api {
+        writeln!(text, "{}", api.hosts_line()).ok();
     }
     for alias in aliases {
         writeln!(text, "{}\t{}", alias.ip, alias.hostnames.join("\t")).ok();

@@ -356,7 +356,7 @@ async fn from_pod(mut reader: OwnedReadHalf, output: &Answers) -> Result<(), Sta
 }
 
 /// Takes what was read. A few bytes are copied, so that no large buffer waits for a slow reader because of them.
-fn take(buffer: &mut BytesMut) -> Bytes {
+pub(crate) fn take(buffer: &mut BytesMut) -> Bytes {
     if buffer.len() < CHUNK / 8 {
         let data = Bytes::copy_from_slice(buffer);
         buffer.clear();

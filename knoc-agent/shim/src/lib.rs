@@ -6,6 +6,7 @@
 //!   running program that has probes or a postStart hook, or runs its preStop hook. It takes commands over a bounded channel, and publishes the report and the [`directory`] over watch channels.
 //! - [`report::keep`]: keeps a durable copy of the newest report.
 //! - [`link`]: dials the agent and serves [`serve`] over the connection, with one task for each stream.
+//! - [`egress`]: listens for the containers' connections to the cluster, with one task for each.
 //! - [`values_poll`]: looks for newer values in the job directory while the link is down.
 //! - [`job_signals`]: turns signals to the job into a stop of its containers.
 //! - the reaper ([`children`]), and [`scratch::keep_clean`], which removes what ended attempts wrote.
@@ -18,6 +19,7 @@ mod cgroup;
 mod children;
 mod container;
 mod directory;
+mod egress;
 mod environment;
 mod exec;
 mod fdio;
@@ -191,7 +193,9 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     // From here on, a signal stops the pod instead of killing the shim.
     let signals = job_signals::Signals::listen()?;
     let up = pod.bring_up_network().await?;
-    pod.network = up.network.clone();
+    let api = egress::host::ApiPort::bind(&pod).await;
+    let api = api.context("listen for the containers' connections to the API server")?;
+    pod.facts.api = api.as_ref().map(|port| port.server);
     let host_ports = HostPorts::bind(&pod).await?;
     background.spawn(host_ports.serve(pod.network.clone()));
     let begun = Begun {
@@ -199,6 +203,7 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
         values,
         endpoint: endpoint_path,
         up,
+        api,
         signals,
         background,
     };
@@ -212,6 +217,7 @@ struct Begun {
     values: Option<pb::PodValues>,
     endpoint: std::path::PathBuf,
     up: network::Up,
+    api: Option<egress::host::ApiPort>,
     signals: job_signals::Signals,
     background: JoinSet<()>,
 }
@@ -261,6 +267,7 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
         values,
         endpoint,
         up: brought_up,
+        api,
         signals,
         mut background,
     } = begun;
@@ -270,6 +277,13 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
     let route = route_to(listener.as_ref());
     let publisher = begin_report(&pod, previous.as_ref(), &route, &brought_up);
     background.spawn(tell_if_lost(brought_up, commands.clone()));
+    let gate = egress::gate::Gate::new(&pod.egress, commands.clone());
+    if let Some(ports) = egress::ports::Ports::open(&pod, gate.clone()).await {
+        background.spawn(ports.keep());
+    }
+    if let Some(api) = api {
+        background.spawn(api.serve(gate));
+    }
     let mut reports = publisher.subscribe();
     background.spawn(scratch::keep_clean(Cleaner::of(&pod.scratch)));
     let mut keeper = JoinSet::new();
@@ -342,6 +356,10 @@ fn tell(publisher: &mut Publisher, up: &network::Up) {
             "the pod has a network of its own, and {lack}; set the annotation `knoc.io/network: host` if it needs that"
         );
         publisher.note("NetworkUnavailable", message, "");
+    }
+    if let Some(why) = &up.no_cluster {
+        let message = format!("{}: {why}", network::NO_CLUSTER);
+        publisher.note("EgressUnavailable", message, "");
     }
 }
 

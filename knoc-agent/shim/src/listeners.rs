@@ -24,9 +24,13 @@ use super::proc;
 /// Values of the column `st`: a listening socket, and a connection that is open at both ends.
 const LISTEN: &str = "0A";
 const ESTABLISHED: &str = "01";
+/// Connections of a process, also those of which one direction has ended.
+const CONNECTED: [&str; 5] = [ESTABLISHED, "04", "05", "08", "09"];
 
 /// How often the listeners of a port are read again because they changed meanwhile.
 const LOOKS: u32 = 20;
+/// How often the tables are read to find the user of a connection.
+const USER_LOOKS: usize = 3;
 
 /// A listening TCP socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -95,6 +99,8 @@ struct Socket<'a> {
     local: SocketAddr,
     remote: SocketAddr,
     state: &'a str,
+    /// Who has it, as seen from the user namespace of the reader.
+    uid: u32,
     inode: u64,
 }
 
@@ -105,7 +111,8 @@ impl<'a> Socket<'a> {
             local: address(fields.next()?)?,
             remote: address(fields.next()?)?,
             state: fields.next()?,
-            inode: fields.nth(5)?.parse().ok()?,
+            uid: fields.nth(3)?.parse().ok()?,
+            inode: fields.nth(1)?.parse().ok()?,
         })
     }
 }
@@ -221,6 +228,29 @@ pub(crate) fn choose(listeners: &[Listener], own: &HashSet<u64>) -> Choice {
     } else {
         Choice::Elsewhere(elsewhere)
     }
+}
+
+/// PURE: the user who has the socket that is connected from `client` to `server`.
+fn user_in(text: &str, client: SocketAddr, server: SocketAddr) -> Option<u32> {
+    let mut sockets = text.lines().skip(1).filter_map(Socket::parse);
+    let found = sockets.find(|one| {
+        let connected = CONNECTED.contains(&one.state);
+        connected && same(one.local, client) && same(one.remote, server)
+    });
+    found.map(|socket| socket.uid)
+}
+
+/// The user who has the other end of the connection from `client` to `server` on this host.
+pub(crate) fn user(client: SocketAddr, server: SocketAddr) -> Option<u32> {
+    if let (SocketAddr::V4(client), SocketAddr::V4(server)) = (client, server)
+        && let Some(user) = diag::user(client, server)
+    {
+        return Some(user);
+    }
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"];
+    // A table that is read while sockets come and go may lack some.
+    let mut looks = tables.into_iter().cycle().take(tables.len() * USER_LOOKS);
+    looks.find_map(|path| user_in(&fs::read_to_string(path).ok()?, client, server))
 }
 
 /// The listeners on `port` now, and the far end of the connection to it from `client`.
@@ -366,6 +396,23 @@ mod tests {
             parse(&mapped, 8080, client(0xD431)).far_end,
             far_end(52, false)
         );
+    }
+
+    #[cfg(target_endian = "little")]
+    #[test]
+    fn the_user_at_the_other_end_of_a_connection_is_found() {
+        let at = |port| SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+        assert_eq!(user_in(TCP, at(8080), at(0xD431)), Some(1000));
+        assert_eq!(user_in(TCP, at(8080), at(0xD432)), None);
+        assert_eq!(user_in(TCP, at(0xD431), at(8080)), None);
+        // One that was closed belongs to nobody, whatever the table says.
+        let closed = TCP.replace("0100007F:D431 01", "0100007F:D431 06");
+        assert_eq!(user_in(&closed, at(8080), at(0xD431)), None);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = listener.local_addr().unwrap();
+        let client = std::net::TcpStream::connect(server).unwrap();
+        let own = rustix::process::getuid().as_raw();
+        assert_eq!(user(client.local_addr().unwrap(), server), Some(own));
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod names;
 mod pasta;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::OwnedFd,
@@ -28,7 +28,10 @@ use self::{
     pasta::{Pasta, PastaError, Way},
 };
 use super::children::Children;
-use crate::launch::{ids::Ids, network::protocol::Family};
+use crate::launch::{
+    ids::Ids,
+    network::protocol::{Family, Kind, Range},
+};
 
 /// The address of every pod with a network of its own. It is of a block that no network routes (RFC 7335), so it hides
 /// nothing that a pod may want to reach.
@@ -57,6 +60,8 @@ pub(crate) struct Private {
     pub(crate) address: IpAddr,
     /// Replaces the node's `/etc/resolv.conf`.
     resolv_conf: Option<String>,
+    /// Why the pod has no edge, without which it does not reach the cluster.
+    pub(crate) no_edge: Option<String>,
 }
 
 /// What a container's helper joins.
@@ -108,6 +113,16 @@ impl Private {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
         Ok(stream)
+    }
+
+    /// A socket in the edge, where the shim takes what the pod sends to the cluster.
+    pub(crate) async fn edge_socket(&self, kind: Kind) -> io::Result<OwnedFd> {
+        self.holder.edge_socket(kind).await
+    }
+
+    /// Has exactly these ranges lead from the pod to the edge.
+    pub(crate) async fn lead(&self, ranges: BTreeSet<Range>) -> io::Result<()> {
+        self.holder.lead(ranges).await
     }
 }
 
@@ -174,6 +189,9 @@ pub(crate) struct Tools<'a> {
     pub(crate) ipv6: bool,
 }
 
+/// What it means that a pod has no edge.
+pub(crate) const NO_CLUSTER: &str = "the pod does not reach the cluster's Services";
+
 /// The network, and what it lacks.
 #[derive(Debug)]
 pub(crate) struct Up {
@@ -182,6 +200,8 @@ pub(crate) struct Up {
     pasta: Option<Pasta>,
     /// What does not work in it.
     pub(crate) lacks: Vec<String>,
+    /// Why the pod does not reach the cluster, if it should.
+    pub(crate) no_cluster: Option<String>,
     /// Why the pod shares the node's network, although it could have one of its own.
     shared: Option<String>,
 }
@@ -192,6 +212,7 @@ impl Up {
             network: Network::Host,
             pasta: None,
             lacks: Vec::new(),
+            no_cluster: None,
             shared,
         }
     }
@@ -202,10 +223,12 @@ impl Up {
             Network::Host => pb::NetworkMode::Host,
             Network::Private(_) => pb::NetworkMode::Private,
         };
-        let shared = self.shared.clone().unwrap_or_default();
+        let no_cluster = self.no_cluster.as_ref();
+        let no_cluster = no_cluster.map(|why| format!("{NO_CLUSTER}: {why}"));
+        let first = self.lacks.first().cloned().or(no_cluster);
         pb::PodNetwork {
             mode: mode.into(),
-            reason: self.lacks.first().cloned().unwrap_or(shared),
+            reason: first.or_else(|| self.shared.clone()).unwrap_or_default(),
         }
     }
 
@@ -250,6 +273,7 @@ pub(crate) async fn bring_up(tools: &Tools<'_>, wish: Wish) -> anyhow::Result<Up
         network: Network::Private(Arc::new(private(holder, held, names))),
         pasta,
         lacks,
+        no_cluster: None,
         shared: None,
     })
 }
@@ -265,6 +289,7 @@ fn private(holder: Arc<Holder>, held: Held, names: Names) -> Private {
             Names::Instead(text) => Some(text),
             Names::OfNode | Names::Lost => None,
         },
+        no_edge: held.no_edge,
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, ToSocketAddrs as _, UdpSocket},
     path::PathBuf,
+    sync::Arc,
 };
 
 use knoc_contract::{
@@ -21,12 +22,14 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use super::{
     cgroup::JobCgroup,
     children::Children,
+    egress::Egress,
     environment::Facts,
     gpus,
     mounts::Mounting,
     network::{self, Network, Tools, Up, Wish},
     oom::OomCounter,
     processes::Holder,
+    resolver::ClusterDns,
     role::Role,
     scratch::{Fallback, Scratch},
     volumes::Volumes,
@@ -56,6 +59,8 @@ pub(crate) struct Pod {
     pub(crate) mounting: Mounting,
     /// The compute node's until [`Self::bring_up_network`].
     pub(crate) network: Network,
+    /// The containers' connections to the cluster.
+    pub(crate) egress: Arc<Egress>,
     /// Of the PID namespace that the containers share, if they share one.
     pub(crate) holder: Holder,
 }
@@ -98,6 +103,7 @@ impl Pod {
             children: Children::default(),
             mounting: Mounting::of(&job),
             network: Network::Host,
+            egress: Arc::default(),
             holder: Holder::default(),
             jobdir,
             claim,
@@ -122,11 +128,41 @@ impl Pod {
             env: &self.job.runtime_env,
             ipv6: self.settings().network_ipv6,
         };
-        let up = network::bring_up(&tools, wish).await?;
+        let mut up = network::bring_up(&tools, wish).await?;
         if let Network::Private(private) = &up.network {
             self.facts.fields.pod_ip = private.address.to_string();
         }
+        self.network = up.network.clone();
+        up.no_cluster = self.begin_egress();
         Ok(up)
+    }
+
+    /// Takes the cluster's network as it was when the pod was staged. Returns why the pod does not reach the cluster, if it
+    /// should.
+    fn begin_egress(&self) -> Option<String> {
+        let network = self.job.egress.as_ref()?;
+        if let Err(error) = self.egress.replace(network) {
+            return Some(error.to_string());
+        }
+        match &self.network {
+            Network::Host => None,
+            Network::Private(private) => private.no_edge.clone(),
+        }
+    }
+
+    /// The cluster's DNS, if containers started now are to ask it and reach it.
+    pub(crate) fn cluster_dns(&self) -> Option<ClusterDns> {
+        let resolver = self.spec.resolver.as_ref()?;
+        let Network::Private(private) = &self.network else {
+            return None;
+        };
+        let table = self.egress.table();
+        let server = table.dns.filter(|_| private.no_edge.is_none())?;
+        resolver.cluster_first.then(|| ClusterDns {
+            server,
+            domain: table.domain.clone(),
+            namespace: self.spec.namespace.clone(),
+        })
     }
 
     /// The pod's shape.
@@ -195,6 +231,7 @@ fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>, isolated: bool) -> Fac
         devices: gpus::devices(|name| std::env::var(name).ok()),
         binds_libraries: isolated,
         isolated,
+        api: None,
     }
 }
 

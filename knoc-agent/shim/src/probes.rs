@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use self::known::Known;
 use super::{
     container::{Event, News, Program, Told},
+    environment,
     exec::{self, Captured},
     health::{Checks, Kind, Outcome, Telling},
     pod::Pod,
@@ -181,10 +182,9 @@ impl Probed {
     }
 
     async fn command(&self, action: &pb::ExecAction, limit: Duration) -> Outcome {
-        let mut envs = self.values.env.iter();
-        let vars = envs.find(|env| env.container == self.spec.container.name);
-        let vars = vars.map(|env| env.vars.as_slice()).unwrap_or_default();
-        let env = expand::pod_environment(vars, &self.pod.facts.fields);
+        let facts = &self.pod.facts;
+        let vars = environment::variables(&self.spec.container, &self.values, facts);
+        let env = expand::pod_environment(&vars, &facts.fields);
         let argv = expand::argv(&action.command, &env);
         let mut problem = String::new();
         for _ in 0..STARTS {

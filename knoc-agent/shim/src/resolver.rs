@@ -1,6 +1,6 @@
-//! PURE: the text of a container's `/etc/resolv.conf`: the settings of the compute node and those of the pod.
+//! PURE: the text of a container's `/etc/resolv.conf`: the settings of the compute node or the cluster, and those of the pod.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, net::Ipv4Addr};
 
 use knoc_proto::pb;
 
@@ -19,12 +19,62 @@ struct Config {
     options: Vec<(String, String)>,
 }
 
+/// The DNS of the cluster, for a pod that asks it first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ClusterDns {
+    pub(crate) server: Ipv4Addr,
+    /// Of the cluster; empty if it is not known.
+    pub(crate) domain: String,
+    /// Of the pod.
+    pub(crate) namespace: String,
+}
+
+impl ClusterDns {
+    /// The settings, given those of the compute node: its server is not asked, since the cluster's forwards what it does
+    /// not know.
+    fn instead_of(&self, node: Config) -> Config {
+        let Self {
+            domain, namespace, ..
+        } = self;
+        let mut searches = if domain.is_empty() {
+            Vec::new()
+        } else {
+            vec![
+                format!("{namespace}.svc.{domain}"),
+                format!("svc.{domain}"),
+                domain.clone(),
+            ]
+        };
+        for search in node.searches {
+            add(&mut searches, &search);
+        }
+        Config {
+            nameservers: vec![self.server.to_string()],
+            searches,
+            options: vec![("ndots".to_owned(), ":5".to_owned())],
+        }
+    }
+}
+
+/// Whether a container's file differs from the compute node's if the pod does not ask the cluster's DNS.
+pub(crate) fn changes_node(wanted: &pb::Resolver) -> bool {
+    let nothing = pb::Resolver {
+        cluster_first: wanted.cluster_first,
+        ..pb::Resolver::default()
+    };
+    *wanted != nothing
+}
+
 /// The file for a pod with a DNS configuration, as `GetPodDNS` of the kubelet makes it. `node` is the compute node's file.
-pub(crate) fn resolv_conf(node: &str, wanted: &pb::Resolver) -> String {
-    let mut config = if wanted.only_own {
-        Config::default()
-    } else {
-        parse(node)
+pub(crate) fn resolv_conf(
+    node: &str,
+    wanted: &pb::Resolver,
+    cluster: Option<&ClusterDns>,
+) -> String {
+    let mut config = match cluster {
+        _ if wanted.only_own => Config::default(),
+        Some(cluster) => cluster.instead_of(parse(node)),
+        None => parse(node),
     };
     for server in &wanted.nameservers {
         add(&mut config.nameservers, server);
@@ -132,13 +182,62 @@ mod tests {
             nameservers: ["1.1.1.1", "10.0.0.1"].map(str::to_owned).to_vec(),
             searches: ["my.example", "hpc.example"].map(str::to_owned).to_vec(),
             options: vec![option("ndots", Some("5")), option("edns0", None)],
+            cluster_first: false,
         }
+    }
+
+    fn alone(node: &str, wanted: &pb::Resolver) -> String {
+        super::resolv_conf(node, wanted, None)
+    }
+
+    #[test]
+    fn the_clusters_dns_replaces_the_nodes_servers_and_options_and_keeps_its_domains() {
+        let cluster = ClusterDns {
+            server: Ipv4Addr::new(10, 96, 0, 10),
+            domain: "cluster.local".to_owned(),
+            namespace: "ns".to_owned(),
+        };
+        let mut wanted = pb::Resolver {
+            cluster_first: true,
+            ..pb::Resolver::default()
+        };
+        assert!(!changes_node(&wanted));
+        let of =
+            |wanted: &pb::Resolver, cluster: &ClusterDns| resolv_conf(NODE, wanted, Some(cluster));
+        let searches = "search ns.svc.cluster.local svc.cluster.local cluster.local hpc.example";
+        assert_eq!(
+            of(&wanted, &cluster),
+            format!("{searches}\nnameserver 10.96.0.10\noptions ndots:5\n")
+        );
+        // What the pod configures follows, and its options win.
+        wanted.nameservers = vec!["1.1.1.1".to_owned()];
+        wanted.searches = vec!["my.example".to_owned(), "cluster.local".to_owned()];
+        wanted.options = vec![pb::ResolverOption {
+            name: "ndots".to_owned(),
+            value: Some("2".to_owned()),
+        }];
+        assert!(changes_node(&wanted));
+        assert_eq!(
+            of(&wanted, &cluster),
+            format!(
+                "{searches} my.example\nnameserver 10.96.0.10\nnameserver 1.1.1.1\noptions ndots:2\n"
+            )
+        );
+        let unnamed = ClusterDns {
+            domain: String::new(),
+            ..cluster
+        };
+        let text = of(&wanted, &unnamed);
+        assert!(
+            text.starts_with("search hpc.example my.example cluster.local\n"),
+            "{text}"
+        );
     }
 
     #[test]
     fn the_pods_lines_follow_those_of_the_node() {
         assert_eq!(
-            resolv_conf(NODE, &wanted()),
+            alone(NODE, &wanted()),
             "search hpc.example my.example\nnameserver 10.0.0.1\nnameserver 1.1.1.1\noptions ndots:5 rotate edns0\n"
         );
     }
@@ -150,11 +249,11 @@ mod tests {
             ..wanted()
         };
         assert_eq!(
-            resolv_conf(NODE, &only_own),
+            alone(NODE, &only_own),
             "search my.example hpc.example\nnameserver 1.1.1.1\nnameserver 10.0.0.1\noptions ndots:5 edns0\n"
         );
         assert_eq!(
-            resolv_conf(
+            alone(
                 NODE,
                 &pb::Resolver {
                     only_own: true,
@@ -174,7 +273,7 @@ mod tests {
                 .collect(),
             ..pb::Resolver::default()
         };
-        let text = resolv_conf(NODE, &many);
+        let text = alone(NODE, &many);
         assert_eq!(text.matches("nameserver ").count(), MAX_NAMESERVERS);
         let search = text.lines().next().unwrap();
         assert!(

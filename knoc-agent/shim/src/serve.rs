@@ -21,6 +21,7 @@ use super::{
     attach,
     container::Program,
     directory::{Directory, Entry},
+    egress,
     exec::{self, Session},
     forward, measure,
     network::Network,
@@ -35,8 +36,11 @@ const MAX_EXECS: usize = 256;
 /// How many connections may be forwarded into the pod at once: browsers open six for each page.
 const MAX_FORWARDS: usize = 256;
 
-/// How many messages of output may wait for a slow reader of exec, attach or port-forward.
+/// How many messages of output may wait for a slow reader of exec, attach, port-forward or a connection to the cluster.
 const OUTPUTS: usize = 4;
+
+/// How many announcements of connections may be on their way. The others wait in order.
+const ATTEMPTS: usize = 16;
 
 /// The limits of streams into the pod.
 #[derive(Debug, Clone)]
@@ -364,6 +368,42 @@ impl Shim for Service {
             forward::run(connection, input, output).await;
             drop(slot);
         });
+        Ok(answer(stream))
+    }
+
+    type WatchEgressStream = Stream<pb::EgressAttempt>;
+
+    async fn watch_egress(
+        &self,
+        request: Request<Streaming<pb::EgressControl>>,
+    ) -> Result<Response<Self::WatchEgressStream>, Status> {
+        let mut calls = request.into_inner();
+        let egress = Arc::clone(&self.pod.egress);
+        let watch = egress.begin(&mut calls).await?;
+        let (attempts, stream) = mpsc::channel(ATTEMPTS);
+        self.streams
+            .spawn(async move { egress.follow(watch, calls, attempts).await });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type EgressStreamStream = NoMessages<pb::EgressOutput>;
+
+    async fn egress_stream(
+        &self,
+        request: Request<Streaming<pb::EgressInput>>,
+    ) -> Result<Response<Self::EgressStreamStream>, Status> {
+        let mut input: Messages<pb::EgressInput> = bulk::input(request)?;
+        let Some(pb::EgressInput {
+            input: Some(pb::egress_input::Input::Start(start)),
+        }) = input.message().await?
+        else {
+            let message = "the first message of an egress stream is `start`";
+            return Err(ErrorReason::InvalidRequest.status(message));
+        };
+        let (output, stream) = mpsc::channel(OUTPUTS);
+        // The connection's own task carries it.
+        let taken = egress::Taken { input, output };
+        self.pod.egress.take(start.id, taken)?;
         Ok(answer(stream))
     }
 }

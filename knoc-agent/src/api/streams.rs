@@ -1,4 +1,4 @@
-//! Exec, attach and port-forward: streams are relayed to the pod's shim unchanged. Only the first
+//! Exec, attach, port-forward and egress: streams are relayed to the pod's shim unchanged. Only the first
 //! message is parsed; the bytes of both bodies are passed on as they are.
 //!
 //! Each direction ends on its own. A client that goes away cancels the shim's call; a link that
@@ -6,14 +6,19 @@
 
 use std::time::Duration;
 
-use knoc_link::bulk::{self, Messages, NoMessages};
+use knoc_contract::capability::EGRESS;
+use knoc_link::{
+    Peer,
+    bulk::{self, Messages, NoMessages},
+};
 use knoc_proto::{
     ids::PodUid,
     pb::{
-        ExecInput, ExecOutput, PortForwardInput, PortForwardOutput, exec_input::Input,
-        port_forward_input,
+        EgressInput, EgressOutput, ExecInput, ExecOutput, PortForwardInput, PortForwardOutput,
+        egress_input, exec_input::Input, port_forward_input,
     },
     reason::ErrorReason,
+    text,
 };
 use tonic::{Code, Response, Status, Streaming};
 
@@ -24,6 +29,9 @@ use crate::{shim_steps::Use, site::Site};
 const RESUMED: Duration = Duration::from_millis(500);
 /// If a shim has not answered after this time, its job may be suspended, and Slurm is asked.
 const SILENT: Duration = Duration::from_millis(1500);
+
+/// How much of a Service's name an error shows.
+const SERVICE: usize = 130;
 
 type Answer<T> = Result<Response<NoMessages<T>>, Status>;
 
@@ -58,6 +66,30 @@ pub(super) async fn port_forward(
     let uid = super::uid(&start.uid)?;
     let (mut client, used) = shim_link::client_with(site, &uid, "port-forward").await?;
     let outputs = client.port_forward(bulk::request_body(inputs.into_body()));
+    begin(site, uid, used, outputs).await
+}
+
+/// A connection of the pod to a Service, for the kubelet that follows them, if the site lets pods reach the Service.
+pub(super) async fn egress(
+    site: &Site,
+    peer: Option<&Peer>,
+    mut inputs: Messages<EgressInput>,
+) -> Answer<EgressOutput> {
+    let first = inputs.peek().await?.and_then(|first| first.input);
+    let Some(egress_input::Input::Start(start)) = first else {
+        return Err(misplaced("start"));
+    };
+    let uid = super::uid(&start.uid)?;
+    let pod = site.board.get(uid.as_str());
+    let pod = pod.ok_or_else(|| ErrorReason::NotFound.status(format!("no pod {uid}")))?;
+    site.egress.settle(&pod.node_name, peer, (&uid, start.id))?;
+    if !site.policy.now().permits_egress(&start.service) {
+        let service = text::quote(&start.service, SERVICE);
+        let message = format!("Service {service} is not among policy.egress of the site file");
+        return Err(ErrorReason::PolicyDenied.status(message));
+    }
+    let (mut client, used) = shim_link::client_with(site, &uid, EGRESS).await?;
+    let outputs = client.egress_stream(bulk::request_body(inputs.into_body()));
     begin(site, uid, used, outputs).await
 }
 

@@ -25,6 +25,7 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::{
     config::{Config, RuntimeKind, SchedulerKind},
+    egress::Egress,
     image::{self, Images},
     lease::{Holder, LeaseError, Process},
     open_files, own_limits, policy,
@@ -133,6 +134,7 @@ pub(super) async fn prepare(
     let shim_route = ShimRoute::load(&state, limits.srun_links > 0, Timestamp::now());
     let (shim_steps, step_requests) =
         ShimSteps::new(shim_route.clone(), limits.srun_links, limits.srun_idle);
+    let egress = Egress::default();
     let site = Arc::new(Site {
         sockets: socket_places(&config).candidates(),
         board: Board::new(lease.epoch()),
@@ -143,7 +145,8 @@ pub(super) async fn prepare(
             version,
         },
         dial_out: crate::dial_out::DialStates::default(),
-        shim_links: ShimLinks::default(),
+        shim_links: ShimLinks::new(egress.clone()),
+        egress,
         shim_route,
         shim_steps,
         poll_soon: Arc::new(Notify::new()),

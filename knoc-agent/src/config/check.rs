@@ -9,6 +9,8 @@ use std::{
 use knoc_link::{Carrier, Identity};
 use knoc_proto::{ids::SiteName, settings::Document};
 
+use knoc_proto::egress::AllowList;
+
 use super::{Config, dial_out, host_ports::HostPorts};
 use crate::policy::{denied::Denied, nodes::assigned};
 
@@ -85,6 +87,9 @@ impl Check<'_> {
         let host_ports = config.policy.host_ports.iter();
         for wrong in host_ports.filter_map(|text| text.parse::<HostPorts>().err()) {
             self.wrong("policy.host_ports", wrong);
+        }
+        if let Err(wrong) = AllowList::parse(&config.policy.egress) {
+            self.wrong("policy.egress", wrong.join("; "));
         }
         for (node, identity) in &config.policy.nodes {
             let name = assigned(identity).unwrap_or_default();

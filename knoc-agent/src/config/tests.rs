@@ -46,6 +46,13 @@ fn mistakes_name_line_and_allowed_values() {
             "site = 'x'\n[limits]\nthreads = 257",
             &["agent.toml:3: limits.threads", "between 1 and 256"],
         ),
+        (
+            "site = 'x'\n[policy]\negress = ['default/*', 'kubernetes']",
+            &[
+                "agent.toml:3: policy.egress",
+                "\"kubernetes\" is not `NAMESPACE/SERVICE`",
+            ],
+        ),
         ("site = 'a b'", &["agent.toml:1: site", "DNS label", "' '"]),
         ("site = 'My-Site'", &["site", "DNS label", "'M'"]),
         ("state_dir = '/x'", &["agent.toml: site: is missing"]),

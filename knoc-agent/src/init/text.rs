@@ -214,6 +214,9 @@ registries = []
 # Ports of compute nodes from which connections are forwarded to a pod that asks for it (hostPort), each a port or a range.
 # Everybody who reaches the node can connect to them. If empty, none.
 # host_ports = ["20000-20999"]  # example
+# Services of the cluster that pods can reach, as NAMESPACE/SERVICE, where `*` stands for any characters. The cluster has a list too, and a
+# Service has to be in both. If empty, none.
+# egress = ["default/kubernetes", "kube-system/kube-dns"]  # default
 # Paths of the compute nodes that pods can mount as hostPath volumes, with everything below them; the most specific path decides. Links
 # in these paths are followed; below them, a link that leads out is not. Your home directory itself, ~/.ssh, keys and KNoC's own folders
 # are never mounted, and neither is a folder that contains them. A job keeps the paths that it was submitted with.

@@ -457,5 +457,6 @@ pub(crate) fn job_file(
             mapped: site.policy.now().all_mapped(&spec.volumes),
             ..(&site.host_paths()).into()
         }),
+        egress: site.egress.network(&spec.node_name),
     }
 }

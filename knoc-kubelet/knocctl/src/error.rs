@@ -229,7 +229,9 @@ fn hint_for(status: &Status) -> Option<String> {
             "Slurm's controller does not answer; the agent tries again by itself"
         }
         ErrorReason::Overloaded | ErrorReason::ShuttingDown => "try again in a moment",
-        ErrorReason::ClusterMismatch | ErrorReason::PermissionDenied => {
+        ErrorReason::ClusterMismatch
+        | ErrorReason::PermissionDenied
+        | ErrorReason::PolicyDenied => {
             "the agent's site file says whom it serves and what they may do ([policy])"
         }
         ErrorReason::Unsupported => {

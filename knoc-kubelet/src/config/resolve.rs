@@ -11,12 +11,17 @@ use knoc_link::{
     carrier::ssh::{self, Login},
     proxy::{InvalidProxy, Via},
 };
-use knoc_proto::{ids::SiteName, names, settings::Document};
+use knoc_proto::{
+    egress::{AllowList, Range},
+    ids::SiteName,
+    names,
+    settings::Document,
+};
 
 use super::{
-    AgentConfig, AgentWay, Config, CredentialFiles, IdentityConfig, KeysConfig, KubernetesConfig,
-    LogConfig, NodeConfig, ServerConfig, ServingConfig,
-    settings::{CertificateSource, IdentityKind, LogFormat, PodIpPolicy, Settings},
+    AgentConfig, AgentWay, Config, CredentialFiles, EgressConfig, IdentityConfig, KeysConfig,
+    KubernetesConfig, LogConfig, NodeConfig, ServerConfig, ServingConfig,
+    settings::{CertificateSource, EgressAllow, IdentityKind, LogFormat, PodIpPolicy, Settings},
 };
 
 /// The address of the agent if the agent dials; an address to listen on may follow.
@@ -37,6 +42,7 @@ pub(super) fn resolve(mut settings: Settings, document: &mut Document) -> Option
         document,
     };
     let agent = resolver.agent();
+    let egress = resolver.egress();
     let node = resolver.node();
     let server = resolver.server();
     let identity = resolver.identity();
@@ -48,6 +54,7 @@ pub(super) fn resolve(mut settings: Settings, document: &mut Document) -> Option
     }
     Some(Config {
         agent: agent?,
+        egress,
         identity,
         keys,
         kubernetes: KubernetesConfig {
@@ -89,6 +96,9 @@ fn node_name(settings: &Settings, document: &mut Document) -> Option<String> {
     }
     name
 }
+
+/// The most ranges of Services, and of pods; both together are what an agent accepts.
+const MOST_RANGES: usize = knoc_proto::egress::MAX_RANGES / 2;
 
 struct Resolver<'a> {
     settings: &'a Settings,
@@ -258,6 +268,38 @@ impl Resolver<'_> {
             self.wrong("agent.address", what);
         }
         listen.map(AgentWay::Accept)
+    }
+
+    fn egress(&mut self) -> Option<EgressConfig> {
+        let egress = &self.settings.egress;
+        let service_ranges = self.ranges("egress.serviceRanges", &egress.service_ranges);
+        let pod_ranges = self.ranges("egress.podRanges", &egress.pod_ranges);
+        let EgressAllow::Listed(patterns) = &egress.allow else {
+            return None;
+        };
+        let allow = AllowList::parse(patterns);
+        let allow = allow.map_err(|wrong| self.wrong("egress.allow", wrong.join("; ")));
+        Some(EgressConfig {
+            allow: allow.ok()?,
+            service_ranges,
+            pod_ranges,
+            dns: egress.dns,
+        })
+    }
+
+    fn ranges(&mut self, key: &str, texts: &[String]) -> Vec<Range> {
+        if texts.len() > MOST_RANGES {
+            let what = format!("has {} entries; the limit is {MOST_RANGES}", texts.len());
+            self.wrong(key, what);
+        }
+        let mut ranges = Vec::new();
+        for text in texts.iter().take(MOST_RANGES) {
+            match text.parse() {
+                Ok(range) => ranges.push(range),
+                Err(error) => self.wrong(key, error),
+            }
+        }
+        ranges
     }
 
     fn node(&mut self) -> Option<NodeConfig> {

@@ -9,9 +9,10 @@ use std::{
 };
 
 use knoc_link::Addresses;
+use knoc_proto::egress::DEFAULT_ALLOW;
 use serde::{
-    Deserialize, Deserializer, Serialize,
-    de::{self, MapAccess, Visitor},
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{self, MapAccess, SeqAccess, Visitor},
 };
 use serde_json::Value;
 
@@ -27,6 +28,8 @@ pub const MOST_QUEUE_FACTOR: u32 = 10_000;
 pub struct Settings {
     /// The agent and the link to it.
     pub agent: Agent,
+    /// What pods reach of the cluster.
+    pub egress: Egress,
     /// Who the kubelet is towards the API server.
     pub identity: Identity,
     /// Where the kubelet stores its own keys.
@@ -68,6 +71,45 @@ pub struct Agent {
     pub ssh_program: Option<String>,
     /// For `ssh:` addresses: whether an agent is started if none runs.
     pub ssh_on_demand: bool,
+}
+
+/// What pods reach of the cluster.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Egress {
+    /// The Services that pods may reach, a list of `NAMESPACE/SERVICE` in which `*` stands for any characters; `off`: none,
+    /// and nothing is watched for it. The site has a list of its own, and a Service has to be in both.
+    pub allow: EgressAllow,
+    /// The address ranges of Services, for clusters whose API has no `ServiceCIDR` (before 1.33), such as `10.96.0.0/12`.
+    #[serde(deserialize_with = "list")]
+    pub service_ranges: Vec<String>,
+    /// The address ranges of the cluster's pods, which are the addresses behind headless Services; unset: pods do not reach
+    /// headless Services.
+    #[serde(deserialize_with = "list")]
+    pub pod_ranges: Vec<String>,
+    /// The address of the Service that is the cluster's DNS; unset: that of `kube-system/kube-dns`.
+    #[serde(deserialize_with = "ip_address")]
+    pub dns: Option<IpAddr>,
+}
+
+impl Default for Egress {
+    fn default() -> Self {
+        Self {
+            allow: EgressAllow::Listed(DEFAULT_ALLOW.map(str::to_owned).into()),
+            service_ranges: Vec::new(),
+            pod_ranges: Vec::new(),
+            dns: None,
+        }
+    }
+}
+
+/// Which Services pods may reach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EgressAllow {
+    /// None, and nothing is watched for it.
+    Off,
+    /// Those that these patterns match.
+    Listed(Vec<String>),
 }
 
 /// Who the kubelet is towards the API server.
@@ -298,6 +340,61 @@ fn within<'de, D: Deserializer<'de>, const MOST: u32>(input: D) -> Result<u32, D
     }
 
     input.deserialize_u32(Within(MOST))
+}
+
+impl Serialize for EgressAllow {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Off => out.serialize_str(OFF),
+            Self::Listed(patterns) => patterns.serialize(out),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for EgressAllow {
+    fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
+        Ok(match input.deserialize_any(Words)? {
+            Some(words) if words != [OFF] => Self::Listed(words),
+            Some(_) | None => Self::Off,
+        })
+    }
+}
+
+/// The word for a list that is not there.
+const OFF: &str = "off";
+
+/// Reads a list of words, or words that are separated by commas; `None` for `false`, as which YAML may read `off`.
+struct Words;
+
+impl<'de> Visitor<'de> for Words {
+    type Value = Option<Vec<String>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list, or words separated by commas")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+        let words = text
+            .split(',')
+            .map(str::trim)
+            .filter(|word| !word.is_empty());
+        Ok(Some(words.map(str::to_owned).collect()))
+    }
+
+    fn visit_bool<E: de::Error>(self, on: bool) -> Result<Self::Value, E> {
+        if on {
+            return Err(E::invalid_type(de::Unexpected::Bool(on), &self));
+        }
+        Ok(None)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
+        Vec::deserialize(de::value::SeqAccessDeserializer::new(list)).map(Some)
+    }
+}
+
+fn list<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<String>, D::Error> {
+    input.deserialize_any(Words).map(Option::unwrap_or_default)
 }
 
 fn ip_address<'de, D: Deserializer<'de>>(input: D) -> Result<Option<IpAddr>, D::Error> {

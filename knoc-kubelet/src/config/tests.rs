@@ -286,6 +286,9 @@ fn the_charts_values_are_the_defaults() {
     let schema: serde_json::Value = serde_json::from_str(schema).unwrap();
     let defaults = Settings::default().to_json();
     for key in [
+        "egress.allow",
+        "egress.serviceRanges",
+        "egress.podRanges",
         "node.pods",
         "node.queueFactor",
         "node.taint",
@@ -433,4 +436,61 @@ fn names_that_the_api_server_would_refuse_are_named() {
     }
     let labels = [("KNOC_NODE_LABELS", "example.com/a=,b=C.d_e")];
     assert_eq!(load(GOOD, &labels).unwrap().node.labels.len(), 2);
+}
+
+#[test]
+fn what_pods_reach_is_a_list_or_off() {
+    let egress = |value: &str| load(GOOD, &[("KNOC_EGRESS_ALLOW", value)]).unwrap().egress;
+    let default = load(GOOD, &[]).unwrap().egress.unwrap();
+    assert!(default.allow.names("default", "kubernetes"));
+    assert!(default.allow.names("kube-system", "kube-dns"));
+    assert!(!default.allow.permits("default", "redis"));
+    assert_eq!(egress("off"), None);
+    let listed = egress("default/kubernetes, team-*/*").unwrap().allow;
+    assert!(listed.permits("team-a", "redis") && !listed.permits("kube-system", "kube-dns"));
+    assert!(!egress("").unwrap().allow.permits("default", "kubernetes"));
+    for off in ["off", "false"] {
+        let text = format!("{GOOD}egress: {{allow: {off}}}\n");
+        assert_eq!(load(&text, &[]).unwrap().egress, None, "{off}");
+    }
+    let text = format!(
+        "{GOOD}egress:\n  allow: [a/b]\n  serviceRanges: [10.96.0.0/12]\n  dns: 10.96.0.10\n"
+    );
+    let config = load(&text, &[]).unwrap();
+    let egress = config.egress.unwrap();
+    assert!(egress.allow.names("a", "b") && egress.dns.is_some());
+    assert_eq!(egress.service_ranges.len(), 1);
+    assert_eq!(
+        config.effective["egress"]["allow"],
+        serde_json::json!(["a/b"])
+    );
+}
+
+#[test]
+fn what_pods_cannot_reach_is_named() {
+    for (variable, value, expected) in [
+        (
+            "KNOC_EGRESS_ALLOW",
+            "kubernetes",
+            "egress.allow: \"kubernetes\" is not `NAMESPACE/SERVICE`",
+        ),
+        (
+            "KNOC_EGRESS_SERVICE_RANGES",
+            "10.96.0.0",
+            "egress.serviceRanges: \"10.96.0.0\" is not a range",
+        ),
+        (
+            "KNOC_EGRESS_POD_RANGES",
+            "0.0.0.0/0",
+            "egress.podRanges: \"0.0.0.0/0\" is not a range",
+        ),
+        (
+            "KNOC_EGRESS_DNS",
+            "dns",
+            "egress.dns: `dns` is not an IP address",
+        ),
+    ] {
+        let error = load(GOOD, &[(variable, value)]).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
 }

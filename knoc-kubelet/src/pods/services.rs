@@ -1,10 +1,10 @@
-//! Task: watches the cluster's Services, from which the service variables of pods are made.
+//! Task: watches the cluster's Services, from which the service variables of pods are made, and which pods may reach.
 //!
-//! Only what becomes a variable is kept. Until the first list is complete pods wait, for a bounded time.
+//! Only what becomes a variable is kept, and what says which Service an address belongs to. Until the first list is complete pods wait, for a bounded time.
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard},
     time::Duration,
 };
 
@@ -20,12 +20,14 @@ use tokio_util::sync::CancellationToken;
 /// How long a pod waits for the first list.
 const FIRST_LIST: Duration = Duration::from_secs(10);
 
+/// Namespace and name.
 type Key = (String, String);
 
 /// The known Services; clones are handles on the same ones.
 #[derive(Clone, Debug)]
 pub struct Services {
     known: Arc<RwLock<BTreeMap<Key, Service>>>,
+    /// Whether the first list is complete; sent again at every change.
     synced: watch::Sender<bool>,
 }
 
@@ -48,8 +50,18 @@ impl Services {
                 "the Services could not be listed in time, a pod starts without their variables"
             );
         }
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        let known = self.known();
         knoc_translate::service_variables(known.values(), namespace, links)
+    }
+
+    /// Whether the first list is complete, which is sent again at every change.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<bool> {
+        self.synced.subscribe()
+    }
+
+    /// All Services. Hold the lock for look-ups only.
+    pub(crate) fn known(&self) -> RwLockReadGuard<'_, BTreeMap<Key, Service>> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Behaves as if an empty list had been read.
@@ -82,6 +94,7 @@ impl Services {
     }
 
     fn take(&self, event: watcher::Event<Service>, listed: &mut BTreeMap<Key, Service>) {
+        let complete = !matches!(event, watcher::Event::Init | watcher::Event::InitApply(_));
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         match event {
             watcher::Event::Init => listed.clear(),
@@ -90,7 +103,6 @@ impl Services {
             }
             watcher::Event::InitDone => {
                 *known = std::mem::take(listed);
-                self.synced.send_replace(true);
             }
             watcher::Event::Apply(service) => known.extend(small(service)),
             watcher::Event::Delete(service) => {
@@ -99,10 +111,14 @@ impl Services {
                 }
             }
         }
+        drop(known);
+        if complete {
+            self.synced.send_replace(true);
+        }
     }
 }
 
-/// The Service reduced to its name, address and ports.
+/// The Service reduced to its name, addresses and ports.
 fn small(service: Service) -> Option<(Key, Service)> {
     let name = service.metadata.name?;
     let namespace = service.metadata.namespace?;
@@ -111,6 +127,9 @@ fn small(service: Service) -> Option<(Key, Service)> {
     small.metadata.namespace = Some(namespace.clone());
     small.spec = service.spec.map(|spec| ServiceSpec {
         cluster_ip: spec.cluster_ip,
+        cluster_ips: spec.cluster_ips,
+        session_affinity: spec.session_affinity,
+        type_: spec.type_,
         ports: spec.ports,
         ..ServiceSpec::default()
     });

@@ -371,12 +371,17 @@ fn subdomain(spec: PodSpec<'_>) -> String {
     }
 }
 
-/// What the pod changes in `/etc/resolv.conf`. Every DNS policy except `None` starts from the compute node's file, because
-/// pods are in its network.
+/// What the pod changes in `/etc/resolv.conf`. As in a kubelet, a pod in the node's network asks the cluster's DNS only if
+/// its policy says so by name. Whether the pod reaches it is known on the compute node.
 fn resolver(spec: PodSpec<'_>) -> Option<pb::Resolver> {
-    let only_own = spec.dns_policy.as_deref() == Some("None");
+    let policy = spec.dns_policy.as_deref();
+    let only_own = policy == Some("None");
+    let cluster_first = match policy {
+        None | Some("" | "ClusterFirst") => *spec.host_network != Some(true),
+        Some(policy) => policy == "ClusterFirstWithHostNet",
+    };
     let config = spec.dns_config.as_ref().map(DnsConfig::from);
-    if config.is_none() && !only_own {
+    if config.is_none() && !only_own && !cluster_first {
         return None;
     }
     let list = |list: Option<&Option<Vec<String>>>| list.cloned().flatten().unwrap_or_default();
@@ -392,6 +397,7 @@ fn resolver(spec: PodSpec<'_>) -> Option<pb::Resolver> {
                 value: option.value.clone(),
             })
             .collect(),
+        cluster_first,
     })
 }
 

@@ -411,15 +411,37 @@ fn what_a_pod_says_about_names_reaches_its_resolver() {
         })
         .resolver
     };
-    for policy in ["ClusterFirst", "ClusterFirstWithHostNet", "Default"] {
-        assert_eq!(resolver(policy, json!(null)), None, "the node's file stays");
+    assert_eq!(
+        resolver("Default", json!(null)),
+        None,
+        "the node's file stays"
+    );
+    let cluster_first = Some(pb::Resolver {
+        cluster_first: true,
+        ..pb::Resolver::default()
+    });
+    for policy in ["ClusterFirst", "ClusterFirstWithHostNet"] {
+        assert_eq!(resolver(policy, json!(null)), cluster_first, "{policy}");
     }
+    let in_the_nodes_network = |policy: Option<&str>| {
+        with(|json| {
+            json["spec"]["hostNetwork"] = true.into();
+            json["spec"]["dnsPolicy"] = json!(policy);
+        })
+        .resolver
+    };
+    assert_eq!(in_the_nodes_network(Some("ClusterFirst")), None);
+    assert_eq!(in_the_nodes_network(None), None);
+    assert_eq!(
+        in_the_nodes_network(Some("ClusterFirstWithHostNet")),
+        cluster_first
+    );
     let config = json!({
         "nameservers": ["1.1.1.1"], "searches": ["a.example"],
         "options": [{"name": "ndots", "value": "2"}, {"name": "edns0"}],
     });
     let own = resolver("None", config.clone()).unwrap();
-    assert!(own.only_own);
+    assert!(own.only_own && !own.cluster_first);
     assert_eq!((own.nameservers.len(), own.searches.len()), (1, 1));
     let options: Vec<_> = own
         .options
@@ -427,7 +449,8 @@ fn what_a_pod_says_about_names_reaches_its_resolver() {
         .map(|one| (one.name.as_str(), one.value.as_deref()))
         .collect();
     assert_eq!(options, [("ndots", Some("2")), ("edns0", None)]);
-    assert!(!resolver("ClusterFirst", config).unwrap().only_own);
+    let merged = resolver("ClusterFirst", config).unwrap();
+    assert!(merged.cluster_first && !merged.only_own);
 }
 
 #[test]

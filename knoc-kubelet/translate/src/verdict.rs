@@ -296,8 +296,9 @@ does not know the user. The container's `/etc/passwd` has a line for the HPC use
 and that user's shell. With a setuid runtime, the home directory of a user that has the HPC user's own uid in the image is not known.
 
 **Names.** `/etc/hosts` has the lines of the compute node, then the pod's own name (first `HOSTNAME.SUBDOMAIN.NAMESPACE.svc.CLUSTERDOMAIN`
-if the pod has a `subdomain`) and its `hostAliases`. `/etc/resolv.conf` is the compute node's, or with `dnsConfig` has its lines and those
-of the pod; with `dnsPolicy: None` only those of the pod. A file that the pod mounts there comes before both. `/etc/localtime` is the image's.
+if the pod has a `subdomain`) and its `hostAliases`. `/etc/resolv.conf` names the cluster's DNS if
+the pod asks it (`dnsPolicy`) and reaches it, else it is the compute node's; with `dnsConfig` it also has the lines of the pod, and with
+`dnsPolicy: None` only those. A file that the pod mounts there comes before both. `/etc/localtime` is the image's.
 
 ## Containers
 

@@ -29,13 +29,15 @@ pub use self::{
 };
 
 /// The methods whose requests and responses are streams of bytes.
-const BOTH_WAYS: [&str; 6] = [
+const BOTH_WAYS: [&str; 8] = [
     "/knoc.v1.Agent/Exec",
     "/knoc.v1.Agent/Attach",
     "/knoc.v1.Agent/PortForward",
+    "/knoc.v1.Agent/EgressStream",
     "/knoc.v1.Shim/Exec",
     "/knoc.v1.Shim/Attach",
     "/knoc.v1.Shim/PortForward",
+    "/knoc.v1.Shim/EgressStream",
 ];
 
 /// The methods of which only the responses are streams of bytes.

@@ -90,3 +90,8 @@ yes
 {{- if not .Values.identity.bootstrapSecret }}yes{{ end }}
 {{- else if eq .Values.server.certificate "csr" }}yes{{ end -}}
 {{- end -}}
+
+{{- /* Non-empty if pods may reach Services. */ -}}
+{{- define "knoc.egress" -}}
+{{- if not (has (.Values.egress.allow | toString) (list "off" "false")) }}yes{{ end -}}
+{{- end -}}

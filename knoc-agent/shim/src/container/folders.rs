@@ -154,9 +154,15 @@ impl Folders {
         let replaced = pod.network.resolv_conf();
         let node =
             replaced.map_or_else(|| fs::read_to_string(RESOLVER), |text| Ok(text.to_owned()));
-        let text = match &pod.spec().resolver {
+        let cluster = pod.cluster_dns();
+        let wanted = pod.spec().resolver.as_ref();
+        let wanted = wanted.filter(|one| cluster.is_some() || resolver::changes_node(one));
+        let text = match wanted {
             _ if mounts(volumes, RESOLVER) => None,
-            Some(wanted) => Some(resolver::resolv_conf(&node.unwrap_or_default(), wanted)),
+            Some(wanted) => {
+                let node = node.unwrap_or_default();
+                Some(resolver::resolv_conf(&node, wanted, cluster.as_ref()))
+            }
             // A volume at `/etc` hides the file that the runtime mounts, but in Kubernetes every container has one.
             None if replaced.is_some() || mounts(volumes, "/etc") => node.ok(),
             None => None,

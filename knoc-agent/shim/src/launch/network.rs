@@ -7,15 +7,21 @@
 //! which it was made, whoever uses it, so the shim connects to the pod's listeners without entering the namespace.
 //!
 //! ```text
-//! shim ──Create──► unshare, map ids, loopback, sysctls
-//!      ◄─Created── with descriptors of the user and the network namespace
-//!      ──Socket──► ◄─Done── with a socket        any number of times
+//! shim ──Create──────► unshare, map ids, loopback, sysctls, the edge
+//!      ◄─Created────── with descriptors of the user and the network namespace
+//!      ──Socket──────► ◄─Done── with a socket               any number of times
+//!      ──Lead────────► ◄─Done── after routes were changed    any number of times
+//!      ──EdgeSocket──► ◄─Done── with a socket of the edge    any number of times
 //! ```
+//!
+//! The [`edge`] is a second network namespace, in which the shim takes what the pod sends to the cluster.
 //!
 //! It ends with the shim's end of the socket pair, its standard input. Single-threaded, as `unshare(2)` requires.
 
+mod edge;
 mod netlink;
 pub(crate) mod protocol;
+mod range;
 
 use std::{
     fs::{self, File},
@@ -35,7 +41,10 @@ use rustix::{
     process::getgid,
 };
 
-use self::protocol::{Answer, Family, Request};
+use self::{
+    edge::{Edge, EdgeError},
+    protocol::{Answer, Family, Request},
+};
 use super::{
     fds,
     ids::{self, Ids, Isolated},
@@ -64,6 +73,10 @@ enum NetworkError {
         #[source]
         source: io::Error,
     },
+    #[error(transparent)]
+    Edge(#[from] EdgeError),
+    #[error("the pod has no edge")]
+    NoEdge,
     #[error("the shim did not say what to create")]
     NoRequest,
 }
@@ -107,8 +120,8 @@ fn run(shim: &UnixStream) -> Result<ExitCode, NetworkError> {
         .map_err(NetworkError::on("let pasta find the namespaces"))?;
     match begun? {
         Begun::Mapper(code) => Ok(code),
-        Begun::Held => {
-            serve(shim)?;
+        Begun::Held(mut edge) => {
+            serve_until(shim, &mut edge, false)?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -117,7 +130,8 @@ fn run(shim: &UnixStream) -> Result<ExitCode, NetworkError> {
 enum Begun {
     /// The child that wrote the id maps.
     Mapper(ExitCode),
-    Held,
+    /// The namespaces are there. Some nodes allow no edge.
+    Held(Option<Edge>),
 }
 
 /// Creates the namespaces, and answers until the shim has found its way to other networks.
@@ -129,22 +143,34 @@ fn begin(shim: &UnixStream, users: &[String], address: Ipv4Addr) -> Result<Begun
     // The change of credentials may have reset it.
     super::die_with_parent();
     set_up(address)?;
-    hand_over(shim, ids)?;
-    serve_until(shim, true)?;
-    Ok(Begun::Held)
+    let (mut edge, no_edge) = match Edge::create(address, free_ports) {
+        Ok(edge) => (Some(edge), None),
+        Err(lost @ EdgeError::Lost(_)) => return Err(lost.into()),
+        Err(error) => (None, Some(knoc_proto::error::chain(&error))),
+    };
+    hand_over(shim, ids, no_edge)?;
+    serve_until(shim, &mut edge, true)?;
+    Ok(Begun::Held(edge))
 }
 
 /// Prepares the new network namespace.
 fn set_up(address: Ipv4Addr) -> Result<(), NetworkError> {
-    netlink::loopback(address).map_err(NetworkError::on("bring up the loopback interface"))?;
-    write(FIRST_PORT, "0").map_err(NetworkError::on("let the pod bind any port"))?;
+    netlink::bring_up(netlink::LOOPBACK)
+        .and_then(|()| netlink::add_address(netlink::LOOPBACK, address))
+        .map_err(NetworkError::on("bring up the loopback interface"))?;
+    free_ports().map_err(NetworkError::on("let the pod bind any port"))?;
     // Without it ping needs rights that the pod does not have.
     let group = getgid().as_raw();
     write(PING_GROUPS, &format!("{group} {group}")).ok();
     Ok(())
 }
 
-fn hand_over(shim: &UnixStream, ids: Ids) -> Result<(), NetworkError> {
+/// Lets every process bind any port of this network namespace.
+fn free_ports() -> io::Result<()> {
+    write(FIRST_PORT, "0")
+}
+
+fn hand_over(shim: &UnixStream, ids: Ids, no_edge: Option<String>) -> Result<(), NetworkError> {
     let open = || -> io::Result<[File; 2]> {
         Ok([
             File::open("/proc/self/ns/user")?,
@@ -152,41 +178,62 @@ fn hand_over(shim: &UnixStream, ids: Ids) -> Result<(), NetworkError> {
         ])
     };
     let [user, net] = open().map_err(NetworkError::on("open the namespaces"))?;
-    answer(shim, &Answer::Created { ids }, &[user.as_fd(), net.as_fd()])
-}
-
-fn serve(shim: &UnixStream) -> Result<(), NetworkError> {
-    serve_until(shim, false)
+    let created = Answer::Created { ids, no_edge };
+    answer(shim, &created, &[user.as_fd(), net.as_fd()])
 }
 
 /// Answers requests until the shim ends, or with `seal` until [`Request::Seal`].
-fn serve_until(shim: &UnixStream, seal: bool) -> Result<(), NetworkError> {
+fn serve_until(shim: &UnixStream, edge: &mut Option<Edge>, seal: bool) -> Result<(), NetworkError> {
     while let Some(request) = receive(shim)? {
-        match request {
-            Request::Create { .. } => {
-                let why = "the namespaces exist already".to_owned();
+        let sealed = seal && request == Request::Seal;
+        match carry_out(request, edge) {
+            Ok((done, made)) => {
+                let made: Vec<_> = made.iter().map(OwnedFd::as_fd).collect();
+                answer(shim, &done, &made)?;
+            }
+            Err(error @ NetworkError::Edge(EdgeError::Lost(_))) => return Err(error),
+            Err(error) => {
+                let why = knoc_proto::error::chain(&error);
                 answer(shim, &Answer::Failed { why }, &[])?;
             }
-            Request::Seal => {
-                answer(shim, &Answer::Done, &[])?;
-                if seal {
-                    return Ok(());
-                }
-            }
-            Request::IsRouted => {
-                let routes = fs::read_to_string(ROUTES).unwrap_or_default();
-                answer(shim, &Answer::Routed(has_default(&routes)), &[])?;
-            }
-            Request::Socket(family) => match stream_socket(family) {
-                Ok(made) => answer(shim, &Answer::Done, &[made.as_fd()])?,
-                Err(error) => {
-                    let why = format!("make a socket: {error}");
-                    answer(shim, &Answer::Failed { why }, &[])?;
-                }
-            },
+        }
+        if sealed {
+            return Ok(());
         }
     }
     Ok(())
+}
+
+/// Returns the answer, and the descriptor that goes with it.
+fn carry_out(
+    request: Request,
+    edge: &mut Option<Edge>,
+) -> Result<(Answer, Option<OwnedFd>), NetworkError> {
+    match request {
+        Request::Create { .. } => {
+            let why = "the namespaces exist already".to_owned();
+            Ok((Answer::Failed { why }, None))
+        }
+        Request::Seal => Ok((Answer::Done, None)),
+        Request::IsRouted => {
+            let routes = fs::read_to_string(ROUTES).unwrap_or_default();
+            Ok((Answer::Routed(has_default(&routes)), None))
+        }
+        Request::Socket(family) => {
+            let made = stream_socket(family).map_err(io::Error::from);
+            let made = made.map_err(NetworkError::on("make a socket"))?;
+            Ok((Answer::Done, Some(made)))
+        }
+        Request::Lead(ranges) => {
+            let edge = edge.as_mut().ok_or(NetworkError::NoEdge)?;
+            edge.lead(&ranges)?;
+            Ok((Answer::Done, None))
+        }
+        Request::EdgeSocket(kind) => {
+            let edge = edge.as_ref().ok_or(NetworkError::NoEdge)?;
+            Ok((Answer::Done, Some(edge.socket(kind)?)))
+        }
+    }
 }
 
 fn stream_socket(family: Family) -> rustix::io::Result<OwnedFd> {

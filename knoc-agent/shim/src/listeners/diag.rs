@@ -1,8 +1,9 @@
-//! Who listens on a port, from the kernel's table of listeners (`NETLINK_SOCK_DIAG`). The kernel is asked for that port only, so
-//! the answer costs little also on a node with much memory or many connections, where `/proc/net/tcp` takes milliseconds.
+//! Who listens on a port, and who has the other end of a connection, from the kernel's tables (`NETLINK_SOCK_DIAG`). The kernel
+//! is asked for that port or connection only, so the answer costs little also on a node with much memory or many
+//! connections, where `/proc/net/tcp` takes milliseconds and may lack sockets while others come and go.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4},
     os::fd::{AsRawFd as _, OwnedFd},
 };
 
@@ -18,9 +19,13 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 /// `NLM_F_REQUEST | NLM_F_DUMP`.
 const DUMP: u16 = 0x301;
+/// `NLM_F_REQUEST`.
+const REQUEST_ONE: u16 = 0x1;
 const IPPROTO_TCP: u8 = 6;
 /// `1 << TCP_LISTEN`.
 const LISTENING: u32 = 1 << 10;
+/// Connections of a process: neither waiting to be forgotten (6, 7), nor listeners (10), nor half open (12).
+const CONNECTED: u32 = 0b11_0011_1110;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const HEADER: usize = 16;
@@ -60,20 +65,69 @@ fn ask(kernel: &OwnedFd, family: u8, port: u16, found: &mut Vec<Listener>) -> Op
     None
 }
 
+/// The user who has the socket that is connected from `client` to `server`. `None` if there is none, or if this kernel does
+/// not tell.
+pub(crate) fn user(client: SocketAddrV4, server: SocketAddrV4) -> Option<u32> {
+    let protocol = SockProtocol::NetlinkSockDiag;
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let kernel = socket(AddressFamily::Netlink, SockType::Datagram, flags, protocol).ok()?;
+    let request = request_one(client, server);
+    send(kernel.as_raw_fd(), &request, MsgFlags::empty()).ok()?;
+    let mut piece = vec![0; PIECE];
+    let count = recv(kernel.as_raw_fd(), &mut piece, MsgFlags::MSG_DONTWAIT).ok()?;
+    user_in(piece.get(..count)?, client, server)
+}
+
+/// PURE: the user in the answer, if it is about this connection.
+fn user_in(message: &[u8], client: SocketAddrV4, server: SocketAddrV4) -> Option<u32> {
+    let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
+    let body = message.get(HEADER..MESSAGE)?;
+    let connected = 1_u32.checked_shl((*body.get(1)?).into())? & CONNECTED != 0;
+    let same = body.get(4..8)? == ports(client, server)
+        && body.get(8..12)? == client.ip().octets()
+        && body.get(24..28)? == server.ip().octets();
+    (kind == SOCK_DIAG_BY_FAMILY && connected && same).then_some(u32_at(body, 64)?)
+}
+
+fn ports(client: SocketAddrV4, server: SocketAddrV4) -> [u8; 4] {
+    let ([a, b], [c, d]) = (client.port().to_be_bytes(), server.port().to_be_bytes());
+    [a, b, c, d]
+}
+
 /// PURE: the request for all listeners of this family on `port`.
 fn request(family: u8, port: u16) -> Vec<u8> {
+    let mut request = begin(DUMP, family, LISTENING);
+    request.extend(port.to_be_bytes());
+    // The other end, the interface and the cookie: any.
+    request.resize(REQUEST, 0);
+    request
+}
+
+/// PURE: the request for the socket that is connected from `client` to `server`.
+fn request_one(client: SocketAddrV4, server: SocketAddrV4) -> Vec<u8> {
+    let mut request = begin(REQUEST_ONE, AF_INET, u32::MAX);
+    request.extend(ports(client, server));
+    for address in [client.ip(), server.ip()] {
+        request.extend(address.octets());
+        request.extend([0; 12]);
+    }
+    // Any interface, and any cookie.
+    request.extend([0; 4]);
+    request.resize(REQUEST, u8::MAX);
+    request
+}
+
+/// PURE: the header of a request, and what comes before the addresses.
+fn begin(flags: u16, family: u8, states: u32) -> Vec<u8> {
     let mut request = Vec::with_capacity(REQUEST);
     let length = u32::try_from(REQUEST).unwrap_or_default();
     request.extend(length.to_ne_bytes());
     request.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    request.extend(DUMP.to_ne_bytes());
+    request.extend(flags.to_ne_bytes());
     // Sequence and sender.
     request.extend([0; 8]);
     request.extend([family, IPPROTO_TCP, 0, 0]);
-    request.extend(LISTENING.to_ne_bytes());
-    request.extend(port.to_be_bytes());
-    // The other end, the interface and the cookie: any.
-    request.resize(REQUEST, 0);
+    request.extend(states.to_ne_bytes());
     request
 }
 
@@ -141,6 +195,30 @@ mod tests {
         table.sort_by_key(|one| one.inode);
         assert!(!told.is_empty());
         assert_eq!(told, table);
+    }
+
+    #[test]
+    fn the_kernel_tells_who_has_the_other_end_of_a_connection() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let SocketAddr::V4(server) = listener.local_addr().unwrap() else {
+            panic!("not IPv4");
+        };
+        let stream = std::net::TcpStream::connect(server).unwrap();
+        let SocketAddr::V4(client) = stream.local_addr().unwrap() else {
+            panic!("not IPv4");
+        };
+        let Some(told) = user(client, server) else {
+            eprintln!("this kernel does not tell");
+            return;
+        };
+        assert_eq!(told, rustix::process::getuid().as_raw());
+        // One direction has ended.
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(user(client, server), Some(told));
+        // A listener is no other end.
+        let (other, nobody) = (SocketAddrV4::new(*client.ip(), 1), server);
+        assert_eq!(user(nobody, other), None);
+        assert_eq!(user_in(&[], client, server), None);
     }
 
     proptest! {

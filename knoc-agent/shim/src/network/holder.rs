@@ -1,6 +1,7 @@
 //! The helper that holds the pod's namespaces, as the shim sees it: one process, one question at a time.
 
 use std::{
+    collections::BTreeSet,
     io,
     net::Ipv4Addr,
     os::{fd::OwnedFd, unix::net::UnixStream},
@@ -15,7 +16,7 @@ use crate::{
     launch::{
         fds,
         ids::Ids,
-        network::protocol::{Answer, Family, LONGEST, Request},
+        network::protocol::{Answer, Family, Kind, LONGEST, Range, Request},
     },
 };
 
@@ -38,6 +39,8 @@ pub(super) struct Held {
     pub(super) user: OwnedFd,
     pub(super) net: OwnedFd,
     pub(super) ids: Ids,
+    /// Why there is no edge, if there is none.
+    pub(super) no_edge: Option<String>,
 }
 
 impl Holder {
@@ -60,17 +63,37 @@ impl Holder {
         let users = users.to_vec();
         let (answer, descriptors) = holder.ask(Request::Create { users, address }).await?;
         let descriptors = <[OwnedFd; 2]>::try_from(descriptors);
-        let (Answer::Created { ids }, Ok([user, net])) = (answer, descriptors) else {
+        let (Answer::Created { ids, no_edge }, Ok([user, net])) = (answer, descriptors) else {
             return Err(io::ErrorKind::InvalidData.into());
         };
-        Ok((holder, Held { user, net, ids }))
+        let held = Held {
+            user,
+            net,
+            ids,
+            no_edge,
+        };
+        Ok((holder, held))
     }
 
     /// A TCP socket in the pod's network.
     pub(super) async fn socket(self: &Arc<Self>, family: Family) -> io::Result<OwnedFd> {
-        let (_, mut descriptors) = self.ask(Request::Socket(family)).await?;
+        self.ask_for_one(Request::Socket(family)).await
+    }
+
+    /// A socket in the edge.
+    pub(super) async fn edge_socket(self: &Arc<Self>, kind: Kind) -> io::Result<OwnedFd> {
+        self.ask_for_one(Request::EdgeSocket(kind)).await
+    }
+
+    async fn ask_for_one(self: &Arc<Self>, request: Request) -> io::Result<OwnedFd> {
+        let (_, mut descriptors) = self.ask(request).await?;
         let socket = descriptors.pop();
         socket.ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    /// Has exactly these ranges lead to the edge.
+    pub(super) async fn lead(self: &Arc<Self>, ranges: BTreeSet<Range>) -> io::Result<()> {
+        self.ask(Request::Lead(ranges)).await.map(drop)
     }
 
     /// Whether the pod has a way to other networks.

@@ -210,7 +210,10 @@ impl Actor {
 
     fn expect_link(&self, pin: Result<String, stage::StageError>) {
         match (pin, self.own.upgrade()) {
-            (Ok(pin), Some(own)) => self.site.shim_links.expect(&self.uid, pin, own),
+            (Ok(pin), Some(own)) => {
+                let links = &self.site.shim_links;
+                links.expect(&self.uid, &self.spec.node_name, pin, own);
+            }
             (Err(error), _) => tracing::warn!(uid = %self.uid, error = error.message, "link keys"),
             (Ok(_), None) => {}
         }

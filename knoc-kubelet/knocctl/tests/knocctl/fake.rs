@@ -314,6 +314,24 @@ impl Agent for Fake {
         Ok(driven(receiver, run))
     }
 
+    type WatchEgressStream = Answers<pb::EgressAttempt>;
+
+    async fn watch_egress(
+        &self,
+        _: Request<Streaming<pb::EgressControl>>,
+    ) -> Result<Response<Self::WatchEgressStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    type EgressStreamStream = Answers<pb::EgressOutput>;
+
+    async fn egress_stream(
+        &self,
+        _: Request<Streaming<pb::EgressInput>>,
+    ) -> Result<Response<Self::EgressStreamStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     type PortForwardStream = Answers<pb::PortForwardOutput>;
 
     /// Port 80 echoes its input and then sends `-end`; no program listens on the other ports.

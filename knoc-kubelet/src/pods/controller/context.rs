@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::loop_health::LoopHealth;
 use crate::{
     agent::{Agent, Link},
+    egress::Described,
     metrics::Metrics,
     node::unit::Unit,
     pods::{
@@ -59,6 +60,8 @@ pub struct Site {
     pub agent: Agent,
     /// Whether the link is up.
     pub link: watch::Receiver<Link>,
+    /// Whether the agent has the cluster's network, with which it starts pods.
+    pub network: Described,
 }
 
 /// The pods as Kubernetes and the agent know them, and which of them to reconcile next.

@@ -92,6 +92,13 @@ impl Worker<'_> {
 
     /// Calls `EnsurePod` without the ephemeral containers that lack something.
     async fn send(&mut self, pod: &Pod, shape: pb::PodSpec, sent: Sent, lacking: &[Lacking]) {
+        if self.memory.agent.ensured == 0 {
+            self.context
+                .site
+                .network
+                .wait(&self.context.site.link)
+                .await;
+        }
         let generation = shape.generation;
         let hashes = Hashes::of(&sent.values, sent.pull_credentials.as_ref());
         knoc_proto::crash::point("kubelet.ensure.before");

@@ -25,6 +25,7 @@ use tokio::{sync::watch, task::JoinSet};
 
 use crate::{
     agent::{Link, watch::AgentWatch},
+    egress::Described,
     metrics::Metrics,
     node::{Identity, allocations::Allocatable, unit::Unit},
     pods::events::Recorder,
@@ -101,6 +102,7 @@ impl Kubelet {
             site: Site {
                 agent: handle.clone(),
                 link: link.clone(),
+                network: Described::default(),
             },
             node: Arc::new(Unit::new(identity(), capacity)),
             pods: KnownPods {

@@ -49,6 +49,8 @@ impl Shim for Echo {
     type ExecStream = NoMessages<ExecOutput>;
     type AttachStream = NoMessages<ExecOutput>;
     type PortForwardStream = NoMessages<pb::PortForwardOutput>;
+    type WatchEgressStream = NoMessages<pb::EgressAttempt>;
+    type EgressStreamStream = NoMessages<pb::EgressOutput>;
 
     async fn exec(
         &self,
@@ -146,6 +148,20 @@ impl Shim for Echo {
         &self,
         _: Request<Streaming<pb::PortForwardInput>>,
     ) -> Result<Response<Self::PortForwardStream>, Status> {
+        Err(nothing())
+    }
+
+    async fn watch_egress(
+        &self,
+        _: Request<Streaming<pb::EgressControl>>,
+    ) -> Result<Response<Self::WatchEgressStream>, Status> {
+        Err(nothing())
+    }
+
+    async fn egress_stream(
+        &self,
+        _: Request<Streaming<pb::EgressInput>>,
+    ) -> Result<Response<Self::EgressStreamStream>, Status> {
         Err(nothing())
     }
 }

@@ -1,10 +1,11 @@
 //! What the shim and the helper that holds a pod's network say to each other. Both are the same binary, so it needs no
 //! version. Each message is JSON with its length first; descriptors are attached to its first byte.
 
-use std::net::Ipv4Addr;
+use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use super::range::Range;
 use crate::launch::ids::Ids;
 
 /// The longest message in bytes.
@@ -26,6 +27,10 @@ pub(crate) enum Request {
     Seal,
     /// A new TCP socket in the pod's network.
     Socket(Family),
+    /// From now on, exactly these addresses lead from the pod to the edge.
+    Lead(BTreeSet<Range>),
+    /// A new socket in the edge.
+    EdgeSocket(Kind),
 }
 
 /// The family of a socket.
@@ -35,6 +40,13 @@ pub(crate) enum Family {
     Ipv6,
 }
 
+/// The kind of a socket in the edge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub(crate) enum Kind {
+    Tcp,
+    Udp,
+}
+
 /// What the helper answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Answer {
@@ -42,6 +54,8 @@ pub(crate) enum Answer {
     Created {
         /// The ids that are mapped in the user namespace.
         ids: Ids,
+        /// Why the pod has no edge, if it has none.
+        no_edge: Option<String>,
     },
     Routed(bool),
     /// With the socket, if one was asked for.

@@ -330,6 +330,24 @@ impl Service for Fake {
         Err(Status::unimplemented(""))
     }
 
+    type WatchEgressStream = Answers<pb::EgressAttempt>;
+
+    async fn watch_egress(
+        &self,
+        _: Request<Streaming<pb::EgressControl>>,
+    ) -> Result<Response<Self::WatchEgressStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    type EgressStreamStream = Answers<pb::EgressOutput>;
+
+    async fn egress_stream(
+        &self,
+        _: Request<Streaming<pb::EgressInput>>,
+    ) -> Result<Response<Self::EgressStreamStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn render_script(
         &self,
         _: Request<pb::RenderScriptRequest>,

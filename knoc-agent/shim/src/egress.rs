@@ -1,0 +1,225 @@
+//! The connections that containers open to the cluster.
+//!
+//! What a container sends to the addresses of the cluster's Services arrives in the [edge](crate::launch::network) of the
+//! pod's network, where [`ports`] listens. Each connection is announced on `WatchEgress`, and carried by the `EgressStream`
+//! that takes it, until both directions have ended. The shim decides nothing about it: which Service it is, whether the pod
+//! may use it and which endpoint it reaches is decided by the kubelet and the agent.
+//!
+//! ```text
+//!   container ─connects─► ports ─► Waiting ─► follow ═ WatchEgress ═► agent, kubelet
+//!                           └─ tcp, udp ◄─── take ◄═ EgressStream ══ agent, kubelet
+//! ```
+//!
+//! In the node's network there is no edge, and only the API server is reached, at a port of the loopback interface
+//! ([`host`]).
+//!
+//! The [`Table`] is a level: whoever calls `WatchEgress` replaces it, and the listeners follow while the pod runs. Without a
+//! link, connections wait for a new one as long as they would wait for an answer.
+
+mod api;
+pub(crate) mod gate;
+pub(crate) mod host;
+pub(crate) mod ports;
+mod table;
+mod tcp;
+mod udp;
+mod waiting;
+
+use std::{net::SocketAddrV4, sync::Arc, time::Duration};
+
+use knoc_link::bulk::Messages;
+use knoc_proto::{
+    pb::{self, egress_control::Control},
+    reason::ErrorReason,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+use tonic::{Status, Streaming};
+
+use self::waiting::Waiting;
+pub(crate) use self::{
+    api::ApiServer,
+    table::{Table, TableError},
+};
+use crate::launch::network::protocol::Kind;
+
+/// How long a connection waits until it is taken.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The stream of what containers send.
+pub(crate) type Output = mpsc::Sender<Result<pb::EgressOutput, Status>>;
+
+/// The stream of connections that were opened.
+pub(crate) type Attempts = mpsc::Sender<Result<pb::EgressAttempt, Status>>;
+
+/// The `EgressStream` that takes a connection.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    pub(crate) input: Messages<pb::EgressInput>,
+    pub(crate) output: Output,
+}
+
+/// What the listeners, the calls of the agent and the containers' files have in common.
+#[derive(Debug, Default)]
+pub(crate) struct Egress {
+    /// The newest network of the cluster; empty if none is known.
+    table: watch::Sender<Arc<Table>>,
+    waiting: watch::Sender<Waiting>,
+    /// The number of the newest call of `WatchEgress`.
+    watch: watch::Sender<u64>,
+}
+
+impl Egress {
+    /// Replaces the network.
+    pub(crate) fn replace(&self, network: &pb::EgressNetwork) -> Result<(), TableError> {
+        let table = Table::parse(network)?;
+        let changed = |old: &mut Arc<Table>| {
+            let changes = **old != table;
+            if changes {
+                if let Some(what) = table.left_out() {
+                    tracing::warn!("the pod does not reach {what}");
+                }
+                *old = Arc::new(table);
+            }
+            changes
+        };
+        self.table.send_if_modified(changed);
+        Ok(())
+    }
+
+    /// The present network.
+    pub(crate) fn table(&self) -> Arc<Table> {
+        Arc::clone(&self.table.borrow())
+    }
+
+    /// Announces a connection, and waits until it is taken. `None` if it was refused or nobody took it.
+    async fn announce(&self, kind: Kind, target: SocketAddrV4) -> Option<Taken> {
+        let (taker, taken) = oneshot::channel();
+        let mut id = 0;
+        self.waiting
+            .send_modify(|waiting| id = waiting.add(kind, target, taker));
+        // It is withdrawn even if the caller is dropped.
+        let announced = Announced { egress: self, id };
+        let taken = tokio::time::timeout(PATIENCE, taken).await;
+        drop(announced);
+        taken.ok()?.ok()
+    }
+
+    fn withdraw(&self, id: u64) -> Option<oneshot::Sender<Taken>> {
+        let mut taker = None;
+        self.waiting.send_if_modified(|waiting| {
+            taker = waiting.remove(id);
+            // Readers look for new attempts only.
+            false
+        });
+        taker
+    }
+
+    /// Gives a connection to the call that takes it.
+    pub(crate) fn take(&self, id: u64, taken: Taken) -> Result<(), Status> {
+        let taker = self.withdraw(id);
+        let given = taker.is_some_and(|taker| taker.send(taken).is_ok());
+        given.then_some(()).ok_or_else(|| {
+            let message = format!(
+                "connection {id} does not wait: it was taken or refused before, or the container has given up"
+            );
+            ErrorReason::NotFound.status(message)
+        })
+    }
+
+    /// Follows one message of the caller of `WatchEgress`.
+    fn obey(&self, control: pb::EgressControl) -> Result<(), Status> {
+        match control.control {
+            Some(Control::Network(network)) => self
+                .replace(&network)
+                .map_err(|error| ErrorReason::InvalidRequest.status(error.to_string())),
+            Some(Control::Refusal(refusal)) => {
+                drop(self.withdraw(refusal.id));
+                Ok(())
+            }
+            // A message that a newer agent knows.
+            None => Ok(()),
+        }
+    }
+
+    /// Takes the first message of `WatchEgress`; from now on, earlier calls end.
+    pub(crate) async fn begin(
+        &self,
+        calls: &mut Streaming<pb::EgressControl>,
+    ) -> Result<Watch, Status> {
+        let first = calls.message().await?.unwrap_or_default();
+        if !matches!(first.control, Some(Control::Network(_))) {
+            let message = "the first message of WatchEgress is `network`";
+            return Err(ErrorReason::InvalidRequest.status(message));
+        }
+        self.obey(first)?;
+        let mut number = 0;
+        self.watch.send_modify(|newest| {
+            *newest += 1;
+            number = *newest;
+        });
+        Ok(Watch(number))
+    }
+
+    /// Task: serves one call of `WatchEgress`, until it ends or a newer one begins.
+    pub(crate) async fn follow(
+        &self,
+        watch: Watch,
+        mut calls: Streaming<pb::EgressControl>,
+        attempts: Attempts,
+    ) {
+        let mut newest = self.watch.subscribe();
+        let mut waiting = self.waiting.subscribe();
+        let mut announced = 0;
+        loop {
+            let next = waiting.borrow_and_update().after(announced);
+            let result = tokio::select! {
+                biased;
+                () = attempts.closed() => return,
+                _ = newest.wait_for(|number| *number != watch.0) => {
+                    Err(ErrorReason::StaleLeader.status("a newer call of WatchEgress has taken over"))
+                }
+                call = calls.message() => match call {
+                    Ok(Some(control)) => self.obey(control),
+                    Ok(None) => return,
+                    Err(status) => Err(status),
+                },
+                slot = attempts.reserve(), if next.is_some() => match (slot, next) {
+                    (Ok(slot), Some(attempt)) => {
+                        announced = attempt.id;
+                        slot.send(Ok(attempt));
+                        Ok(())
+                    }
+                    _ => return,
+                },
+                changed = waiting.changed() => match changed {
+                    Ok(()) => Ok(()),
+                    Err(_) => return,
+                },
+            };
+            if let Err(status) = result {
+                // If the caller is gone, nobody receives it.
+                attempts.send(Err(status)).await.ok();
+                return;
+            }
+        }
+    }
+}
+
+/// The number of a call of `WatchEgress`.
+#[derive(Debug)]
+pub(crate) struct Watch(u64);
+
+/// Withdraws an attempt that nobody waits for any more.
+struct Announced<'a> {
+    egress: &'a Egress,
+    id: u64,
+}
+
+impl Drop for Announced<'_> {
+    fn drop(&mut self) {
+        drop(self.egress.withdraw(self.id));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,104 @@
+//! What admits connections: their number is bounded, and one that exceeds it is reset.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    net::TcpStream,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+};
+use tokio_util::task::TaskTracker;
+
+use super::{Egress, tcp};
+use crate::supervisor::Command;
+
+/// How many connections the containers of a pod may have open to the cluster at once.
+const CONNECTIONS: usize = 1024;
+
+/// How many flows of datagrams they may have.
+const FLOWS: usize = 1024;
+
+/// The pause after a connection could not be accepted, because the shim has too many files open.
+pub(super) const PAUSE: Duration = Duration::from_millis(100);
+
+/// What admits connections.
+#[derive(Debug, Clone)]
+pub(crate) struct Gate {
+    pub(super) egress: Arc<Egress>,
+    connections: Arc<Semaphore>,
+    pub(super) flows: Arc<Semaphore>,
+    /// The tasks of the connections, which outlive their listener.
+    pub(super) tasks: TaskTracker,
+    notes: mpsc::Sender<Command>,
+    /// Whether users were told that there are too many.
+    told: Arc<AtomicBool>,
+}
+
+impl Gate {
+    pub(crate) fn new(egress: &Arc<Egress>, notes: mpsc::Sender<Command>) -> Self {
+        Self {
+            egress: Arc::clone(egress),
+            connections: Arc::new(Semaphore::new(CONNECTIONS)),
+            flows: Arc::new(Semaphore::new(FLOWS)),
+            tasks: TaskTracker::new(),
+            notes,
+            told: Arc::default(),
+        }
+    }
+
+    pub(super) fn admit(&self, stream: TcpStream) {
+        let stream = tcp::Guarded::new(stream);
+        // The edge has an address of its own, which is none of the cluster's.
+        let Some(target) = self.target(stream.local_addr()) else {
+            return;
+        };
+        let Some(slot) = self.slot() else { return };
+        let egress = Arc::clone(&self.egress);
+        self.tasks.spawn(async move {
+            tcp::serve(stream, target, &egress).await;
+            drop(slot);
+        });
+    }
+
+    /// Room for one more connection.
+    pub(super) fn slot(&self) -> Option<OwnedSemaphorePermit> {
+        let slot = Arc::clone(&self.connections).try_acquire_owned();
+        if slot.is_err() {
+            self.note_once(format!(
+                "the containers have {CONNECTIONS} connections to the cluster open: further ones are reset until some have ended"
+            ));
+        }
+        slot.ok()
+    }
+
+    fn target(&self, dialled: io::Result<SocketAddr>) -> Option<SocketAddrV4> {
+        match dialled {
+            Ok(SocketAddr::V4(target)) => self.reaches(*target.ip()).then_some(target),
+            Ok(SocketAddr::V6(_)) | Err(_) => None,
+        }
+    }
+
+    /// Whether this address leads to the cluster.
+    pub(super) fn reaches(&self, address: Ipv4Addr) -> bool {
+        self.egress.table.borrow().contains(address)
+    }
+
+    pub(super) fn note_once(&self, message: String) {
+        if !self.told.swap(true, Ordering::Relaxed) {
+            self.note("EgressLimit", message);
+        }
+    }
+
+    pub(super) fn note(&self, reason: &'static str, message: String) {
+        tracing::warn!("{message}");
+        // The supervisor has ended, or is flooded with commands.
+        self.notes.try_send(Command::Note { reason, message }).ok();
+    }
+}

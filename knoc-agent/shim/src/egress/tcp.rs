@@ -1,0 +1,148 @@
+//! Task: one connection of a container to the cluster.
+//!
+//! Both directions are copied with back-pressure, and each can end alone. Whatever ends the connection before both have
+//! ended resets it, so that no program takes a part of the data for all of it.
+
+use std::{
+    io,
+    net::{SocketAddr, SocketAddrV4},
+    time::Duration,
+};
+
+use bytes::BytesMut;
+use knoc_link::bulk::Messages;
+use knoc_proto::{
+    CHUNK,
+    pb::{EgressInput, EgressOutput, egress_input::Input, egress_output},
+    reason::ErrorReason,
+};
+use tokio::{
+    io::AsyncWriteExt as _,
+    net::{
+        TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+};
+use tonic::Status;
+
+use super::{Egress, Output, Taken};
+use crate::{forward::take, launch::network::protocol::Kind};
+
+/// A connection that is reset if it is dropped before it is [finished](Self::finish).
+#[derive(Debug)]
+pub(super) struct Guarded(TcpStream);
+
+impl Guarded {
+    pub(super) fn new(stream: TcpStream) -> Self {
+        // Without this option the program would see an end of file instead of a reset.
+        linger(&stream, Some(Duration::ZERO));
+        // The connection works without it, too.
+        stream.set_nodelay(true).ok();
+        Self(stream)
+    }
+
+    pub(super) fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+
+    /// Both directions have ended: what was sent is still delivered.
+    fn finish(self) {
+        linger(&self.0, None);
+    }
+}
+
+fn linger(stream: &TcpStream, time: Option<Duration>) {
+    // It fails only if the connection is gone.
+    rustix::net::sockopt::set_socket_linger(stream, time).ok();
+}
+
+/// Announces the connection, and carries it once it is taken.
+pub(super) async fn serve(mut stream: Guarded, target: SocketAddrV4, egress: &Egress) {
+    let Some(taken) = egress.announce(Kind::Tcp, target).await else {
+        return;
+    };
+    if carry(&mut stream.0, taken).await {
+        stream.finish();
+    }
+}
+
+/// Copies until both directions have ended, or until the call or the connection breaks. Returns whether both have ended.
+async fn carry(stream: &mut TcpStream, taken: Taken) -> bool {
+    let Taken { input, output } = taken;
+    if !send(&output, egress_output::Output::Connected(true)).await {
+        return false;
+    }
+    let (reader, writer) = stream.split();
+    let both = async {
+        tokio::try_join!(to_container(input, writer), from_container(reader, &output)).map(drop)
+    };
+    let ended = tokio::select! {
+        biased;
+        ended = both => ended,
+        () = output.closed() => return false,
+    };
+    let Err(status) = ended else { return true };
+    // If the caller is gone, nobody receives the error.
+    output.send(Err(status)).await.ok();
+    false
+}
+
+async fn to_container(
+    mut input: Messages<EgressInput>,
+    mut writer: WriteHalf<'_>,
+) -> Result<(), Status> {
+    loop {
+        match input.message().await? {
+            Some(EgressInput {
+                input: Some(Input::Data(data)),
+            }) => writer.write_all(&data).await.map_err(failed)?,
+            Some(EgressInput {
+                input: Some(Input::Closed(_)),
+            }) => return writer.shutdown().await.map_err(failed),
+            Some(EgressInput {
+                input: Some(Input::Start(_)) | None,
+            }) => {}
+            // Only `closed` says that the data is complete.
+            None => {
+                let message = "the stream ended before the cluster's side of the connection did";
+                return Err(ErrorReason::InvalidRequest.status(message));
+            }
+        }
+    }
+}
+
+async fn from_container(reader: ReadHalf<'_>, output: &Output) -> Result<(), Status> {
+    let mut buffer = BytesMut::new();
+    loop {
+        buffer.reserve(CHUNK);
+        let count = match reader.try_read_buf(&mut buffer) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                // A silent connection holds no buffer.
+                buffer = BytesMut::new();
+                reader.readable().await.map_err(failed)?;
+                continue;
+            }
+            Err(error) => return Err(failed(error)),
+        };
+        let message = if count == 0 {
+            egress_output::Output::Closed(true)
+        } else {
+            egress_output::Output::Data(take(&mut buffer))
+        };
+        if !send(output, message).await || count == 0 {
+            return Ok(());
+        }
+    }
+}
+
+fn failed(error: io::Error) -> Status {
+    ErrorReason::NotListening.status(format!("the container's connection failed: {error}"))
+}
+
+pub(super) async fn send(output: &Output, message: egress_output::Output) -> bool {
+    let message = EgressOutput {
+        output: Some(message),
+    };
+    output.send(Ok(message)).await.is_ok()
+}

@@ -1,0 +1,276 @@
+//! Connections and datagrams over the loopback interface, which stands for the edge: the test is container, agent and kubelet.
+
+use std::io::ErrorKind;
+
+use knoc_link::bulk;
+use knoc_proto::pb::{EgressInput, EgressOutput, egress_input::Input, egress_output};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream, UdpSocket},
+    task::JoinSet,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{
+    Request,
+    body::Body,
+    codec::{DecodeBuf, Decoder},
+};
+
+use super::{gate::Gate, *};
+use crate::{launch::network::protocol::Range, supervisor::Command};
+
+const SOON: Duration = Duration::from_secs(30);
+
+/// Addresses of the loopback interface, as if they were those of a cluster.
+fn gate() -> (Gate, mpsc::Receiver<Command>) {
+    let egress = Egress::default();
+    let mut table = Table::default();
+    table.ranges.insert(Range::parse("127.0.0.0/16").unwrap());
+    egress.table.send_replace(Arc::new(table));
+    let (notes, orders) = mpsc::channel(4);
+    (Gate::new(&Arc::new(egress), notes), orders)
+}
+
+/// The body carries the messages, and tonic sees none.
+struct Unused;
+
+impl Decoder for Unused {
+    type Item = EgressInput;
+    type Error = Status;
+
+    fn decode(&mut self, _: &mut DecodeBuf<'_>) -> Result<Option<EgressInput>, Status> {
+        Ok(None)
+    }
+}
+
+/// A call of `EgressStream`, from the caller's side.
+struct Call {
+    input: mpsc::Sender<EgressInput>,
+    output: mpsc::Receiver<Result<EgressOutput, Status>>,
+}
+
+impl Call {
+    fn new() -> (Self, Taken) {
+        let (sender, stream) = mpsc::channel(4);
+        let (metadata, extensions, _) = bulk::request(ReceiverStream::new(stream)).into_parts();
+        let streaming = Streaming::new_empty(Unused, Body::empty());
+        let request = Request::from_parts(metadata, extensions, streaming);
+        let input = bulk::input(request).unwrap();
+        let (output, outputs) = mpsc::channel(4);
+        let call = Self {
+            input: sender,
+            output: outputs,
+        };
+        (call, Taken { input, output })
+    }
+
+    async fn send(&self, input: Input) {
+        let message = EgressInput { input: Some(input) };
+        self.input.send(message).await.unwrap();
+    }
+
+    async fn next(&mut self) -> egress_output::Output {
+        let next = tokio::time::timeout(SOON, self.output.recv()).await;
+        next.unwrap().unwrap().unwrap().output.unwrap()
+    }
+}
+
+/// The first attempt after this one, once there is one.
+async fn attempt(egress: &Egress, after: u64) -> pb::EgressAttempt {
+    let mut waiting = egress.waiting.subscribe();
+    let found = waiting.wait_for(|waiting| waiting.after(after).is_some());
+    let found = tokio::time::timeout(SOON, found).await.unwrap().unwrap();
+    found.after(after).unwrap()
+}
+
+async fn take(egress: &Egress, attempt: &pb::EgressAttempt) -> Call {
+    let (mut call, taken) = Call::new();
+    egress.take(attempt.id, taken).unwrap();
+    assert_eq!(call.next().await, egress_output::Output::Connected(true));
+    call
+}
+
+/// A connection of a container, which waits to be taken.
+async fn dial(gate: &Gate) -> (TcpStream, SocketAddrV4) {
+    let listener = TcpListener::bind("127.0.9.9:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let client = TcpStream::connect(address).await.unwrap();
+    gate.admit(listener.accept().await.unwrap().0);
+    let std::net::SocketAddr::V4(address) = address else {
+        panic!("{address}");
+    };
+    (client, address)
+}
+
+async fn read(client: &mut TcpStream) -> std::io::Result<Vec<u8>> {
+    let mut all = Vec::new();
+    let read = tokio::time::timeout(SOON, client.read_to_end(&mut all)).await;
+    read.expect("the connection stays open").map(|_| all)
+}
+
+async fn is_reset(client: &mut TcpStream) -> bool {
+    read(client)
+        .await
+        .is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
+}
+
+#[tokio::test]
+async fn each_direction_of_a_connection_ends_alone_and_the_attempt_names_what_was_dialled() {
+    let (gate, _orders) = gate();
+    let (mut client, address) = dial(&gate).await;
+    let found = attempt(&gate.egress, 0).await;
+    assert_eq!(found.protocol(), pb::EgressProtocol::Tcp);
+    assert_eq!(found.address, address.ip().to_string());
+    assert_eq!(found.port, u32::from(address.port()));
+    let mut call = take(&gate.egress, &found).await;
+    client.write_all(b"question").await.unwrap();
+    client.shutdown().await.unwrap();
+    assert_eq!(
+        call.next().await,
+        egress_output::Output::Data(b"question"[..].into())
+    );
+    assert_eq!(call.next().await, egress_output::Output::Closed(true));
+    call.send(Input::Data(b"answer"[..].into())).await;
+    call.send(Input::Closed(true)).await;
+    assert_eq!(read(&mut client).await.unwrap(), b"answer");
+    // The call ends successfully.
+    assert!(call.output.recv().await.is_none());
+    let (_, again) = Call::new();
+    let gone = gate.egress.take(found.id, again).unwrap_err();
+    assert_eq!(gone.code(), tonic::Code::NotFound);
+}
+
+#[tokio::test]
+async fn whatever_breaks_a_connection_resets_it() {
+    let (gate, _orders) = gate();
+    // It is refused.
+    let (mut client, _) = dial(&gate).await;
+    let refused = attempt(&gate.egress, 0).await;
+    let refusal = pb::EgressRefusal {
+        uid: String::new(),
+        id: refused.id,
+    };
+    let control = Some(Control::Refusal(refusal));
+    let caller = None;
+    gate.egress
+        .obey(pb::EgressControl { control, caller })
+        .unwrap();
+    assert!(is_reset(&mut client).await);
+    // The caller goes, before or after it has sent something.
+    let (mut client, _) = dial(&gate).await;
+    let lost = attempt(&gate.egress, refused.id).await;
+    drop(take(&gate.egress, &lost).await);
+    assert!(is_reset(&mut client).await);
+    let (mut client, _) = dial(&gate).await;
+    let cut = attempt(&gate.egress, lost.id).await;
+    let mut call = take(&gate.egress, &cut).await;
+    call.send(Input::Data(b"part"[..].into())).await;
+    let Call { input, output } = &mut call;
+    let (other, _) = mpsc::channel(1);
+    drop(std::mem::replace(input, other));
+    let status = tokio::time::timeout(SOON, output.recv())
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap_err();
+    assert_eq!(ErrorReason::of(&status), Some(ErrorReason::InvalidRequest));
+    assert!(is_reset(&mut client).await);
+    // The container resets it, which the caller learns.
+    let (client, _) = dial(&gate).await;
+    let reset = attempt(&gate.egress, cut.id).await;
+    let mut call = take(&gate.egress, &reset).await;
+    rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO)).unwrap();
+    drop(client);
+    let ended = tokio::time::timeout(SOON, call.output.recv())
+        .await
+        .unwrap();
+    let status = ended.unwrap().unwrap_err();
+    assert_eq!(ErrorReason::of(&status), Some(ErrorReason::NotListening));
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_are_reset_and_one_note_says_so() {
+    let (gate, mut orders) = gate();
+    let held: Vec<_> = std::iter::from_fn(|| gate.slot()).collect();
+    assert_eq!(held.len(), 1024);
+    for _ in 0..2 {
+        let (mut client, _) = dial(&gate).await;
+        assert!(is_reset(&mut client).await);
+    }
+    let note = orders.recv().await.unwrap();
+    assert!(
+        matches!(
+            note,
+            Command::Note {
+                reason: "EgressLimit",
+                ..
+            }
+        ),
+        "{note:?}"
+    );
+    orders.try_recv().unwrap_err();
+    drop(held);
+    dial(&gate).await;
+    attempt(&gate.egress, 0).await;
+    // An address that is none of the cluster's, such as the edge's own.
+    let mut table = Table::default();
+    table.ranges.insert(Range::parse("10.96.0.0/12").unwrap());
+    gate.egress.table.send_replace(Arc::new(table));
+    let (mut client, _) = dial(&gate).await;
+    assert!(is_reset(&mut client).await);
+}
+
+#[tokio::test]
+async fn datagrams_of_each_source_and_target_are_a_flow_and_answers_come_from_the_target() {
+    let (gate, _orders) = gate();
+    let socket = UdpSocket::bind("0.0.0.0:0").await.unwrap();
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Ipv4PacketInfo, &true)
+        .unwrap();
+    let port = socket.local_addr().unwrap().port();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(udp::serve(socket, port, gate.clone()));
+    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    // The last one is none of the cluster's.
+    let [one, two, other] = ["127.0.9.9", "127.0.9.8", "127.1.0.1"];
+    client.send_to(b"lost", (other, port)).await.unwrap();
+    client.send_to(b"first", (one, port)).await.unwrap();
+    let first = attempt(&gate.egress, 0).await;
+    assert_eq!(first.protocol(), pb::EgressProtocol::Udp);
+    assert_eq!((first.address.as_str(), first.port), (one, u32::from(port)));
+    client.send_to(b"second", (one, port)).await.unwrap();
+    client.send_to(b"third", (two, port)).await.unwrap();
+    let second = attempt(&gate.egress, first.id).await;
+    assert_eq!(second.address, two);
+    let mut call = take(&gate.egress, &first).await;
+    assert_eq!(
+        call.next().await,
+        egress_output::Output::Data(b"first"[..].into())
+    );
+    assert_eq!(
+        call.next().await,
+        egress_output::Output::Data(b"second"[..].into())
+    );
+    call.send(Input::Data(b"answer"[..].into())).await;
+    let mut buffer = [0; 100];
+    let (count, from) = client.recv_from(&mut buffer).await.unwrap();
+    assert_eq!((from.ip().to_string().as_str(), from.port()), (one, port));
+    assert_eq!(buffer.get(..count), Some(&b"answer"[..]));
+    let mut call = take(&gate.egress, &second).await;
+    assert_eq!(
+        call.next().await,
+        egress_output::Output::Data(b"third"[..].into())
+    );
+    // A flow whose call has ended begins anew with the next datagram.
+    drop(call);
+    let again = async {
+        loop {
+            client.send_to(b"again", (two, port)).await.unwrap();
+            let newer = attempt(&gate.egress, second.id);
+            if let Ok(newer) = tokio::time::timeout(Duration::from_millis(50), newer).await {
+                return newer;
+            }
+        }
+    };
+    let newer = tokio::time::timeout(SOON, again).await.unwrap();
+    assert_eq!(newer.address, two);
+}

@@ -1,0 +1,350 @@
+//! Task: the datagrams that containers send to one port of the cluster's Services.
+//!
+//! A flow is what one local address of the pod exchanges with one target. Each flow has a call of `EgressStream`, which is
+//! announced with its first datagram and ends when it is idle. Answers leave with the address as their source to which the
+//! container has sent. As with any network, what does not fit is dropped.
+
+use std::{
+    collections::HashMap,
+    io::{self, IoSlice, IoSliceMut},
+    net::{Ipv4Addr, SocketAddrV4},
+    os::fd::AsRawFd as _,
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use knoc_proto::pb::{EgressInput, egress_input::Input, egress_output::Output};
+use nix::{
+    cmsg_space,
+    libc::{in_addr, in_pktinfo},
+    sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, recvmsg, sendmsg},
+};
+use tokio::{
+    io::Interest,
+    net::UdpSocket,
+    sync::{OwnedSemaphorePermit, mpsc},
+    task::{AbortHandle, JoinSet},
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{Egress, Taken, gate::Gate, tcp::send};
+use crate::launch::network::protocol::Kind;
+
+/// How many flows one port may have; beyond it, the one that was idle for the longest time ends.
+const FLOWS: usize = 512;
+
+/// How many datagrams of a flow may wait for the link.
+const QUEUE: usize = 16;
+
+/// The longest datagram.
+const LONGEST: usize = 64 << 10;
+
+/// After which time an idle flow ends.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// After which time a flow to a DNS server ends if every question has its answer: resolvers use a port for a few
+/// questions only.
+const ANSWERED: Duration = Duration::from_secs(1);
+const DNS: u16 = 53;
+
+/// How long the datagrams of a refused flow are dropped, before the next one is announced as a new flow.
+const REFUSED: Duration = Duration::from_secs(5);
+
+/// The pause after a socket error.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The container's address, and the target's.
+type Key = (SocketAddrV4, SocketAddrV4);
+
+/// A flow, as its port sees it.
+#[derive(Debug)]
+struct Flow {
+    datagrams: mpsc::Sender<Bytes>,
+    task: AbortHandle,
+    used: Instant,
+}
+
+/// Task: serves one port until it is dropped; its flows end with it.
+pub(super) async fn serve(socket: UdpSocket, port: u16, gate: Gate) {
+    let mut port = Port {
+        socket: Arc::new(socket),
+        gate,
+        flows: HashMap::new(),
+        tasks: JoinSet::new(),
+        port,
+    };
+    let mut buffer = vec![0; LONGEST];
+    let socket = Arc::clone(&port.socket);
+    loop {
+        tokio::select! {
+            biased;
+            Some(ended) = port.tasks.join_next() => if let Ok(key) = ended {
+                port.forget(&key);
+            },
+            received = receive(&socket, &mut buffer) => match received {
+                Ok((from, to, count)) => {
+                    let data = buffer.get(..count).unwrap_or_default();
+                    port.pass_on(from, to, Bytes::copy_from_slice(data));
+                }
+                Err(_) => tokio::time::sleep(PAUSE).await,
+            },
+        }
+    }
+}
+
+struct Port {
+    socket: Arc<UdpSocket>,
+    gate: Gate,
+    flows: HashMap<Key, Flow>,
+    tasks: JoinSet<Key>,
+    port: u16,
+}
+
+impl Port {
+    fn pass_on(&mut self, from: SocketAddrV4, to: Ipv4Addr, data: Bytes) {
+        if !self.gate.reaches(to) {
+            return;
+        }
+        let key = (from, SocketAddrV4::new(to, self.port));
+        let data = match self.flows.get_mut(&key) {
+            None => data,
+            Some(flow) => match flow.datagrams.try_send(data) {
+                Ok(()) => {
+                    flow.used = Instant::now();
+                    return;
+                }
+                // The link is slower than the container.
+                Err(mpsc::error::TrySendError::Full(_)) => return,
+                Err(mpsc::error::TrySendError::Closed(data)) => data,
+            },
+        };
+        self.begin(key, data);
+    }
+
+    fn begin(&mut self, key: Key, data: Bytes) {
+        if self.flows.len() >= FLOWS
+            && let Some(oldest) = oldest(&self.flows)
+            && let Some(flow) = self.flows.remove(&oldest)
+        {
+            flow.task.abort();
+        }
+        let Ok(slot) = Arc::clone(&self.gate.flows).try_acquire_owned() else {
+            self.gate.note_once(
+                "the containers exchange datagrams with too many addresses of the cluster at once: some are dropped"
+                    .to_owned(),
+            );
+            return;
+        };
+        let (datagrams, queue) = mpsc::channel(QUEUE);
+        // There is room for the first one.
+        datagrams.try_send(data).ok();
+        let exchange = Exchange {
+            key,
+            socket: Arc::clone(&self.socket),
+            queue,
+            _slot: slot,
+        };
+        let egress = Arc::clone(&self.gate.egress);
+        let task = self.tasks.spawn(exchange.run(egress));
+        let flow = Flow {
+            datagrams,
+            task,
+            used: Instant::now(),
+        };
+        self.flows.insert(key, flow);
+    }
+
+    /// Removes a flow that has ended, unless there is a newer one between the same addresses.
+    fn forget(&mut self, key: &Key) {
+        if self
+            .flows
+            .get(key)
+            .is_some_and(|flow| flow.datagrams.is_closed())
+        {
+            self.flows.remove(key);
+        }
+    }
+}
+
+/// PURE: the flow that was used least recently.
+fn oldest(flows: &HashMap<Key, Flow>) -> Option<Key> {
+    let oldest = flows.iter().min_by_key(|(_, flow)| flow.used);
+    oldest.map(|(key, _)| *key)
+}
+
+/// One flow.
+struct Exchange {
+    key: Key,
+    socket: Arc<UdpSocket>,
+    queue: mpsc::Receiver<Bytes>,
+    _slot: OwnedSemaphorePermit,
+}
+
+impl Exchange {
+    async fn run(mut self, egress: Arc<Egress>) -> Key {
+        match egress.announce(Kind::Udp, self.key.1).await {
+            Some(taken) => self.carry(taken).await,
+            None => {
+                let drained = async { while self.queue.recv().await.is_some() {} };
+                timeout(REFUSED, drained).await.ok();
+            }
+        }
+        self.key
+    }
+
+    async fn carry(&mut self, taken: Taken) {
+        let Taken { mut input, output } = taken;
+        if !send(&output, Output::Connected(true)).await {
+            return;
+        }
+        let mut state = State {
+            is_dns: self.key.1.port() == DNS,
+            open: 0,
+        };
+        let mut until = Instant::now() + IDLE;
+        loop {
+            tokio::select! {
+                biased;
+                () = output.closed() => return,
+                message = input.message() => match message {
+                    Ok(Some(EgressInput { input: Some(Input::Data(data)) })) => {
+                        // As on any network, it may be lost.
+                        reply(&self.socket, self.key, &data).await.ok();
+                        state.open = state.open.saturating_sub(1);
+                    }
+                    Ok(Some(EgressInput { input: Some(Input::Start(_)) | None })) => continue,
+                    Ok(Some(EgressInput { input: Some(Input::Closed(_)) }) | None) | Err(_) => return,
+                },
+                Some(data) = self.queue.recv() => {
+                    if !send(&output, Output::Data(data)).await {
+                        return;
+                    }
+                    state.open = state.open.saturating_add(1);
+                }
+                () = sleep_until(until) => return,
+            }
+            until = Instant::now() + state.patience();
+        }
+    }
+}
+
+/// What a flow waits for.
+#[derive(Debug, Clone, Copy)]
+struct State {
+    is_dns: bool,
+    /// How many datagrams of the container have no answer yet, if each has one.
+    open: u32,
+}
+
+impl State {
+    /// PURE: how long the flow may be idle.
+    fn patience(self) -> Duration {
+        if self.is_dns && self.open == 0 {
+            ANSWERED
+        } else {
+            IDLE
+        }
+    }
+}
+
+/// Receives a datagram: from which address, to which address, and how many bytes.
+async fn receive(
+    socket: &UdpSocket,
+    buffer: &mut [u8],
+) -> io::Result<(SocketAddrV4, Ipv4Addr, usize)> {
+    let received = socket.async_io(Interest::READABLE, || {
+        let mut space = cmsg_space!(in_pktinfo);
+        let mut parts = [IoSliceMut::new(&mut *buffer)];
+        let fd = socket.as_raw_fd();
+        let message = recvmsg::<SockaddrIn>(fd, &mut parts, Some(&mut space), MsgFlags::empty())?;
+        let to = message.cmsgs()?.find_map(|control| {
+            let ControlMessageOwned::Ipv4PacketInfo(info) = control else {
+                return None;
+            };
+            Some(Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes()))
+        });
+        let from = message.address.map(SocketAddrV4::from);
+        let (from, to) = from.zip(to).ok_or(io::ErrorKind::InvalidData)?;
+        Ok((from, to, message.bytes))
+    });
+    received.await
+}
+
+/// Sends a datagram to the container, from the address that it has sent to.
+async fn reply(socket: &UdpSocket, (to, from): Key, data: &[u8]) -> io::Result<()> {
+    let info = in_pktinfo {
+        ipi_ifindex: 0,
+        ipi_spec_dst: in_addr {
+            s_addr: u32::from_ne_bytes(from.ip().octets()),
+        },
+        ipi_addr: in_addr { s_addr: 0 },
+    };
+    let to = SockaddrIn::from(to);
+    socket
+        .async_io(Interest::WRITABLE, || {
+            let control = [ControlMessage::Ipv4PacketInfo(&info)];
+            let parts = [IoSlice::new(data)];
+            sendmsg(
+                socket.as_raw_fd(),
+                &parts,
+                &control,
+                MsgFlags::empty(),
+                Some(&to),
+            )?;
+            Ok(())
+        })
+        .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resolver_that_has_its_answers_lets_go_early() {
+        let of = |is_dns, open| State { is_dns, open }.patience();
+        assert_eq!(of(true, 0), ANSWERED);
+        // Another question is open, or an answer was lost.
+        assert_eq!(of(true, 1), IDLE);
+        assert_eq!(of(false, 0), IDLE);
+    }
+
+    #[tokio::test]
+    async fn an_answer_comes_from_the_address_that_was_asked() {
+        let socket = UdpSocket::bind("0.0.0.0:0").await.unwrap();
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Ipv4PacketInfo, &true)
+            .unwrap();
+        let port = socket.local_addr().unwrap().port();
+        let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let target = SocketAddrV4::new(Ipv4Addr::new(127, 9, 9, 9), port);
+        client.send_to(b"question", target).await.unwrap();
+        let mut buffer = vec![0; 100];
+        let (from, to, count) = receive(&socket, &mut buffer).await.unwrap();
+        assert_eq!(
+            (to, buffer.get(..count)),
+            (*target.ip(), Some(&b"question"[..]))
+        );
+        reply(&socket, (from, target), b"answer").await.unwrap();
+        let (count, source) = client.recv_from(&mut buffer).await.unwrap();
+        assert_eq!(source, target.into());
+        assert_eq!(buffer.get(..count), Some(&b"answer"[..]));
+    }
+
+    #[tokio::test]
+    async fn the_flow_that_was_used_least_recently_ends_first() {
+        let mut tasks = JoinSet::new();
+        let mut flow = |used| Flow {
+            datagrams: mpsc::channel(1).0,
+            task: tasks.spawn(std::future::pending::<()>()),
+            used,
+        };
+        let now = Instant::now();
+        let key = |port| {
+            let client = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
+            (client, SocketAddrV4::new(Ipv4Addr::LOCALHOST, DNS))
+        };
+        let flows = HashMap::from([(key(1), flow(now + IDLE)), (key(2), flow(now))]);
+        assert_eq!(oldest(&flows), Some(key(2)));
+    }
+}

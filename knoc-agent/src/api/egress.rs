@@ -1,0 +1,157 @@
+//! `WatchEgress`: the kubelet that leads a node describes the cluster's network and learns what the node's pods dial.
+
+use std::time::Duration;
+
+use futures::{StreamExt as _, stream};
+use knoc_link::Peer;
+use knoc_proto::{
+    egress,
+    pb::{self, egress_control::Control},
+    reason::ErrorReason,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Answers, Asks, Service, lead};
+use crate::egress::Call;
+
+/// How long the first message may take.
+const FIRST: Duration = Duration::from_secs(10);
+
+/// Serves the call until its caller ends it, a newer call replaces it, or the agent stops.
+pub(super) async fn watch(
+    service: &Service,
+    request: Request<Streaming<pb::EgressControl>>,
+) -> Result<Response<Answers<pb::EgressAttempt>>, Status> {
+    let peer = request.extensions().get::<Peer>().cloned();
+    let mut controls = request.into_inner();
+    let first = tokio::time::timeout(FIRST, controls.message()).await;
+    let first =
+        first.map_err(|_| ErrorReason::InvalidRequest.status("no first message in time"))?;
+    let first = first?.unwrap_or_default();
+    let caller = first.caller.unwrap_or_default();
+    may_watch(peer.as_ref(), caller.leadership_epoch)?;
+    let asks = Asks {
+        node: &caller.node_name,
+        cluster_id: &caller.cluster_id,
+        epoch: caller.leadership_epoch,
+    };
+    let checked = service.check(peer.as_ref(), asks).await?;
+    let Some(Control::Network(network)) = first.control else {
+        return Err(ErrorReason::InvalidRequest.status("the first message has the `network`"));
+    };
+    let network = acceptable(network)?;
+    service.claim(&checked).await?;
+    let node = checked.leads.unwrap_or(caller.node_name);
+    let call = service.0.site.egress.call(&node, peer)?;
+    call.set_network(network);
+    let watch = Watch {
+        call,
+        controls,
+        stop: service.0.stop.clone(),
+    };
+    let attempts = stream::unfold(Some(watch), async |watch| watch?.step().await);
+    Ok(Response::new(attempts.boxed()))
+}
+
+/// PURE: may this peer follow the connections of a node? Unlike other requests, this one keeps the leader from its work, so
+/// whoever has a certificate has to be a kubelet that leads.
+fn may_watch(peer: Option<&Peer>, epoch: i64) -> Result<(), Status> {
+    let leads = match peer {
+        Some(Peer::Tls { .. }) => lead::kubelet(peer).is_some() && epoch != 0,
+        Some(Peer::Unix { .. }) => true,
+        Some(Peer::Pinned { .. } | Peer::Command) | None => false,
+    };
+    if leads {
+        return Ok(());
+    }
+    let message = "only the kubelet that leads a node may follow the connections of its pods";
+    Err(ErrorReason::LeadershipDenied.status(message))
+}
+
+fn acceptable(network: pb::EgressNetwork) -> Result<pb::EgressNetwork, Status> {
+    let checked = egress::check_network(&network);
+    checked.map_err(|why| ErrorReason::InvalidRequest.status(format!("network.{why}")))?;
+    Ok(network)
+}
+
+/// A call that is being served.
+struct Watch {
+    call: Call,
+    controls: Streaming<pb::EgressControl>,
+    stop: CancellationToken,
+}
+
+type Step = Option<(Result<pb::EgressAttempt, Status>, Option<Watch>)>;
+
+impl Watch {
+    /// Takes what the caller sends, until there is a connection for it.
+    async fn step(mut self) -> Step {
+        loop {
+            let Self {
+                call,
+                controls,
+                stop,
+            } = &mut self;
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => {
+                    let stopping = ErrorReason::ShuttingDown.status("the agent is stopping");
+                    return Some((Err(stopping), None));
+                }
+                control = controls.message() => match control.transpose()?.and_then(|control| take(call, control)) {
+                    Ok(()) => {}
+                    Err(status) => return Some((Err(status), None)),
+                },
+                attempt = call.next() => return Some(match attempt {
+                    Some(attempt) => (Ok(attempt), Some(self)),
+                    None => {
+                        let message = "a newer call of WatchEgress follows the connections of this node";
+                        (Err(ErrorReason::StaleLeader.status(message)), None)
+                    }
+                }),
+            }
+        }
+    }
+}
+
+fn take(call: &Call, control: pb::EgressControl) -> Result<(), Status> {
+    match control.control {
+        Some(Control::Network(network)) => call.set_network(acceptable(network)?),
+        Some(Control::Refusal(refusal)) => call.refuse(refusal),
+        // Of a newer kubelet.
+        None => {}
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_but_a_leader_takes_the_connections_of_a_node() {
+        let unix = Peer::Unix { uid: 1, pid: None };
+        may_watch(Some(&unix), 0).unwrap();
+        for other in [None, Some(Peer::Command)] {
+            let denied = may_watch(other.as_ref(), 1).unwrap_err();
+            assert_eq!(
+                ErrorReason::of(&denied),
+                Some(ErrorReason::LeadershipDenied)
+            );
+        }
+    }
+
+    #[test]
+    fn a_network_with_a_mistake_is_refused_by_its_field() {
+        let network = pb::EgressNetwork {
+            ranges: vec!["10.96.0.0".to_owned()],
+            ..pb::EgressNetwork::default()
+        };
+        let refused = acceptable(network).unwrap_err();
+        assert!(
+            refused.message().starts_with("network.ranges: "),
+            "{refused}"
+        );
+    }
+}

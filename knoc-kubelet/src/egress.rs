@@ -1,0 +1,444 @@
+//! Task: what pods open to the cluster. It describes the cluster's network to the agent, decides about each connection from
+//! what it watches itself, dials an endpoint of the Service, and carries the bytes.
+//!
+//! ```text
+//! Services, EndpointSlices, Nodes, ServiceCIDRs ─watch─► Cluster ─network────► WatchEgress ──► agent ──► shims
+//!                                                           │  ◄──attempts────
+//!                                        decide (pure) ◄────┘
+//!                                           ├─► refusal, and one Event for each pod and reason
+//!                                           └─► carry: dial the endpoint ═EgressStream═► the pod
+//! ```
+//!
+//! A connection does not depend on the call that announced it: it goes on while `WatchEgress` is opened again.
+
+mod carry;
+mod decide;
+mod table;
+mod told;
+mod watch;
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use knoc_proto::{
+    error::chain,
+    ids::PodUid,
+    pb::{self, egress_control::Control},
+};
+use kube::Client;
+use tokio::{
+    sync::{mpsc, watch as channel},
+    task::{Id, JoinError, JoinSet},
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use self::{
+    carry::{Connection, Failed},
+    told::Told,
+    watch::Cluster,
+};
+use crate::{
+    agent::{Agent, Link},
+    config::EgressConfig,
+    pods::{
+        Services, Store,
+        events::{Events, Note, about_pod},
+    },
+};
+
+/// The capability of agents that serve it.
+const CAPABILITY: &str = "egress";
+/// The most open connections of one pod.
+const OF_ONE: usize = 1024;
+/// The most open connections of all pods: the link has 2048 streams, and logs and commands need some.
+const OF_ALL: usize = 1536;
+/// How many messages to the agent may wait. A refusal beyond them is dropped: the connection then ends at the shim's deadline.
+const CONTROLS: usize = 1024;
+/// How long changes of the network are gathered.
+const GATHER: Duration = Duration::from_millis(300);
+/// The pause before the first attempt to call the agent again; each further one is twice as long.
+const AGAIN: Duration = Duration::from_millis(200);
+const AGAIN_MOST: Duration = Duration::from_secs(5);
+/// How long the agent may take to begin its answer.
+const ANSWER: Duration = Duration::from_secs(20);
+
+/// How long a new pod waits until the agent has the cluster's network. Without it the pod reaches nothing of the cluster.
+const DESCRIBED: Duration = Duration::from_secs(5);
+
+/// Whether the agent has the cluster's network; clones are handles on the same fact. By default nobody describes it.
+#[derive(Debug, Clone)]
+pub struct Described(channel::Sender<Option<bool>>);
+
+impl Default for Described {
+    fn default() -> Self {
+        Self(channel::Sender::new(None))
+    }
+}
+
+impl Described {
+    /// Waits until the agent has it, for a bounded time.
+    pub(crate) async fn wait(&self, link: &channel::Receiver<Link>) {
+        if !serves(&link.borrow()) {
+            return;
+        }
+        let mut described = self.0.subscribe();
+        if timeout(DESCRIBED, described.wait_for(|it| *it != Some(false)))
+            .await
+            .is_err()
+        {
+            tracing::warn!(
+                "the cluster's Services could not be described to the agent in time: a pod starts without a way to them"
+            );
+        }
+    }
+}
+
+/// What the task needs of the other parts.
+#[derive(Debug)]
+pub struct Setup {
+    /// What pods may reach.
+    pub config: EgressConfig,
+    /// The DNS domain of the cluster.
+    pub domain: String,
+    /// The agent.
+    pub agent: Agent,
+    /// The state of the link to it.
+    pub link: channel::Receiver<Link>,
+    /// The pods of the node.
+    pub store: Store,
+    /// Where refusals are told.
+    pub events: Events,
+    /// Is told when the agent has the cluster's network.
+    pub described: Described,
+}
+
+/// Starts the tasks. `client` is that of the ServiceAccount.
+pub fn start(
+    setup: Setup,
+    client: Client,
+    services: Services,
+    tasks: &mut JoinSet<()>,
+    shutdown: &CancellationToken,
+) {
+    setup.described.0.send_replace(Some(false));
+    let cluster = Cluster::new();
+    let ranges = setup.config.service_ranges.clone();
+    tasks.spawn(
+        cluster
+            .clone()
+            .run(client, services, ranges, shutdown.clone()),
+    );
+    tasks.spawn(Connections::new(setup, cluster).run(shutdown.clone()));
+}
+
+/// The open connections of all pods.
+#[derive(Debug)]
+struct Connections {
+    setup: Setup,
+    cluster: Cluster,
+    carried: JoinSet<Ended>,
+    pods: HashMap<Id, PodUid>,
+    /// How many connections each pod has.
+    open: HashMap<PodUid, usize>,
+    told: Told,
+}
+
+/// How a connection ended.
+#[derive(Debug)]
+struct Ended {
+    id: u64,
+    failed: Option<Failed>,
+}
+
+/// Why a connection is not opened.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error(transparent)]
+    Decided(#[from] decide::Refusal),
+    #[error("the pod has {OF_ONE} open connections to the cluster, which is the limit")]
+    ManyOfPod,
+    #[error(
+        "the pods of this node have {OF_ALL} open connections to the cluster, which is the limit"
+    )]
+    ManyOfNode,
+    #[error("the kubelet has not read the cluster's Services yet")]
+    NotRead,
+    #[error("the agent announced a connection to {0:?}")]
+    Malformed(String),
+}
+
+impl Connections {
+    fn new(setup: Setup, cluster: Cluster) -> Self {
+        Self {
+            setup,
+            cluster,
+            carried: JoinSet::new(),
+            pods: HashMap::new(),
+            open: HashMap::new(),
+            told: Told::default(),
+        }
+    }
+
+    /// Follows the agent's calls until `shutdown`.
+    async fn run(mut self, shutdown: CancellationToken) {
+        let mut pause = AGAIN;
+        loop {
+            let began = Instant::now();
+            let ended = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                ended = self.session() => ended,
+            };
+            if let Err(status) = &ended {
+                tracing::info!(
+                    error = chain(status),
+                    "the agent announces no connections of pods, trying again"
+                );
+            }
+            if began.elapsed() > AGAIN_MOST {
+                pause = AGAIN;
+            }
+            let wait = pause.mul_f64(rand::random_range(0.5..1.5));
+            pause = (pause * 2).min(AGAIN_MOST);
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    /// One call of `WatchEgress`, from the moment at which the agent can serve it.
+    async fn session(&mut self) -> Result<(), Status> {
+        self.setup.described.0.send_replace(Some(false));
+        able(&mut self.setup.link).await;
+        let mut changed = self.cluster.subscribe();
+        let mut network = self.first_network(&mut changed).await;
+        let (controls, sent) = mpsc::channel(CONTROLS);
+        let first = pb::EgressControl {
+            caller: Some(self.setup.agent.egress_caller()),
+            ..control(Control::Network(network.clone()))
+        };
+        // The channel is empty.
+        controls.send(first).await.ok();
+        let mut client = self.setup.agent.control();
+        let answer = timeout(ANSWER, client.watch_egress(ReceiverStream::new(sent))).await;
+        let answer = answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time")));
+        let mut attempts = answer?.into_inner();
+        self.setup.described.0.send_replace(Some(true));
+        tracing::info!(ranges = ?network.ranges, dns = network.dns, "pods can reach the cluster");
+        let mut due = None;
+        loop {
+            tokio::select! {
+                attempt = attempts.message() => match attempt? {
+                    Some(attempt) => self.take(&attempt, &controls),
+                    None => return Ok(()),
+                },
+                Some(ended) = self.carried.join_next_with_id() => self.ended(ended, &controls),
+                Ok(()) = changed.changed(), if due.is_none() => due = Some(Instant::now() + GATHER),
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                    due = None;
+                    if let Some(newest) = self.network().filter(|newest| *newest != network) {
+                        network = newest;
+                        if controls.send(control(Control::Network(network.clone()))).await.is_err() {
+                            return Ok(());
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The network, once it is known.
+    async fn first_network(&self, changed: &mut channel::Receiver<()>) -> pb::EgressNetwork {
+        loop {
+            changed.mark_unchanged();
+            if let Some(network) = self.network() {
+                return network;
+            }
+            // It ends only with the process.
+            changed.changed().await.ok();
+        }
+    }
+
+    fn network(&self) -> Option<pb::EgressNetwork> {
+        let EgressConfig {
+            allow,
+            pod_ranges,
+            dns,
+            ..
+        } = &self.setup.config;
+        let domain = self.setup.domain.as_str();
+        let network = self.cluster.look(|state| {
+            decide::network(
+                &state.table,
+                &state.around,
+                allow,
+                pod_ranges,
+                (*dns, domain),
+            )
+        });
+        network.flatten()
+    }
+
+    /// Opens the connection, or refuses it.
+    fn take(&mut self, attempt: &pb::EgressAttempt, controls: &mpsc::Sender<pb::EgressControl>) {
+        // The agent checks UIDs.
+        let Ok(uid) = PodUid::try_from(attempt.uid.as_str()) else {
+            return;
+        };
+        match self.decide(&uid, attempt) {
+            Ok(connection) => self.carry(connection),
+            Err(refused) => self.refuse(&uid, attempt.id, &refused.to_string(), controls),
+        }
+    }
+
+    fn decide(&self, uid: &PodUid, attempt: &pb::EgressAttempt) -> Result<Connection, Refused> {
+        if self.carried.len() >= OF_ALL {
+            return Err(Refused::ManyOfNode);
+        }
+        if self.open.get(uid).is_some_and(|count| *count >= OF_ONE) {
+            return Err(Refused::ManyOfPod);
+        }
+        let malformed = || Refused::Malformed(attempt.address.clone());
+        let address: IpAddr = attempt.address.parse().map_err(|_| malformed())?;
+        let port = u16::try_from(attempt.port).map_err(|_| malformed())?;
+        let to = (
+            SocketAddr::new(address.to_canonical(), port),
+            attempt.protocol(),
+        );
+        let allow = &self.setup.config.allow;
+        let random = rand::random::<u64>();
+        let decided = self.cluster.look(|state| {
+            decide::decide(
+                &state.table,
+                allow,
+                &state.around.nodes,
+                to,
+                (uid.as_str(), random),
+            )
+        });
+        let dial = decided.ok_or(Refused::NotRead)??;
+        Ok(Connection {
+            uid: uid.clone(),
+            id: attempt.id,
+            protocol: attempt.protocol(),
+            dial,
+        })
+    }
+
+    fn carry(&mut self, connection: Connection) {
+        let (agent, uid) = (self.setup.agent.clone(), connection.uid.clone());
+        tracing::debug!(%uid, service = %connection.dial.service, endpoint = %connection.dial.endpoint, "a pod connects");
+        let carry = async move {
+            let failed = carry::run(&agent, &connection).await.err();
+            Ended {
+                id: connection.id,
+                failed,
+            }
+        };
+        let task = self.carried.spawn(Box::pin(carry)).id();
+        *self.open.entry(uid.clone()).or_default() += 1;
+        self.pods.insert(task, uid);
+    }
+
+    fn ended(
+        &mut self,
+        ended: Result<(Id, Ended), JoinError>,
+        controls: &mpsc::Sender<pb::EgressControl>,
+    ) {
+        let (task, ended) = match ended {
+            Ok((task, ended)) => (task, Some(ended)),
+            Err(error) => {
+                tracing::error!(%error, "the task of a pod's connection panicked");
+                (error.id(), None)
+            }
+        };
+        let Some(uid) = self.pods.remove(&task) else {
+            return;
+        };
+        if let Some(count) = self.open.get_mut(&uid) {
+            *count -= 1;
+            if *count == 0 {
+                self.open.remove(&uid);
+            }
+        }
+        let Some(Ended {
+            id,
+            failed: Some(failed),
+        }) = ended
+        else {
+            return;
+        };
+        match failed {
+            Failed::Policy { .. } => self.refuse(&uid, id, &failed.to_string(), controls),
+            Failed::Dial { .. } | Failed::Pod { .. } => {
+                tracing::debug!(%uid, error = chain(&failed), "a connection of a pod was not made");
+                pass_refusal(&uid, id, controls);
+            }
+        }
+    }
+
+    /// Refuses a connection, and tells the pod why if it is news.
+    fn refuse(
+        &mut self,
+        uid: &PodUid,
+        id: u64,
+        why: &str,
+        controls: &mpsc::Sender<pb::EgressControl>,
+    ) {
+        pass_refusal(uid, id, controls);
+        let Some(view) = self.setup.store.by_uid(uid) else {
+            return;
+        };
+        if self.told.is_news(uid, why) {
+            tracing::info!(%uid, "a connection of the pod to the cluster was refused: {why}");
+            self.setup.events.record(Note {
+                object: about_pod(&view.pod, ""),
+                warning: true,
+                reason: "EgressRefused".to_owned(),
+                message: format!("A connection to the cluster was refused: {why}"),
+                at: Timestamp::now(),
+                salt: 0,
+                times: 1,
+            });
+        }
+    }
+}
+
+/// Is there a link to an agent that can serve it?
+fn serves(link: &Link) -> bool {
+    match link {
+        Link::Up { info, .. } => info.capabilities.iter().any(|name| name == CAPABILITY),
+        Link::Down { .. } => false,
+    }
+}
+
+/// Waits until there is a link to an agent that can serve it.
+async fn able(link: &mut channel::Receiver<Link>) {
+    if link.wait_for(serves).await.is_err() {
+        // The process ends.
+        std::future::pending::<()>().await;
+    }
+}
+
+fn pass_refusal(uid: &PodUid, id: u64, controls: &mpsc::Sender<pb::EgressControl>) {
+    let uid = uid.to_string();
+    controls
+        .try_send(control(Control::Refusal(pb::EgressRefusal { uid, id })))
+        .ok();
+}
+
+fn control(control: Control) -> pb::EgressControl {
+    pb::EgressControl {
+        control: Some(control),
+        caller: None,
+    }
+}

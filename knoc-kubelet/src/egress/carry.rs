@@ -1,0 +1,289 @@
+//! One connection between an endpoint in the cluster and the pod that opened it: dials, takes the connection at the agent, and
+//! copies both ways until both have ended.
+//!
+//! Back-pressure: a side that does not read stops the other one, through the windows of HTTP/2 and the socket's buffer. Each
+//! direction of TCP ends on its own; what is broken on one side is broken off on the other.
+
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use knoc_link::bulk::{self, Messages};
+use knoc_proto::{
+    CHUNK,
+    ids::PodUid,
+    pb::{self, EgressProtocol, egress_input::Input, egress_output::Output},
+    reason::ErrorReason,
+};
+use tokio::{
+    io::AsyncWriteExt as _,
+    net::{
+        TcpStream, UdpSocket,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::mpsc,
+    time::{Instant, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::decide::Dial;
+use crate::agent::Agent;
+
+/// How long an endpoint may take to accept. The shim gives the connection up after ten seconds.
+const DIAL: Duration = Duration::from_secs(5);
+/// How long the agent and the shim may take to hand the connection over.
+const TAKE: Duration = Duration::from_secs(10);
+/// A flow of datagrams ends after this time without one.
+const IDLE: Duration = Duration::from_secs(60);
+/// The same for questions to DNS, of which resolvers open a flow each.
+const IDLE_DNS: Duration = Duration::from_secs(10);
+/// The port of DNS.
+const DNS: u16 = 53;
+/// Messages that may wait for the agent; then the endpoint is not read.
+const QUEUE: usize = 4;
+/// The largest datagram.
+const DATAGRAM: usize = 65_535;
+
+/// A connection that a pod has opened, and where it leads.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) uid: PodUid,
+    pub(super) id: u64,
+    pub(super) protocol: EgressProtocol,
+    pub(super) dial: Dial,
+}
+
+/// Why a connection was not made.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failed {
+    /// The endpoint does not accept it.
+    #[error("connect to {endpoint}, an endpoint of Service {service}")]
+    Dial {
+        service: String,
+        endpoint: SocketAddr,
+        source: io::Error,
+    },
+    /// The site does not let pods reach the Service.
+    #[error("{why}")]
+    Policy { why: String },
+    /// The pod's side is gone or could not be reached.
+    #[error("take the connection of the pod: {why}")]
+    Pod { why: String },
+}
+
+/// Carries the connection until it ends. Fails if it was never made.
+pub(super) async fn run(agent: &Agent, connection: &Connection) -> Result<(), Failed> {
+    let endpoint = connection.dial.endpoint;
+    let failed = |source| Failed::Dial {
+        service: connection.dial.service.to_string(),
+        endpoint,
+        source,
+    };
+    match connection.protocol {
+        EgressProtocol::Tcp | EgressProtocol::Unspecified => {
+            let dialled = timeout(DIAL, TcpStream::connect(endpoint)).await;
+            let stream = dialled
+                .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+                .map_err(failed)?;
+            // Latency counts, and the pod's side has gathered bytes already.
+            stream.set_nodelay(true).ok();
+            let (input, output) = take(agent, connection).await?;
+            tcp(stream, input, output).await;
+        }
+        EgressProtocol::Udp => {
+            let socket = udp_socket(endpoint).await.map_err(failed)?;
+            let (input, output) = take(agent, connection).await?;
+            let idle = if connection.dial.port == DNS {
+                IDLE_DNS
+            } else {
+                IDLE
+            };
+            udp(&socket, &input, output, idle).await;
+        }
+    }
+    Ok(())
+}
+
+async fn udp_socket(endpoint: SocketAddr) -> io::Result<UdpSocket> {
+    let any: SocketAddr = if endpoint.is_ipv4() {
+        (Ipv4Addr::UNSPECIFIED, 0).into()
+    } else {
+        (Ipv6Addr::UNSPECIFIED, 0).into()
+    };
+    let socket = UdpSocket::bind(any).await?;
+    socket.connect(endpoint).await?;
+    Ok(socket)
+}
+
+type ToPod = mpsc::Sender<pb::EgressInput>;
+type FromPod = Messages<pb::EgressOutput>;
+
+/// Takes the pod's connection.
+async fn take(agent: &Agent, connection: &Connection) -> Result<(ToPod, FromPod), Failed> {
+    let (queue, input) = mpsc::channel(QUEUE);
+    let start = Input::Start(pb::EgressStart {
+        uid: connection.uid.to_string(),
+        id: connection.id,
+        service: connection.dial.service.to_string(),
+        port: connection.dial.port.into(),
+    });
+    let taken = async {
+        // The channel is empty.
+        queue.send(message(start)).await.ok();
+        let mut client = agent.bulk().await;
+        let answer = client
+            .egress_stream(bulk::request(ReceiverStream::new(input)))
+            .await;
+        let answer = answer.inspect_err(|status| agent.noticed(status))?;
+        let mut output: FromPod = bulk::output(&answer);
+        match output.message().await?.and_then(|first| first.output) {
+            Some(Output::Connected(_)) => Ok(output),
+            Some(Output::Data(_) | Output::Closed(_)) | None => {
+                Err(Status::internal("the shim did not begin with `connected`"))
+            }
+        }
+    };
+    let taken = timeout(TAKE, taken).await;
+    let taken = taken.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time")));
+    match taken {
+        Ok(output) => Ok((queue, output)),
+        Err(status) if ErrorReason::of(&status) == Some(ErrorReason::PolicyDenied) => {
+            Err(Failed::Policy {
+                why: status.message().to_owned(),
+            })
+        }
+        Err(status) => Err(Failed::Pod {
+            why: status.message().to_owned(),
+        }),
+    }
+}
+
+/// Copies both ways. If either breaks, both the endpoint's connection and the pod's are reset.
+async fn tcp(stream: TcpStream, input: ToPod, output: FromPod) {
+    let (reader, writer) = stream.into_split();
+    let both = async { tokio::try_join!(to_cluster(output, writer), from_cluster(reader, input)) };
+    if let Err(broken) = both.await {
+        tracing::debug!(%broken, "a connection of a pod broke");
+    }
+}
+
+/// A writing half that resets the connection unless it was shut down.
+struct Resets(Option<OwnedWriteHalf>);
+
+impl Drop for Resets {
+    fn drop(&mut self) {
+        if let Some(writer) = self.0.take() {
+            let stream: &TcpStream = writer.as_ref();
+            // Without this option the endpoint would see the end of the stream instead of a reset.
+            rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO)).ok();
+            writer.forget();
+        }
+    }
+}
+
+/// Why copying ended early.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error("the pod's side: {0}")]
+    Pod(String),
+    #[error("the endpoint's side: {0}")]
+    Endpoint(io::Error),
+}
+
+async fn to_cluster(mut output: FromPod, writer: OwnedWriteHalf) -> Result<(), Broken> {
+    let mut guard = Resets(Some(writer));
+    let mut reads = true;
+    loop {
+        let next = output.message().await;
+        let next = next.map_err(|status| Broken::Pod(status.message().to_owned()))?;
+        let Some(next) = next else { break };
+        match (next.output, &mut guard.0) {
+            (Some(Output::Data(data)), Some(writer)) if reads => {
+                // If it fails, the endpoint reads no more, but what it sends still matters.
+                reads = writer.write_all(&data).await.is_ok();
+            }
+            (Some(Output::Closed(_)), writer) => {
+                if let Some(mut writer) = writer.take() {
+                    // Fails if the endpoint has closed the connection, which the other direction notices.
+                    writer.shutdown().await.ok();
+                }
+            }
+            (Some(Output::Data(_) | Output::Connected(_)) | None, _) => {}
+        }
+    }
+    match &guard.0 {
+        // Both directions have ended.
+        None => Ok(()),
+        Some(_) => Err(Broken::Pod("it ended without a half-close".to_owned())),
+    }
+}
+
+async fn from_cluster(reader: OwnedReadHalf, input: ToPod) -> Result<(), Broken> {
+    loop {
+        // A connection on which nothing is sent holds no buffer.
+        reader.readable().await.map_err(Broken::Endpoint)?;
+        let mut buffer = BytesMut::with_capacity(CHUNK);
+        let count = match reader.try_read_buf(&mut buffer) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) => return Err(Broken::Endpoint(error)),
+        };
+        let next = if count == 0 {
+            Input::Closed(true)
+        } else {
+            Input::Data(cut(buffer))
+        };
+        // If nobody takes it, the call has ended, which the other direction notices.
+        if input.send(message(next)).await.is_err() || count == 0 {
+            return Ok(());
+        }
+    }
+}
+
+/// What was read. A few bytes are copied, so that no large buffer waits for a slow reader because of them.
+fn cut(buffer: BytesMut) -> Bytes {
+    if buffer.len() < CHUNK / 8 {
+        Bytes::copy_from_slice(&buffer)
+    } else {
+        buffer.freeze()
+    }
+}
+
+/// Copies datagrams until there was none for `idle`, or the pod's side has ended.
+async fn udp(socket: &UdpSocket, input: &ToPod, mut output: FromPod, idle: Duration) {
+    let mut deadline = Instant::now() + idle;
+    loop {
+        tokio::select! {
+            next = output.message() => match next {
+                Ok(Some(pb::EgressOutput { output: Some(Output::Data(data)) })) => {
+                    // A datagram that cannot be sent is lost, like any other.
+                    socket.send(&data).await.ok();
+                }
+                Ok(Some(pb::EgressOutput { output: Some(Output::Connected(_)) | None })) => {}
+                Ok(Some(pb::EgressOutput { output: Some(Output::Closed(_)) }) | None) | Err(_) => return,
+            },
+            ready = socket.readable() => {
+                if ready.is_err() {
+                    return;
+                }
+                let mut buffer = BytesMut::with_capacity(DATAGRAM);
+                match socket.try_recv_buf(&mut buffer) {
+                    // If the pod's side is slow, the datagram is lost: UDP has no back-pressure.
+                    Ok(_) => drop(input.try_send(message(Input::Data(Bytes::copy_from_slice(&buffer))))),
+                    // Also the answer that nobody listens there, after which others may.
+                    Err(_) => continue,
+                }
+            }
+            () = tokio::time::sleep_until(deadline) => return,
+        }
+        deadline = Instant::now() + idle;
+    }
+}
+
+fn message(input: Input) -> pb::EgressInput {
+    pb::EgressInput { input: Some(input) }
+}

@@ -1,0 +1,250 @@
+//! PURE: what becomes of a connection that a pod opens: the endpoint to dial, or why it is refused; and the network as pods
+//! see it.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    net::{IpAddr, SocketAddr},
+};
+
+use knoc_proto::{
+    egress::{AllowList, MAX_PORTS, MAX_RANGES, Range},
+    pb::{self, EgressProtocol},
+};
+
+use super::table::{Name, Table, Target};
+
+/// What the cluster says about itself, apart from Services.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Surroundings {
+    /// The ranges of Services, as text.
+    pub(crate) service_ranges: Vec<String>,
+    /// The addresses of nodes.
+    pub(crate) nodes: HashSet<IpAddr>,
+}
+
+/// A connection that may be opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Dial {
+    pub(crate) service: Name,
+    /// Of the Service.
+    pub(crate) port: u16,
+    pub(crate) endpoint: SocketAddr,
+}
+
+/// Why a connection is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error("no Service of the cluster has {to} ({})", protocol.name())]
+    Unknown {
+        to: SocketAddr,
+        protocol: EgressProtocol,
+    },
+    #[error(
+        "the pod may not reach Service {service} (port {port}): it is not in `egress.allow` of the kubelet, a value of its chart; an \
+         administrator of the cluster can add `{service}` there"
+    )]
+    NotAllowed { service: Name, port: u16 },
+    #[error("Service {service} has no endpoint that is ready for port {port}")]
+    NoEndpoint { service: Name, port: u16 },
+    #[error(
+        "the endpoints of Service {service} (port {port}) are {what}, which pods may not reach through a Service that \
+         `egress.allow` does not name without `*`"
+    )]
+    OfNode {
+        service: Name,
+        port: u16,
+        what: &'static str,
+    },
+    #[error("the endpoints of Service {service} (port {port}) are {what}, which pods never reach")]
+    Never {
+        service: Name,
+        port: u16,
+        what: &'static str,
+    },
+}
+
+/// A protocol by the name that Services have for it.
+trait Named {
+    fn name(self) -> &'static str;
+}
+
+impl Named for EgressProtocol {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Unspecified => "an unknown protocol",
+        }
+    }
+}
+
+/// Decides about a connection of the pod `uid`. `random` chooses the endpoint, unless the Service has session affinity.
+pub(crate) fn decide(
+    table: &Table,
+    allow: &AllowList,
+    nodes: &HashSet<IpAddr>,
+    (to, protocol): (SocketAddr, EgressProtocol),
+    (uid, random): (&str, u64),
+) -> Result<Dial, Refusal> {
+    let targets = table.targets(to, protocol);
+    let permitted =
+        |target: &&Target| allow.permits(&target.service.namespace, &target.service.name);
+    let Some(target) = targets.iter().find(permitted) else {
+        return Err(match targets.into_iter().next() {
+            Some(Target { service, port, .. }) => Refusal::NotAllowed { service, port },
+            None => Refusal::Unknown { to, protocol },
+        });
+    };
+    let (service, port) = (target.service.clone(), target.port);
+    if target.endpoints.is_empty() {
+        return Err(Refusal::NoEndpoint { service, port });
+    }
+    let reachable =
+        |endpoint: &&SocketAddr| obstacle(allow, nodes, &service, endpoint.ip()).is_none();
+    let endpoints: Vec<_> = target.endpoints.iter().filter(reachable).collect();
+    let chosen = if target.sticky {
+        endpoints
+            .iter()
+            .max_by_key(|endpoint| weight(uid, &service, endpoint))
+            .copied()
+    } else {
+        let count = u64::try_from(endpoints.len()).unwrap_or(1).max(1);
+        let index = usize::try_from(random % count).unwrap_or_default();
+        endpoints.get(index).copied()
+    };
+    if let Some(endpoint) = chosen {
+        return Ok(Dial {
+            endpoint: *endpoint,
+            service,
+            port,
+        });
+    }
+    let obstacle = target
+        .endpoints
+        .first()
+        .and_then(|first| obstacle(allow, nodes, &service, first.ip()));
+    Err(match obstacle {
+        Some(Obstacle::Node) => Refusal::OfNode {
+            service,
+            port,
+            what: "addresses of nodes",
+        },
+        Some(Obstacle::Never(what)) => Refusal::Never {
+            service,
+            port,
+            what,
+        },
+        None => Refusal::NoEndpoint { service, port },
+    })
+}
+
+/// Why an endpoint is not dialled.
+enum Obstacle {
+    /// It is the address of a node, which needs the exact name of the Service in the list.
+    Node,
+    /// It is never dialled.
+    Never(&'static str),
+}
+
+fn obstacle(
+    allow: &AllowList,
+    nodes: &HashSet<IpAddr>,
+    service: &Name,
+    address: IpAddr,
+) -> Option<Obstacle> {
+    // The API server publishes where it is reached, usually at a node.
+    if is_api_server(service) {
+        return None;
+    }
+    let address = address.to_canonical();
+    let link_local = match address {
+        IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    };
+    if address.is_loopback() || address.is_unspecified() {
+        Some(Obstacle::Never("loopback addresses"))
+    } else if link_local || address.is_multicast() {
+        Some(Obstacle::Never("link-local addresses"))
+    } else if nodes.contains(&address) && !allow.names(&service.namespace, &service.name) {
+        Some(Obstacle::Node)
+    } else {
+        None
+    }
+}
+
+fn is_api_server(service: &Name) -> bool {
+    &*service.namespace == "default" && &*service.name == "kubernetes"
+}
+
+/// The endpoint with the largest weight is the pod's: while that one stays, others may come and go.
+fn weight(uid: &str, service: &Name, endpoint: &SocketAddr) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (uid, service, endpoint).hash(&mut hasher);
+    hasher.finish()
+}
+
+/// The network as pods see it; `None` if no range is known. `dns`: the address that the configuration has.
+pub(crate) fn network(
+    table: &Table,
+    around: &Surroundings,
+    allow: &AllowList,
+    pod_ranges: &[Range],
+    (dns, domain): (Option<IpAddr>, &str),
+) -> Option<pb::EgressNetwork> {
+    let mut ranges: Vec<(String, Range)> = Vec::new();
+    let of_services = around
+        .service_ranges
+        .iter()
+        .filter_map(|text| Some((text.clone(), text.parse().ok()?)));
+    let of_pods = pod_ranges.iter().map(|range| (range.to_string(), *range));
+    for range in of_services.chain(of_pods) {
+        if ranges.len() < MAX_RANGES && !ranges.contains(&range) {
+            ranges.push(range);
+        }
+    }
+    if ranges.is_empty() {
+        return None;
+    }
+    let within = |address: IpAddr| ranges.iter().any(|(_, range)| range.contains(address));
+    let permits = |name: &Name| allow.permits(&name.namespace, &name.name);
+    let headless = !pod_ranges.is_empty();
+    let (first, all) = (
+        table.ports(headless, permits),
+        table.ports(headless, |_| true),
+    );
+    let of_dns = Name::new("kube-system", "kube-dns");
+    let found = table
+        .address(&of_dns, "dns", within)
+        .filter(|_| permits(&of_dns));
+    let dns = dns
+        .filter(|address| within(*address))
+        .or(found.map(|(address, _)| address));
+    let api = table.address(&Name::new("default", "kubernetes"), "https", within);
+    Some(pb::EgressNetwork {
+        tcp_ports: most(&first.tcp, &all.tcp),
+        udp_ports: most(&first.udp, &all.udp),
+        dns: dns.map(|address| address.to_string()).unwrap_or_default(),
+        domain: domain.to_owned(),
+        api_address: api
+            .map(|(address, _)| address.to_string())
+            .unwrap_or_default(),
+        api_port: api.map(|(_, port)| port.into()).unwrap_or_default(),
+        ranges: ranges.into_iter().map(|(text, _)| text).collect(),
+    })
+}
+
+/// As many ports as a network may have, those that come first before all others, sorted.
+fn most(first: &BTreeSet<u16>, all: &BTreeSet<u16>) -> Vec<u32> {
+    let others = all.difference(first);
+    let chosen: BTreeSet<u16> = first
+        .iter()
+        .chain(others)
+        .copied()
+        .take(MAX_PORTS)
+        .collect();
+    chosen.into_iter().map(u32::from).collect()
+}
+
+#[cfg(test)]
+mod tests;

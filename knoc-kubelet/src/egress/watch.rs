@@ -1,0 +1,324 @@
+//! Task: keeps the table of Services and endpoints, the addresses of nodes and the ranges of Services up to date.
+//!
+//! Everything is read as the ServiceAccount: a node's own identity may not list endpoints and other nodes. Only what a
+//! decision needs is kept.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    fmt::Debug,
+    net::IpAddr,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use futures::StreamExt as _;
+use k8s_openapi::api::{core::v1::Node, discovery::v1::EndpointSlice, networking::v1::ServiceCIDR};
+use knoc_proto::{egress::Range, error::chain};
+use kube::{
+    Api, Client, Resource,
+    api::ListParams,
+    runtime::{WatchStreamExt as _, watcher},
+};
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    decide::Surroundings,
+    table::{self, Name, Slice, Table},
+};
+use crate::pods::Services;
+
+/// How often the ranges of Services are read. They change once in the life of a cluster, if ever.
+const RANGES: Duration = Duration::from_mins(5);
+/// How soon they are read again if that failed.
+const RANGES_AGAIN: Duration = Duration::from_secs(15);
+/// More ranges of Services than any cluster has.
+const MOST_RANGES: u32 = 100;
+
+/// What is known of the cluster.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) table: Table,
+    pub(super) around: Surroundings,
+    /// What was read completely at least once.
+    read: BTreeSet<Part>,
+}
+
+/// A part of what is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Part {
+    Services,
+    Slices,
+    Nodes,
+    Ranges,
+}
+
+/// How many parts there are.
+const PARTS: usize = 4;
+
+/// A handle to what is known; clones share it.
+#[derive(Debug, Clone)]
+pub(super) struct Cluster(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    state: RwLock<State>,
+    changed: watch::Sender<()>,
+}
+
+impl Cluster {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(Shared {
+            state: RwLock::default(),
+            changed: watch::Sender::new(()),
+        }))
+    }
+
+    /// Looks at what is known; `None` until all of it was read once. Hold the lock for look-ups only.
+    pub(super) fn look<T>(&self, look: impl FnOnce(&State) -> T) -> Option<T> {
+        let state = self.0.state.read().unwrap_or_else(PoisonError::into_inner);
+        (state.read.len() == PARTS).then(|| look(&state))
+    }
+
+    /// Changes from now on.
+    pub(super) fn subscribe(&self) -> watch::Receiver<()> {
+        self.0.changed.subscribe()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.0.state.write().unwrap_or_else(PoisonError::into_inner);
+        change(&mut state);
+        drop(state);
+        self.0.changed.send_replace(());
+    }
+
+    /// Watches until `shutdown`. `ranges`: those of Services, if the cluster's API does not have them.
+    pub(super) async fn run(
+        self,
+        client: Client,
+        services: Services,
+        ranges: Vec<Range>,
+        shutdown: CancellationToken,
+    ) {
+        let all = async {
+            tokio::join!(
+                self.services(services),
+                self.slices(Api::all(client.clone())),
+                self.nodes(Api::all(client.clone())),
+                self.ranges(Api::all(client), &ranges),
+            )
+        };
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => {}
+            _ = all => {}
+        }
+    }
+
+    async fn services(&self, services: Services) {
+        let mut synced = services.subscribe();
+        synced.mark_changed();
+        while synced.changed().await.is_ok() {
+            if !*synced.borrow_and_update() {
+                continue;
+            }
+            let known = services.known();
+            self.change(|state| {
+                state.table.set_services(known.values());
+                state.read.insert(Part::Services);
+            });
+        }
+    }
+
+    async fn slices(&self, api: Api<EndpointSlice>) {
+        let mut listed: Vec<(Name, Slice)> = Vec::new();
+        let mut full = false;
+        follow(api, "EndpointSlices", |event| match event {
+            watcher::Event::Init => listed.clear(),
+            watcher::Event::InitApply(slice) => listed.extend(table::slice(&slice)),
+            watcher::Event::InitDone => {
+                let listed = std::mem::take(&mut listed);
+                self.change(|state| {
+                    state.table.set_slices(listed);
+                    state.read.insert(Part::Slices);
+                });
+            }
+            watcher::Event::Apply(slice) => {
+                let Some(name) = table::slice_name(&slice) else { return };
+                let slice = table::slice(&slice);
+                self.change(|state| match slice {
+                    Some((name, slice)) => {
+                        let stored = state.table.set_slice(name, slice);
+                        if !stored && !full {
+                            tracing::warn!("the cluster has more endpoints than are remembered: pods do not reach some of them");
+                        }
+                        full = !stored;
+                    }
+                    None => state.table.remove_slice(&name),
+                });
+            }
+            watcher::Event::Delete(slice) => {
+                if let Some(name) = table::slice_name(&slice) {
+                    self.change(|state| state.table.remove_slice(&name));
+                }
+            }
+        })
+        .await;
+    }
+
+    async fn nodes(&self, api: Api<Node>) {
+        let (mut known, mut listed) = (HashMap::new(), HashMap::new());
+        follow(api, "Nodes", |event| {
+            let complete = !matches!(event, watcher::Event::Init | watcher::Event::InitApply(_));
+            match event {
+                watcher::Event::Init => listed.clear(),
+                watcher::Event::InitApply(node) => listed.extend(addresses(&node)),
+                watcher::Event::InitDone => known = std::mem::take(&mut listed),
+                watcher::Event::Apply(node) => {
+                    // The status of a node is written every few minutes, and its addresses are the same.
+                    let Some((name, addresses)) = addresses(&node) else {
+                        return;
+                    };
+                    if known.get(&name) == Some(&addresses) {
+                        return;
+                    }
+                    known.insert(name, addresses);
+                }
+                watcher::Event::Delete(node) => {
+                    known.remove(node.metadata.name.as_deref().unwrap_or_default());
+                }
+            }
+            if complete {
+                let nodes: HashSet<IpAddr> = known.values().flatten().copied().collect();
+                self.change(|state| {
+                    state.around.nodes = nodes;
+                    state.read.insert(Part::Nodes);
+                });
+            }
+        })
+        .await;
+    }
+
+    /// Reads the ranges again and again; where the API has none (before 1.33), those of the configuration count.
+    async fn ranges(&self, api: Api<ServiceCIDR>, configured: &[Range]) {
+        let configured: Vec<String> = configured.iter().map(ToString::to_string).collect();
+        let mut known = false;
+        loop {
+            let listed = api.list(&ListParams::default().limit(MOST_RANGES)).await;
+            let listed = match listed {
+                Ok(listed) => Some(cidrs(listed.items)),
+                Err(kube::Error::Api(status)) if status.code == 404 => Some(Vec::new()),
+                Err(error) => {
+                    tracing::warn!(
+                        error = chain(&error),
+                        "the ranges of Services could not be read, trying again"
+                    );
+                    None
+                }
+            };
+            let pause = if listed.is_some() {
+                RANGES
+            } else {
+                RANGES_AGAIN
+            };
+            let ranges = match listed {
+                Some(listed) if !listed.is_empty() => Some(listed),
+                Some(_) => Some(configured.clone()),
+                // What was read before stays while the API server does not answer.
+                None => Some(configured.clone()).filter(|ranges| !known && !ranges.is_empty()),
+            };
+            if let Some(ranges) = ranges {
+                if ranges.is_empty() {
+                    tracing::warn!(
+                        "pods reach nothing of the cluster: its API does not say which addresses its Services have, set `egress.serviceRanges`"
+                    );
+                }
+                known = true;
+                self.change(|state| {
+                    state.around.service_ranges = ranges;
+                    state.read.insert(Part::Ranges);
+                });
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+}
+
+/// Watches all objects of a kind. It has no end.
+async fn follow<K>(api: Api<K>, what: &str, mut take: impl FnMut(watcher::Event<K>))
+where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let events = watcher(api, watcher::Config::default()).default_backoff();
+    let mut events = std::pin::pin!(events);
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(event) => take(event),
+            Err(error) => {
+                tracing::warn!(
+                    error = chain(&error),
+                    "the watch of {what} failed, it is restarted"
+                );
+            }
+        }
+    }
+}
+
+/// PURE: the name and the addresses of a node.
+fn addresses(node: &Node) -> Option<(String, Vec<IpAddr>)> {
+    let name = node.metadata.name.clone()?;
+    let addresses = node
+        .status
+        .iter()
+        .flat_map(|status| status.addresses.iter().flatten());
+    let parsed = addresses.filter_map(|one| one.address.parse::<IpAddr>().ok());
+    Some((name, parsed.map(|address| address.to_canonical()).collect()))
+}
+
+/// PURE: the ranges of these objects.
+fn cidrs(listed: Vec<ServiceCIDR>) -> Vec<String> {
+    let specs = listed.into_iter().filter_map(|one| one.spec);
+    let texts = specs.flat_map(|spec| spec.cidrs.unwrap_or_default());
+    texts.filter(|text| text.parse::<Range>().is_ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn addresses_of_nodes_and_ranges_are_read_and_names_left_out() {
+        let node = json!({"metadata": {"name": "n"}, "status": {"addresses": [{"type": "InternalIP", "address": "10.2.0.1"},
+            {"type": "Hostname", "address": "n"}, {"type": "InternalIP", "address": "::ffff:10.2.0.2"}]}});
+        let (name, found) = addresses(&serde_json::from_value(node).unwrap()).unwrap();
+        assert_eq!(name, "n");
+        assert_eq!(
+            found,
+            ["10.2.0.1", "10.2.0.2"].map(|text| text.parse::<IpAddr>().unwrap())
+        );
+        let range = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12", "fd00::/108", "?"]}});
+        let range = serde_json::from_value(range).unwrap();
+        assert_eq!(
+            cidrs(vec![range, ServiceCIDR::default()]),
+            ["10.96.0.0/12", "fd00::/108"]
+        );
+    }
+
+    #[test]
+    fn nothing_is_decided_before_everything_was_read() {
+        let cluster = Cluster::new();
+        for part in [Part::Services, Part::Slices, Part::Nodes] {
+            cluster.change(|state| {
+                state.read.insert(part);
+            });
+            assert!(cluster.look(|_| ()).is_none());
+        }
+        cluster.change(|state| {
+            state.read.insert(Part::Ranges);
+        });
+        assert!(cluster.look(|_| ()).is_some());
+    }
+}

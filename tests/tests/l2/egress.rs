@@ -1,0 +1,210 @@
+//! Level 2: what pods reach of a cluster through the real kubelet, agent and shim. The API server is the fake one, and the
+//! test has the endpoints. Without a container runtime pods are in the node's network, in which the API server alone is
+//! reached.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use knoc_tests::{
+    site::{Daemon, Kubelet, Options, Site},
+    wait_for,
+};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+    task::JoinSet,
+};
+
+const SOON: Duration = Duration::from_secs(40);
+
+/// Connects to the API server as often as it is told: sends, ends its direction, and says what came back.
+const CLIENT: &str = r#"
+import os, socket, sys
+target = (os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"]))
+for number in range(int(sys.argv[1])):
+    total = b""
+    try:
+        with socket.create_connection(target) as peer:
+            peer.sendall(b"x" * 300000)
+            peer.shutdown(socket.SHUT_WR)
+            while data := peer.recv(65536): total += data
+        print(number, "got", len(total), total[-5:], flush=True)
+    except OSError as error:
+        print(number, "reset after", len(total), flush=True)
+print("end", flush=True)
+"#;
+
+/// A server that answers each connection, after its end, with what it said and ` end`.
+async fn echo() -> anyhow::Result<(u16, JoinSet<()>)> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let port = listener.local_addr()?.port();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut peers = JoinSet::new();
+        while let Ok((mut peer, _)) = listener.accept().await {
+            peers.spawn(async move {
+                let mut all = Vec::new();
+                peer.read_to_end(&mut all).await?;
+                all.extend_from_slice(b" end");
+                peer.write_all(&all).await
+            });
+        }
+    });
+    Ok((port, tasks))
+}
+
+/// A cluster with the Service `default/kubernetes`, whose endpoint is that port of this host.
+async fn cluster(site: &Site, port: u16) -> anyhow::Result<Kubelet> {
+    let kubelet = Kubelet::prepare(site).await?;
+    let api = &kubelet.api;
+    let service = json!({"metadata": {"name": "kubernetes"}, "spec": {"type": "ClusterIP", "clusterIP": "10.96.0.1",
+        "clusterIPs": ["10.96.0.1"], "ports": [{"name": "https", "port": 443, "protocol": "TCP"}]}});
+    api.create("v1", "services", "default", service)?;
+    let ranges = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}});
+    api.create("networking.k8s.io/v1", "servicecidrs", "", ranges)?;
+    if port > 0 {
+        let slice = json!({"metadata": {"name": "kubernetes", "labels": {"kubernetes.io/service-name": "kubernetes"}},
+            "addressType": "IPv4", "ports": [{"name": "https", "port": port, "protocol": "TCP"}],
+            "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": true}}]});
+        api.create("discovery.k8s.io/v1", "endpointslices", "default", slice)?;
+    }
+    Ok(kubelet)
+}
+
+fn client(kubelet: &Kubelet, name: &str, connections: u32) -> anyhow::Result<String> {
+    let main = json!({"name": "main", "image": "none", "command": ["python3", "-c", CLIENT, connections.to_string()]});
+    kubelet.create_pod(name, json!({"containers": [main]}))
+}
+
+/// The log of the pod, once it has ended.
+async fn log(site: &Site, uid: &str) -> anyhow::Result<String> {
+    wait_for("the end of the client", SOON, async || {
+        let run = site
+            .knocctl(["logs", uid])
+            .map_err(|error| error.to_string())?;
+        let log = run
+            .output()
+            .await
+            .map_err(|error| format!("{error:#}"))?
+            .text();
+        if log.contains("end\n") || log.ends_with("end") {
+            Ok(log)
+        } else {
+            Err(log)
+        }
+    })
+    .await
+}
+
+/// The messages of the pod's Events about connections that were refused.
+async fn refusals(kubelet: &Kubelet) -> anyhow::Result<Vec<String>> {
+    wait_for("an Event", SOON, async || {
+        let events = kubelet.api.list("v1", "events", "default");
+        let refused = |event: &&Value| event["reason"] == "EgressRefused";
+        let refused: Vec<_> = events
+            .iter()
+            .filter(refused)
+            .map(|event| event["message"].to_string())
+            .collect();
+        if refused.is_empty() {
+            Err(format!("{events:?}"))
+        } else {
+            Ok(refused)
+        }
+    })
+    .await
+}
+
+/// A site, a cluster and a kubelet with these settings.
+async fn start(
+    tables: &str,
+    port: u16,
+    env: &[(&str, &str)],
+) -> anyhow::Result<(Site, Kubelet, [Daemon; 2])> {
+    let options = Options {
+        tables: tables.to_owned(),
+        ..Options::default()
+    };
+    let (site, agent, _) = Site::start(options).await?;
+    let kubelet = cluster(&site, port).await?;
+    let process = kubelet.start(&site, env).await?;
+    Ok((site, kubelet, [agent, process]))
+}
+
+#[tokio::test]
+async fn a_pod_reaches_the_api_server_through_kubelet_agent_and_shim() -> anyhow::Result<()> {
+    let (port, _echo) = echo().await?;
+    let (site, kubelet, _running) = start("", port, &[]).await?;
+    let uid = client(&kubelet, "client", 3)?;
+    let log = log(&site, &uid).await?;
+    for number in 0..3 {
+        let expected = format!("{number} got 300004 b'x end'");
+        ensure!(log.contains(&expected), "{log}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_service_that_the_cluster_does_not_list_is_refused_with_one_event() -> anyhow::Result<()>
+{
+    let (port, _echo) = echo().await?;
+    let list = [("KNOC_EGRESS_ALLOW", "kube-system/kube-dns")];
+    let (site, kubelet, _running) = start("", port, &list).await?;
+    let uid = client(&kubelet, "client", 3)?;
+    let log = log(&site, &uid).await?;
+    ensure!(log.matches("reset after 0").count() == 3, "{log}");
+    let refused = refusals(&kubelet).await?;
+    ensure!(refused.len() == 1, "{refused:?}");
+    let expected = ["default/kubernetes (port 443)", "`egress.allow`"];
+    ensure!(
+        expected.iter().all(|text| refused[0].contains(text)),
+        "{refused:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_service_that_the_site_does_not_list_is_refused_with_one_event() -> anyhow::Result<()> {
+    let (port, _echo) = echo().await?;
+    let (site, kubelet, _running) =
+        start("[policy]\negress = [\"kube-system/*\"]", port, &[]).await?;
+    let uid = client(&kubelet, "client", 2)?;
+    let log = log(&site, &uid).await?;
+    ensure!(log.matches("reset after 0").count() == 2, "{log}");
+    let refused = refusals(&kubelet).await?;
+    ensure!(refused.len() == 1, "{refused:?}");
+    ensure!(
+        refused[0].contains("is not among policy.egress of the site file"),
+        "{refused:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_service_without_endpoints_is_refused_and_the_event_says_so() -> anyhow::Result<()> {
+    let (site, kubelet, _running) = start("", 0, &[]).await?;
+    let uid = client(&kubelet, "client", 1)?;
+    let log = log(&site, &uid).await?;
+    ensure!(log.contains("reset after 0"), "{log}");
+    let refused = refusals(&kubelet).await?;
+    ensure!(
+        refused[0].contains("has no endpoint that is ready for port 443"),
+        "{refused:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_kubelet_that_starts_again_serves_new_connections() -> anyhow::Result<()> {
+    let (port, _echo) = echo().await?;
+    let (site, kubelet, [_agent, process]) = start("", port, &[]).await?;
+    let uid = client(&kubelet, "before", 1)?;
+    log(&site, &uid).await?;
+    drop(process);
+    let _process = kubelet.start(&site, &[]).await?;
+    let uid = client(&kubelet, "after", 2)?;
+    let log = log(&site, &uid).await?;
+    ensure!(log.matches("got 300004").count() == 2, "{log}");
+    Ok(())
+}

@@ -1,0 +1,251 @@
+//! What pods reach of the cluster on the real stack: the API server with the pod's own token, cluster DNS, and a Service that
+//! nobody allowed. The bed has no cluster DNS: the test is the DNS server behind `kube-system/kube-dns`.
+
+use std::{net::Ipv4Addr, path::PathBuf};
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::{
+    core::v1::{Event, Service},
+    discovery::v1::EndpointSlice,
+};
+use knoc_tests::{PodBuilder, Run, World, wait_for, world::SOON};
+use kube::{
+    Api,
+    api::{DeleteParams, ListParams, PostParams},
+};
+use serde_json::json;
+use tokio::{net::UdpSocket, task::JoinSet};
+
+/// This host on the network of the login node.
+const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+/// The image with kubectl, as the nodes see it.
+const IMAGE: &str = "/images/egress-client";
+
+/// Puts kubectl, which the bed has as a part of one static program, into a copy of the image of busybox.
+async fn image() -> anyhow::Result<()> {
+    let variable =
+        |name: &str| std::env::var(name).with_context(|| format!("{name} is not set: make up"));
+    let images = PathBuf::from(variable("HPC_PREFIX")?).join("shared/images");
+    let kubectl = Run::new("sh")
+        .args(["-c", "command -v kubectl"])
+        .ok()
+        .await?
+        .text();
+    let program = PathBuf::from(kubectl).with_file_name("controlplane");
+    let script = format!(
+        "set -e; cd {images}; test -e egress-client && exit; rm -rf egress-client.new; cp -a busybox egress-client.new; \
+         cp {program} egress-client.new/controlplane; mv egress-client.new egress-client",
+        images = images.display(),
+        program = program.display()
+    );
+    Run::new("sh").args(["-c", &script]).ok().await.map(drop)
+}
+
+/// A pod in a network of this kind that may list the pods of its namespace.
+fn client(name: &str, network: &str) -> PodBuilder {
+    PodBuilder::new(name)
+        .annotation("knoc.io/network", network)
+        .spec("automountServiceAccountToken", json!(true))
+        .image(IMAGE)
+        .memory("256Mi")
+}
+
+async fn allow_listing(world: &World) -> anyhow::Result<()> {
+    let account = format!("--serviceaccount={}:default", world.namespace);
+    let binding = ["create", "rolebinding", "view", "--clusterrole=view"];
+    let binding = world.kubectl(binding).args([account]);
+    binding.ok().await.map(drop)
+}
+
+/// Lists the pods of the pod's namespace as any program in a pod does, by its token and its environment.
+const LIST: &str = "/controlplane kubectl get pods -o name";
+
+#[tokio::test]
+async fn a_pod_lists_the_pods_of_its_namespace_with_its_own_token() -> anyhow::Result<()> {
+    image().await?;
+    let world = World::new("egress").await?;
+    allow_listing(&world).await?;
+    for network in ["private", "host"] {
+        let pod = client(network, network).sh(LIST);
+        world.run(&pod, "Succeeded").await?;
+        let log = world.logs(network, "main").await?;
+        ensure!(log.contains(&format!("pod/{network}")), "{network}: {log}");
+    }
+    // Its token is its own: it may not do more.
+    let pod = client("secrets", "private")
+        .sh("/controlplane kubectl get secrets 2>&1 | grep -i forbidden");
+    world.run(&pod, "Succeeded").await?;
+    world.finish().await
+}
+
+/// A Service without a selector, with an endpoint at this host. Returns its address.
+async fn service(
+    world: &World,
+    namespace: &str,
+    name: &str,
+    port: (&str, u16, u16),
+) -> anyhow::Result<String> {
+    let (protocol, number, target) = port;
+    let services: Api<Service> = world.api_in(namespace);
+    let slices: Api<EndpointSlice> = world.api_in(namespace);
+    // Of a run that was interrupted.
+    services.delete(name, &DeleteParams::default()).await.ok();
+    slices.delete(name, &DeleteParams::default()).await.ok();
+    let object = json!({"metadata": {"name": name}, "spec": {"ports": [{"name": "main", "port": number, "protocol": protocol}]}});
+    let created = services
+        .create(&PostParams::default(), &serde_json::from_value(object)?)
+        .await?;
+    let slice = json!({"metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}}, "addressType": "IPv4",
+        "ports": [{"name": "main", "port": target, "protocol": protocol}],
+        "endpoints": [{"addresses": [HOST.to_string()], "conditions": {"ready": true}}]});
+    slices
+        .create(&PostParams::default(), &serde_json::from_value(slice)?)
+        .await?;
+    created
+        .spec
+        .and_then(|spec| spec.cluster_ip)
+        .context("no address")
+}
+
+#[tokio::test]
+async fn a_service_that_nobody_allowed_is_refused_with_one_event() -> anyhow::Result<()> {
+    let world = World::new("egress-refused").await?;
+    let address = service(&world, &world.namespace, "web", ("TCP", 8080, 9)).await?;
+    // The shim learns of the port while the pod runs.
+    let script =
+        format!("for i in 1 2 3; do wget -T 20 -O- http://{address}:8080/ 2>&1; sleep 1; done");
+    let pod = PodBuilder::new("curious")
+        .annotation("knoc.io/network", "private")
+        .sh(&script);
+    world.run(&pod, "Succeeded").await?;
+    let log = world.logs("curious", "main").await?;
+    ensure!(!log.contains("200 OK"), "{log}");
+    let expected = format!("{}/web", world.namespace);
+    let refused = wait_for("the Event", SOON, async || {
+        let of = ListParams::default().fields("involvedObject.name=curious");
+        let events = world.api::<Event>().list(&of).await?.items;
+        let refused = events
+            .iter()
+            .filter(|event| event.reason.as_deref() == Some("EgressRefused"));
+        let messages: Vec<_> = refused.filter_map(|event| event.message.clone()).collect();
+        ensure!(!messages.is_empty(), "{events:?}");
+        Ok(messages)
+    })
+    .await?;
+    ensure!(refused.len() == 1, "{refused:?}");
+    ensure!(
+        refused[0].contains(&expected) && refused[0].contains("egress.allow"),
+        "{refused:?}"
+    );
+    world.finish().await
+}
+
+/// The answer to a question about a name that has one of these addresses, or has none.
+fn answer(question: &[u8], names: &[(String, Ipv4Addr)]) -> Option<Vec<u8>> {
+    let (mut at, mut labels) = (12, Vec::new());
+    loop {
+        let length = usize::from(*question.get(at)?);
+        at += 1;
+        if length == 0 {
+            break;
+        }
+        labels.push(String::from_utf8_lossy(question.get(at..at + length)?).to_lowercase());
+        at += length;
+    }
+    let kind = question.get(at..at + 2)?;
+    let name = labels.join(".");
+    let found = names.iter().find(|(known, _)| *known == name);
+    let address = found.filter(|_| kind == [0, 1]);
+    let code = if found.is_some() { 0x80 } else { 0x83 };
+    let mut answer = question.get(..2)?.to_vec();
+    answer.extend([0x81, code, 0, 1, 0, u8::from(address.is_some()), 0, 0, 0, 0]);
+    answer.extend(question.get(12..at + 4)?);
+    if let Some((_, address)) = address {
+        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 5, 0, 4]);
+        answer.extend(address.octets());
+    }
+    Some(answer)
+}
+
+/// Serves these names; returns the port.
+async fn dns(names: Vec<(String, Ipv4Addr)>, tasks: &mut JoinSet<()>) -> anyhow::Result<u16> {
+    let socket = UdpSocket::bind((HOST, 0)).await?;
+    let port = socket.local_addr()?.port();
+    tasks.spawn(async move {
+        let mut buffer = [0; 2048];
+        while let Ok((count, from)) = socket.recv_from(&mut buffer).await {
+            if let Some(answer) = buffer
+                .get(..count)
+                .and_then(|question| answer(question, &names))
+            {
+                drop(socket.send_to(&answer, from).await);
+            }
+        }
+    });
+    Ok(port)
+}
+
+#[tokio::test]
+async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
+    image().await?;
+    let world = World::new("egress-dns").await?;
+    allow_listing(&world).await?;
+    let web = format!("web.{}.svc.cluster.local", world.namespace);
+    let api = "kubernetes.default.svc.cluster.local".to_owned();
+    let names = vec![
+        (web.clone(), Ipv4Addr::new(10, 96, 77, 77)),
+        (api, Ipv4Addr::new(10, 96, 0, 1)),
+    ];
+    let mut tasks = JoinSet::new();
+    let port = dns(names, &mut tasks).await?;
+    let address = service(&world, "kube-system", "kube-dns", ("UDP", 53, port)).await?;
+    // A pod has the resolver that was known when it was staged.
+    let mut number = 0;
+    let pod = wait_for("a pod with the cluster's resolver", SOON * 2, async || {
+        number += 1;
+        let name = format!("names{number}");
+        let pod = client(&name, "private").command(["sleep", "600"]);
+        let uid = world.running(&pod).await?;
+        let file = world
+            .exec(&uid, "main", ["cat", "/etc/resolv.conf"])
+            .ok()
+            .await?
+            .text();
+        ensure!(file.contains(&format!("nameserver {address}\n")), "{file}");
+        ensure!(
+            file.contains(&format!(
+                "search {}.svc.cluster.local svc.cluster.local cluster.local",
+                world.namespace
+            )),
+            "{file}"
+        );
+        ensure!(file.contains("ndots:5"), "{file}");
+        Ok(uid)
+    })
+    .await?;
+    let inside = async |script: &str| {
+        let run = world.exec(&pod, "main", ["sh", "-c", script]);
+        anyhow::Ok(run.output().await?)
+    };
+    let found = inside(&format!("nslookup {web}")).await?;
+    ensure!(found.text().contains("10.96.77.77"), "{found}");
+    let missing = inside(&format!(
+        "nslookup no-such-name.{}.svc.cluster.local",
+        world.namespace
+    ))
+    .await?;
+    ensure!(missing.code != 0, "{missing}");
+    // Through the search domains.
+    let listed = inside(&format!(
+        "KUBERNETES_SERVICE_HOST=kubernetes.default.svc {LIST}"
+    ))
+    .await?;
+    ensure!(listed.text().contains("pod/names"), "{listed}");
+    let services: Api<Service> = world.api_in("kube-system");
+    services
+        .delete("kube-dns", &DeleteParams::default())
+        .await?;
+    let slices: Api<EndpointSlice> = world.api_in("kube-system");
+    slices.delete("kube-dns", &DeleteParams::default()).await?;
+    world.finish().await
+}
