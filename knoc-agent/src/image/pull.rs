@@ -26,6 +26,7 @@ use super::{
     progress::{Progress, Step},
     reference::Source,
     registry::{Found, RegistryClient, describe},
+    room::Reserved,
     slots::FairSlots,
     unpacked::{self, Budget, LayerError},
     untrusted::shown,
@@ -65,20 +66,13 @@ impl Puller {
         found: Found,
         access: Access,
     ) -> Result<(), String> {
-        let size = found.image.size();
-        let limit = self.settings.limits.size;
-        if size > limit {
-            let text = format!(
-                "the image has {size} bytes by its manifest, but limits.image_size of the site file is {limit}"
-            );
-            return Err(describe(&source, &text));
-        }
+        let size = self.admissible(&source, &found)?;
         let registry = source.reference.registry();
         let _slot = self.pulls.acquire(registry).await;
         self.progress.enter(Step::Downloads);
         let begin = tokio::time::Instant::now();
         let (cache, room) = (Arc::clone(&self.cache), self.settings.limits.cache);
-        let mut reserved = blocking(move || cache.reserve(size, room)).await?;
+        let reserved = blocking(move || cache.reserve(size, room)).await?;
         let temporary = Temporary::new(&self.cache)?;
         let folder = temporary.0.join(LAYOUT);
         let layout = blocking(move || Layout::create(folder).map_err(|err| chain(&err))).await?;
@@ -108,7 +102,35 @@ impl Puller {
         self.convert(&temporary).await?;
         let image = source.reference.at(&found.digest);
         tracing::info!(%image, bytes = size, ?fetched, elapsed = ?begin.elapsed(), "pulled");
-        let cache = Arc::clone(&self.cache);
+        let entry = Entry {
+            file: config.file,
+            access,
+        };
+        self.keep(temporary, reserved, digest, entry).await
+    }
+
+    /// The size of the image by its manifest, if the site lets images have it.
+    fn admissible(&self, source: &Source, found: &Found) -> Result<u64, String> {
+        let size = found.image.size();
+        let limit = self.settings.limits.size;
+        if size <= limit {
+            return Ok(size);
+        }
+        let text = format!(
+            "the image has {size} bytes by its manifest, but limits.image_size of the site file is {limit}"
+        );
+        Err(describe(source, &text))
+    }
+
+    /// Puts the SIF file into the cache.
+    async fn keep(
+        &self,
+        temporary: Temporary,
+        mut reserved: Reserved,
+        digest: String,
+        entry: Entry,
+    ) -> Result<(), String> {
+        let (cache, room) = (Arc::clone(&self.cache), self.settings.limits.cache);
         blocking(move || {
             let sif = temporary.0.join("image.sif");
             // A SIF file may be larger than its layers.
@@ -116,10 +138,6 @@ impl Puller {
             let about = about.map_err(|error| format!("{}: {error}", sif.display()))?;
             reserved.at_least(about.len());
             cache.make_room(room)?;
-            let entry = Entry {
-                file: config.file,
-                access,
-            };
             let put = cache.put(&digest, &entry, &sif);
             put.map_err(|err| chain(&err))?;
             temporary.remove();
