@@ -365,6 +365,8 @@ pub struct JobDefaults {
     pub scratch: Option<String>,
     /// The network that pods are in.
     pub network: NetworkSetting,
+    /// Whether a pod's own network reaches the node's IPv6 networks too. It then has the node's IPv6 addresses.
+    pub network_ipv6: bool,
 }
 
 /// The containers' logs.

@@ -47,8 +47,11 @@ pub const HOST_PATHS: &str = "host-paths";
 /// The agent maps NFS exports and volumes of CSI drivers to host paths.
 pub const MAPPED_VOLUMES: &str = "mapped-volumes";
 
+/// The agent mounts images as volumes.
+pub const IMAGE_VOLUMES: &str = "image-volumes";
+
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 17] = [
+pub const OF_PODS: [&str; 18] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -66,6 +69,7 @@ pub const OF_PODS: [&str; 17] = [
     STOP_SIGNAL,
     HOST_PATHS,
     MAPPED_VOLUMES,
+    IMAGE_VOLUMES,
 ];
 
 /// The capabilities that this pod needs.
@@ -112,6 +116,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         ),
         (HOST_PATHS, spec.volumes.iter().any(is_host_path)),
         (MAPPED_VOLUMES, spec.volumes.iter().any(is_mapped)),
+        (IMAGE_VOLUMES, spec.volumes.iter().any(is_image)),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -136,6 +141,10 @@ fn has_restart_rule(spec: &pb::PodSpec) -> bool {
 
 fn is_host_path(volume: &pb::Volume) -> bool {
     matches!(volume.source, Some(pb::volume::Source::HostPath(_)))
+}
+
+fn is_image(volume: &pb::Volume) -> bool {
+    matches!(volume.source, Some(pb::volume::Source::Image(_)))
 }
 
 fn is_mapped(volume: &pb::Volume) -> bool {
@@ -182,6 +191,7 @@ mod tests {
         let sources = [
             pb::volume::Source::HostPath(pb::HostPath::default()),
             pb::volume::Source::Nfs(pb::NfsVolume::default()),
+            pb::volume::Source::Image(pb::ImageVolume::default()),
         ];
         let volume = |source| pb::Volume {
             name: "v".to_owned(),

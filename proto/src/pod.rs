@@ -298,6 +298,14 @@ fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Ve
                 "container {name:?} mounts the unknown volume {volume:?}"
             ));
         }
+        if volume::is_image(spec, volume)
+            && !(sub_path.is_empty() && mount.sub_path_expr.is_empty())
+        {
+            problems.push(format!(
+                "container {name:?}: mountPath {path:?} is a part of the image volume {volume:?}, and only the whole of an image \
+                 can be mounted: leave out subPath and subPathExpr"
+            ));
+        }
         match paths::in_container(path) {
             Err(error) => {
                 problems.push(format!("container {name:?}: mountPath {path:?} {error}"));

@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_tests::{
     PodBuilder, World, wait_for,
-    world::{SOON, container_reason},
+    world::{SOON, container_reason, why},
 };
 use serde_json::{Value, json};
 
@@ -479,5 +479,82 @@ async fn an_image_of_many_layers_in_another_compression_runs() -> anyhow::Result
     .await?;
     world.on("login", ["rm", "-r", &folder]).ok().await?;
     repository.remove().await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn another_image_is_taken_by_a_running_pod_and_by_one_whose_image_does_not_exist()
+-> anyhow::Result<()> {
+    let world = World::new("images-update").await?;
+    let set = async |pod: &str, image: &str| {
+        let (pod, main) = (format!("pod/{pod}"), format!("main={image}"));
+        world.kubectl(["set", "image", &*pod, &*main]).ok().await
+    };
+    let busybox = PodBuilder::image_name();
+    // No entrypoint of an image runs for long, so the pods have a command.
+    let wait = "trap 'exit 0' TERM; while :; do sleep 0.2; done";
+    let runs = world.running(&PodBuilder::new("runs").sh(wait)).await?;
+    world
+        .create(&PodBuilder::new("wrong").image(&image("none:1")).sh(wait))
+        .await?;
+    let waits = |pod: &Pod| {
+        let (reason, _) = container_reason(pod, "main")?;
+        (reason == "ErrImagePull" || reason == "ImagePullBackOff").then_some(())
+    };
+    world
+        .wait_for_state("wrong", "its image cannot be pulled", SOON, waits)
+        .await?;
+    set("wrong", &busybox).await?;
+    set("runs", &image("own:1")).await?;
+    let has = |image: String, restarts: i32| {
+        move |pod: &Pod| {
+            let all = pod.status.as_ref()?.container_statuses.as_ref()?;
+            let main = all.iter().find(|one| one.name == "main")?;
+            let runs = main.state.as_ref()?.running.is_some();
+            (runs && main.image == image && main.restart_count == restarts).then_some(())
+        }
+    };
+    world
+        .wait_for_state("wrong", "it runs", PULLED, has(busybox, 0))
+        .await?;
+    world
+        .wait_for_state(
+            "runs",
+            "it runs with the other image",
+            PULLED,
+            has(image("own:1"), 1),
+        )
+        .await?;
+    let inside = world.exec(&runs, "main", ["cat", "/bin/show"]).ok().await?;
+    ensure!(!inside.stdout.is_empty(), "{inside:?}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn an_image_is_a_volume_that_no_container_can_write() -> anyhow::Result<()> {
+    let world = World::new("images-volume").await?;
+    let pod = |name: &str| {
+        PodBuilder::new(name).spec(
+            "volumes",
+            json!([{"name": "models", "image": {"reference": image("own:1"), "pullPolicy": "IfNotPresent"}}]),
+        )
+    };
+    let reads = pod("reads")
+        .set(
+            "volumeMounts",
+            json!([{"name": "models", "mountPath": "/models"}]),
+        )
+        .sh("head -c 2 /models/bin/show; touch /models/x 2>/dev/null || echo ' read-only'");
+    world.run(&reads, "Succeeded").await?;
+    let log = world.logs("reads", "main").await?;
+    ensure!(log == "#! read-only\n", "{log:?}");
+    // A link in the image could lead to a file of the node.
+    let part = pod("part").set(
+        "volumeMounts",
+        json!([{"name": "models", "mountPath": "/models", "subPath": "bin"}]),
+    );
+    let rejected = world.run(&part.sh("true"), "Failed").await?;
+    let (_, message) = why(&rejected);
+    ensure!(message.contains("the image volume \"models\""), "{message}");
     world.finish().await
 }

@@ -16,10 +16,14 @@ pub const STOP_SIGNAL: &str = "stop-signal";
 /// The shim serves `AddEphemeralContainer`.
 pub const EPHEMERAL: &str = "ephemeral-containers";
 
+/// The shim serves `UpdateImage`.
+pub const IMAGE_UPDATES: &str = "image-updates";
+
 /// All capabilities of this version's shim.
-pub const ALL: [&str; 6] = [
+pub const ALL: [&str; 7] = [
     ATTACH,
     EPHEMERAL,
+    IMAGE_UPDATES,
     LOG_POSITIONS,
     PORT_FORWARD,
     STATS,

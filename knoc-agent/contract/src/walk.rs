@@ -23,6 +23,8 @@ use rustix::{
     io::Errno,
 };
 
+use crate::host_paths::Refusal;
+
 /// The maximum number of links that are followed, the same as the kernel's.
 const MAX_LINKS: u32 = 40;
 /// The maximum depth. Each folder on the way is an open descriptor.
@@ -57,6 +59,9 @@ pub enum WalkError {
         "{0:?} is part of, or contains, what is never mounted because it can hold keys or KNoC's own files"
     )]
     Guarded(PathBuf),
+    /// A missing folder must not be created there.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     /// A system call failed.
     #[error("open {path:?}")]
     Io {
@@ -74,7 +79,11 @@ impl WalkError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::Io { source, .. } => source.raw_os_error().unwrap_or_default(),
-            Self::Leaves(_) | Self::TooLong(_) | Self::Untrusted { .. } | Self::Guarded(_) => 0,
+            Self::Leaves(_)
+            | Self::TooLong(_)
+            | Self::Untrusted { .. }
+            | Self::Guarded(_)
+            | Self::Refused(_) => 0,
         }
     }
 }
@@ -120,11 +129,21 @@ impl Found {
 /// Follows `path` inside the folder `root`. Links are followed if they stay inside; an absolute
 /// link never does. With `make`, missing folders are created.
 pub fn inside(root: &Path, path: &Path, make: bool) -> Result<Found, WalkError> {
+    let make = if make { Make::Always } else { Make::Never };
     Walk::begin(root, Rules::Inside { make })?.follow(path)
 }
 
-/// Like [`inside`], from a folder that is open already, and without ever entering one of `never`.
-pub fn below(root: &Found, path: &Path, make: bool, never: &[FileKey]) -> Result<Found, WalkError> {
+/// Judges the place, by its path without links, at which a missing folder would be created.
+pub type Judge<'a> = &'a dyn Fn(&Path) -> Result<(), Refusal>;
+
+/// Like [`inside`], from a folder that is open already, and without ever entering one of `never`. Missing folders are
+/// created if `make` is given and lets them be.
+pub fn below(
+    root: &Found,
+    path: &Path,
+    make: Option<Judge<'_>>,
+    never: &[FileKey],
+) -> Result<Found, WalkError> {
     let at = root.path.clone();
     let failed = |source: io::Error| WalkError::Io {
         path: at.clone(),
@@ -134,6 +153,7 @@ pub fn below(root: &Found, path: &Path, make: bool, never: &[FileKey]) -> Result
         return Err(failed(Errno::NOTDIR.into()));
     }
     let fd = root.fd.try_clone().map_err(failed)?;
+    let make = make.map_or(Make::Never, Make::If);
     let mut walk = Walk::from_folder(at, fd, Rules::Inside { make })?;
     walk.never = never.to_vec();
     walk.follow(path)
@@ -166,10 +186,18 @@ pub fn own(path: &Path) -> Result<Found, WalkError> {
     Ok(Found { fd, stat, path })
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Rules {
+/// Whether missing folders are created.
+#[derive(Clone, Copy)]
+enum Make<'a> {
+    Never,
+    Always,
+    If(Judge<'a>),
+}
+
+#[derive(Clone, Copy)]
+enum Rules<'a> {
     Inside {
-        make: bool,
+        make: Make<'a>,
     },
     /// The last component is itself on the way to something else.
     Owned {
@@ -185,8 +213,8 @@ enum Step {
     Link(PathBuf),
 }
 
-struct Walk {
-    rules: Rules,
+struct Walk<'a> {
+    rules: Rules<'a>,
     root: PathBuf,
     /// The root, then each folder on the way with its name.
     folders: Vec<(OwnedFd, Stat, OsString)>,
@@ -195,8 +223,8 @@ struct Walk {
     never: Vec<FileKey>,
 }
 
-impl Walk {
-    fn begin(root: &Path, rules: Rules) -> Result<Self, WalkError> {
+impl<'a> Walk<'a> {
+    fn begin(root: &Path, rules: Rules<'a>) -> Result<Self, WalkError> {
         let failed = |errno: Errno| WalkError::Io {
             path: root.to_owned(),
             source: errno.into(),
@@ -206,7 +234,7 @@ impl Walk {
         Self::from_folder(root.to_owned(), fd, rules)
     }
 
-    fn from_folder(root: PathBuf, fd: OwnedFd, rules: Rules) -> Result<Self, WalkError> {
+    fn from_folder(root: PathBuf, fd: OwnedFd, rules: Rules<'a>) -> Result<Self, WalkError> {
         let stat = fstat(&fd).map_err(|errno| WalkError::Io {
             path: root.clone(),
             source: errno.into(),
@@ -304,7 +332,10 @@ impl Walk {
             path: self.at(name),
             source: errno.into(),
         };
-        let fd = self.open(name).map_err(failed)?;
+        let fd = match self.open(name) {
+            Err(Errno::NOENT) => self.make(name)?,
+            opened => opened.map_err(failed)?,
+        };
         let stat = fstat(&fd).map_err(failed)?;
         if self.never.contains(&FileKey::of(&stat)) {
             return Err(WalkError::Guarded(self.at(name)));
@@ -343,19 +374,31 @@ impl Walk {
         let at = at.as_fd();
         // Asking for a folder first makes an automounter mount the file system that belongs there.
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let open = || match openat(at, name, flags | OFlags::DIRECTORY, Mode::empty()) {
+        match openat(at, name, flags | OFlags::DIRECTORY, Mode::empty()) {
             Err(Errno::NOTDIR | Errno::LOOP) => openat(at, name, flags, Mode::empty()),
             other => other,
+        }
+    }
+
+    /// Creates a missing folder, if that is wanted and allowed there, and opens it.
+    fn make(&self, name: &OsStr) -> Result<OwnedFd, WalkError> {
+        let failed = |errno: Errno| WalkError::Io {
+            path: self.at(name),
+            source: errno.into(),
         };
-        match (open(), self.rules) {
-            (Err(Errno::NOENT), Rules::Inside { make: true }) => {
-                match mkdirat(at, name, FOLDER) {
-                    Ok(()) | Err(Errno::EXIST) => {}
-                    Err(errno) => return Err(errno),
-                }
-                open()
+        match self.rules {
+            Rules::Inside { make: Make::Always } => {}
+            Rules::Inside {
+                make: Make::If(judge),
+            } => judge(&self.at(name))?,
+            Rules::Inside { make: Make::Never } | Rules::Owned { .. } => {
+                return Err(failed(Errno::NOENT));
             }
-            (opened, _) => opened,
+        }
+        let (at, _, _) = self.folders.last().ok_or_else(|| failed(Errno::BADF))?;
+        match mkdirat(at.as_fd(), name, FOLDER) {
+            Ok(()) | Err(Errno::EXIST) => self.open(name).map_err(failed),
+            Err(errno) => Err(failed(errno)),
         }
     }
 

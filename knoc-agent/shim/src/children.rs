@@ -20,7 +20,7 @@ use tokio::{
     sync::oneshot,
 };
 
-use super::{measure, usage::Used};
+use super::{measure, signals, usage::Used};
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,11 +113,27 @@ impl Children {
         })
     }
 
+    /// Kills the process group that the child `leader` leads, unless the child has ended.
+    pub(crate) fn kill_group(&self, leader: u32) {
+        // Locked until the signal is sent: while the child is in the map it is not reaped, and its pid is not given to another
+        // process.
+        let waiting = self.waiting();
+        if waiting.contains_key(&leader) {
+            signals::to_group(leader, Signal::KILL);
+        }
+    }
+
     /// Task: reaps until it is dropped.
     pub(crate) async fn reap(self, mut news: SignalStream) {
         loop {
-            while let Some((pid, used, status)) = reap_one() {
-                if let Some(sender) = self.waiting().remove(&pid) {
+            while let Some((pid, used)) = next_ended() {
+                let mut waiting = self.waiting();
+                let Some(status) = reap(pid) else {
+                    break;
+                };
+                let sender = u32::try_from(pid).ok().and_then(|pid| waiting.remove(&pid));
+                drop(waiting);
+                if let Some(sender) = sender {
                     // The receiver may be gone by now.
                     sender.send((status.into(), used)).ok();
                 }
@@ -134,12 +150,15 @@ impl Children {
     }
 }
 
-/// Reaps one child that has ended. What it used is read before it is waited for, because the kernel forgets it then.
-fn reap_one() -> Option<(u32, Option<Used>, WaitStatus)> {
+/// One child that has ended, and what it used, which the kernel forgets once it is reaped.
+fn next_ended() -> Option<(i32, Option<Used>)> {
     let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-    let raw = waitid(Id::All, look).ok()?.pid()?.as_raw();
-    let pid = u32::try_from(raw).ok()?;
-    let used = measure::used(pid);
-    let (_, status) = waitpid(Pid::from_raw(raw), WaitOptions::NOHANG).ok()??;
-    Some((pid, used, status))
+    let pid = waitid(Id::All, look).ok()?.pid()?.as_raw();
+    let used = u32::try_from(pid).ok().and_then(measure::used);
+    Some((pid, used))
+}
+
+fn reap(pid: i32) -> Option<WaitStatus> {
+    let (_, status) = waitpid(Pid::from_raw(pid), WaitOptions::NOHANG).ok()??;
+    Some(status)
 }

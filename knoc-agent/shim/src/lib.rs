@@ -49,6 +49,7 @@ mod role;
 mod runtime;
 mod scratch;
 mod serve;
+mod sif;
 mod signals;
 mod sizes;
 mod supervisor;

@@ -122,6 +122,7 @@ mod tests {
             target: target.into(),
             read_only: false,
             needs_descriptor: false,
+            image: None,
             point: None,
         };
         targets.iter().enumerate().map(bind).collect()

@@ -10,7 +10,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use knoc_contract::{host::node_name, image_file::FileId, setuid};
+use knoc_contract::setuid;
 use knoc_proto::pb;
 use rustix::io::Errno;
 
@@ -122,15 +122,8 @@ pub(crate) struct Named {
 
 impl Mounts {
     pub(crate) fn new(image: &pb::ResolvedImage, agent: PathBuf, staging: PathBuf) -> Self {
-        let host = node_name();
         Self {
-            image: Source::Image {
-                path: image.path.clone().into(),
-                expected: image
-                    .file
-                    .as_ref()
-                    .map(|file| FileId::from_job(file, &host)),
-            },
+            image: Source::of_image(image),
             image_path: image.path.clone(),
             volumes: Vec::new(),
             message: None,
@@ -236,7 +229,8 @@ impl Mounts {
             let found = mounted.source.open().map_err(failed(&mounted.what))?;
             if let Some(point) = &mounted.point {
                 // If this fails, the mount point may exist already. If it does not, the runtime reports the error.
-                point.make(found.is_folder(), &opened).ok();
+                let folder = mounted.source.is_folder(&found);
+                point.make(folder, &opened).ok();
             }
             named.binds.push(bind(mounted, found.path.clone()));
             if let Some((_, rest)) = self.message.as_ref().filter(|(mount, _)| *mount == index) {
@@ -266,6 +260,7 @@ fn bind(mounted: &Mounted, source: PathBuf) -> Bind {
         source,
         target: mounted.target.clone(),
         read_only: mounted.read_only,
+        image: mounted.image,
     }
 }
 
@@ -286,6 +281,7 @@ mod tests {
             target: "/v".into(),
             read_only: false,
             needs_descriptor,
+            image: None,
             point: None,
         };
         let image = pb::ResolvedImage {

@@ -25,7 +25,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use self::{
     holder::{Held, Holder},
     names::Names,
-    pasta::{Pasta, PastaError},
+    pasta::{Pasta, PastaError, Way},
 };
 use super::children::Children;
 use crate::launch::{ids::Ids, network::protocol::Family};
@@ -170,6 +170,8 @@ pub(crate) struct Tools<'a> {
     pub(crate) users: &'a [String],
     /// The environment of the runtime, whose `PATH` may have pasta.
     pub(crate) env: &'a HashMap<String, String>,
+    /// Whether a network of the pod's own reaches the node's IPv6 networks too.
+    pub(crate) ipv6: bool,
 }
 
 /// The network, and what it lacks.
@@ -236,7 +238,7 @@ pub(crate) async fn bring_up(tools: &Tools<'_>, wish: Wish) -> anyhow::Result<Up
             vec![format!("it reaches no other network: {}", chain(&error))],
         ),
     };
-    let names = Names::find();
+    let names = Names::find(tools.ipv6);
     if names == Names::Lost {
         lacks.push(names::LOST.to_owned());
     }
@@ -267,8 +269,12 @@ fn private(holder: Arc<Holder>, held: Held, names: Names) -> Private {
 }
 
 async fn lead_out(tools: &Tools<'_>, holder: &Arc<Holder>) -> Result<Pasta, PastaError> {
-    let path = tools.env.get("PATH").map(String::as_str);
-    let mut pasta = Pasta::start(tools.children, path.unwrap_or_default(), holder.pid)?;
+    let way = Way {
+        path: tools.env.get("PATH").map_or("", String::as_str),
+        holder: holder.pid,
+        ipv6: tools.ipv6,
+    };
+    let mut pasta = Pasta::start(tools.children, &way)?;
     pasta.wait_until_routed(holder).await?;
     Ok(pasta)
 }

@@ -30,9 +30,9 @@
 //! A main container with a postStart hook holds up those behind it in the list until the hook has ended. A preStop hook may
 //! take the whole grace period; its program still gets a moment between TERM and KILL.
 //!
-//! A container is stopped because the pod is, or alone if a probe found that it is not live any more. In the second case
-//! it is restarted whatever its exit code, unless its restart rule is `Never`: a program that ends well on TERM was not well
-//! before.
+//! A container is stopped because the pod is, or alone if a probe found that it is not live any more or if it has another
+//! image. In the second case it is restarted whatever its exit code, unless its restart rule is `Never`: a program that ends
+//! well on TERM was not well before. In the third case it is always restarted.
 //!
 //! # The pod
 //!
@@ -425,6 +425,11 @@ impl Backoff {
             max,
             next: Duration::ZERO,
         }
+    }
+
+    /// Begins anew, as for a container that has not ended yet.
+    pub(crate) fn reset(&mut self) {
+        self.next = Duration::ZERO;
     }
 
     /// How long to wait after an attempt that ran for `ran`.

@@ -92,7 +92,7 @@ impl Pod {
             ),
             oom: OomCounter::find(),
             cgroup: JobCgroup::find(),
-            volumes: Volumes::create(&spec.volumes, &scratch, &host_paths)?
+            volumes: Volumes::create(&spec.volumes, &scratch, &host_paths, &job.images)?
                 .with_site_binds(&job.site_binds),
             scratch,
             children: Children::default(),
@@ -120,6 +120,7 @@ impl Pod {
             agent: &self.agent,
             users: &self.mounting.users,
             env: &self.job.runtime_env,
+            ipv6: self.settings().network_ipv6,
         };
         let up = network::bring_up(&tools, wish).await?;
         if let Network::Private(private) = &up.network {
@@ -156,7 +157,7 @@ impl Pod {
     /// The image that the agent resolved for the container of this name.
     pub(crate) fn image(&self, container: &str) -> pb::ResolvedImage {
         let mut images = self.job.images.iter();
-        let image = images.find(|image| image.container == container);
+        let image = images.find(|image| image.volume.is_empty() && image.container == container);
         image.cloned().unwrap_or_default()
     }
 }

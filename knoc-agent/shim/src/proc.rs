@@ -15,6 +15,13 @@ pub(crate) fn start_time(pid: u32) -> Option<u64> {
     field(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?, 19)
 }
 
+/// Whether `pid` does not exist any more, or only until its parent takes note of its end.
+pub(crate) fn has_ended(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+    let state = stat.ok().and_then(|stat| field::<char>(&stat, 0));
+    state.is_none_or(|state| matches!(state, 'Z' | 'X'))
+}
+
 /// Whether `pid` is in the network namespace of this process.
 pub(crate) fn same_network(pid: u32) -> bool {
     let name = |of: &str| fs::read_link(format!("/proc/{of}/ns/net")).ok();
@@ -113,6 +120,7 @@ mod tests {
         assert_eq!(field::<u64>(stat, 19), Some(777));
         assert!(start_time(std::process::id()).is_some_and(|time| time > 0));
         assert_eq!(start_time(0), None);
+        assert!(has_ended(0) && !has_ended(std::process::id()));
     }
 
     #[test]

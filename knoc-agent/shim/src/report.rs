@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use super::{
     container::Ended,
     plan::{Health, Phase, Time},
-    role::{ContainerSpec, Role},
+    role::{ContainerSpec, RestartRule, Role},
 };
 
 /// How many notes are kept.
@@ -47,6 +47,24 @@ pub(crate) struct History {
     /// How the last attempt ended, and the one before.
     pub(crate) ended: Option<pb::Terminated>,
     pub(crate) ended_before: Option<pb::Terminated>,
+    /// What the running attempt, or the last one, was started with.
+    pub(crate) image: Option<RanImage>,
+}
+
+/// The image of an attempt. That of the container may be another one by now.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct RanImage {
+    pub(crate) image: String,
+    image_id: String,
+}
+
+impl RanImage {
+    pub(crate) fn of(spec: &ContainerSpec) -> Self {
+        Self {
+            image: spec.container.image.clone(),
+            image_id: spec.image.image_id.clone(),
+        }
+    }
 }
 
 /// The current state of one container.
@@ -55,6 +73,8 @@ pub(crate) struct Situation<'a> {
     pub(crate) phase: Phase,
     pub(crate) health: Health,
     pub(crate) history: &'a History,
+    /// Whether it is restarted once it has ended.
+    pub(crate) restart: RestartRule,
     /// Why an ephemeral container does not start yet: its target does not run.
     pub(crate) target_missing: Option<&'a str>,
 }
@@ -92,7 +112,7 @@ fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) 
             started_at: history.started_at.map(nanos).unwrap_or_default(),
         }),
         Phase::Exited { restart_at, .. } => {
-            if context.stopping || phase.is_final(spec.restart_after(phase.code())) {
+            if context.stopping || phase.is_final(now.restart) {
                 return State::Terminated(history.ended.clone().unwrap_or_default());
             }
             if context.now < restart_at {
@@ -143,6 +163,7 @@ pub(crate) fn status(
         phase,
         health,
         history,
+        restart: _,
         target_missing: _,
     } = now;
     let state = state(spec, now, context);
@@ -157,15 +178,23 @@ pub(crate) fn status(
     } else {
         &history.ended
     };
+    let ran = history.image.clone();
+    let ran = ran.unwrap_or_else(|| RanImage::of(spec));
+    let next = &spec.container.image;
     pb::ContainerStatus {
         name: spec.name().to_owned(),
+        next_image: if *next == ran.image {
+            String::new()
+        } else {
+            next.clone()
+        },
         state: Some(state),
         last_termination: last.clone(),
         restart_count: i32::try_from(history.attempt).unwrap_or(i32::MAX),
         ready,
         started: health.started,
-        image: spec.container.image.clone(),
-        image_id: spec.image.image_id.clone(),
+        image: ran.image,
+        image_id: ran.image_id,
         container_id: if phase == Phase::Idle {
             String::new()
         } else {
@@ -321,10 +350,7 @@ async fn write(jobdir: &JobDir, report: pb::Report) -> Result<(), String> {
 mod tests {
     use tokio::task::JoinSet;
 
-    use super::{
-        super::role::{RestartRule, SlotId},
-        *,
-    };
+    use super::{super::role::SlotId, *};
 
     /// How long a test waits for a level, in paused time.
     const SOON: Duration = Duration::from_hours(1);
@@ -379,6 +405,7 @@ mod tests {
                 phase,
                 health,
                 history: &history,
+                restart: RestartRule::Always,
                 target_missing: None,
             };
             let status = status(&spec(role), situation, &context, String::new());
@@ -430,6 +457,7 @@ mod tests {
                 phase,
                 health: Health::down(),
                 history: &history,
+                restart: RestartRule::Always,
                 target_missing: None,
             };
             let context = StatusContext {

@@ -11,6 +11,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::sif::Part;
+
 /// Where the launcher and its socket lie inside a container.
 pub(crate) const INSIDE: &str = knoc_proto::pod::KNOC_FOLDER;
 
@@ -23,6 +25,8 @@ pub(crate) struct Bind {
     pub target: PathBuf,
     /// Whether the mount is read-only.
     pub read_only: bool,
+    /// If the source is an image file: the part of it whose files are mounted.
+    pub image: Option<Part>,
 }
 
 /// How the container sees the image's files.

@@ -225,6 +225,24 @@ impl Shim for Service {
         }
     }
 
+    async fn update_image(
+        &self,
+        request: Request<pb::UpdateImageRequest>,
+    ) -> Result<Response<pb::UpdateImageResponse>, Status> {
+        let image = request.into_inner().image.unwrap_or_default();
+        let (answer, updated) = oneshot::channel();
+        self.command(Command::UpdateImage {
+            image: Box::new(image),
+            answer,
+        })
+        .await?;
+        match updated.await {
+            Ok(Ok(())) => Ok(Response::new(pb::UpdateImageResponse {})),
+            Ok(Err(why)) => Err(ErrorReason::InvalidRequest.status(why)),
+            Err(_) => Err(ErrorReason::NotRunning.status("the pod has ended")),
+        }
+    }
+
     async fn get_stats(
         &self,
         _request: Request<pb::ShimGetStatsRequest>,

@@ -17,6 +17,11 @@ impl Identity {
         proc::start_time(pid).map(|start| Self { pid, start })
     }
 
+    /// Whether the process has not ended yet. One that has ended exists until its parent takes note of it.
+    pub(crate) fn runs(self) -> bool {
+        self.lives() && !proc::has_ended(self.pid)
+    }
+
     /// Whether the process still exists.
     pub(crate) fn lives(self) -> bool {
         proc::start_time(self.pid) == Some(self.start)

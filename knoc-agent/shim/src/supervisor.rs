@@ -5,6 +5,7 @@
 //! What is known about a container is in its [`slot`], which attempts refer to by its [`SlotId`].
 
 mod ephemeral;
+mod image;
 mod probing;
 mod slot;
 mod slots;
@@ -82,6 +83,11 @@ pub(crate) enum Command {
         image: Box<pb::ResolvedImage>,
         answer: oneshot::Sender<Result<(), String>>,
     },
+    /// Another image for the container that it names.
+    UpdateImage {
+        image: Box<pb::ResolvedImage>,
+        answer: oneshot::Sender<Result<(), String>>,
+    },
 }
 
 struct Stop {
@@ -134,8 +140,13 @@ impl Supervisor {
         };
         let mut slots = Slots::new(pod.spec().restart_policy(), backoff);
         for (role, container) in pod.containers() {
-            let (name, container) = (&container.name, container.clone());
-            slots.add(role, container, pod.image(name), before(name))?;
+            let (image, mut container) = (pod.image(&container.name), container.clone());
+            // The shape in the job file may be newer than the images.
+            if !image.image.is_empty() {
+                container.image.clone_from(&image.image);
+            }
+            let before = before(&container.name);
+            slots.add(role, container, image, before)?;
         }
         Ok(Self {
             pod,
@@ -279,6 +290,10 @@ impl Supervisor {
                 // The caller may have gone away.
                 answer.send(self.add_ephemeral(*container, *image)).ok();
             }
+            Command::UpdateImage { image, answer } => {
+                // The caller may have gone away.
+                answer.send(self.update_image(*image)).ok();
+            }
         }
     }
 
@@ -357,6 +372,7 @@ impl Supervisor {
             return;
         };
         let written = slot.begin();
+        slot.target = target;
         let attempt = Attempt {
             spec: Arc::clone(&slot.spec),
             number: slot.history.attempt,
@@ -398,6 +414,10 @@ impl Supervisor {
         let Some(slot) = self.slots.get_mut(id) else {
             return;
         };
+        if slot.has_lost_target() {
+            slot.take_back();
+            return;
+        }
         slot.end(ended, container_id(&self.pod, slot), now);
         let losses = &ended.losses;
         note_lost_lines(slot, &mut self.publisher, losses);
@@ -430,6 +450,7 @@ impl Supervisor {
                 phase: slot.phase,
                 health: slot.health,
                 history: &slot.history,
+                restart: slot.restart(),
                 target_missing: missing.as_deref(),
             };
             let id = container_id(&self.pod, slot);

@@ -24,7 +24,10 @@ use knoc_proto::{
     pod::PodValues,
 };
 
-use super::scratch::{NoMemory, Scratch, ScratchError};
+use super::{
+    scratch::{NoMemory, Scratch, ScratchError},
+    sif::{self, Part, SifError},
+};
 use crate::launch::contain::{
     host::{HostSource, Kind},
     spec::{self, Point},
@@ -55,6 +58,12 @@ pub(crate) enum VolumeError {
     /// The site file was changed between the pod's admission and the submission of its job.
     #[error("the site file no longer maps the volume {0:?} to a path of its nodes")]
     Unmapped(String),
+    #[error("volume {volume:?}")]
+    Image {
+        volume: String,
+        #[source]
+        source: SifError,
+    },
     #[error("volume {volume:?}: the path {path:?} is not valid")]
     Malformed {
         volume: String,
@@ -86,6 +95,8 @@ pub(crate) struct Mounted {
     pub(crate) read_only: bool,
     /// Whether a container can change what the source's path leads to, so that it must be mounted by descriptor.
     pub(crate) needs_descriptor: bool,
+    /// If the source is an image file: the part of it whose files are mounted.
+    pub(crate) image: Option<Part>,
     /// Where the mount point lies; set by [`super::mount_points`].
     pub(crate) point: Option<Point>,
 }
@@ -127,6 +138,8 @@ enum Place {
     Files(PathBuf),
     /// At a path of the node. It is opened when it is mounted.
     Host(pb::HostPath),
+    /// In an image: a part of a file, or a sandbox.
+    Image(spec::Source, Option<Part>),
 }
 
 impl Place {
@@ -136,6 +149,7 @@ impl Place {
         folder: &str,
         scratch: &Scratch,
         host_paths: &pb::HostPathPolicy,
+        images: &[pb::ResolvedImage],
     ) -> Result<Self, VolumeError> {
         let failed = |source| VolumeError::File {
             volume: volume.name.clone(),
@@ -170,6 +184,20 @@ impl Place {
                 Self::Files(path)
             }
             Some(Source::HostPath(host)) => Self::Host(host.clone()),
+            Some(Source::Image(_)) => {
+                let mut images = images.iter();
+                let image = images.find(|image| image.volume == volume.name);
+                let image = image.ok_or_else(|| VolumeError::Unknown(volume.name.clone()))?;
+                let (source, path) = (spec::Source::of_image(image), Path::new(&image.path));
+                let part = source.is_image_file().then(|| sif::part(path)).transpose();
+                Self::Image(
+                    source,
+                    part.map_err(|source| VolumeError::Image {
+                        volume: volume.name.clone(),
+                        source,
+                    })?,
+                )
+            }
             Some(
                 Source::Nfs(pb::NfsVolume { read_only, .. })
                 | Source::Csi(pb::CsiVolume { read_only, .. }),
@@ -194,12 +222,13 @@ impl Volumes {
         volumes: &[pb::Volume],
         scratch: &Scratch,
         host_paths: &pb::HostPathPolicy,
+        images: &[pb::ResolvedImage],
     ) -> Result<Self, VolumeError> {
         let mut roots = Vec::new();
         for (index, volume) in volumes.iter().enumerate() {
             roots.push(Root {
                 name: volume.name.clone(),
-                place: Place::create(volume, &format!("v{index}"), scratch, host_paths)?,
+                place: Place::create(volume, &format!("v{index}"), scratch, host_paths, images)?,
                 limit: limit(volume),
             });
         }
@@ -249,6 +278,7 @@ impl Volumes {
                 read_only: !bind.writable,
                 // Only the site names the path.
                 needs_descriptor: false,
+                image: None,
                 point: None,
             }
         };
@@ -263,7 +293,7 @@ impl Volumes {
                 path: path.clone(),
                 bytes: root.limit?,
             }),
-            Place::Files(_) | Place::Host(_) => None,
+            Place::Files(_) | Place::Host(_) | Place::Image(..) => None,
         };
         self.roots.iter().filter_map(limit).collect()
     }
@@ -314,6 +344,7 @@ impl Volumes {
             target: PathBuf::from(&target),
             read_only: mount.read_only || read_only,
             needs_descriptor,
+            image: None,
             point: None,
         };
         let inside = |root: &PathBuf, path, make| spec::Source::Inside {
@@ -324,6 +355,11 @@ impl Volumes {
         Ok(match &root.place {
             Place::Folder(folder) => mounted(inside(folder, path, true), false, !whole),
             Place::Files(folder) => mounted(inside(folder, path, false), true, false),
+            // The agent accepts no path in an image: a link there could lead to a file of the node.
+            Place::Image(source, part) => Mounted {
+                image: *part,
+                ..mounted(source.clone(), true, false)
+            },
             Place::Host(host) => {
                 let source = spec::Source::Host(HostSource {
                     path: PathBuf::from(&host.path),
@@ -437,9 +473,14 @@ fn limit(volume: &pb::Volume) -> Option<u64> {
             let limit = u64::try_from(empty.size_limit_bytes).ok();
             limit.filter(|bytes| *bytes > 0)
         }
-        Some(Source::Files(_) | Source::HostPath(_) | Source::Nfs(_) | Source::Csi(_)) | None => {
-            None
-        }
+        Some(
+            Source::Files(_)
+            | Source::HostPath(_)
+            | Source::Image(_)
+            | Source::Nfs(_)
+            | Source::Csi(_),
+        )
+        | None => None,
     }
 }
 

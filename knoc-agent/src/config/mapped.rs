@@ -58,7 +58,7 @@ impl Policy {
         match source {
             Source::Nfs(nfs) => Some(self.mapped_nfs(nfs)),
             Source::Csi(csi) => Some(self.mapped_csi(csi)),
-            Source::EmptyDir(_) | Source::Files(_) | Source::HostPath(_) => None,
+            Source::EmptyDir(_) | Source::Files(_) | Source::HostPath(_) | Source::Image(_) => None,
         }
     }
 

@@ -8,11 +8,11 @@ use serde::Deserialize;
 #[serde(rename_all = "lowercase")]
 pub enum NetworkSetting {
     /// One of their own if the compute node can do it, else the node's.
+    #[default]
     Auto,
     /// One of their own. A pod fails on a node that cannot do it.
     Private,
     /// The compute node's.
-    #[default]
     Host,
 }
 

@@ -99,7 +99,10 @@ fn message(error: &WalkError) -> String {
              user and that nobody else can write to them, or set trust_shared_roots in the site file"
         ),
         WalkError::Io { source, .. } => source.to_string(),
-        WalkError::Leaves(_) | WalkError::TooLong(_) | WalkError::Guarded(_) => chain(error),
+        WalkError::Leaves(_)
+        | WalkError::TooLong(_)
+        | WalkError::Guarded(_)
+        | WalkError::Refused(_) => chain(error),
     }
 }
 

@@ -257,7 +257,10 @@ registries = []
 # The network of pods that ask for none: "private" is one of their own, in which they may listen on any port, and needs user
 # namespaces and, to reach other networks, pasta (package passt) on the compute nodes; "host" is the compute node's; "auto" is
 # private on nodes that can do it, else host. Pods with several tasks are in the node's network.
-# network = "host"  # default
+# network = "auto"  # default
+# A network of a pod's own reaches the node's IPv4 networks only; with true its IPv6 networks too, and then the pod has the node's
+# IPv6 addresses.
+# network_ipv6 = false  # default
 
 [limits]
 # Submissions: the sustained rate per second, the burst after an idle period, and the number of concurrent sbatch calls.

@@ -10,6 +10,8 @@ mod create;
 mod credentials;
 mod effects;
 mod ephemeral;
+mod images;
+mod reach;
 mod values;
 
 use std::{cmp::Ordering, sync::Arc, time::Duration};
@@ -72,6 +74,7 @@ struct Actor {
     version: String,
     values: values::Held,
     ephemeral: ephemeral::Adding,
+    updates: images::Updates,
     /// The credentials for its images: from the request that brought them until the images are there.
     credentials: Option<Arc<Credentials>>,
     effects: JoinSet<Event>,
@@ -185,6 +188,7 @@ impl NewActor {
             wants,
             values: values::Held::default(),
             ephemeral: ephemeral::Adding::default(),
+            updates: images::Updates::default(),
             credentials: None,
             unsaved: None,
             effects: JoinSet::new(),
@@ -226,6 +230,10 @@ impl Actor {
                     self.ephemeral_step(&pod, progress).await;
                     continue;
                 }
+                Some(progress) = self.updates.next() => {
+                    pod = self.image_step(pod, progress).await;
+                    continue;
+                }
                 input = inputs.recv() => match input {
                     Some(input) => input,
                     None => break,
@@ -242,6 +250,7 @@ impl Actor {
         self.effects.shutdown().await;
         self.staging.shutdown().await;
         self.ephemeral.end().await;
+        self.updates.end().await;
     }
 
     async fn take(&mut self, pod: Pod, input: Input) -> Pod {
@@ -260,7 +269,7 @@ impl Actor {
                 let pod = self.apply(pod, event).await;
                 self.push_values(&pod, reported);
                 self.add_ephemeral(&pod);
-                pod
+                self.update_images(pod).await
             }
             Input::Ensure {
                 spec,
@@ -318,11 +327,12 @@ impl Actor {
         let up = self.site.shim_links.client(&self.uid).is_some();
         if up {
             self.linked();
+            self.updates.linked().await;
         }
         let pod = self.apply(pod, Event::Link(up)).await;
         self.push_values(&pod, false);
         self.add_ephemeral(&pod);
-        pod
+        self.update_images(pod).await
     }
 
     /// Handles `EnsurePod` for a pod that exists: the same shape, an older generation, or a newer
@@ -362,8 +372,15 @@ impl Actor {
             return (pod, Err(error));
         }
         let facts = facts(&spec, &self.site.config);
-        self.spec = spec;
-        (self.apply(pod, Event::Update(facts)).await, Ok(()))
+        let before = std::mem::replace(&mut self.spec, spec);
+        let pod = self.apply(pod, Event::Update(facts)).await;
+        if !super::update::changes_images(&before, &self.spec) {
+            return (pod, Ok(()));
+        }
+        // What was looked up is not wanted any more.
+        self.staging.shutdown().await;
+        self.updates.retry_now().await;
+        (self.apply(pod, Event::LookAgain).await, Ok(()))
     }
 
     /// Performs one step and its effects.
@@ -377,6 +394,7 @@ impl Actor {
             // The images are for a pod that is no longer wanted.
             self.staging.abort_all();
             self.ephemeral.abort();
+            self.updates.abort();
             self.credentials = None;
         }
         if final_report {

@@ -12,7 +12,11 @@ use knoc_contract::jobdir::{
     atomic::{self, FileError},
 };
 use knoc_link::{CredentialsError, pinned::KeyPair};
-use knoc_proto::{error::chain, pb, pod::PodSpec};
+use knoc_proto::{
+    error::chain,
+    pb,
+    pod::{PodSpec, no_privileges},
+};
 use prost::Message as _;
 use tokio::{sync::mpsc, time::Instant};
 
@@ -87,21 +91,65 @@ impl Found {
     }
 }
 
-/// The location of the image of `container`, pulled if necessary. Tells the actor about pulls.
+/// An image that a pod needs.
+#[derive(Debug, Clone)]
+struct Wanted {
+    /// The container; of a volume the first one that mounts it.
+    container: pb::Container,
+    image: String,
+    policy: pb::PullPolicy,
+    /// The volume that it is for; empty: for the container itself.
+    volume: String,
+}
+
+impl Wanted {
+    fn of_container(container: &pb::Container) -> Self {
+        Self {
+            image: container.image.clone(),
+            policy: container.pull_policy(),
+            volume: String::new(),
+            container: container.clone(),
+        }
+    }
+
+    fn of_volume(spec: &PodSpec, volume: &pb::Volume) -> Option<Self> {
+        let Some(pb::volume::Source::Image(image)) = &volume.source else {
+            return None;
+        };
+        let mut all = spec.all_containers();
+        let mounts = |one: &&pb::Container| one.mounts.iter().any(|it| it.volume == volume.name);
+        Some(Self {
+            container: all.find(mounts).cloned().unwrap_or_default(),
+            image: image.reference.clone(),
+            policy: image.pull_policy(),
+            volume: volume.name.clone(),
+        })
+    }
+
+    /// All images of a pod: those of the containers, then those of the volumes.
+    fn all(spec: &PodSpec) -> Vec<Self> {
+        let volumes = spec.volumes.iter();
+        let volumes = volumes.filter_map(|volume| Self::of_volume(spec, volume));
+        let containers = spec.all_containers().map(Self::of_container);
+        containers.chain(volumes).collect()
+    }
+}
+
+/// The location of an image, pulled if necessary. Tells the actor about pulls.
 async fn image(
     site: &Site,
     spec: &PodSpec,
-    container: pb::Container,
+    wanted: Wanted,
     credentials: &Credentials,
     own: &mpsc::WeakSender<Input>,
 ) -> Result<(pb::ResolvedImage, Option<Hold>), StageError> {
-    let container = &container;
+    let container = &wanted.container;
     let began = Instant::now();
     let watch = PullWatch::default();
     let resolving = site.images.resolve_watched(
-        &container.image,
-        container.pull_policy(),
-        credentials.of(&container.image),
+        &wanted.image,
+        wanted.policy,
+        credentials.of(&wanted.image),
         &watch,
     );
     tokio::pin!(resolving);
@@ -114,7 +162,7 @@ async fn image(
                 let first = next == WORTH_A_NOTE;
                 let how_far = watch.progress().filter(|_| !first);
                 let how_far = how_far.map_or_else(String::new, |text| format!(": {text}"));
-                let message = format!("Pulling image {:?}{how_far}", container.image);
+                let message = format!("Pulling image {:?}{how_far}", wanted.image);
                 note(own, container, "Pulling", message).await;
                 next = if first { PROGRESS } else { next.saturating_mul(2) };
             }
@@ -122,15 +170,15 @@ async fn image(
     };
     let resolved = resolved.map_err(|error| StageError {
         container: container.name.clone(),
-        image: container.image.clone(),
+        image: wanted.image.clone(),
         reason: error.reason().to_owned(),
         message: error.waiting(),
     })?;
-    match pulled(&container.image, &watch, began.elapsed()) {
+    match pulled(&wanted.image, &watch, began.elapsed()) {
         Some(message) => note(own, container, "Pulled", message).await,
-        None => tell(own, present(container)).await,
+        None => tell(own, present(&container.name, &wanted.image)).await,
     }
-    answer(spec, container, resolved).map_err(|message| StageError {
+    answer(spec, &wanted, resolved).map_err(|message| StageError {
         container: container.name.clone(),
         image: String::new(),
         reason: "CreateContainerConfigError".to_owned(),
@@ -177,42 +225,67 @@ async fn tell(own: &mpsc::WeakSender<Input>, note: Note) {
 }
 
 /// The note about an image that needed no pull.
-pub(crate) fn present(container: &pb::Container) -> Note {
+fn present(container: &str, image: &str) -> Note {
     Note {
         warning: false,
         reason: "Pulled",
         message: format!(
-            "Container image {:?} already present on machine and can be accessed by the pod",
-            container.image
+            "Container image {image:?} already present on machine and can be accessed by the pod"
         ),
-        container: container.name.clone(),
+        container: container.to_owned(),
     }
 }
 
-/// The image of one ephemeral container.
-pub(crate) async fn image_of(
-    site: &Site,
-    spec: &PodSpec,
-    name: &str,
-    credentials: &Credentials,
-    own: &mpsc::WeakSender<Input>,
-) -> Result<Found, StageError> {
-    let container = spec.ephemeral_container(name).cloned();
-    let found = image(site, spec, container.unwrap_or_default(), credentials, own).await?;
-    Ok(Found::new(vec![found]))
+/// The notes about the images of a pod none of which needed a pull.
+pub(crate) fn all_present(spec: &PodSpec) -> Vec<Note> {
+    let all = Wanted::all(spec).into_iter();
+    all.map(|wanted| present(&wanted.container.name, &wanted.image))
+        .collect()
 }
 
-/// The image of `container`, without a note. `None` if there is none yet; the usual staging then reports the reason.
-async fn image_without_note(
+/// The image of one container.
+pub(crate) async fn image_of(
     site: &Site,
     spec: &PodSpec,
     container: pb::Container,
     credentials: &Credentials,
+    own: &mpsc::WeakSender<Input>,
+) -> Result<Found, StageError> {
+    let wanted = Wanted::of_container(&container);
+    let found = image(site, spec, wanted, credentials, own).await?;
+    Ok(Found::new(vec![found]))
+}
+
+/// Whether the site's policy allows a container that was not part of the pod, or had another image, when the pod was
+/// admitted.
+pub(crate) fn allowed(site: &Site, container: &pb::Container) -> Result<(), StageError> {
+    let refused = |reason: &str, message: String| StageError {
+        container: container.name.clone(),
+        image: String::new(),
+        reason: reason.to_owned(),
+        message,
+    };
+    if container.privileged && !site.policy.now().maps_privileged() {
+        let message = no_privileges(&container.name);
+        return Err(refused("CreateContainerConfigError", message));
+    }
+    let checked = site.images.check(&container.image);
+    checked.map_err(|error| refused(error.reason(), error.to_string()))
+}
+
+/// The image, without a note. `None` if there is none yet; the usual staging then reports the reason.
+async fn image_without_note(
+    site: &Site,
+    spec: &PodSpec,
+    wanted: Wanted,
+    credentials: &Credentials,
 ) -> Option<(pb::ResolvedImage, Option<Hold>)> {
-    let (policy, credentials) = (container.pull_policy(), credentials.of(&container.image));
-    let resolved = site.images.resolve(&container.image, policy, credentials);
+    let credentials = credentials.of(&wanted.image);
+    let resolved = site
+        .images
+        .resolve(&wanted.image, wanted.policy, credentials);
     let resolved = resolved.await.ok()?;
-    answer(spec, &container, resolved).ok()
+    answer(spec, &wanted, resolved).ok()
 }
 
 /// The images of a pod if all of them are found within [`CACHE_LOOKUP`]. Otherwise the pod is staged as
@@ -222,9 +295,8 @@ pub(crate) async fn cached_images(
     spec: &PodSpec,
     credentials: Arc<Credentials>,
 ) -> Option<Found> {
-    let resolving = spec
-        .all_containers()
-        .map(|container| image_without_note(site, spec, container.clone(), &credentials));
+    let resolving = Wanted::all(spec).into_iter();
+    let resolving = resolving.map(|wanted| image_without_note(site, spec, wanted, &credentials));
     let resolving: Vec<_> = resolving.collect();
     let resolving = stream::iter(resolving).buffered(IMAGES_AT_ONCE);
     let found = tokio::time::timeout(CACHE_LOOKUP, resolving.collect::<Vec<_>>());
@@ -235,17 +307,26 @@ pub(crate) async fn cached_images(
 /// The resolved image as the job file has it, or why the container must not be started with it.
 fn answer(
     spec: &PodSpec,
-    container: &pb::Container,
+    wanted: &Wanted,
     resolved: crate::image::ResolvedImage,
 ) -> Result<(pb::ResolvedImage, Option<Hold>), String> {
-    let own_file = resolved.file.is_some();
-    non_root::check(spec, container, &resolved.config.user, own_file)?;
+    let of_container = wanted.volume.is_empty();
+    if of_container {
+        let own_file = resolved.file.is_some();
+        non_root::check(spec, &wanted.container, &resolved.config.user, own_file)?;
+    }
     let image = pb::ResolvedImage {
-        container: container.name.clone(),
+        container: if of_container {
+            wanted.container.name.clone()
+        } else {
+            String::new()
+        },
+        volume: wanted.volume.clone(),
         path: resolved.path.to_string_lossy().into_owned(),
         image_id: resolved.image_id,
         config: Some(resolved.config),
         file: resolved.file,
+        image: wanted.image.clone(),
     };
     Ok((image, resolved.hold))
 }
@@ -326,9 +407,8 @@ pub(crate) async fn resolve(
     credentials: Arc<Credentials>,
     own: mpsc::WeakSender<Input>,
 ) -> Result<Found, StageError> {
-    let images = spec
-        .all_containers()
-        .map(|container| image(&site, &spec, container.clone(), &credentials, &own));
+    let images = Wanted::all(&spec).into_iter();
+    let images = images.map(|wanted| image(&site, &spec, wanted, &credentials, &own));
     // Collected, because a stream over the borrowing iterator is not `Send` and could not be
     // spawned.
     let images: Vec<_> = images.collect();
@@ -368,6 +448,7 @@ pub(crate) fn job_file(
             memory_on_disk: config.values.memory_fallback == MemoryFallback::Disk,
             log_max_pod_bytes: config.logs.max_pod_bytes,
             network: pb::NetworkMode::from(config.job.network).into(),
+            network_ipv6: config.job.network_ipv6,
         }),
         cluster_id,
         version: site.versions.own().to_owned(),

@@ -49,7 +49,7 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
             };
             before_job::stage_failed(&mut pod, failure, now)
         }
-        Event::Credentials => before_job::credentials(&mut pod),
+        Event::LookAgain => before_job::look_again(&mut pod),
         Event::Submitted(submitted) => before_job::submitted(&mut pod, submitted, now),
         Event::SubmitFailed { kind, message } => {
             before_job::submit_failed(&mut pod, kind, message, now)

@@ -15,8 +15,17 @@ pub(super) fn merged(old: &pb::PodSpec, new: PodSpec) -> PodSpec {
     PodSpec::accepted_before(uid, new)
 }
 
-/// Whether `new` may replace `old`. Labels and annotations may change, `activeDeadlineSeconds` may
-/// be lowered, and ephemeral containers may be added.
+/// Whether a container has another image in `new` than in `old`.
+pub(super) fn changes_images(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
+    let images = |spec: &pb::PodSpec| -> Vec<String> {
+        let all = spec.init_containers.iter().chain(&spec.containers);
+        all.map(|container| container.image.clone()).collect()
+    };
+    images(old) != images(new)
+}
+
+/// Whether `new` may replace `old`. Labels, annotations and images may change, `activeDeadlineSeconds`
+/// may be lowered, and ephemeral containers may be added.
 pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String> {
     let deadline_falls = new.active_deadline_seconds > 0
         && (old.active_deadline_seconds == 0
@@ -33,19 +42,24 @@ pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String
             ));
         }
     }
-    let comparable = |spec: &pb::PodSpec| pb::PodSpec {
-        generation: 0,
-        active_deadline_seconds: 0,
-        ephemeral_containers: Vec::new(),
-        labels: std::collections::HashMap::default(),
-        annotations: std::collections::HashMap::default(),
-        ..spec.clone()
+    let comparable = |spec: &pb::PodSpec| {
+        let mut spec = pb::PodSpec {
+            generation: 0,
+            active_deadline_seconds: 0,
+            ephemeral_containers: Vec::new(),
+            labels: std::collections::HashMap::default(),
+            annotations: std::collections::HashMap::default(),
+            ..spec.clone()
+        };
+        let containers = spec.init_containers.iter_mut().chain(&mut spec.containers);
+        containers.for_each(|container| container.image.clear());
+        spec
     };
     if same(&comparable(old), &comparable(new)) {
         Ok(())
     } else {
         Err(format!(
-            "pod {} exists: only labels, annotations and a lower activeDeadlineSeconds may change, and ephemeral containers may be added",
+            "pod {} exists: only labels, annotations, images and a lower activeDeadlineSeconds may change, and ephemeral containers may be added",
             old.uid
         ))
     }
@@ -109,6 +123,18 @@ mod tests {
         with(|_| ()).unwrap();
         with(|spec| spec.active_deadline_seconds = 30).unwrap();
         with(|spec| drop(spec.labels.insert("a".into(), "b".into()))).unwrap();
+        let with_image = |image: &str, args: &[&str]| pb::PodSpec {
+            containers: vec![pb::Container {
+                image: image.into(),
+                args: args.iter().map(|&arg| arg.into()).collect(),
+                ..Default::default()
+            }],
+            ..old.clone()
+        };
+        let (one, other) = (with_image("a", &[]), with_image("b", &[]));
+        allowed(&one, &other).unwrap();
+        assert!(changes_images(&one, &other) && !changes_images(&one, &one));
+        allowed(&one, &with_image("b", &["x"])).unwrap_err();
         with(|spec| spec.active_deadline_seconds = 90).unwrap_err();
         with(|spec| spec.active_deadline_seconds = 0).unwrap_err();
         with(|spec| spec.hostname = "x".into()).unwrap_err();

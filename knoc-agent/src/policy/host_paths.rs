@@ -47,7 +47,7 @@ fn problem(
         Source::HostPath(host) => ("hostPath.path", &host.claim, host.read_only),
         Source::Nfs(nfs) => ("nfs", &nfs.claim, nfs.read_only),
         Source::Csi(csi) => ("csi", &csi.claim, csi.read_only),
-        Source::EmptyDir(_) | Source::Files(_) => return None,
+        Source::EmptyDir(_) | Source::Files(_) | Source::Image(_) => return None,
     };
     let path = match (source, policy.mapped(source)) {
         (_, Some(mapped)) => mapped,

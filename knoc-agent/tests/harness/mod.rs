@@ -146,6 +146,7 @@ impl Job {
                     ..Default::default()
                 }),
                 file: None,
+                ..Default::default()
             })
             .collect();
         self.dir.write_spec(&self.file).unwrap();

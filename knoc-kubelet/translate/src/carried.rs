@@ -424,6 +424,7 @@ carried! {
             empty_dir: Option<core::EmptyDirVolumeSource>,
             host_path: Option<core::HostPathVolumeSource>,
             ephemeral: Option<core::EphemeralVolumeSource>,
+            image: Option<core::ImageVolumeSource>,
             name: String,
             nfs: Option<core::NFSVolumeSource>,
             persistent_volume_claim: Option<core::PersistentVolumeClaimVolumeSource>,
@@ -433,7 +434,7 @@ carried! {
         elsewhere {}
         left {
             aws_elastic_block_store, azure_disk, azure_file, cephfs, cinder, csi, fc, flex_volume, flocker,
-            gce_persistent_disk, git_repo, glusterfs, image, iscsi,
+            gce_persistent_disk, git_repo, glusterfs, iscsi,
             photon_persistent_disk, portworx_volume, quobyte, rbd, scale_io, storageos, vsphere_volume,
         }
     }
@@ -455,6 +456,13 @@ carried! {
     /// The source `nfs`, of a pod or of a PersistentVolume.
     NfsVolume of core::NFSVolumeSource, judged as "NFSVolumeSource" {
         taken { path: String, read_only: Option<bool>, server: String }
+        elsewhere {}
+        left {}
+    }
+
+    /// The source `image`: the files of an image.
+    ImageVolume of core::ImageVolumeSource, judged as "ImageVolumeSource" {
+        taken { pull_policy: Option<String>, reference: Option<String> }
         elsewhere {}
         left {}
     }

@@ -204,7 +204,7 @@ fn in_container(path: &str) -> String {
 }
 
 /// The default of the API server: `Always` for `:latest` or no tag, otherwise `IfNotPresent`.
-fn pull_policy(policy: Option<&str>, image: &str) -> pb::PullPolicy {
+pub(crate) fn pull_policy(policy: Option<&str>, image: &str) -> pb::PullPolicy {
     match policy {
         Some("Always") => pb::PullPolicy::Always,
         Some("Never") => pb::PullPolicy::Never,

@@ -264,7 +264,13 @@ fn volume_files(
 ) -> Option<pb::VolumeFiles> {
     let mut missing = Vec::new();
     let files = match volume::source(volume) {
-        Ok(Source::EmptyDir(_) | Source::HostPath(_) | Source::Nfs(_) | Source::Claim(_)) => None,
+        Ok(
+            Source::EmptyDir(_)
+            | Source::HostPath(_)
+            | Source::Image(_)
+            | Source::Nfs(_)
+            | Source::Claim(_),
+        ) => None,
         Ok(Source::Files(source)) => Some(files::files(pod, source, resolved, &mut missing)),
         Err(unknown) => {
             missing.push(unknown.to_string());
@@ -318,14 +324,19 @@ impl<'a> PodSpec<'a> {
         init.chain(self.containers).map(Container::from)
     }
 
-    /// The images of all containers, as the pod names them.
+    /// The images of all containers and volumes, as the pod names them.
     fn all_images(self) -> Vec<String> {
         let images = self
             .all_containers()
             .map(|container| container.image.clone());
         let ephemeral = ephemeral::containers(self).into_iter();
         let ephemeral = ephemeral.map(|one| one.container.image);
-        images.chain(ephemeral).flatten().collect()
+        let volumes = self.volumes.iter().flatten();
+        let volumes = volumes.filter_map(|volume| match volume::source(volume) {
+            Ok(Source::Image(image)) => Some(image.reference.clone()),
+            _ => None,
+        });
+        images.chain(ephemeral).chain(volumes).flatten().collect()
     }
 }
 

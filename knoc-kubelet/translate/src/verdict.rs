@@ -310,6 +310,10 @@ readiness counts for the pod's.
 doubles up to 5 minutes; it starts over once a container has run for 10 minutes. Meanwhile the container waits with `CrashLoopBackOff`. A
 site may choose other times (`[backoff]` of its site file).
 
+**Another image** for a container (`kubectl set image pod/…`) restarts it in the running job, whatever its restart policy is, once the image is
+on the login node. Until then, and if the image cannot be used, the container goes on with the one that it has, and an Event says why.
+A pod that waits in the queue starts with the new image. An init container that has ended is not run again.
+
 **Ephemeral containers** (`kubectl debug`) start in the running job, within its allocation, and are never restarted. They share the pod's
 volumes and network; one with a target waits with `CreateContainerConfigError` while the target does not run. Once the containers of the
 pod have ended, they are stopped with it. They reach only pods whose job was started by a KNoC that knows them, and need Kubernetes 1.33,

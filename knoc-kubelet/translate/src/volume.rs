@@ -5,9 +5,10 @@ use knoc_proto::{paths, pb};
 
 use super::{
     carried::{
-        ClaimVolume, ConfigMapVolume, DownwardApiVolume, EmptyDir, HostPathVolume, NfsVolume,
-        ProjectedVolume, SecretVolume, Volume,
+        ClaimVolume, ConfigMapVolume, DownwardApiVolume, EmptyDir, HostPathVolume, ImageVolume,
+        NfsVolume, ProjectedVolume, SecretVolume, Volume,
     },
+    container::pull_policy,
     quantity,
 };
 
@@ -18,6 +19,8 @@ pub(crate) enum Source<'a> {
     EmptyDir(EmptyDir<'a>),
     /// A path of the compute node.
     HostPath(HostPathVolume<'a>),
+    /// An image.
+    Image(ImageVolume<'a>),
     /// An NFS export.
     Nfs(NfsVolume<'a>),
     /// The volume that a claim is bound to.
@@ -79,6 +82,7 @@ pub(crate) fn source(volume: &core::Volume) -> Result<Source<'_>, UnknownSource>
         empty_dir,
         ephemeral,
         host_path,
+        image,
         name,
         nfs,
         persistent_volume_claim,
@@ -90,6 +94,9 @@ pub(crate) fn source(volume: &core::Volume) -> Result<Source<'_>, UnknownSource>
     }
     if let Some(host) = host_path {
         return Ok(Source::HostPath(host.into()));
+    }
+    if let Some(image) = image {
+        return Ok(Source::Image(image.into()));
     }
     if let Some(nfs) = nfs {
         return Ok(Source::Nfs(nfs.into()));
@@ -132,6 +139,14 @@ pub(crate) fn shape(volume: &core::Volume, problems: &mut Vec<String>) -> Option
                 pb::HostPath::default()
             });
             Some(pb::volume::Source::HostPath(host))
+        }
+        Ok(Source::Image(image)) => {
+            let reference = image.reference.clone().unwrap_or_default();
+            let policy = pull_policy(image.pull_policy.as_deref(), &reference);
+            Some(pb::volume::Source::Image(pb::ImageVolume {
+                reference,
+                pull_policy: policy.into(),
+            }))
         }
         Ok(Source::Nfs(nfs)) => {
             let nfs = self::nfs(nfs, String::new(), false);

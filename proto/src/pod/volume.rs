@@ -7,10 +7,21 @@ use crate::{names, paths, pb, pb::volume::Source};
 const ATTRIBUTES: usize = 64;
 const ATTRIBUTE_BYTES: usize = 4096;
 
+/// Whether the pod's volume of this name is an image.
+pub(super) fn is_image(spec: &pb::PodSpec, volume: &str) -> bool {
+    let mut all = spec.volumes.iter();
+    let found = all.find(|one| one.name == volume);
+    found.is_some_and(|one| matches!(one.source, Some(Source::Image(_))))
+}
+
 /// Records what is wrong with the source.
 pub(super) fn check(source: &Source, problems: &mut Vec<String>) {
     let claim = match source {
         Source::EmptyDir(_) | Source::Files(_) => return,
+        Source::Image(image) => {
+            plain("reference of an image volume", &image.reference, problems);
+            return;
+        }
         Source::HostPath(host) => {
             if let Err(error) = paths::in_container(&host.path) {
                 problems.push(format!("the host path {:?} {error}", host.path));
@@ -67,6 +78,44 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_the_whole_of_an_image_is_mounted() {
+        let mount = |sub_path: &str, sub_path_expr: &str| pb::PodSpec {
+            uid: "u".to_owned(),
+            namespace: "n".to_owned(),
+            name: "p".to_owned(),
+            containers: vec![pb::Container {
+                name: "main".to_owned(),
+                image: "i".to_owned(),
+                mounts: vec![pb::Mount {
+                    volume: "models".to_owned(),
+                    path: "/models".to_owned(),
+                    sub_path: sub_path.to_owned(),
+                    sub_path_expr: sub_path_expr.to_owned(),
+                    ..pb::Mount::default()
+                }],
+                ..pb::Container::default()
+            }],
+            volumes: vec![pb::Volume {
+                name: "models".to_owned(),
+                source: Some(Source::Image(pb::ImageVolume {
+                    reference: "models:1".to_owned(),
+                    ..pb::ImageVolume::default()
+                })),
+            }],
+            ..pb::PodSpec::default()
+        };
+        let problems = |spec: pb::PodSpec| match super::super::PodSpec::try_from(spec) {
+            Ok(_) => String::new(),
+            Err(invalid) => invalid.to_string(),
+        };
+        assert_eq!(problems(mount("", "")), "");
+        for spec in [mount("a", ""), mount("", "$(A)")] {
+            let text = problems(spec);
+            assert!(text.contains("the image volume \"models\""), "{text}");
+        }
+    }
+
+    #[test]
     fn a_source_from_another_version_or_with_strange_text_is_rejected() {
         let problems = |source: Source| {
             let mut problems = Vec::new();
@@ -99,5 +148,7 @@ mod tests {
         assert!(problems(csi("a\nb", 0)).contains("control characters"));
         let nfs = Source::Nfs(pb::NfsVolume::default());
         assert!(problems(nfs).contains("server"));
+        let image = Source::Image(pb::ImageVolume::default());
+        assert!(problems(image).contains("reference"));
     }
 }

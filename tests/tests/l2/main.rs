@@ -12,6 +12,7 @@ mod data;
 mod dial_out;
 mod flood;
 mod guide;
+mod image_updates;
 mod injection;
 mod install;
 mod knocctl;

@@ -313,6 +313,49 @@ async fn an_ephemeral_container_waits_for_its_target_and_ends_with_the_pod() -> 
 }
 
 #[tokio::test]
+async fn an_ephemeral_container_that_the_site_does_not_allow_holds_up_no_other()
+-> anyhow::Result<()> {
+    let options = Options {
+        tables: "[policy]\nhost_paths = [{ path = '/data' }]".into(),
+        ..Options::default()
+    };
+    let (_site, _agent, client) = Site::start(options).await?;
+    let mut pod = Pod::new("held", vec![shell("main", "exec sleep 600")]);
+    if let Some(spec) = &mut pod.request.spec {
+        spec.volumes = vec![pb::Volume {
+            name: "data".to_owned(),
+            source: Some(pb::volume::Source::HostPath(pb::HostPath {
+                path: "/data/x".to_owned(),
+                ..pb::HostPath::default()
+            })),
+        }];
+    }
+    pod.ensure(&client).await?;
+    pod.running(&client, SOON).await?;
+    let mut writes = shell("writes", "exit 0");
+    writes.mounts = vec![pb::Mount {
+        volume: "data".to_owned(),
+        path: "/data".to_owned(),
+        ..pb::Mount::default()
+    }];
+    let both = vec![writes, shell("fine", "exit 3")];
+    with_ephemeral(&pod, both).ensure(&client).await?;
+    ensure!(ended(&pod, &client, "fine").await? == 3);
+    let state = pod.state(&client).await?;
+    let writes = ephemeral(&state, "writes").and_then(|one| one.state.clone());
+    let Some(State::Waiting(waiting)) = writes else {
+        anyhow::bail!("{writes:?}");
+    };
+    ensure!(
+        waiting.reason == "CreateContainerConfigError"
+            && waiting.message.contains("/data/x")
+            && waiting.message.contains("readOnly: true"),
+        "{waiting:?}"
+    );
+    pod.remove(&client).await
+}
+
+#[tokio::test]
 async fn a_container_chooses_its_stop_signal_and_a_grace_period_is_lowered_while_it_stops()
 -> anyhow::Result<()> {
     let (site, _agent, client) = Site::start(Options::default()).await?;

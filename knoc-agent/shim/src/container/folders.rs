@@ -295,6 +295,7 @@ fn own_file(source: PathBuf, target: &Path, read_only: bool) -> Mounted {
         target: target.to_owned(),
         read_only,
         needs_descriptor: false,
+        image: None,
         point: None,
     }
 }

@@ -261,7 +261,7 @@ fn stage(shim: &UnixStream, spec: &MountSpec, opened: &[Found]) -> Result<Found,
     let on = |step: &str| ContainError::on(format!("{}: {step}", spec.what));
     if let Some(point) = &spec.point {
         // If this fails, the mount point may exist already. If it does not, the runtime reports the error.
-        point.make(found.is_folder(), opened).ok();
+        point.make(spec.source.is_folder(&found), opened).ok();
     }
     create_staging(&spec.staging, found.is_folder()).map_err(on("create its staging path"))?;
     let source = PathBuf::from(format!("/proc/self/fd/{}", found.fd.as_raw_fd()));

@@ -1,4 +1,4 @@
-//! How names are resolved in a network of the pod's own, if the compute node asks a resolver on its loopback interface.
+//! How names are resolved in a network of the pod's own, if it does not reach the resolver that the compute node asks.
 
 use std::{fs, net::IpAddr};
 
@@ -7,8 +7,9 @@ const NODE: &str = "/etc/resolv.conf";
 const RESOLVED: &str = "/run/systemd/resolve/resolv.conf";
 
 /// What the pod lacks if there are none.
-pub(super) const LOST: &str = "it resolves no names of other hosts: the compute node asks a resolver on its own loopback \
-                               interface (/etc/resolv.conf), and /run/systemd/resolve/resolv.conf names no other one";
+pub(super) const LOST: &str = "it resolves no names of other hosts: the compute node asks a resolver that the pod does not \
+                               reach, on the node's loopback interface or, without `network_ipv6`, over IPv6 \
+                               (/etc/resolv.conf), and /run/systemd/resolve/resolv.conf names no other one";
 
 /// The resolver settings for the pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,17 +23,19 @@ pub(super) enum Names {
 }
 
 impl Names {
-    pub(super) fn find() -> Self {
+    pub(super) fn find(ipv6: bool) -> Self {
         let read = |path: &str| fs::read_to_string(path).ok();
-        Self::choose(&read(NODE).unwrap_or_default(), read(RESOLVED))
+        Self::choose(&read(NODE).unwrap_or_default(), read(RESOLVED), ipv6)
     }
 
     /// PURE: as a kubelet does on a node with systemd-resolved.
-    fn choose(node: &str, resolved: Option<String>) -> Self {
-        if !is_local(node) {
+    fn choose(node: &str, resolved: Option<String>, ipv6: bool) -> Self {
+        let works = |text: &str| servers(text).any(|server| reaches(server, ipv6));
+        // Without any server, the resolver library asks one on the loopback interface; then the node has no names either.
+        if works(node) || servers(node).next().is_none() {
             return Self::OfNode;
         }
-        match resolved.filter(|text| !is_local(text) && servers(text).next().is_some()) {
+        match resolved.filter(|text| works(text)) {
             Some(text) => Self::Instead(text),
             None => Self::Lost,
         }
@@ -47,10 +50,9 @@ fn servers(text: &str) -> impl Iterator<Item = IpAddr> {
     })
 }
 
-/// Whether all servers are on the loopback interface. If only some are, the resolver library goes on to the others.
-fn is_local(text: &str) -> bool {
-    let mut all = servers(text).peekable();
-    all.peek().is_some() && all.all(|server| server.is_loopback())
+/// Whether a pod reaches the server. If it does not, the resolver library goes on to the next one.
+fn reaches(server: IpAddr, ipv6: bool) -> bool {
+    !server.is_loopback() && (ipv6 || server.is_ipv4())
 }
 
 #[cfg(test)]
@@ -58,11 +60,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_resolver_on_the_loopback_interface_is_replaced_or_lost() {
+    fn a_resolver_that_the_pod_does_not_reach_is_replaced_or_lost() {
         let local = "search x\nnameserver 127.0.0.53\noptions edns0\n";
         let real = "nameserver 10.0.0.1\n";
-        let choose =
-            |node: &str, resolved: Option<&str>| Names::choose(node, resolved.map(str::to_owned));
+        let choose = |node: &str, resolved: Option<&str>| {
+            Names::choose(node, resolved.map(str::to_owned), false)
+        };
         assert_eq!(choose(real, Some("")), Names::OfNode);
         assert_eq!(choose("", None), Names::OfNode);
         assert_eq!(
@@ -70,8 +73,11 @@ mod tests {
             Names::OfNode
         );
         assert_eq!(choose(local, Some(real)), Names::Instead(real.to_owned()));
-        for resolved in [None, Some(""), Some(local)] {
+        let ipv6 = "nameserver 2001:db8::1\n";
+        for resolved in [None, Some(""), Some(local), Some(ipv6)] {
             assert_eq!(choose(local, resolved), Names::Lost);
+            assert_eq!(choose(ipv6, resolved), Names::Lost);
         }
+        assert_eq!(Names::choose(ipv6, None, true), Names::OfNode);
     }
 }

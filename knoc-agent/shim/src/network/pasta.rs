@@ -43,6 +43,17 @@ const STDERR_BYTES: usize = 1024;
 /// The node's IPv4 routes.
 const ROUTES: &str = "/proc/self/net/route";
 
+/// What pasta is started for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Way<'a> {
+    /// Where the program is looked for first.
+    pub(super) path: &'a str,
+    /// The process whose namespaces are the pod's.
+    pub(super) holder: u32,
+    /// Whether the pod has the node's IPv6 addresses and routes too.
+    pub(super) ipv6: bool,
+}
+
 /// Folders in which pasta is looked for after those of `PATH`.
 const FOLDERS: &str = "/usr/bin:/bin:/usr/local/bin";
 
@@ -65,21 +76,22 @@ pub(crate) enum PastaError {
     Holder(#[source] io::Error),
 }
 
-/// A running pasta.
+/// A running pasta, which is killed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Pasta {
     child: Child,
+    children: Children,
     stderr: Arc<Mutex<Vec<u8>>>,
     /// Reads standard error.
     tasks: JoinSet<io::Result<()>>,
 }
 
 impl Pasta {
-    /// Starts it on the namespaces of the process `holder`.
-    pub(super) fn start(children: &Children, path: &str, holder: u32) -> Result<Self, PastaError> {
-        let program = find(path).ok_or(PastaError::Missing)?;
+    /// Starts it on the pod's namespaces.
+    pub(super) fn start(children: &Children, way: &Way<'_>) -> Result<Self, PastaError> {
+        let program = find(way.path).ok_or(PastaError::Missing)?;
         let routes = fs::read_to_string(ROUTES).unwrap_or_default();
-        let arguments = arguments(holder, interface(&routes));
+        let arguments = arguments(way, interface(&routes));
         let started = spawn(children, &program, &arguments);
         started.map_err(|source| PastaError::Start {
             path: program,
@@ -132,6 +144,13 @@ impl Pasta {
     }
 }
 
+impl Drop for Pasta {
+    /// It must not outlive its purpose: if the pod is in the node's network after all, nothing else would end it.
+    fn drop(&mut self) {
+        self.children.kill_group(self.child.pid);
+    }
+}
+
 fn find(path: &str) -> Option<PathBuf> {
     let folders = path.split(':').chain(FOLDERS.split(':'));
     let absolute = folders.filter(|folder| folder.starts_with('/'));
@@ -155,9 +174,9 @@ fn interface(routes: &str) -> Option<&str> {
     first.map(|(.., name)| name)
 }
 
-/// PURE: its arguments. `holder` is the process whose namespaces are the pod's.
-fn arguments(holder: u32, interface: Option<&str>) -> Vec<OsString> {
-    let namespace = |kind: &str| format!("/proc/{holder}/ns/{kind}");
+/// PURE: its arguments.
+fn arguments(way: &Way<'_>, interface: Option<&str>) -> Vec<OsString> {
+    let namespace = |kind: &str| format!("/proc/{}/ns/{kind}", way.holder);
     let mut arguments: Vec<OsString> = ["--foreground", "--quiet", "--config-net", "--no-map-gw"]
         .map(OsString::from)
         .into();
@@ -173,6 +192,10 @@ fn arguments(holder: u32, interface: Option<&str>) -> Vec<OsString> {
         ("--ns-ifname", INTERFACE),
     ] {
         arguments.extend([option, value].map(OsString::from));
+    }
+    // Otherwise pasta gives the pod the node's own IPv6 addresses.
+    if !way.ipv6 {
+        arguments.push("--ipv4-only".into());
     }
     if let Some(name) = interface {
         arguments.extend(["--interface", name].map(OsString::from));
@@ -208,6 +231,7 @@ fn spawn(children: &Children, program: &Path, arguments: &[OsString]) -> io::Res
     }
     Ok(Pasta {
         child,
+        children: children.clone(),
         stderr,
         tasks,
     })
@@ -239,16 +263,44 @@ mod tests {
 
     #[test]
     fn nothing_of_the_node_is_given_away() {
-        let all = arguments(7, Some("eth0"));
-        let all: Vec<_> = all.iter().map(|one| one.to_str().unwrap()).collect();
-        let line = all.join(" ");
+        let line = |ipv6| {
+            let way = Way {
+                path: "",
+                holder: 7,
+                ipv6,
+            };
+            let all = arguments(&way, Some("eth0"));
+            let all: Vec<_> = all.iter().map(|one| one.to_str().unwrap()).collect();
+            all.join(" ")
+        };
+        assert!(!line(true).contains("ipv4"));
+        let line = line(false);
         for needed in [
+            "--ipv4-only",
             "--no-map-gw",
             "-t none -u none -T none -U none",
             "--userns /proc/7/ns/user --netns /proc/7/ns/net",
             "--interface eth0",
         ] {
             assert!(line.contains(needed), "{line}");
+        }
+    }
+
+    /// Not reaped here, a killed process stays a zombie.
+    #[tokio::test]
+    async fn a_pasta_that_is_not_needed_after_all_is_killed() {
+        let children = Children::default();
+        let pasta = spawn(&children, Path::new("/bin/sleep"), &["600".into()]).unwrap();
+        let stat = format!("/proc/{}/stat", pasta.child.pid);
+        drop(pasta);
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            let state = fs::read_to_string(&stat).unwrap_or_default();
+            if state.is_empty() || state.contains(") Z ") {
+                return;
+            }
+            assert!(Instant::now() < until, "{state}");
+            sleep(BETWEEN_LOOKS).await;
         }
     }
 }

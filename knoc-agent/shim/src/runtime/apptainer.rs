@@ -4,7 +4,8 @@
 //! - `--no-eval`: no shell evaluates values (Apptainer only; it is given none in any case).
 //! - `--no-mount`: `/tmp` and `/var/tmp` are the image's, with their content, if they are writable. `/etc/localtime` is
 //!   the image's, too.
-//! - A path with `,` or `:` is mounted with `--mount`, whose fields are CSV and can be quoted.
+//! - A path with `,` or `:` is mounted with `--mount`, whose fields are CSV and can be quoted. So is an image, always the whole
+//!   of it: the runtime would follow a link in the image to a file of the node.
 //! - The runtime takes a bind from below `/dev` to below `/dev` for a device and drops it, so its source gets another name.
 
 use std::{
@@ -133,11 +134,13 @@ impl Runtime for Apptainer {
                 source: sandbox.folder.clone(),
                 target: INSIDE.into(),
                 read_only: false,
+                image: None,
             },
             Bind {
                 source: sandbox.agent.clone(),
                 target: inside("agent"),
                 read_only: true,
+                image: None,
             },
         ];
         for bind in own.iter().chain(&sandbox.binds) {
@@ -158,11 +161,17 @@ fn bind_option(bind: &Bind) -> Result<[OsString; 2], RuntimeError> {
     let (source, target) = (plain(&source)?, plain(&bind.target)?);
     let special = |path: &OsStr| path.as_bytes().iter().any(|byte| b",:\"\\".contains(byte));
     let mut value = OsString::new();
-    if special(source) || special(target) {
+    if bind.image.is_some() || special(source) || special(target) {
         value.push("type=bind,");
         value.push(csv("source=", source));
         value.push(",");
         value.push(csv("destination=", target));
+        if let Some(part) = bind.image {
+            value.push(",image-src=/");
+            if let Some(id) = part.id {
+                value.push(format!(",id={id}"));
+            }
+        }
         if bind.read_only {
             value.push(",ro");
         }
@@ -215,6 +224,7 @@ fn plain(path: &Path) -> Result<&OsStr, RuntimeError> {
 #[cfg(test)]
 mod tests {
     use super::{super::Gpus, *};
+    use crate::sif::Part;
 
     fn sandbox(binds: Vec<Bind>) -> Sandbox {
         Sandbox {
@@ -236,6 +246,7 @@ mod tests {
             source: source.into(),
             target: target.into(),
             read_only: true,
+            image: None,
         }
     }
 
@@ -336,5 +347,15 @@ mod tests {
         assert_eq!(option, "--mount");
         assert_eq!(value, r#"type=bind,"source=/a,""b","destination=/c:d",ro"#);
         assert!(bind_option(&bind("/a\nb", "/c")).is_err());
+        for (id, wanted) in [(Some(4), "image-src=/,id=4,ro"), (None, "image-src=/,ro")] {
+            let image = Bind {
+                image: Some(Part { id }),
+                ..bind("/m0", "/models")
+            };
+            let [option, value] = bind_option(&image).unwrap();
+            assert_eq!(option, "--mount");
+            let wanted = format!(r#"type=bind,"source=/m0","destination=/models",{wanted}"#);
+            assert_eq!(value.to_str(), Some(&*wanted));
+        }
     }
 }

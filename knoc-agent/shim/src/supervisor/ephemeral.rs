@@ -56,6 +56,8 @@ impl Supervisor {
         let mut all = self.slots.iter();
         let slot = all.find(|slot| slot.spec.name() == target);
         let program = slot.and_then(|slot| slot.program.as_ref());
+        // Its end may not have been told yet.
+        let program = program.filter(|program| program.identity.runs());
         let program =
             program.ok_or_else(|| format!("unable to find target container {target:?}"))?;
         Ok(Some(program.identity))

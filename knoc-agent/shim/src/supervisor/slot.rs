@@ -15,8 +15,8 @@ use super::super::{
     health::{self, Change},
     plan::{AFTER_HOOK, Backoff, Container, Health, Liveness, Phase, StopStage, Time},
     report::{self, History},
-    role::ContainerSpec,
-    signals,
+    role::{ContainerSpec, RestartRule},
+    signals::{self, Identity},
     usage::{Account, Counters},
 };
 
@@ -45,6 +45,11 @@ pub(super) struct Slot {
     pub(super) account: Account,
     /// What the attempts before it used.
     pub(super) used_before: Counters,
+    /// The attempt is stopped, at the latest at that time, because the container has another image now; the next one begins at
+    /// once.
+    replaced: Option<Time>,
+    /// The program whose processes the attempt shares.
+    pub(super) target: Option<Identity>,
     /// How many lost lines of the running attempt's log were reported.
     pub(super) lost_lines: u64,
     backoff: Backoff,
@@ -117,6 +122,8 @@ impl Slot {
             abort: CancellationToken::new(),
             account: Account::default(),
             used_before: Counters::default(),
+            replaced: None,
+            target: None,
             lost_lines: 0,
             backoff,
             tried,
@@ -130,13 +137,50 @@ impl Slot {
         Container {
             id: self.spec.id,
             role: self.spec.role,
-            restart: self.spec.restart_after(self.phase.code()),
+            restart: self.restart(),
             phase: self.phase,
-            health: self.health,
+            health: match self.replaced {
+                Some(kill_at) => Health {
+                    live: Liveness::Failed { kill_at },
+                    ..self.health
+                },
+                None => self.health,
+            },
             stop: self.stop,
             pre_stop_pending: self.pending.pre_stop,
             post_start_pending: self.pending.post_start,
             spared_until: self.spared_until,
+        }
+    }
+
+    /// Whether the container is restarted after the attempt that has ended, or runs.
+    pub(super) fn restart(&self) -> RestartRule {
+        match self.replaced {
+            Some(_) => RestartRule::Always,
+            None => self.spec.restart_after(self.phase.code()),
+        }
+    }
+
+    /// The container has another image from now on. Returns whether an attempt has to be stopped for that, at the latest at
+    /// `kill_at`.
+    pub(super) fn renew(&mut self, image: pb::ResolvedImage, kill_at: Time) -> bool {
+        let mut spec = (*self.spec).clone();
+        spec.container.image.clone_from(&image.image);
+        spec.image = image;
+        self.spec = Arc::new(spec);
+        match &mut self.phase {
+            Phase::Idle => false,
+            Phase::Starting | Phase::Running => {
+                let news = self.replaced.is_none();
+                self.replaced.get_or_insert(kill_at);
+                news
+            }
+            Phase::Exited { restart_at, .. } => {
+                *restart_at = Time::ZERO;
+                self.history.pause = Time::ZERO;
+                self.backoff.reset();
+                false
+            }
         }
     }
 
@@ -150,6 +194,8 @@ impl Slot {
         self.health = Health::down();
         self.unhealthy = false;
         self.stop = StopStage::NotStopped;
+        self.replaced = None;
+        self.history.image = Some(report::RanImage::of(&self.spec));
         self.pending = PendingHooks::of(&self.spec.container);
         self.spared_until = Time::ZERO;
         self.abort = CancellationToken::new();
@@ -168,6 +214,23 @@ impl Slot {
             follow,
         });
         written
+    }
+
+    /// Whether the attempt failed because the container whose processes it was to share has ended meanwhile.
+    pub(super) fn has_lost_target(&self) -> bool {
+        let gone = self.target.is_some_and(|target| !target.runs());
+        gone && self.history.started_at.is_none() && !self.abort.is_cancelled()
+    }
+
+    /// The attempt does not count: the next one begins once its target runs again.
+    pub(super) fn take_back(&mut self) {
+        self.phase = Phase::Idle;
+        self.tried = false;
+        self.target = None;
+        self.log = None;
+        if let Some(ending) = self.ending.take() {
+            ending.send_replace(true);
+        }
     }
 
     /// The program runs.
@@ -300,6 +363,9 @@ impl Slot {
         let ran = started_at.map_or(Time::ZERO, |at| {
             Time::try_from(ended.finished_at.duration_since(at)).unwrap_or_default()
         });
+        if self.replaced.is_some() {
+            self.backoff.reset();
+        }
         self.history.pause = self.backoff.after(ran);
         self.phase = Phase::Exited {
             code: ended.exit.code,
@@ -322,5 +388,131 @@ impl Slot {
                     self.log.as_ref().and_then(|log| log.attempt.checked_sub(1))
                 }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{
+        super::super::role::{Role, SlotId},
+        *,
+    };
+
+    fn ephemeral() -> Slot {
+        let spec = ContainerSpec {
+            id: SlotId::after(0),
+            role: Role::Ephemeral,
+            restart: RestartRule::Never,
+            container: pb::Container::default(),
+            image: pb::ResolvedImage::default(),
+        };
+        Slot::new(spec, Backoff::new(Duration::ZERO, Duration::ZERO), None)
+    }
+
+    fn main(restart: RestartRule, image: &str) -> Slot {
+        let spec = ContainerSpec {
+            id: SlotId::after(0),
+            role: Role::Main,
+            restart,
+            container: pb::Container {
+                image: image.to_owned(),
+                ..pb::Container::default()
+            },
+            image: pb::ResolvedImage::default(),
+        };
+        let second = Duration::from_secs(1);
+        Slot::new(spec, Backoff::new(second, second * 300), None)
+    }
+
+    fn image(name: &str) -> pb::ResolvedImage {
+        pb::ResolvedImage {
+            image: name.to_owned(),
+            ..pb::ResolvedImage::default()
+        }
+    }
+
+    fn failed() -> Ended {
+        Ended {
+            exit: crate::children::Exit { code: 1, signal: 0 },
+            reason: "Error",
+            message: String::new(),
+            finished_at: Timestamp::UNIX_EPOCH,
+            losses: knoc_contract::logs::writer::Losses::default(),
+            used: Counters::default(),
+        }
+    }
+
+    #[test]
+    fn a_container_that_runs_is_restarted_with_its_new_image_whatever_its_policy() {
+        let mut slot = main(RestartRule::Never, "a");
+        drop(slot.begin());
+        slot.phase = Phase::Running;
+        slot.health = Health::unprobed();
+        let kill_at = Duration::from_secs(30);
+        assert!(slot.renew(image("b"), kill_at));
+        assert!(
+            !slot.renew(image("c"), kill_at * 2),
+            "it is stopped already"
+        );
+        assert_eq!(slot.view().health.live, Liveness::Failed { kill_at });
+        let ran = |slot: &Slot| slot.history.image.clone().unwrap_or_default().image;
+        assert_eq!(ran(&slot), "a");
+        slot.end(&failed(), String::new(), Duration::from_secs(5));
+        assert_eq!(slot.view().restart, RestartRule::Always);
+        assert_eq!(slot.history.pause, Duration::ZERO);
+        drop(slot.begin());
+        assert_eq!((ran(&slot), slot.history.attempt), ("c".to_owned(), 1));
+        assert_eq!(slot.view().health.live, Liveness::Live);
+        slot.end(&failed(), String::new(), Duration::from_secs(9));
+        assert_eq!(slot.view().restart, RestartRule::Never);
+    }
+
+    #[test]
+    fn a_new_image_ends_the_back_off_and_starts_nothing_that_has_ended_for_good() {
+        let mut slot = main(RestartRule::Always, "a");
+        for _ in 0..4 {
+            drop(slot.begin());
+            slot.end(&failed(), String::new(), Duration::ZERO);
+        }
+        assert_eq!(slot.history.pause, Duration::from_secs(4));
+        assert!(!slot.renew(image("b"), Duration::ZERO));
+        let at_once =
+            matches!(slot.phase, Phase::Exited { restart_at, .. } if restart_at == Time::ZERO);
+        assert!(at_once, "{:?}", slot.phase);
+        for pause in [0, 1, 2] {
+            drop(slot.begin());
+            slot.end(&failed(), String::new(), Duration::ZERO);
+            assert_eq!(slot.history.pause, Duration::from_secs(pause));
+        }
+        let mut slot = main(RestartRule::Never, "a");
+        drop(slot.begin());
+        slot.end(&failed(), String::new(), Duration::ZERO);
+        slot.renew(image("b"), Duration::ZERO);
+        assert_eq!(slot.view().restart, RestartRule::Never);
+    }
+
+    #[test]
+    fn a_start_that_failed_because_its_target_restarts_is_repeated() {
+        let mut slot = ephemeral();
+        let target = Identity::of(std::process::id()).unwrap();
+        drop(slot.begin());
+        slot.target = Some(target);
+        assert!(!slot.has_lost_target(), "it failed for another reason");
+        // Another process has the pid now.
+        let ended = Identity {
+            start: target.start + 1,
+            ..target
+        };
+        slot.target = Some(ended);
+        assert!(slot.has_lost_target());
+        slot.take_back();
+        assert_eq!(slot.view().phase, Phase::Idle);
+        drop(slot.begin());
+        assert_eq!(slot.history.attempt, 0);
+        slot.target = Some(ended);
+        slot.abort.cancel();
+        assert!(!slot.has_lost_target(), "the pod ends");
     }
 }

@@ -55,7 +55,7 @@ fn mount(volume: &str, sub_path: &str) -> pb::Mount {
 fn volumes() -> (tempfile::TempDir, Scratch, Volumes) {
     let base = tempfile::tempdir().unwrap();
     let scratch = Scratch::create(base.path().to_str().unwrap(), Fallback::Error).unwrap();
-    let volumes = Volumes::create(&shape(), &scratch, &pb::HostPathPolicy::default()).unwrap();
+    let volumes = Volumes::create(&shape(), &scratch, &pb::HostPathPolicy::default(), &[]).unwrap();
     (base, scratch, volumes)
 }
 

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use knoc_proto::{crash, error::chain, pb, pod::PodValues, reason::ErrorReason};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Actor, NewActor, Restored, facts, not_found};
+use super::{Actor, NewActor, Restored, credentials::before_images, facts, not_found};
 use crate::{
     config::AtRest,
     pod::{
@@ -81,10 +81,15 @@ impl Actor {
     async fn take_up(&mut self, pod: &Pod, values_revision: i64) {
         let dir = self.dir.clone();
         if !pod.is_finished() {
-            let read = tokio::task::spawn_blocking(move || (stage::link_pin(&dir), dir.values()));
+            let read = tokio::task::spawn_blocking(move || {
+                (stage::link_pin(&dir), dir.values(), dir.spec())
+            });
             match read.await {
-                Ok((pin, staged)) => {
+                Ok((pin, staged, job)) => {
                     self.expect_link(pin);
+                    if !before_images(pod) {
+                        self.take_up_images(job.unwrap_or_default());
+                    }
                     let staged = staged.ok().flatten().map_or(0, |staged| staged.revision);
                     self.values.revision = values_revision.max(staged);
                 }
@@ -92,6 +97,23 @@ impl Actor {
             }
         }
         self.show(pod);
+    }
+
+    /// What the job file names. That of an older agent does not say which image a location is of: it is the one of its spec.
+    fn take_up_images(&mut self, job: pb::JobFile) {
+        let spec = job.spec.unwrap_or_default();
+        let own = |container: &str| {
+            let mut all = spec.init_containers.iter().chain(&spec.containers);
+            all.find(|one| one.name == container)
+        };
+        let mut images = job.images;
+        for image in images.iter_mut().filter(|image| image.image.is_empty()) {
+            if let Some(container) = own(&image.container) {
+                image.image.clone_from(&container.image);
+            }
+        }
+        // Of several for one container the first one counts.
+        self.updates.staged(images.iter().rev());
     }
 
     async fn accept(
@@ -107,7 +129,7 @@ impl Actor {
         let pod = Pod::new(facts(&self.spec, &self.site.config), now);
         let images = stage::cached_images(&self.site, &self.spec, self.known_credentials()).await;
         let begun = match &images {
-            Some(found) => self.begin(pod, found.images(), now),
+            Some(_) => self.begin(pod, now),
             None => Begun {
                 pod,
                 effects: Vec::new(),
@@ -130,10 +152,9 @@ impl Actor {
     }
 
     /// Steps the pod up to the submission, whose record is written together with the other files.
-    fn begin(&self, pod: Pod, images: &[pb::ResolvedImage], now: Timestamp) -> Begun {
+    fn begin(&self, pod: Pod, now: Timestamp) -> Begun {
         let (pod, _) = step(pod, Event::Begin, now);
-        let notes = self.spec.all_containers().zip(images);
-        let notes = notes.map(|(container, _)| stage::present(container));
+        let notes = stage::all_present(&self.spec).into_iter();
         let pod = notes.fold(pod, |pod, note| step(pod, Event::Note(note), now).0);
         let (pod, mut effects) = step(pod, Event::Staged, now);
         effects.retain(|effect| *effect != Effect::Persist);
@@ -153,8 +174,8 @@ impl Actor {
         let cluster_id = self.cluster_id.clone();
         // The images stay in the cache until the job file names them.
         let found = found.unwrap_or_default();
-        let images = found.images().to_vec();
-        let job = stage::job_file(&self.site, &self.spec, images, cluster_id);
+        let staged_images = found.images().to_vec();
+        let job = stage::job_file(&self.site, &self.spec, staged_images.clone(), cluster_id);
         let staged = (at_rest == AtRest::File).then(|| (*values).clone());
         let dir = self.dir.clone();
         // The semaphore is never closed; an error would only mean that there is no bound.
@@ -181,6 +202,7 @@ impl Actor {
                 return Err(failed(&error));
             }
         };
+        self.updates.staged(&staged_images);
         self.expect_link(Ok(pin));
         self.hold(values);
         Ok(())

@@ -25,7 +25,7 @@ impl Actor {
         let credentials = credentials.filter(|_| answer.is_ok());
         let pod = self.use_credentials(pod, credentials).await;
         self.add_ephemeral(&pod);
-        pod
+        self.update_images(pod).await
     }
 
     async fn use_credentials(&mut self, pod: Pod, credentials: Option<Credentials>) -> Pod {
@@ -39,10 +39,11 @@ impl Actor {
         self.credentials = Some(credentials);
         if self.looks_for_image(&pod) {
             self.ephemeral.retry_now();
+            self.updates.retry_now().await;
         }
         // What is being looked up goes on with the earlier ones.
         if before_images(&pod) && self.staging.is_empty() {
-            return self.apply(pod, Event::Credentials).await;
+            return self.apply(pod, Event::LookAgain).await;
         }
         pod
     }
@@ -52,10 +53,14 @@ impl Actor {
         self.credentials.is_none() && !self.spec.image_pull_secrets.is_empty()
     }
 
-    /// Whether an image of the pod, or of one of its ephemeral containers, is still to be looked up.
+    /// Whether an image of the pod, also of an ephemeral container or another one for a container, is still to be looked up.
     pub(super) fn needs_credentials(&self, pod: &Pod) -> bool {
         let over = pod.is_finished() || pod.deletion.is_some();
-        !over && (before_images(pod) || self.ephemeral.lacks_image(pod, &self.spec))
+        let lacks = || {
+            self.ephemeral.lacks_image(pod, &self.spec)
+                || self.updates.looks_for_image(pod, &self.spec)
+        };
+        !over && (before_images(pod) || lacks())
     }
 
     /// Whether the kubelet is to send the credentials again.
@@ -70,7 +75,8 @@ impl Actor {
     }
 }
 
-fn before_images(pod: &Pod) -> bool {
+/// Whether the images are still to be found for the first time.
+pub(super) fn before_images(pod: &Pod) -> bool {
     matches!(
         pod.state,
         State::BeforeJob(BeforeJob::Accepted | BeforeJob::Staging { .. })

@@ -237,7 +237,7 @@ impl Actor {
         }
     }
 
-    async fn complete(&self, found: stage::Found) -> Result<(), StageError> {
+    async fn complete(&mut self, found: stage::Found) -> Result<(), StageError> {
         let images = found.images().to_vec();
         let job = stage::job_file(&self.site, &self.spec, images, self.cluster_id.clone());
         let (dir, lease) = (self.dir.clone(), self.site.lease.clone());
@@ -247,9 +247,10 @@ impl Actor {
                 .write_spec(&job)
                 .map_err(|error| StageError::of_pod(&error)),
         });
-        written
-            .await
-            .unwrap_or_else(|error| Err(StageError::of_pod(&error)))
+        let written = written.await;
+        written.unwrap_or_else(|error| Err(StageError::of_pod(&error)))?;
+        self.updates.staged(found.images());
+        Ok(())
     }
 
     /// Writes the newer generation of the shape into `job.pb`; the rest of the file stays.

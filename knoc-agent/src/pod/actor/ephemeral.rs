@@ -17,12 +17,16 @@ use knoc_proto::{
     error::chain,
     ids::PodUid,
     pb::{self, container_status::State},
-    pod::{PodSpec, no_privileges},
+    pod::PodSpec,
 };
 use tokio::task::{self, AbortHandle, JoinSet};
 use tonic::Request;
 
-use super::{Actor, values::revision_of_shim};
+use super::{
+    Actor,
+    reach::{self, GIVE_AGAIN, IMAGE_AGAIN},
+    values::revision_of_shim,
+};
 use crate::{
     pod::{
         stage::{self, StageError},
@@ -33,10 +37,8 @@ use crate::{
     site::Site,
 };
 
-/// The first and the longest pause after an image could not be found, as in Kubernetes.
-const IMAGE_AGAIN: [Duration; 2] = [Duration::from_secs(10), Duration::from_mins(5)];
-/// The first and the longest pause after the shim did not take a container.
-const GIVE_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_mins(1)];
+/// How many images of one container the job file names.
+const KEPT_IMAGES: usize = 8;
 
 /// The exit code of a container that was never started, as container runtimes report it.
 const NEVER_STARTED: i32 = 128;
@@ -133,14 +135,9 @@ impl Adding {
     }
 
     /// How often the container was tried, and the pause before the next try.
-    fn pause(&self, container: &str, [first, longest]: [Duration; 2]) -> Duration {
-        match self.troubles.get(container) {
-            None => Duration::ZERO,
-            Some((_, tries)) => {
-                let pause = first.saturating_mul(1 << (*tries).min(10)).min(longest);
-                pause.mul_f64(rand::random_range(0.75..1.25))
-            }
-        }
+    fn pause(&self, container: &str, bounds: [Duration; 2]) -> Duration {
+        let tries = self.troubles.get(container).map(|(_, tries)| *tries);
+        reach::pause(tries.map_or(0, |tries| tries.saturating_add(1)), bounds)
     }
 
     fn fails(&mut self, container: String, reason: String, message: String) {
@@ -220,11 +217,12 @@ fn lacking<'a>(pod: &Pod, spec: &'a pb::PodSpec, values: i64) -> Vec<&'a pb::Con
 }
 
 impl Actor {
-    /// Whether the image of a container is looked up now.
+    /// Whether the image of an ephemeral container, or another one for a container, is looked up now.
     pub(super) fn looks_for_image(&self, pod: &Pod) -> bool {
         let lacking = lacking(pod, &self.spec, self.values.revision);
         let mut names = lacking.iter().map(|container| &container.name);
         names.any(|name| !self.ephemeral.images.contains_key(name))
+            || self.updates.looks_for_image(pod, &self.spec)
     }
 
     /// Takes the next step towards giving the shim each container that it lacks, unless that step is under way.
@@ -249,10 +247,13 @@ impl Actor {
             None => {
                 let pause = self.ephemeral.pause(&name, IMAGE_AGAIN);
                 let (own, credentials) = (self.own.clone(), self.known_credentials());
+                let container = container.clone();
                 self.ephemeral.start(name.clone(), async move {
                     tokio::time::sleep(pause).await;
-                    let image = match allowed(&site, &spec, &name) {
-                        Ok(()) => stage::image_of(&site, &spec, &name, &credentials, &own).await,
+                    let image = match allowed(&site, &spec, &container) {
+                        Ok(()) => {
+                            stage::image_of(&site, &spec, container, &credentials, &own).await
+                        }
                         Err(error) => Err(error),
                     };
                     Step::Found {
@@ -325,17 +326,11 @@ impl Actor {
     }
 
     /// Notes the image in `job.pb`: while it is named there, it stays in the cache.
-    async fn note_image(&self, found: &stage::Found) -> Result<(), String> {
+    pub(super) async fn note_image(&self, found: &stage::Found) -> Result<(), String> {
         let (dir, images) = (self.dir.clone(), found.images().to_vec());
         let written = tokio::task::spawn_blocking(move || {
             let mut job = dir.spec()?;
-            let new = |known: &pb::ResolvedImage| {
-                images
-                    .iter()
-                    .all(|image| image.container != known.container)
-            };
-            job.images.retain(new);
-            job.images.extend(images);
+            job.images = with_new(images, job.images);
             dir.write_spec(&job)?;
             Ok::<_, knoc_contract::jobdir::JobDirError>(())
         });
@@ -348,27 +343,34 @@ impl Actor {
 }
 
 /// Whether the site's policy allows the container, which was not part of the pod when that was admitted.
-fn allowed(site: &Site, spec: &PodSpec, name: &str) -> Result<(), StageError> {
-    let Some(container) = spec.ephemeral_container(name) else {
-        return Ok(());
-    };
-    let refused = |reason: &str, message: String| StageError {
-        container: name.to_owned(),
-        image: String::new(),
-        reason: reason.to_owned(),
-        message,
-    };
-    if container.privileged && !site.policy.now().maps_privileged() {
-        let message = no_privileges(name);
-        return Err(refused("CreateContainerConfigError", message));
-    }
+fn allowed(site: &Site, spec: &PodSpec, container: &pb::Container) -> Result<(), StageError> {
     let policy = site.policy.now();
     let problems = host_paths::problems_of(container, spec, &policy, &site.host_paths());
     if !problems.is_empty() {
-        return Err(refused("CreateContainerConfigError", problems.join("; ")));
+        return Err(StageError {
+            container: container.name.clone(),
+            image: String::new(),
+            reason: "CreateContainerConfigError".to_owned(),
+            message: problems.join("; "),
+        });
     }
-    let checked = site.images.check(&container.image);
-    checked.map_err(|error| refused(error.reason(), error.to_string()))
+    stage::allowed(site, container)
+}
+
+/// PURE: the images of the job file with the new ones, which come first. The older ones of a container stay, so that they stay in
+/// the cache: it may still run with one of them.
+fn with_new(new: Vec<pb::ResolvedImage>, known: Vec<pb::ResolvedImage>) -> Vec<pb::ResolvedImage> {
+    let mut all = new;
+    for image in known {
+        let same = |one: &&pb::ResolvedImage| {
+            (&one.container, &one.volume) == (&image.container, &image.volume)
+        };
+        let known = all.iter().filter(same).any(|one| one.path == image.path);
+        if !known && all.iter().filter(same).count() < KEPT_IMAGES {
+            all.push(image);
+        }
+    }
+    all
 }
 
 /// Gives a container to the shim. If compute nodes cannot reach the agent, a job step carries the link.
@@ -377,22 +379,13 @@ async fn give(
     uid: &PodUid,
     request: pb::AddEphemeralContainerRequest,
 ) -> Result<(), String> {
-    let text = |status: tonic::Status| status.message().to_owned();
-    let _used = match site.shim_links.client(uid) {
-        Some(_) => site.shim_steps.held(uid),
-        None => site.shim_steps.reach(uid).await.map_err(text)?,
-    };
-    let able = site.shim_links.able(uid, capability::EPHEMERAL);
-    let no_link = || {
-        Err(tonic::Status::unavailable(
-            "the shim has no link to the agent now",
-        ))
-    };
-    let mut client = able.unwrap_or_else(no_link).map_err(text)?;
+    let (mut client, _used) = reach::client(site, uid, capability::EPHEMERAL).await?;
     let mut request = Request::new(request);
     request.set_timeout(DEADLINE);
     let answer = client.add_ephemeral_container(request).await;
-    answer.map(drop).map_err(text)
+    answer
+        .map(drop)
+        .map_err(|status| status.message().to_owned())
 }
 
 #[cfg(test)]
@@ -497,6 +490,25 @@ mod tests {
         }
         assert_eq!(ended, ["a", "c"]);
         assert!(adding.busy.is_empty());
+    }
+
+    #[test]
+    fn older_images_of_a_container_stay_in_the_cache_behind_the_new_one() {
+        let image = |container: &str, path: &str| pb::ResolvedImage {
+            container: container.to_owned(),
+            path: path.to_owned(),
+            ..pb::ResolvedImage::default()
+        };
+        let mut all = vec![image("a", "0"), image("b", "0")];
+        for number in 1..20 {
+            all = with_new(vec![image("a", &number.to_string())], all);
+        }
+        assert_eq!(all.first(), Some(&image("a", "19")));
+        assert!(all.contains(&image("b", "0")));
+        assert_eq!(all.len(), KEPT_IMAGES + 1);
+        let again = with_new(vec![image("a", "18")], all);
+        assert_eq!((&*again[0].path, &*again[1].path), ("18", "19"));
+        assert_eq!(again.len(), KEPT_IMAGES + 1);
     }
 
     #[test]

@@ -111,8 +111,8 @@ fn note_failure(pod: &mut Pod, failure: &Failure, now: Timestamp) {
     pod.note_again(container, true, "Failed", format!("Error: {reason}"), now);
 }
 
-/// Looks up the images at once with other credentials.
-pub(super) fn credentials(pod: &mut Pod) -> Vec<Effect> {
+/// Looks up the images at once: they, or their credentials, are others now.
+pub(super) fn look_again(pod: &mut Pod) -> Vec<Effect> {
     match &mut pod.state {
         State::BeforeJob(BeforeJob::Staging { tries, trouble }) => {
             *tries = 0;

@@ -26,8 +26,8 @@ pub enum Event {
         /// The message for users.
         message: String,
     },
-    /// The credentials for the images have changed; nothing is being looked up.
-    Credentials,
+    /// The images that the pod needs, or the credentials for them, have changed; nothing is being looked up.
+    LookAgain,
     /// The scheduler accepted the job.
     Submitted(Submitted),
     /// The scheduler did not accept the job, or did not say whether it did.

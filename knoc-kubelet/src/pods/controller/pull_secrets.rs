@@ -90,7 +90,8 @@ impl NotSent<'_> {
     }
 }
 
-/// Does the agent lack images of the pod, or of an ephemeral container that was added to it?
+/// Does the agent lack images of the pod: at first, of an ephemeral container that was added to it, or another one for a
+/// container?
 fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>) -> bool {
     let spec = pod.spec.as_ref();
     let mut ephemeral = spec
@@ -104,6 +105,21 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
             Some(state) => matches!(state, State::Waiting(_)),
         }
     };
+    let others = || {
+        let containers = spec.iter().flat_map(|spec| {
+            let init = spec.init_containers.iter().flatten();
+            init.chain(&spec.containers)
+        });
+        let statuses = || observed.init_containers.iter().chain(&observed.containers);
+        let image = |name: &str| {
+            statuses()
+                .find(|one| one.name == name)
+                .map(|one| &one.image)
+        };
+        containers
+            .map(|container| (image(&container.name), &container.image))
+            .any(|(known, wanted)| known.is_some() && known != wanted.as_ref())
+    };
     match observed.phase() {
         PodPhase::Unspecified | PodPhase::Accepted | PodPhase::Staging => true,
         PodPhase::Finished => false,
@@ -112,6 +128,8 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
         | PodPhase::Queued
         | PodPhase::Running
         | PodPhase::Stopping
-        | PodPhase::Lost => ephemeral.any(|container| waits(&container.name)),
+        | PodPhase::Lost => {
+            observed.values_wanted || others() || ephemeral.any(|container| waits(&container.name))
+        }
     }
 }

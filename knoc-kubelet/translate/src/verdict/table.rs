@@ -202,6 +202,10 @@ pub(super) const TABLE: &[Type] = &[
     of("NFSVolumeSource", "`nfs`", &[
         row("server path readOnly", Any, Honoured, "if the site file maps the export to a path of the compute nodes: see [claims](#claims-and-nfs)"),
     ]),
+    of("ImageVolumeSource", "`image`", &[
+        row("reference", Any, Honoured, "pulled like the images of containers; the whole of it is mounted read-only, and a `subPath` of it is rejected"),
+        row("pullPolicy", Any, Honoured, ""),
+    ]),
     of("HostPathVolumeSource", "`hostPath`", &[
         row("path", Any, Honoured, "of the compute node, if the site lets pods mount it: see [host paths](#host-paths)"),
         row("type", Is(&["", "DirectoryOrCreate", "Directory", "FileOrCreate", "File", "Socket", "CharDevice", "BlockDevice"]), Honoured, "checked when a container starts; a path of no type that is missing becomes a directory"),
@@ -368,7 +372,7 @@ const VOLUME: &[Row] = &[
     row("nfs", Any, Inside("NFSVolumeSource"), ""),
     row("persistentVolumeClaim", Any, Inside("PersistentVolumeClaimVolumeSource"), ""),
     row("ephemeral", Any, Honoured, "a claim that Kubernetes creates for the pod; see [claims](#claims-and-nfs)"),
-    row("image", Any, Rejected, "volumes of this kind are not supported yet"),
+    row("image", Any, Inside("ImageVolumeSource"), ""),
     row("csi iscsi fc cephfs rbd glusterfs flexVolume", Any, Rejected, CSI),
     row("awsElasticBlockStore azureDisk azureFile cinder flocker gcePersistentDisk photonPersistentDisk portworxVolume quobyte scaleIO storageos vsphereVolume", Any, Rejected, CSI),
     row("gitRepo", Any, Rejected, "removed from Kubernetes"),

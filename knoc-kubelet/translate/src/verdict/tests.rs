@@ -92,6 +92,7 @@ fn every_field_of_a_pod_has_a_verdict() {
     check::<core::EmptyDirVolumeSource>("EmptyDirVolumeSource", p);
     check::<core::PersistentVolumeClaimVolumeSource>("PersistentVolumeClaimVolumeSource", p);
     check::<core::NFSVolumeSource>("NFSVolumeSource", p);
+    check::<core::ImageVolumeSource>("ImageVolumeSource", p);
     check::<core::HostPathVolumeSource>("HostPathVolumeSource", p);
     check::<core::ConfigMapVolumeSource>("ConfigMapVolumeSource", p);
     check::<core::SecretVolumeSource>("SecretVolumeSource", p);

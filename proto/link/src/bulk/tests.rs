@@ -128,6 +128,13 @@ impl Shim for Echo {
         Err(nothing())
     }
 
+    async fn update_image(
+        &self,
+        _: Request<pb::UpdateImageRequest>,
+    ) -> Result<Response<pb::UpdateImageResponse>, Status> {
+        Err(nothing())
+    }
+
     async fn get_stats(
         &self,
         _: Request<pb::ShimGetStatsRequest>,

@@ -1,5 +1,5 @@
 //! Opens a path of the compute node that the site lets pods mount (`hostPath` volumes and claims of such paths), checks its
-//! type, and creates it if its type says so.
+//! type, and creates it if its type says so and if it may be written there.
 //!
 //! The site's prefix is trusted: links in it are followed. Below it the walk must stay below it, and it never enters what is
 //! guarded. The place that was reached is judged again, by its path and by its inode, since links and other mounts may lead
@@ -16,7 +16,7 @@ use knoc_contract::{
 };
 use knoc_proto::pb;
 use rustix::{
-    fs::{FileType, Mode, OFlags, openat, stat},
+    fs::{AtFlags, FileType, Mode, OFlags, openat, stat, statat},
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
@@ -121,12 +121,12 @@ impl HostSource {
         let rest = self.path.strip_prefix(&prefix.path).unwrap_or(&self.path);
         let guard = Guard::of(&self.allowed);
         guard.here.judge(&root.join(rest), self.writes)?;
-        let found = self.volume(&root, rest, prefix.writable, &guard.within)?;
+        let found = self.volume(&root, rest, prefix.writable, &guard)?;
         self.check_type(&found)?;
         let found = if self.sub_path.as_os_str().is_empty() {
             found
         } else {
-            walk::below(&found, &self.sub_path, self.writes, &guard.within)?
+            guard.walk(&found, &self.sub_path, self.writes)?
         };
         guard.judge(&found, self.writes)?;
         Ok(found)
@@ -137,7 +137,7 @@ impl HostSource {
         root: &Path,
         rest: &Path,
         writable: bool,
-        guarded: &[FileKey],
+        guard: &Guard,
     ) -> Result<Found, HostError> {
         if rest.as_os_str().is_empty() {
             return Ok(walk::own(root)?);
@@ -145,9 +145,9 @@ impl HostSource {
         let base = walk::own(root)?;
         let folders = writable && matches!(self.kind, Kind::Any | Kind::FolderOrCreate);
         if writable && self.kind == Kind::FileOrCreate {
-            self.create_file(&base, rest, guarded)?;
+            self.create_file(&base, rest, guard)?;
         }
-        match walk::below(&base, rest, folders, guarded) {
+        match guard.walk(&base, rest, folders) {
             Err(error) if error.errno() == Errno::NOENT.raw_os_error() => {
                 Err(HostError::Missing(self.path.clone()))
             }
@@ -156,11 +156,16 @@ impl HostSource {
     }
 
     /// Creates an empty file, unless something is there. Its folder must exist.
-    fn create_file(&self, base: &Found, rest: &Path, guarded: &[FileKey]) -> Result<(), HostError> {
+    fn create_file(&self, base: &Found, rest: &Path, guard: &Guard) -> Result<(), HostError> {
         let (Some(parent), Some(name)) = (rest.parent(), rest.file_name()) else {
             return Ok(());
         };
-        let parent = walk::below(base, parent, false, guarded)?;
+        let parent = guard.walk(base, parent, false)?;
+        let path = parent.path.join(name);
+        if statat(&parent.fd, name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+            return Ok(());
+        }
+        guard.here.judge(&path, true)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         match openat(&parent.fd, name, flags, FILE) {
             Ok(_) | Err(Errno::EXIST) => Ok(()),
@@ -229,6 +234,14 @@ impl Guard {
             within,
             above,
         }
+    }
+
+    /// Follows `path` below `base`, never into what is guarded. With `make`, missing folders are created where a container
+    /// may write: a link may have led to a place where it may not.
+    fn walk(&self, base: &Found, path: &Path, make: bool) -> Result<Found, WalkError> {
+        let judge = |place: &Path| self.here.judge(place, true).map(drop);
+        let make: Option<walk::Judge<'_>> = if make { Some(&judge) } else { None };
+        walk::below(base, path, make, &self.within)
     }
 
     fn judge(&self, found: &Found, writes: bool) -> Result<(), HostError> {
@@ -453,5 +466,33 @@ mod tests {
         });
         refused(world.open("scratch/rw", Kind::Any, true), "read-only");
         assert!(world.open("scratch/rw", Kind::Any, false).is_ok());
+        // Nor to create anything, even if the container would not write.
+        for kind in [Kind::Any, Kind::FolderOrCreate, Kind::FileOrCreate] {
+            refused(world.open("scratch/rw/new", kind, false), "read-only");
+            refused(world.open("scratch/rw/new", kind, true), "read-only");
+        }
+        let mut source = world.source("scratch/rw", Kind::Any, false);
+        source.sub_path = "new".into();
+        source.open().unwrap_err();
+        let inner = fs::read_dir(world.root.join("real/scratch/ro"));
+        assert_eq!(inner.unwrap().count(), 0);
+    }
+
+    #[test]
+    fn nothing_is_created_behind_a_link_to_what_is_guarded() {
+        let mut world = world();
+        let outer = world.root.join("real/scratch/own");
+        fs::create_dir(&outer).unwrap();
+        symlink("own", world.root.join("real/scratch/link")).unwrap();
+        world.allowed.guarded.push(outer.join("keys"));
+        refused(
+            world.open("scratch/link/keys/x", Kind::FolderOrCreate, true),
+            "never mounted",
+        );
+        refused(
+            world.open("scratch/link/keys", Kind::FileOrCreate, true),
+            "never mounted",
+        );
+        assert_eq!(fs::read_dir(&outer).unwrap().count(), 0);
     }
 }

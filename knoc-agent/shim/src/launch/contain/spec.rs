@@ -7,9 +7,11 @@ use std::{
 };
 
 use knoc_contract::{
+    host::node_name,
     image_file::FileId,
     walk::{self, Found, WalkError},
 };
+use knoc_proto::pb;
 use serde::{Deserialize, Serialize};
 
 use super::host::{HostError, HostSource};
@@ -143,6 +145,29 @@ impl SourceError {
 }
 
 impl Source {
+    /// This image.
+    pub(crate) fn of_image(image: &pb::ResolvedImage) -> Self {
+        let host = node_name();
+        let file = image.file.as_ref();
+        Self::Image {
+            path: image.path.clone().into(),
+            expected: file.map(|file| FileId::from_job(file, &host)),
+        }
+    }
+
+    /// Whether it is an image in one file, which the runtime mounts as a folder.
+    pub(crate) fn is_image_file(&self) -> bool {
+        match self {
+            Self::Image { expected, .. } => !expected.as_ref().is_some_and(|file| file.folder),
+            Self::Inside { .. } | Self::Own(_) | Self::Host(_) => false,
+        }
+    }
+
+    /// Whether it is a folder in the container. `found` is what it led to.
+    pub(crate) fn is_folder(&self, found: &Found) -> bool {
+        found.is_folder() || self.is_image_file()
+    }
+
     /// Opens what is to be mounted.
     pub(crate) fn open(&self) -> Result<Found, SourceError> {
         match self {

@@ -47,7 +47,7 @@ fn a_failed_pull_is_shown_then_backed_off_then_tried_again() {
     let (pod, _) = step(pod, failed, due);
     let counts = pod.notes.iter().map(|note| note.count);
     assert_eq!(counts.collect::<Vec<_>>(), [1, 1, 2, 2]);
-    let (pod, effects) = step(pod, Event::Credentials, due);
+    let (pod, effects) = step(pod, Event::LookAgain, due);
     assert_eq!(effects, [Effect::Stage]);
     assert_eq!(pod.trouble(), None);
 }

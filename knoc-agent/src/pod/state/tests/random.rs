@@ -43,7 +43,7 @@ fn any_event() -> impl Strategy<Value = Event> {
     prop_oneof![
         1 => Just(Event::Begin),
         3 => Just(Event::Staged),
-        1 => Just(Event::Credentials),
+        1 => Just(Event::LookAgain),
         1 => Just(Event::StageFailed {
             container: "main".to_owned(),
             image: "x".to_owned(),
