@@ -128,8 +128,6 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
         | PodPhase::Queued
         | PodPhase::Running
         | PodPhase::Stopping
-        | PodPhase::Lost => {
-            observed.values_wanted || others() || ephemeral.any(|container| waits(&container.name))
-        }
+        | PodPhase::Lost => others() || ephemeral.any(|container| waits(&container.name)),
     }
 }
