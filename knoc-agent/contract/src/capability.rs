@@ -23,7 +23,7 @@ pub const EPHEMERAL: &str = "ephemeral-containers";
 pub const IMAGE_UPDATES: &str = "image-updates";
 
 /// All capabilities of this version's shim.
-pub const ALL: [&str; 7] = [
+pub const ALL: [&str; 8] = [
     ATTACH,
     EGRESS,
     EPHEMERAL,
