@@ -348,18 +348,18 @@ mod tests {
         check_network(&pb::EgressNetwork::default()).unwrap();
         let changes: [(&str, Change); 8] = [
             ("ranges: 17", |network| {
-                network.ranges = vec!["10.0.0.0/8".to_owned(); 17]
+                network.ranges = vec!["10.0.0.0/8".to_owned(); 17];
             }),
             ("ranges: ", |network| {
-                network.ranges.push("10.0.0.1".to_owned())
+                network.ranges.push("10.0.0.1".to_owned());
             }),
             ("tcp_ports: 4097", |network| {
-                network.tcp_ports = vec![1; 4097]
+                network.tcp_ports = vec![1; 4097];
             }),
             ("udp_ports: 65536", |network| network.udp_ports.push(65_536)),
             ("dns: ", |network| network.dns = "8.8.8.8".to_owned()),
             ("api_address: ", |network| {
-                network.api_address = "x\n".to_owned()
+                network.api_address = "x\n".to_owned();
             }),
             ("api_port: 0", |network| network.api_port = 0),
             ("domain: ", |network| network.domain = "a b".to_owned()),

@@ -103,12 +103,9 @@ impl Watch {
                     Ok(()) => {}
                     Err(status) => return Some((Err(status), None)),
                 },
-                attempt = call.next() => return Some(match attempt {
-                    Some(attempt) => (Ok(attempt), Some(self)),
-                    None => {
-                        let message = "a newer call of WatchEgress follows the connections of this node";
-                        (Err(ErrorReason::StaleLeader.status(message)), None)
-                    }
+                attempt = call.next() => return Some(if let Some(attempt) = attempt { (Ok(attempt), Some(self)) } else {
+                    let message = "a newer call of WatchEgress follows the connections of this node";
+                    (Err(ErrorReason::StaleLeader.status(message)), None)
                 }),
             }
         }

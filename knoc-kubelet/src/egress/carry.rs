@@ -38,7 +38,7 @@ const DIAL: Duration = Duration::from_secs(5);
 /// How long the agent and the shim may take to hand the connection over.
 const TAKE: Duration = Duration::from_secs(10);
 /// A flow of datagrams ends after this time without one.
-const IDLE: Duration = Duration::from_secs(60);
+const IDLE: Duration = Duration::from_mins(1);
 /// The same for questions to DNS, of which resolvers open a flow each.
 const IDLE_DNS: Duration = Duration::from_secs(10);
 /// The port of DNS.

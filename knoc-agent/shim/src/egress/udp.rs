@@ -41,7 +41,7 @@ const QUEUE: usize = 16;
 const LONGEST: usize = 64 << 10;
 
 /// After which time an idle flow ends.
-const IDLE: Duration = Duration::from_secs(60);
+const IDLE: Duration = Duration::from_mins(1);
 
 /// After which time a flow to a DNS server ends if every question has its answer: resolvers use a port for a few
 /// questions only.
@@ -183,12 +183,9 @@ struct Exchange {
 
 impl Exchange {
     async fn run(mut self, egress: Arc<Egress>) -> Key {
-        match egress.announce(Kind::Udp, self.key.1).await {
-            Some(taken) => self.carry(taken).await,
-            None => {
-                let drained = async { while self.queue.recv().await.is_some() {} };
-                timeout(REFUSED, drained).await.ok();
-            }
+        if let Some(taken) = egress.announce(Kind::Udp, self.key.1).await { self.carry(taken).await } else {
+            let drained = async { while self.queue.recv().await.is_some() {} };
+            timeout(REFUSED, drained).await.ok();
         }
         self.key
     }
