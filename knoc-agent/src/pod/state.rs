@@ -64,7 +64,7 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
         } => with_job::files(&mut pod, batch_tail, claimed, now),
         Event::Link(up) => {
             pod.link = up;
-            pod.read_at = now;
+            pod.read_soon(now);
             // A link that breaks may mean that the job has ended.
             if up || pod.job().is_none() {
                 Vec::new()

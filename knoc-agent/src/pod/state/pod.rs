@@ -20,8 +20,9 @@ pub(crate) const LOOK_AGAIN: Duration = Duration::from_secs(2);
 pub(crate) const LOOKS: u32 = 2;
 /// The pause between two readings of the files of a job that ended without its report.
 pub(crate) const FILES_AGAIN: Duration = Duration::from_secs(1);
-/// The pause between two readings of the report of a running pod whose shim has no link to the agent.
-pub(crate) const FILES_UNLINKED: Duration = Duration::from_secs(10);
+/// The first and the longest pause between two readings of the report of a running pod whose shim has no link to the agent.
+/// The pause grows by half while the report does not change.
+pub(crate) const FILES_UNLINKED: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];
 /// The pause between two cancellations of a job that does not end.
 pub(crate) const CANCEL_AGAIN: Duration = Duration::from_secs(10);
 /// How long to wait for the report of a job that the agent ended: it decides little more than exit codes.
@@ -72,6 +73,8 @@ pub struct Pod {
     pub link: bool,
     /// When the report was last read because there was no link, or when the link or the job last changed.
     pub read_at: Timestamp,
+    /// The pause before it is read again.
+    pub read_pause: Duration,
     /// The end of `batch.out`, read when the job ended without a report.
     pub batch_tail: String,
     /// No shim had claimed the job directory when the files were last read.
@@ -95,6 +98,18 @@ impl Pod {
         self.facts.timeouts.pause(&self.facts.uid, tries)
     }
 
+    /// The report has changed, or something that it depends on: it is read again soon if there is no link.
+    pub(super) fn read_soon(&mut self, now: Timestamp) {
+        self.read_at = now;
+        self.read_pause = FILES_UNLINKED[0];
+    }
+
+    /// The report is read now because there is no link.
+    pub(super) fn read_unlinked(&mut self, now: Timestamp) {
+        self.read_at = now;
+        self.read_pause = self.read_pause.mul_f32(1.5).min(FILES_UNLINKED[1]);
+    }
+
     /// How long the scheduler may leave a job out of its answers before users are told.
     pub(super) fn lag(&self) -> Duration {
         self.facts.timeouts.lag()
@@ -115,6 +130,7 @@ impl Pod {
             deletion: None,
             link: false,
             read_at: now,
+            read_pause: FILES_UNLINKED[0],
             batch_tail: String::new(),
             unclaimed: false,
             notes: Vec::new(),
@@ -172,7 +188,7 @@ impl Pod {
             JobStage::Settling { until, look_at, .. } => Some((*until).min(*look_at)),
             JobStage::Running => {
                 // If compute nodes cannot reach the agent, the report file is all that says how the pod is.
-                let read = (!self.link).then(|| self.read_at + FILES_UNLINKED);
+                let read = (!self.link).then(|| self.read_at + self.read_pause);
                 read.into_iter().chain(self.overdue_at()).min()
             }
         }

@@ -28,6 +28,7 @@ pub(super) fn report(pod: &mut Pod, report: pb::Report, now: Timestamp) -> Vec<E
     take_notes(pod, &report);
     let is_final = report.r#final;
     pod.report = Some(report);
+    pod.read_soon(now);
     job_reported(pod, job, is_final, now)
 }
 

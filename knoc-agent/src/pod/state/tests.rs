@@ -279,7 +279,8 @@ fn a_broken_link_asks_the_scheduler() {
 #[test]
 fn without_a_link_a_running_pods_report_is_read_now_and_then() {
     let (pod, _) = feed(running());
-    let due = at(3) + FILES_UNLINKED;
+    let [soon, longest] = FILES_UNLINKED;
+    let due = at(3) + soon;
     assert_eq!(pod.wake(), Some(due));
     let (pod, effects) = step(pod, Event::Tick, due);
     assert_eq!(effects, [Effect::ReadFiles]);
@@ -287,11 +288,22 @@ fn without_a_link_a_running_pods_report_is_read_now_and_then() {
     let (pod, _) = step(pod, report("1", 1, false), due);
     assert_eq!(pod.state, runs_as("1"));
     assert_eq!(pod.report.as_ref().map(|report| report.sequence), Some(1));
-    assert_eq!(pod.wake(), Some(due + FILES_UNLINKED));
+    assert_eq!(pod.wake(), Some(due + soon), "it changes often now");
+    // While it stays the same, it is read less and less often.
+    let mut quiet = pod.clone();
+    let mut reads = 0;
+    while quiet.wake() < Some(due + longest * 10) {
+        let now = quiet.wake().unwrap();
+        quiet = step(quiet, Event::Tick, now).0;
+        reads += 1;
+    }
+    assert!((12..17).contains(&reads), "{reads}");
+    let last = quiet.read_at;
+    assert_eq!(quiet.wake(), Some(last + longest));
     let (pod, _) = step(pod, Event::Link(true), due);
     assert_eq!(pod.wake(), None, "the link says it");
     let (pod, _) = step(pod, Event::Link(false), at(60));
-    assert_eq!(pod.wake(), Some(at(60) + FILES_UNLINKED));
+    assert_eq!(pod.wake(), Some(at(60) + soon));
 }
 
 #[test]

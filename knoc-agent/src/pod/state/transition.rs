@@ -57,7 +57,7 @@ pub(super) fn run(pod: &mut Pod, placement: Placement, now: Timestamp) -> Vec<Ef
     pod.note(false, "SlurmJobStarted", text, now);
     let stage = JobStage::Running;
     pod.enter(State::WithJob { placement, stage }, now);
-    pod.read_at = now;
+    pod.read_soon(now);
     vec![Effect::Persist]
 }
 

@@ -334,7 +334,7 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     match stage {
         JobStage::Running if overdue => ending::overdue(pod, now),
         JobStage::Running if !link => {
-            pod.read_at = now;
+            pod.read_unlinked(now);
             vec![Effect::ReadFiles]
         }
         JobStage::Queued { never: Some(since) } if now >= *since + timeouts.never_ends_after => {

@@ -71,7 +71,8 @@ fn a_record_restores_the_pod() {
             | None => {}
         }
         pod.unseen = None;
-        pod.read_at = pod.since;
+        let since = pod.since;
+        pod.read_soon(since);
         pod.link = false;
         if let Some(view) = &mut pod.view {
             view.attempt = 0;
