@@ -231,11 +231,11 @@ impl Call {
     }
 
     /// Passes a refusal on to the pod's shim. If it has no link, nobody waits for it.
-    pub(crate) fn refuse(&self, refusal: pb::EgressRefusal) {
+    pub(crate) fn refuse(&self, refusal: &pb::EgressRefusal) {
         lock(&self.node.queue).settle(&refusal.uid, refusal.id);
         let shims = lock(&self.node.shims);
         if let Some((_, controls)) = shims.get(refusal.uid.as_str()) {
-            controls.try_send(refused(refusal)).ok();
+            controls.try_send(refused(refusal.id)).ok();
         }
     }
 
@@ -270,11 +270,11 @@ impl Drop for Call {
     }
 }
 
-/// The refusal as a shim gets it: it has one pod.
-fn refused(refusal: pb::EgressRefusal) -> pb::EgressControl {
+/// The refusal of this connection as a shim gets it: without the pod, because a shim has one.
+fn refused(id: u64) -> pb::EgressControl {
     let refusal = pb::EgressRefusal {
         uid: String::new(),
-        ..refusal
+        id,
     };
     pb::EgressControl {
         control: Some(pb::egress_control::Control::Refusal(refusal)),
@@ -312,39 +312,36 @@ mod tests {
         }
     }
 
-    fn unix(uid: u32) -> Option<Peer> {
-        Some(Peer::Unix { uid, pid: Some(1) })
+    fn unix(uid: u32) -> Peer {
+        Peer::Unix { uid, pid: Some(1) }
     }
 
     #[tokio::test]
     async fn a_newer_call_ends_the_older_one_and_gets_what_waits() {
         let egress = Egress::default();
-        let older = egress.call("n", unix(1)).unwrap();
-        let other = egress.call("another node", unix(1)).unwrap();
+        let older = egress.call("n", Some(unix(1))).unwrap();
+        let other = egress.call("another node", Some(unix(1))).unwrap();
         older.set_network(pb::EgressNetwork::default());
         let node = egress.node("n").unwrap();
         node.announce(attempt(1)).unwrap();
         assert_eq!(older.next().await, Some(attempt(1)));
-        let waiting =
-            async { tokio::join!(older.next(), async { egress.call("n", unix(2)).unwrap() }) };
-        let (ended, newer) = waiting.await;
+        let replace = async { egress.call("n", Some(unix(2))).unwrap() };
+        let (ended, newer) = tokio::join!(older.next(), replace);
         assert_eq!(ended, None);
         assert_eq!(newer.next().await, Some(attempt(1)), "nobody has taken it");
-        newer.refuse(pb::EgressRefusal {
+        newer.refuse(&pb::EgressRefusal {
             uid: "u".to_owned(),
             id: 1,
         });
         node.announce(attempt(2)).unwrap();
         assert_eq!(newer.next().await, Some(attempt(2)));
-        assert!(egress.check_caller("n", unix(1).as_ref()).is_err());
-        egress.check_caller("n", unix(2).as_ref()).unwrap();
+        assert!(egress.check_caller("n", Some(&unix(1))).is_err());
+        egress.check_caller("n", Some(&unix(2))).unwrap();
         drop(older);
-        egress.check_caller("n", unix(2).as_ref()).unwrap();
+        egress.check_caller("n", Some(&unix(2))).unwrap();
         drop(newer);
-        assert!(egress.check_caller("n", unix(2).as_ref()).is_err());
-        egress
-            .check_caller("another node", unix(1).as_ref())
-            .unwrap();
+        assert!(egress.check_caller("n", Some(&unix(2))).is_err());
+        egress.check_caller("another node", Some(&unix(1))).unwrap();
         drop(other);
         assert!(egress.network("n").is_some(), "it stays while nobody calls");
         assert_eq!(egress.network("another node"), None);
@@ -353,9 +350,9 @@ mod tests {
     #[tokio::test]
     async fn a_connection_waits_for_the_next_call() {
         let egress = Egress::default();
-        drop(egress.call("n", unix(1)).unwrap());
+        drop(egress.call("n", Some(unix(1))).unwrap());
         egress.node("n").unwrap().announce(attempt(1)).unwrap();
-        let call = egress.call("n", unix(1)).unwrap();
+        let call = egress.call("n", Some(unix(1))).unwrap();
         assert_eq!(call.next().await, Some(attempt(1)));
     }
 
@@ -370,19 +367,15 @@ mod tests {
         let registered = node.register(&uid, to_older);
         let _newer = node.register(&uid, to_newer);
         drop(registered);
-        call.refuse(pb::EgressRefusal {
+        call.refuse(&pb::EgressRefusal {
             uid: "u".to_owned(),
             id: 5,
         });
-        call.refuse(pb::EgressRefusal {
+        call.refuse(&pb::EgressRefusal {
             uid: "nobody".to_owned(),
             id: 6,
         });
-        let refusal = pb::EgressRefusal {
-            uid: String::new(),
-            id: 5,
-        };
-        assert_eq!(newer.try_recv().unwrap(), refused(refusal));
+        assert_eq!(newer.try_recv().unwrap(), refused(5));
         newer.try_recv().unwrap_err();
         older.try_recv().unwrap_err();
     }

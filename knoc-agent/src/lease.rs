@@ -40,7 +40,7 @@ pub enum LeaseError {
         /// The path of the lease file.
         path: PathBuf,
         /// The holder.
-        holder: Lease,
+        holder: Box<Lease>,
         /// The age of its last heartbeat in seconds.
         age: i64,
     },
@@ -50,7 +50,7 @@ pub enum LeaseError {
         /// This agent's epoch.
         own: i64,
         /// The present holder.
-        holder: Lease,
+        holder: Box<Lease>,
     },
     /// The lease file cannot be read or written.
     #[error("read or write the lease file")]
@@ -104,7 +104,7 @@ impl Holder {
             let age = now.as_second() - holder.heartbeat;
             return Err(LeaseError::Held {
                 path,
-                holder: holder.clone(),
+                holder: Box::new(holder.clone()),
                 age,
             });
         }
@@ -130,7 +130,7 @@ impl Holder {
         match jobdir::read_json::<Lease>(&self.path)? {
             Some(holder) if self.is_fenced_by(&holder) => Err(LeaseError::Fenced {
                 own: self.epoch,
-                holder,
+                holder: Box::new(holder),
             }),
             Some(_) | None => Ok(()),
         }

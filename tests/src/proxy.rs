@@ -163,7 +163,9 @@ async fn one(mut near: TcpStream, behaviour: &Behaviour, seen: &Seen) -> std::io
     let mut far = TcpStream::connect(target).await?;
     near.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n")
         .await?;
-    if let Some(longest) = longest { relay(near, far, longest, &seen.idle).await } else {
+    if let Some(longest) = longest {
+        relay(near, far, longest, &seen.idle).await
+    } else {
         tokio::io::copy_bidirectional(&mut near, &mut far).await?;
         Ok(())
     }

@@ -238,9 +238,27 @@ async fn connect_with_nearly_due_pairs(
     Ok(before)
 }
 
+/// Waits until the agent and the kubelet's Secret have other certificates than `before`.
+async fn both_renewed(
+    world: &World,
+    files: &Files,
+    (agent_before, kept_before): &(String, Option<Vec<u8>>),
+) -> anyhow::Result<()> {
+    wait_for("both certificates are renewed", ROTATED, async || {
+        let (agent, kept) = (files.agent.read()?, kept(world).await?);
+        ensure!(agent != *agent_before, "the agent's is as before");
+        ensure!(
+            kept.is_some() && kept != *kept_before,
+            "the kubelet's is as before"
+        );
+        anyhow::Ok(())
+    })
+    .await
+}
+
 async fn rotated_and_cut(world: &World, files: &Files) -> anyhow::Result<()> {
     world.running(&PodBuilder::new("counter").sh(COUNT)).await?;
-    let (agent_before, kept_before) = connect_with_nearly_due_pairs(world, files).await?;
+    let before = connect_with_nearly_due_pairs(world, files).await?;
     let control = control(world).await?;
 
     let mut echo = wait_for("a command repeats what it is told", SOON, async || {
@@ -260,16 +278,7 @@ async fn rotated_and_cut(world: &World, files: &Files) -> anyhow::Result<()> {
         "streams have no connection of their own: {control:?}"
     );
 
-    wait_for("both certificates are renewed", ROTATED, async || {
-        let (agent, kept) = (files.agent.read()?, kept(world).await?);
-        ensure!(agent != agent_before, "the agent's is as before");
-        ensure!(
-            kept.is_some() && kept != kept_before,
-            "the kubelet's is as before"
-        );
-        anyhow::Ok(())
-    })
-    .await?;
+    both_renewed(world, files, &before).await?;
     echo.repeats("rotated").await?;
     let rotated = lines(&log.shown())?;
 

@@ -93,15 +93,15 @@ impl Egress {
 
     /// Announces a connection, and waits until it is taken. `None` if it was refused or nobody took it.
     async fn announce(&self, kind: Kind, target: SocketAddrV4) -> Option<Taken> {
-        let (taker, taken) = oneshot::channel();
+        let (taker, stream) = oneshot::channel();
         let mut id = 0;
         self.waiting
             .send_modify(|waiting| id = waiting.add(kind, target, taker));
         // It is withdrawn even if the caller is dropped.
         let announced = Announced { egress: self, id };
-        let taken = tokio::time::timeout(PATIENCE, taken).await;
+        let stream = tokio::time::timeout(PATIENCE, stream).await;
         drop(announced);
-        taken.ok()?.ok()
+        stream.ok()?.ok()
     }
 
     fn withdraw(&self, id: u64) -> Option<oneshot::Sender<Taken>> {
@@ -115,9 +115,9 @@ impl Egress {
     }
 
     /// Gives a connection to the call that takes it.
-    pub(crate) fn take(&self, id: u64, taken: Taken) -> Result<(), Status> {
+    pub(crate) fn take(&self, id: u64, stream: Taken) -> Result<(), Status> {
         let taker = self.withdraw(id);
-        let given = taker.is_some_and(|taker| taker.send(taken).is_ok());
+        let given = taker.is_some_and(|taker| taker.send(stream).is_ok());
         given.then_some(()).ok_or_else(|| {
             let message = format!(
                 "connection {id} does not wait: it was taken or refused before, or the container has given up"

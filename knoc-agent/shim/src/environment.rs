@@ -166,8 +166,8 @@ pub(crate) fn hosts(node: &str, facts: &Facts, aliases: &[pb::HostAlias]) -> Str
         let names: Vec<_> = names.map(String::as_str).collect();
         writeln!(text, "{}\t{}", facts.fields.pod_ip, names.join("\t")).ok();
     }
-    if let Some(api) = facts.api {
-        writeln!(text, "{}", api.hosts_line()).ok();
+    if facts.api.is_some() {
+        writeln!(text, "{}", ApiServer::hosts_line()).ok();
     }
     for alias in aliases {
         writeln!(text, "{}\t{}", alias.ip, alias.hostnames.join("\t")).ok();

@@ -277,13 +277,7 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
     let route = route_to(listener.as_ref());
     let publisher = begin_report(&pod, previous.as_ref(), &route, &brought_up);
     background.spawn(tell_if_lost(brought_up, commands.clone()));
-    let gate = egress::gate::Gate::new(&pod.egress, commands.clone());
-    if let Some(ports) = egress::ports::Ports::open(&pod, gate.clone()).await {
-        background.spawn(ports.keep());
-    }
-    if let Some(api) = api {
-        background.spawn(api.serve(gate));
-    }
+    listen_for_egress(&pod, api, commands.clone(), &mut background).await;
     let mut reports = publisher.subscribe();
     background.spawn(scratch::keep_clean(Cleaner::of(&pod.scratch)));
     let mut keeper = JoinSet::new();
@@ -323,11 +317,31 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
     farewell.wait().await;
     tokio::time::timeout(FLUSH, linked.join_next()).await.ok();
     // Streams that end only with the process may still hold the pod, so its folders are removed here and not by its drop.
-    // A file system that hangs must not keep the job running.
-    let removal = tokio::task::spawn_blocking(move || pod.scratch.remove());
-    tokio::time::timeout(LAST_REMOVAL * 2, removal).await.ok();
+    remove_folders(pod).await;
     let reported = matches!(written, Some(Ok(true)));
     Ok(exit_code(reported, reports.borrow_and_update().outcome()))
+}
+
+/// Starts to take the containers' connections to the cluster: in the edge of the pod's network, or for the API server.
+async fn listen_for_egress(
+    pod: &Pod,
+    api: Option<egress::host::ApiPort>,
+    commands: mpsc::Sender<Command>,
+    background: &mut JoinSet<()>,
+) {
+    let gate = egress::gate::Gate::new(&pod.egress, commands);
+    if let Some(ports) = egress::ports::Ports::open(pod, gate.clone()).await {
+        background.spawn(ports.keep());
+    }
+    if let Some(api) = api {
+        background.spawn(api.serve(gate));
+    }
+}
+
+/// Removes the pod's folders, for a limited time: a file system that hangs must not keep the job running.
+async fn remove_folders(pod: Arc<Pod>) {
+    let removal = tokio::task::spawn_blocking(move || pod.scratch.remove());
+    tokio::time::timeout(LAST_REMOVAL * 2, removal).await.ok();
 }
 
 /// The first report, with notes about what the node lacks.

@@ -146,7 +146,9 @@ mod tests {
             let total = u64::try_from(descriptors.len()).unwrap();
             let mut bytes = header(total, 4096);
             bytes.resize(4096, 0);
-            descriptors.iter().for_each(|one| bytes.extend(one));
+            for one in descriptors {
+                bytes.extend(one);
+            }
             bytes
         };
         let definition = descriptor(0x4001, 1, 0, 0);

@@ -184,20 +184,7 @@ impl Place {
                 Self::Files(path)
             }
             Some(Source::HostPath(host)) => Self::Host(host.clone()),
-            Some(Source::Image(_)) => {
-                let mut images = images.iter();
-                let image = images.find(|image| image.volume == volume.name);
-                let image = image.ok_or_else(|| VolumeError::Unknown(volume.name.clone()))?;
-                let (source, path) = (spec::Source::of_image(image), Path::new(&image.path));
-                let part = source.is_image_file().then(|| sif::part(path)).transpose();
-                Self::Image(
-                    source,
-                    part.map_err(|source| VolumeError::Image {
-                        volume: volume.name.clone(),
-                        source,
-                    })?,
-                )
-            }
+            Some(Source::Image(_)) => Self::in_image(&volume.name, images)?,
             Some(
                 Source::Nfs(pb::NfsVolume { read_only, .. })
                 | Source::Csi(pb::CsiVolume { read_only, .. }),
@@ -213,6 +200,19 @@ impl Place {
             }
             None => return Err(VolumeError::Unknown(volume.name.clone())),
         })
+    }
+
+    /// Where the volume of this name lies in the image that was resolved for it.
+    fn in_image(volume: &str, images: &[pb::ResolvedImage]) -> Result<Self, VolumeError> {
+        let image = images.iter().find(|image| image.volume == volume);
+        let image = image.ok_or_else(|| VolumeError::Unknown(volume.to_owned()))?;
+        let (source, path) = (spec::Source::of_image(image), Path::new(&image.path));
+        let part = source.is_image_file().then(|| sif::part(path)).transpose();
+        let part = part.map_err(|source| VolumeError::Image {
+            volume: volume.to_owned(),
+            source,
+        })?;
+        Ok(Self::Image(source, part))
     }
 }
 

@@ -115,7 +115,7 @@ impl Watch {
 fn take(call: &Call, control: pb::EgressControl) -> Result<(), Status> {
     match control.control {
         Some(Control::Network(network)) => call.set_network(acceptable(network)?),
-        Some(Control::Refusal(refusal)) => call.refuse(refusal),
+        Some(Control::Refusal(refusal)) => call.refuse(&refusal),
         // Of a newer kubelet.
         None => {}
     }

@@ -41,7 +41,7 @@ async fn session(node: &Node, uid: &PodUid, client: &mut Client) -> Result<(), S
     loop {
         tokio::select! {
             attempt = attempts.message() => match attempt? {
-                Some(attempt) => announce(node, uid, attempt, &controls),
+                Some(attempt) => announce(node, uid, &attempt, &controls),
                 None => return Ok(()),
             },
             changed = network.changed() => {
@@ -59,10 +59,9 @@ async fn session(node: &Node, uid: &PodUid, client: &mut Client) -> Result<(), S
 fn announce(
     node: &Node,
     uid: &PodUid,
-    attempt: pb::EgressAttempt,
+    attempt: &pb::EgressAttempt,
     controls: &mpsc::Sender<pb::EgressControl>,
 ) {
-    let id = attempt.id;
     let announced = match checked(uid, attempt) {
         Some(attempt) => node.announce(attempt).map_err(|full| full.to_string()),
         None => Err(
@@ -72,23 +71,19 @@ fn announce(
     };
     if let Err(why) = announced {
         node.log_refusal(uid, &why);
-        let refusal = pb::EgressRefusal {
-            uid: String::new(),
-            id,
-        };
-        controls.try_send(super::refused(refusal)).ok();
+        controls.try_send(super::refused(attempt.id)).ok();
     }
 }
 
 /// PURE: the attempt as the kubelet gets it.
-fn checked(uid: &PodUid, attempt: pb::EgressAttempt) -> Option<pb::EgressAttempt> {
+fn checked(uid: &PodUid, attempt: &pb::EgressAttempt) -> Option<pb::EgressAttempt> {
     let address: IpAddr = attempt.address.parse().ok()?;
     let is_port = (1..=u32::from(u16::MAX)).contains(&attempt.port);
     let is_known = attempt.protocol() != pb::EgressProtocol::Unspecified;
     (is_port && is_known).then(|| pb::EgressAttempt {
         uid: uid.to_string(),
         address: address.to_string(),
-        ..attempt
+        ..*attempt
     })
 }
 
@@ -113,7 +108,7 @@ mod tests {
             address: "10.96.0.1".to_owned(),
             port: 443,
         };
-        let named = checked(&uid, good.clone()).unwrap();
+        let named = checked(&uid, &good).unwrap();
         assert_eq!((&*named.uid, named.id), ("u", 7));
         let wrong = [
             pb::EgressAttempt {
@@ -134,7 +129,7 @@ mod tests {
             },
         ];
         for attempt in wrong {
-            assert_eq!(checked(&uid, attempt.clone()), None, "{attempt:?}");
+            assert_eq!(checked(&uid, &attempt), None, "{attempt:?}");
         }
     }
 }

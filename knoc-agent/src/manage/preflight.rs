@@ -9,7 +9,10 @@ use std::{path::Path, time::Duration};
 
 use knoc_contract::setuid;
 use knoc_proto::{error::chain, manage::RunMode};
-use nix::sys::{statfs::statfs, statvfs::statvfs};
+use nix::sys::{
+    statfs::{FsType, statfs},
+    statvfs::statvfs,
+};
 use rustix::process::{Resource, getrlimit};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -96,12 +99,14 @@ fn limits() -> Found {
 
 /// PURE: judges the hard limits of open files, processes and seconds of processor time; `None` is unlimited.
 fn judge_limits(files: Option<u64>, processes: Option<u64>, cpu: Option<u64>) -> Found {
-    let show = |limit: Option<u64>| limit.map_or("unlimited".to_owned(), |limit| limit.to_string());
+    let show = |limit: Option<u64>| {
+        limit.map_or_else(|| "unlimited".to_owned(), |limit| limit.to_string())
+    };
     let text = format!(
         "open files {}, processes {}, processor time {}",
         show(files),
         show(processes),
-        cpu.map_or("unlimited".to_owned(), |cpu| format!("{cpu} s"))
+        cpu.map_or_else(|| "unlimited".to_owned(), |cpu| format!("{cpu} s"))
     );
     if cpu.is_some() {
         return wrong(
@@ -129,7 +134,7 @@ fn folder(home: &Path) -> Found {
             let free = space
                 .blocks_available()
                 .saturating_mul(space.fragment_size());
-            judge_folder(&wanted, kind.filesystem_type().0, free)
+            judge_folder(&wanted, kind.filesystem_type(), free)
         }
         Err(error) => wrong(
             format!("{}: {error}", there.display()),
@@ -139,7 +144,7 @@ fn folder(home: &Path) -> Found {
 }
 
 /// PURE: judges the type of the file system and its free space.
-fn judge_folder(wanted: &Path, kind: i64, free: u64) -> Found {
+fn judge_folder(wanted: &Path, kind: FsType, free: u64) -> Found {
     let name = file_system(kind);
     let text = format!(
         "{} is on {name}, with {} GiB free",
@@ -163,19 +168,19 @@ fn judge_folder(wanted: &Path, kind: i64, free: u64) -> Found {
 }
 
 /// PURE: the name of a type of file systems, see statfs(2).
-fn file_system(kind: i64) -> &'static str {
+fn file_system(kind: FsType) -> &'static str {
     match kind {
-        0x0102_1994 => "tmpfs",
-        0xEF53 => "ext4",
-        0x5846_5342 => "xfs",
-        0x9123_683E => "btrfs",
-        0x794C_7630 => "overlay",
-        0x6969 => "nfs",
-        0x0BD0_0BD0 => "lustre",
-        0x4750_4653 => "gpfs",
-        0x1983_0326 => "beegfs",
-        0x00C3_6400 => "ceph",
-        0x6573_5546 => "fuse",
+        FsType(0x0102_1994) => "tmpfs",
+        FsType(0xEF53) => "ext4",
+        FsType(0x5846_5342) => "xfs",
+        FsType(0x9123_683E) => "btrfs",
+        FsType(0x794C_7630) => "overlay",
+        FsType(0x6969) => "nfs",
+        FsType(0x0BD0_0BD0) => "lustre",
+        FsType(0x4750_4653) => "gpfs",
+        FsType(0x1983_0326) => "beegfs",
+        FsType(0x00C3_6400) => "ceph",
+        FsType(0x6573_5546) => "fuse",
         _ => "a file system of another kind",
     }
 }
@@ -320,7 +325,9 @@ async fn run_modes(login: &Login) -> String {
             "nothing keeps an agent running here but a job: over SSH each link starts it, over TCP start it by `knoc-agent serve --detach`"
                 .to_owned()
         }
-        mode => format!("the agent would be kept running by {mode}"),
+        mode @ (RunMode::Systemd | RunMode::Cron | RunMode::Scrontab | RunMode::Job) => {
+            format!("the agent would be kept running by {mode}")
+        }
     };
     format!("{chosen}; {}", list.join(", "))
 }
@@ -395,15 +402,24 @@ mod tests {
     fn a_folder_that_compute_nodes_cannot_see_is_named() {
         let path = PathBuf::from("/home/ann/.local/state/knoc");
         let judge = |kind, gib: u64| judge_folder(&path, kind, gib << 30);
-        assert!(judge(0x6969, 40).unwrap().contains("on nfs, with 40 GiB"));
-        assert!(judge(0xEF53, 40).unwrap().contains("--probe"));
         assert!(
-            judge(0x0102_1994, 40)
+            judge(FsType(0x6969), 40)
+                .unwrap()
+                .contains("on nfs, with 40 GiB")
+        );
+        assert!(judge(FsType(0xEF53), 40).unwrap().contains("--probe"));
+        assert!(
+            judge(FsType(0x0102_1994), 40)
                 .unwrap_err()
                 .cure
                 .contains("state_dir")
         );
-        assert!(judge(0x6969, 1).unwrap_err().cure.contains("make room"));
+        assert!(
+            judge(FsType(0x6969), 1)
+                .unwrap_err()
+                .cure
+                .contains("make room")
+        );
     }
 
     #[test]

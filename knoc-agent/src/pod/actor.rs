@@ -155,7 +155,7 @@ impl NewActor {
             None => self.create(&mut inputs).await,
         };
         if let Some((actor, pod)) = begun {
-            actor.run(pod, &mut inputs, &stop).await;
+            Box::pin(actor.run(pod, &mut inputs, &stop)).await;
         }
         if !stop.is_cancelled() {
             site.shim_links.forget(&uid);

@@ -134,7 +134,9 @@ fn without_block<'a, 'b>(lines: &'b [&'a str]) -> (Vec<&'a str>, &'b [&'a str]) 
     let begin = lines.iter().position(|line| *line == CRON_BEGIN);
     let end = lines.iter().position(|line| *line == CRON_END);
     let end = end.filter(|end| begin.is_none_or(|begin| *end < begin));
-    let (block, after) = if let Some(end) = end { (lines.get(..end), lines.get(end + 1..)) } else {
+    let (block, after) = if let Some(end) = end {
+        (lines.get(..end), lines.get(end + 1..))
+    } else {
         let of_block = |line: &&&str| is_option(line) || starts_agent(line);
         let count = lines.iter().take_while(of_block).count();
         (lines.get(..count), lines.get(count..))

@@ -49,9 +49,12 @@ pub(crate) async fn run(
     limit: Duration,
 ) -> Result<Said, RunError> {
     let started = start(program, args);
-    let mut child = started.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => RunError::NotFound,
-        _ => RunError::Start(error),
+    let mut child = started.map_err(|error| {
+        if error.kind() == io::ErrorKind::NotFound {
+            RunError::NotFound
+        } else {
+            RunError::Start(error)
+        }
     })?;
     let stdin = child.stdin.take();
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());

@@ -219,7 +219,7 @@ pub(crate) fn network(
         .filter(|_| permits(&of_dns));
     let dns = dns
         .filter(|address| within(*address))
-        .or(found.map(|(address, _)| address));
+        .or_else(|| found.map(|(address, _)| address));
     let api = table.address(&Name::new("default", "kubernetes"), "https", within);
     Some(pb::EgressNetwork {
         tcp_ports: most(&first.tcp, &all.tcp),

@@ -433,16 +433,13 @@ impl Watch {
         K: Clone + DeserializeOwned + std::fmt::Debug,
     {
         let asked = tokio::time::timeout(ASK, api.get_metadata_opt(&self.key.name)).await;
-        match asked {
-            Ok(Ok(found)) => {
-                let version = |object: PartialObjectMeta<K>| object.metadata.resource_version;
-                self.observed(found.and_then(version));
-            }
+        if let Ok(Ok(found)) = asked {
+            let version = |object: PartialObjectMeta<K>| object.metadata.resource_version;
+            self.observed(found.and_then(version));
+        } else {
             // The pods read it themselves.
-            Ok(Err(_)) | Err(_) => {
-                let pods = self.references.state().doubt(self.which());
-                self.push(pods);
-            }
+            let pods = self.references.state().doubt(self.which());
+            self.push(pods);
         }
     }
 

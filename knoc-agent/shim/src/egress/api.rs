@@ -31,8 +31,8 @@ impl ApiServer {
         }
     }
 
-    /// The line of `/etc/hosts`.
-    pub(crate) fn hosts_line(self) -> String {
+    /// The line of `/etc/hosts`, which is the same for every port.
+    pub(crate) fn hosts_line() -> String {
         format!("{}\t{NAME}", Ipv4Addr::LOCALHOST)
     }
 
@@ -123,6 +123,6 @@ mod tests {
             of(unnamed, "KUBERNETES_SERVICE_HOST", "10.96.0.1"),
             "127.0.0.1"
         );
-        assert_eq!(api.hosts_line(), "127.0.0.1\tkubernetes.default.svc");
+        assert_eq!(ApiServer::hosts_line(), "127.0.0.1\tkubernetes.default.svc");
     }
 }

@@ -56,7 +56,7 @@ impl Gate {
     pub(super) fn admit(&self, stream: TcpStream) {
         let stream = tcp::Guarded::new(stream);
         // The edge has an address of its own, which is none of the cluster's.
-        let Some(target) = self.target(stream.local_addr()) else {
+        let Some(target) = self.target(&stream.local_addr()) else {
             return;
         };
         let Some(slot) = self.slot() else { return };
@@ -78,9 +78,9 @@ impl Gate {
         slot.ok()
     }
 
-    fn target(&self, dialled: io::Result<SocketAddr>) -> Option<SocketAddrV4> {
+    fn target(&self, dialled: &io::Result<SocketAddr>) -> Option<SocketAddrV4> {
         match dialled {
-            Ok(SocketAddr::V4(target)) => self.reaches(*target.ip()).then_some(target),
+            Ok(SocketAddr::V4(target)) => self.reaches(*target.ip()).then_some(*target),
             Ok(SocketAddr::V6(_)) | Err(_) => None,
         }
     }

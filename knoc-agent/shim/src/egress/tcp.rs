@@ -95,10 +95,13 @@ async fn to_container(
         match input.message().await? {
             Some(EgressInput {
                 input: Some(Input::Data(data)),
-            }) => writer.write_all(&data).await.map_err(failed)?,
+            }) => writer
+                .write_all(&data)
+                .await
+                .map_err(|error| failed(&error))?,
             Some(EgressInput {
                 input: Some(Input::Closed(_)),
-            }) => return writer.shutdown().await.map_err(failed),
+            }) => return writer.shutdown().await.map_err(|error| failed(&error)),
             Some(EgressInput {
                 input: Some(Input::Start(_)) | None,
             }) => {}
@@ -120,10 +123,10 @@ async fn from_container(reader: ReadHalf<'_>, output: &Output) -> Result<(), Sta
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 // A silent connection holds no buffer.
                 buffer = BytesMut::new();
-                reader.readable().await.map_err(failed)?;
+                reader.readable().await.map_err(|error| failed(&error))?;
                 continue;
             }
-            Err(error) => return Err(failed(error)),
+            Err(error) => return Err(failed(&error)),
         };
         let message = if count == 0 {
             egress_output::Output::Closed(true)
@@ -136,7 +139,7 @@ async fn from_container(reader: ReadHalf<'_>, output: &Output) -> Result<(), Sta
     }
 }
 
-fn failed(error: io::Error) -> Status {
+fn failed(error: &io::Error) -> Status {
     ErrorReason::NotListening.status(format!("the container's connection failed: {error}"))
 }
 

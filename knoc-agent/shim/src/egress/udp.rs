@@ -72,7 +72,7 @@ pub(super) async fn serve(socket: UdpSocket, port: u16, gate: Gate) {
         gate,
         flows: HashMap::new(),
         tasks: JoinSet::new(),
-        port,
+        number: port,
     };
     let mut buffer = vec![0; LONGEST];
     let socket = Arc::clone(&port.socket);
@@ -98,7 +98,7 @@ struct Port {
     gate: Gate,
     flows: HashMap<Key, Flow>,
     tasks: JoinSet<Key>,
-    port: u16,
+    number: u16,
 }
 
 impl Port {
@@ -106,7 +106,7 @@ impl Port {
         if !self.gate.reaches(to) {
             return;
         }
-        let key = (from, SocketAddrV4::new(to, self.port));
+        let key = (from, SocketAddrV4::new(to, self.number));
         let data = match self.flows.get_mut(&key) {
             None => data,
             Some(flow) => match flow.datagrams.try_send(data) {
@@ -183,7 +183,9 @@ struct Exchange {
 
 impl Exchange {
     async fn run(mut self, egress: Arc<Egress>) -> Key {
-        if let Some(taken) = egress.announce(Kind::Udp, self.key.1).await { self.carry(taken).await } else {
+        if let Some(taken) = egress.announce(Kind::Udp, self.key.1).await {
+            self.carry(taken).await;
+        } else {
             let drained = async { while self.queue.recv().await.is_some() {} };
             timeout(REFUSED, drained).await.ok();
         }

@@ -73,8 +73,8 @@ mod tests {
         let mut waiting = Waiting::default();
         let target: SocketAddrV4 = "10.96.0.1:443".parse().unwrap();
         let add = |waiting: &mut Waiting, kind| {
-            let (taker, taken) = oneshot::channel();
-            (waiting.add(kind, target, taker), taken)
+            let (taker, stream) = oneshot::channel();
+            (waiting.add(kind, target, taker), stream)
         };
         let (one, mut refused) = add(&mut waiting, Kind::Tcp);
         let (two, _taken) = add(&mut waiting, Kind::Udp);

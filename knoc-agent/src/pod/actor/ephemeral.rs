@@ -252,7 +252,8 @@ impl Actor {
                     tokio::time::sleep(pause).await;
                     let image = match allowed(&site, &spec, &container) {
                         Ok(()) => {
-                            stage::image_of(&site, &spec, container, &credentials, &own).await
+                            let find = stage::image_of(&site, &spec, container, &credentials, &own);
+                            Box::pin(find).await
                         }
                         Err(error) => Err(error),
                     };

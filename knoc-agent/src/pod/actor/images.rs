@@ -195,7 +195,8 @@ impl Actor {
                     let name = container.name.clone();
                     let image = match stage::allowed(&site, &container) {
                         Ok(()) => {
-                            stage::image_of(&site, &spec, container, &credentials, &own).await
+                            let find = stage::image_of(&site, &spec, container, &credentials, &own);
+                            Box::pin(find).await
                         }
                         Err(error) => Err(error),
                     };

@@ -37,7 +37,7 @@ fn three() -> serde_json::Value {
 
 #[test]
 fn only_services_of_the_list_are_dialled_and_the_refusal_names_the_list() {
-    let table = table(&[web()], &[slice_of("one", "web", three())]);
+    let table = table(&[web()], &[slice_of("one", "web", &three())]);
     let dial = tcp(&table, &["a/web"], &[], "10.96.0.5:80", "u", 4).unwrap();
     assert_eq!(dial.service.to_string(), "a/web");
     assert_eq!((dial.port, dial.endpoint), (80, at("10.1.0.2:8080")));
@@ -61,7 +61,7 @@ fn only_services_of_the_list_are_dialled_and_the_refusal_names_the_list() {
 fn every_endpoint_is_chosen_unless_the_service_has_affinity() {
     let mut sticky = web();
     let table_of =
-        |service: serde_json::Value| table(&[service], &[slice_of("one", "web", three())]);
+        |service: serde_json::Value| table(&[service], &[slice_of("one", "web", &three())]);
     let loose = table_of(web());
     sticky["spec"]["sessionAffinity"] = json!("ClientIP");
     let sticky = table_of(sticky);
@@ -84,9 +84,9 @@ fn every_endpoint_is_chosen_unless_the_service_has_affinity() {
 fn an_endpoint_that_goes_moves_only_the_pods_that_it_had() {
     let mut service = web();
     service["spec"]["sessionAffinity"] = json!("ClientIP");
-    let before = table(&[service.clone()], &[slice_of("one", "web", three())]);
+    let before = table(&[service.clone()], &[slice_of("one", "web", &three())]);
     let two = json!([{"addresses": ["10.1.0.1"]}, {"addresses": ["10.1.0.3"]}]);
-    let after = table(&[service], &[slice_of("one", "web", two)]);
+    let after = table(&[service], &[slice_of("one", "web", &two)]);
     for pod in 0..50 {
         let uid = format!("pod{pod}");
         let chosen = |table: &Table| {
@@ -103,7 +103,7 @@ fn an_endpoint_that_goes_moves_only_the_pods_that_it_had() {
 fn addresses_of_nodes_need_the_services_name_and_others_are_never_dialled() {
     let at_node = |address: &str| {
         let endpoints = json!([{"addresses": [address]}]);
-        table(&[web()], &[slice_of("one", "web", endpoints)])
+        table(&[web()], &[slice_of("one", "web", &endpoints)])
     };
     let try_it = |list: &str, address: &str| {
         tcp(

@@ -30,7 +30,7 @@ pub(in crate::egress) fn web() -> serde_json::Value {
 pub(in crate::egress) fn slice_of(
     name: &str,
     service: &str,
-    endpoints: serde_json::Value,
+    endpoints: &serde_json::Value,
 ) -> serde_json::Value {
     json!({"metadata": {"namespace": "a", "name": name, "labels": {OF_SERVICE: service}}, "addressType": "IPv4",
         "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}, {"name": "dns", "port": 5353, "protocol": "UDP"}],
@@ -56,8 +56,8 @@ fn an_address_of_a_service_leads_to_its_ready_endpoints() {
     let table = table(
         &[web()],
         &[
-            slice_of("one", "web", endpoints),
-            slice_of("two", "web", more),
+            slice_of("one", "web", &endpoints),
+            slice_of("two", "web", &more),
         ],
     );
     let expected = ["10.1.0.1:8080", "10.1.0.2:8080", "10.1.0.9:8080"];
@@ -90,12 +90,12 @@ fn an_address_of_a_service_leads_to_its_ready_endpoints() {
 fn endpoints_that_leave_serve_until_others_are_ready() {
     let leaving = json!([{"addresses": ["10.1.0.4"], "conditions": {"ready": false, "serving": true, "terminating": true}},
         {"addresses": ["10.1.0.5"], "conditions": {"ready": false, "serving": false, "terminating": true}}]);
-    let mut table = table(&[web()], &[slice_of("one", "web", leaving)]);
+    let mut table = table(&[web()], &[slice_of("one", "web", &leaving)]);
     assert_eq!(found(&table, "10.96.0.5:80"), ["10.1.0.4:8080"]);
     let (name, ready) = read(&slice_of(
         "two",
         "web",
-        json!([{"addresses": ["10.1.0.6"]}]),
+        &json!([{"addresses": ["10.1.0.6"]}]),
     ))
     .unwrap();
     assert!(table.set_slice(name.clone(), ready));
@@ -109,8 +109,8 @@ fn the_address_of_an_endpoint_belongs_to_all_its_services() {
     let headless = json!({"metadata": {"namespace": "a", "name": "db"}, "spec": {"clusterIP": "None", "ports": [{"port": 80}]}});
     let endpoints = || json!([{"addresses": ["10.1.0.1"]}]);
     let slices = [
-        slice_of("one", "db", endpoints()),
-        slice_of("two", "web", endpoints()),
+        slice_of("one", "db", &endpoints()),
+        slice_of("two", "web", &endpoints()),
     ];
     let table = table(&[web(), headless], &slices);
     let targets = table.targets(at("10.1.0.1:8080"), EgressProtocol::Tcp);

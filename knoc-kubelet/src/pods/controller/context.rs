@@ -116,7 +116,7 @@ impl Context {
     pub(super) fn agent_knows(&self, capability: &str) -> bool {
         match &*self.site.link.borrow() {
             Link::Up { info, .. } => info.capabilities.iter().any(|known| known == capability),
-            _ => false,
+            Link::Down { .. } => false,
         }
     }
 

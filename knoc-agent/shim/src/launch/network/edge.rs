@@ -64,8 +64,10 @@ impl EdgeError {
 /// Both namespaces, and what leads from the pod to the edge.
 #[derive(Debug)]
 pub(super) struct Edge {
+    /// The pod's network namespace.
     pod: File,
-    edge: File,
+    /// The edge's own network namespace.
+    namespace: File,
     /// The pod's address.
     address: Ipv4Addr,
     /// The index of the interface in the pod.
@@ -102,7 +104,7 @@ impl Edge {
         let device = Self::configure_pod(address).map_err(configure)?;
         let made = Self {
             pod,
-            edge,
+            namespace: edge,
             address,
             device,
             ranges: BTreeSet::new(),
@@ -181,7 +183,7 @@ impl Edge {
 
     /// Runs `act` in the edge. The outer error is that of the way back.
     fn inside<T>(&self, act: impl FnOnce() -> io::Result<T>) -> Result<io::Result<T>, EdgeError> {
-        let enter = setns(&self.edge, CloneFlags::CLONE_NEWNET);
+        let enter = setns(&self.namespace, CloneFlags::CLONE_NEWNET);
         if let Err(errno) = enter {
             return Ok(Err(errno.into()));
         }
