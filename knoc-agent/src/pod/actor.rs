@@ -240,7 +240,7 @@ impl Actor {
                 },
                 () = sleep_until(wake) => Input::Event(Event::Tick),
             };
-            pod = self.take(pod, input).await;
+            pod = Box::pin(self.take(pod, input)).await;
             if matches!(pod.state, State::Forgotten) {
                 break;
             }
