@@ -118,7 +118,10 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
         };
         containers
             .map(|container| (image(&container.name), &container.image))
-            .any(|(known, wanted)| known.is_some() && known != wanted.as_ref())
+            .any(|(known, wanted)| {
+                // A container of which nothing is known yet has no image.
+                known.is_some_and(|known| !known.is_empty()) && known != wanted.as_ref()
+            })
     };
     match observed.phase() {
         PodPhase::Unspecified | PodPhase::Accepted | PodPhase::Staging => true,
