@@ -99,7 +99,8 @@ fn in_path(name: &str) -> bool {
 async fn local(binary: Option<PathBuf>, request: &Request) -> Result<Answer, CtlError> {
     let program = Program::path(binary)?;
     let json = serde_json::to_vec(request).unwrap_or_default();
-    let said = match command::run(program.as_os_str(), &["manage"], &json, LOOK).await {
+    let ran = command::run(program.as_os_str(), &["manage"], &json, LOOK).await;
+    let said = match ran {
         Ok(said) => said,
         Err(source) => {
             let path = program;
