@@ -427,6 +427,7 @@ impl Actor {
         let mut observed = observed(pod, &self.spec, &self.cluster_id);
         observed.values_wanted = self.wants_values(pod) || self.wants_credentials(pod);
         observed.ephemeral_containers = self.ephemeral.statuses(pod, &self.spec);
+        self.updates.show_staged(pod, &mut observed);
         observed
     }
 

@@ -135,6 +135,20 @@ impl Updates {
         }
     }
 
+    /// Shows the images from which the job would start, as long as the shim has reported none. While they are not those of
+    /// the shape, the kubelet goes on sending the credentials of the pod.
+    pub(super) fn show_staged(&self, pod: &Pod, observed: &mut pb::PodObserved) {
+        if pod.report.is_some() {
+            return;
+        }
+        let init = observed.init_containers.iter_mut();
+        for status in init.chain(&mut observed.containers) {
+            if let Some(staged) = self.staged.get(&status.name) {
+                status.image.clone_from(staged);
+            }
+        }
+    }
+
     /// Whether an image is looked up next.
     pub(super) fn looks_for_image(&self, pod: &Pod, spec: &pb::PodSpec) -> bool {
         matches!(self.due(pod, spec), Some(Next::Find(_)))
@@ -250,6 +264,7 @@ impl Actor {
                     if !self.needs_credentials(&pod) {
                         self.credentials = None;
                     }
+                    self.show(&pod);
                     pod
                 }
                 Err(message) => self.image_fails(pod, &container, &message).await,
@@ -425,6 +440,32 @@ mod tests {
         assert_eq!(due(&updates, Some(old), "b"), "nothing");
         assert!(!updates.fails("main", "no"));
         assert!(updates.fails("main", "another reason"));
+    }
+
+    #[test]
+    fn a_job_that_waits_is_shown_with_the_image_from_which_it_would_start() {
+        let mut updates = Updates::default();
+        let shown = |updates: &Updates, report: Option<pb::Report>| {
+            let status = pb::ContainerStatus {
+                name: "main".to_owned(),
+                image: "b".to_owned(),
+                ..pb::ContainerStatus::default()
+            };
+            let mut observed = pb::PodObserved {
+                containers: vec![status],
+                ..pb::PodObserved::default()
+            };
+            updates.show_staged(&pod(report), &mut observed);
+            observed.containers[0].image.clone()
+        };
+        assert_eq!(shown(&updates, None), "b", "nothing is staged yet");
+        updates.staged([&resolved("a")]);
+        assert_eq!(shown(&updates, None), "a", "the other one is not there yet");
+        updates.staged([&resolved("b")]);
+        assert_eq!(shown(&updates, None), "b");
+        updates.staged([&resolved("c")]);
+        let said = Some(report("b", "c"));
+        assert_eq!(shown(&updates, said), "b", "the shim knows what runs");
     }
 
     #[test]

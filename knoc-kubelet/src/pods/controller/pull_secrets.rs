@@ -112,9 +112,10 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
         });
         let statuses = || observed.init_containers.iter().chain(&observed.containers);
         let image = |name: &str| {
-            statuses()
-                .find(|one| one.name == name)
-                .map(|one| &one.image)
+            let status = statuses().find(|one| one.name == name)?;
+            // The shim has an image already with which the container starts next.
+            let next = Some(&status.next_image).filter(|next| !next.is_empty());
+            Some(next.unwrap_or(&status.image))
         };
         containers
             .map(|container| (image(&container.name), &container.image))
@@ -131,6 +132,42 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
         | PodPhase::Queued
         | PodPhase::Running
         | PodPhase::Stopping
-        | PodPhase::Lost => others() || ephemeral.any(|container| waits(&container.name)),
+        | PodPhase::Lost => {
+            (!not_sent.all && others()) || ephemeral.any(|container| waits(&container.name))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn waits(image: &str, next_image: &str, not_sent: NotSent<'_>) -> bool {
+        let spec = json!({"containers": [{"name": "a", "image": "new"}]});
+        let pod: Pod = serde_json::from_value(json!({"metadata": {}, "spec": spec})).unwrap();
+        let status = pb::ContainerStatus {
+            name: "a".to_owned(),
+            image: image.to_owned(),
+            next_image: next_image.to_owned(),
+            ..pb::ContainerStatus::default()
+        };
+        let observed = pb::PodObserved {
+            phase: PodPhase::Running.into(),
+            containers: vec![status],
+            ..pb::PodObserved::default()
+        };
+        waits_for_images(&pod, &observed, not_sent)
+    }
+
+    #[test]
+    fn another_image_is_waited_for_until_the_shim_has_it_unless_the_agent_refused_it() {
+        let none = NotSent::default();
+        assert!(waits("old", "", none));
+        assert!(!waits("old", "new", none), "the container still stops");
+        assert!(!waits("new", "", none));
+        let refused = NotSent { all: true, ..none };
+        assert!(!waits("old", "", refused));
     }
 }
