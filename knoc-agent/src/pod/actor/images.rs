@@ -66,6 +66,16 @@ enum Next<'a> {
     Impossible(&'a pb::Container),
 }
 
+impl<'a> Next<'a> {
+    fn container(&self) -> &'a pb::Container {
+        match *self {
+            Self::Find(container) | Self::Tell(container) | Self::Impossible(container) => {
+                container
+            }
+        }
+    }
+}
+
 impl Updates {
     /// What the task has done, once it has; pending if there is none.
     pub(super) async fn next(&mut self) -> Option<Step> {
@@ -103,14 +113,19 @@ impl Updates {
             .extend(images.map(|image| (image.container.clone(), image.image.clone())));
     }
 
-    /// PURE: what is to be done next, if anything.
+    /// PURE: what is to be done next, if anything. A container that fails again and again holds up no other.
     fn due<'a>(&self, pod: &Pod, spec: &'a pb::PodSpec) -> Option<Next<'a>> {
+        let all = self.all_due(pod, spec);
+        all.min_by_key(|next| self.tries(&next.container().name))
+    }
+
+    /// PURE: what is to be done for each container.
+    fn all_due<'a>(&self, pod: &Pod, spec: &'a pb::PodSpec) -> impl Iterator<Item = Next<'a>> {
         let ending = pod.report.as_ref().is_some_and(|report| report.r#final);
-        if ending || pod.is_finished() || pod.deletion.is_some() {
-            return None;
-        }
-        let mut all = spec.init_containers.iter().chain(&spec.containers);
-        all.find_map(|container| self.due_for(pod, container))
+        let over = ending || pod.is_finished() || pod.deletion.is_some();
+        let all = spec.init_containers.iter().chain(&spec.containers);
+        let all = all.filter(move |_| !over);
+        all.filter_map(move |container| self.due_for(pod, container))
     }
 
     fn due_for<'a>(&self, pod: &Pod, container: &'a pb::Container) -> Option<Next<'a>> {
@@ -135,9 +150,10 @@ impl Updates {
         }
     }
 
-    /// Whether an image is looked up next.
+    /// Whether an image is to be looked up.
     pub(super) fn looks_for_image(&self, pod: &Pod, spec: &pb::PodSpec) -> bool {
-        matches!(self.due(pod, spec), Some(Next::Find(_)))
+        let mut all = self.all_due(pod, spec);
+        all.any(|next| matches!(next, Next::Find(_)))
     }
 
     /// Notes a failure. Returns whether it is another one than before.
@@ -410,6 +426,34 @@ mod tests {
         // After a restart of the agent.
         updates.found.clear();
         assert_eq!(due(&updates, Some(report("a", "")), "b"), "find");
+    }
+
+    #[test]
+    fn a_container_whose_image_cannot_be_used_holds_up_no_other() {
+        let mut updates = Updates::default();
+        let mut spec = spec("b");
+        let other = pb::Container {
+            name: "other".to_owned(),
+            ..spec.containers[0].clone()
+        };
+        spec.containers.push(other);
+        let resolved_other = |image: &str| pb::ResolvedImage {
+            container: "other".to_owned(),
+            ..resolved(image)
+        };
+        updates.staged([&resolved("a"), &resolved_other("a")]);
+        let next = |updates: &Updates| {
+            let next = updates.due(&pod(None), &spec);
+            next.map_or_else(String::new, |next| next.container().name.clone())
+        };
+        assert_eq!(next(&updates), "main");
+        assert!(updates.fails("main", "no"));
+        assert_eq!(next(&updates), "other");
+        assert!(updates.looks_for_image(&pod(None), &spec));
+        updates.staged([&resolved_other("b")]);
+        assert_eq!(next(&updates), "main", "it is tried again");
+        updates.staged([&resolved("b")]);
+        assert!(!updates.looks_for_image(&pod(None), &spec));
     }
 
     #[test]
