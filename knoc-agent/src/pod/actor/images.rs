@@ -113,6 +113,20 @@ impl Updates {
             .extend(images.map(|image| (image.container.clone(), image.image.clone())));
     }
 
+    /// Before the shim's first report: names the images with which the containers will start. If the shape names others, the
+    /// kubelet sees by that that the pod waits for images, and sends the credentials for them.
+    pub(super) fn show(&self, pod: &Pod, observed: &mut pb::PodObserved) {
+        if pod.report.is_some() {
+            return;
+        }
+        let all = observed.init_containers.iter_mut();
+        for status in all.chain(&mut observed.containers) {
+            if let Some(image) = self.staged.get(&status.name) {
+                status.image.clone_from(image);
+            }
+        }
+    }
+
     /// PURE: what is to be done next, if anything. A container that fails again and again holds up no other.
     fn due<'a>(&self, pod: &Pod, spec: &'a pb::PodSpec) -> Option<Next<'a>> {
         let all = self.all_due(pod, spec);
@@ -295,7 +309,9 @@ impl Actor {
                 result: Err(message),
             } => self.image_fails(pod, &container, &message).await,
         };
-        self.update_images(pod).await
+        let pod = self.update_images(pod).await;
+        self.show(&pod);
+        pod
     }
 
     async fn image_fails(&mut self, pod: Pod, container: &str, message: &str) -> Pod {
@@ -426,6 +442,22 @@ mod tests {
         // After a restart of the agent.
         updates.found.clear();
         assert_eq!(due(&updates, Some(report("a", "")), "b"), "find");
+    }
+
+    #[test]
+    fn a_pod_in_the_queue_shows_the_image_with_which_it_would_start() {
+        let mut updates = Updates::default();
+        updates.staged([&resolved("a")]);
+        let shown = |reported: Option<pb::Report>| {
+            let mut observed = pb::PodObserved {
+                containers: report("b", "").containers,
+                ..pb::PodObserved::default()
+            };
+            updates.show(&pod(reported), &mut observed);
+            observed.containers.remove(0).image
+        };
+        assert_eq!(shown(None), "a");
+        assert_eq!(shown(Some(report("b", ""))), "b", "the shim knows it");
     }
 
     #[test]
