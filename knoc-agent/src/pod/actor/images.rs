@@ -184,6 +184,19 @@ impl Updates {
     }
 }
 
+/// PURE: names the image of each location in the job file of an older agent, which did not: it is the one of the shape there.
+pub(super) fn name_images(job: &mut pb::JobFile) {
+    let Some(spec) = &job.spec else {
+        return;
+    };
+    for image in job.images.iter_mut().filter(|image| image.image.is_empty()) {
+        let mut all = spec.init_containers.iter().chain(&spec.containers);
+        if let Some(container) = all.find(|one| one.name == image.container) {
+            image.image.clone_from(&container.image);
+        }
+    }
+}
+
 /// Whether the shim would start the container with another image than the shape names.
 fn is_outdated(report: &pb::Report, container: &pb::Container) -> bool {
     let mut all = report.init_containers.iter().chain(&report.containers);
@@ -442,6 +455,21 @@ mod tests {
         // After a restart of the agent.
         updates.found.clear();
         assert_eq!(due(&updates, Some(report("a", "")), "b"), "find");
+    }
+
+    #[test]
+    fn locations_of_an_older_agent_keep_the_image_of_the_shape_that_they_were_found_for() {
+        let mut job = pb::JobFile {
+            spec: Some(spec("a")),
+            images: vec![resolved(""), pb::ResolvedImage::default()],
+            ..pb::JobFile::default()
+        };
+        name_images(&mut job);
+        let names: Vec<_> = job.images.iter().map(|one| one.image.as_str()).collect();
+        assert_eq!(names, ["a", ""]);
+        job.spec = Some(spec("b"));
+        name_images(&mut job);
+        assert_eq!(job.images[0].image, "a");
     }
 
     #[test]
