@@ -71,12 +71,12 @@ fn read_again() -> SignedDuration {
     SignedDuration::try_from(Duration::from_secs(seconds)).unwrap_or(SignedDuration::ZERO)
 }
 
-/// The ephemeral containers that the agent does not get, and for which it needs no image.
+/// What the agent does not get, and for which it needs no image.
 #[derive(Clone, Copy, Default)]
 pub(super) struct NotSent<'a> {
-    /// What the verdict table rejects.
+    /// What the verdict table rejects; an ephemeral container is rejected alone.
     rejected: &'a [String],
-    /// The names of those that wait for what their variables refer to.
+    /// The names of the ephemeral containers that wait for what their variables refer to.
     lacking: &'a [String],
     /// Whether the agent does not take this generation of the pod.
     all: bool,
@@ -113,7 +113,7 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
         let statuses = || observed.init_containers.iter().chain(&observed.containers);
         let image = |name: &str| {
             let status = statuses().find(|one| one.name == name)?;
-            // The shim has an image already with which the container starts next.
+            // The job has that one already, even if the container never starts again.
             let next = Some(&status.next_image).filter(|next| !next.is_empty());
             Some(next.unwrap_or(&status.image))
         };
@@ -133,7 +133,8 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
         | PodPhase::Running
         | PodPhase::Stopping
         | PodPhase::Lost => {
-            (!not_sent.all && others()) || ephemeral.any(|container| waits(&container.name))
+            let others = !not_sent.all && others();
+            others || ephemeral.any(|container| waits(&container.name))
         }
     }
 }
@@ -144,30 +145,36 @@ mod tests {
 
     use super::*;
 
-    fn waits(image: &str, next_image: &str, not_sent: NotSent<'_>) -> bool {
-        let spec = json!({"containers": [{"name": "a", "image": "new"}]});
-        let pod: Pod = serde_json::from_value(json!({"metadata": {}, "spec": spec})).unwrap();
-        let status = pb::ContainerStatus {
-            name: "a".to_owned(),
-            image: image.to_owned(),
-            next_image: next_image.to_owned(),
-            ..pb::ContainerStatus::default()
-        };
+    fn waits(image: &str, next_image: &str, refused: bool) -> bool {
+        let pod = json!({"spec": {"containers": [{"name": "main", "image": "new"}]}});
+        let pod: Pod = serde_json::from_value(pod).unwrap();
         let observed = pb::PodObserved {
             phase: PodPhase::Running.into(),
-            containers: vec![status],
+            containers: vec![pb::ContainerStatus {
+                name: "main".to_owned(),
+                image: image.to_owned(),
+                next_image: next_image.to_owned(),
+                ..pb::ContainerStatus::default()
+            }],
             ..pb::PodObserved::default()
+        };
+        let not_sent = NotSent {
+            all: refused,
+            ..NotSent::default()
         };
         waits_for_images(&pod, &observed, not_sent)
     }
 
     #[test]
-    fn another_image_is_waited_for_until_the_shim_has_it_unless_the_agent_refused_it() {
-        let none = NotSent::default();
-        assert!(waits("old", "", none));
-        assert!(!waits("old", "new", none), "the container still stops");
-        assert!(!waits("new", "", none));
-        let refused = NotSent { all: true, ..none };
-        assert!(!waits("old", "", refused));
+    fn credentials_are_sent_until_the_job_has_the_image_that_the_pod_names() {
+        assert!(waits("old", "", false));
+        assert!(waits("old", "older", false));
+        assert!(!waits("new", "", false));
+        // It has ended for good, or is being stopped.
+        assert!(!waits("old", "new", false));
+        assert!(
+            !waits("old", "", true),
+            "the agent does not take the change"
+        );
     }
 }
