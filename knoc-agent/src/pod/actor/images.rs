@@ -545,7 +545,7 @@ mod tests {
                 containers: vec![status],
                 ..pb::PodObserved::default()
             };
-            updates.show_staged(&pod(report), &mut observed);
+            updates.show(&pod(report), &mut observed);
             observed.containers[0].image.clone()
         };
         assert_eq!(shown(&updates, None), "b", "nothing is staged yet");
