@@ -196,6 +196,8 @@ impl Connections {
                 () = shutdown.cancelled() => return,
                 ended = self.session() => ended,
             };
+            // Another agent may answer next, which does not have the network yet.
+            self.setup.described.0.send_replace(Some(false));
             if let Err(status) = &ended {
                 tracing::info!(
                     error = chain(status),
@@ -217,10 +219,10 @@ impl Connections {
 
     /// One call of `WatchEgress`, from the moment at which the agent can serve it.
     async fn session(&mut self) -> Result<(), Status> {
-        self.setup.described.0.send_replace(Some(false));
         able(&mut self.setup.link).await;
         let mut changed = self.cluster.subscribe();
         let mut network = self.first_network(&mut changed).await;
+        self.setup.described.0.send_replace(Some(false));
         let (controls, sent) = mpsc::channel(CONTROLS);
         let first = pb::EgressControl {
             caller: Some(self.setup.agent.egress_caller()),
@@ -260,8 +262,14 @@ impl Connections {
     async fn first_network(&self, changed: &mut channel::Receiver<()>) -> pb::EgressNetwork {
         loop {
             changed.mark_unchanged();
+            // Asked first, because the rest may be read meanwhile.
+            let is_read = self.cluster.look(|_| ()).is_some();
             if let Some(network) = self.network() {
                 return network;
+            }
+            if is_read {
+                // No range is known, so pods would wait for nothing.
+                self.setup.described.0.send_replace(None);
             }
             // It ends only with the process.
             changed.changed().await.ok();
