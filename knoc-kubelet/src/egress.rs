@@ -31,7 +31,10 @@ use knoc_proto::{
 };
 use kube::Client;
 use tokio::{
-    sync::{mpsc, watch as channel},
+    sync::{
+        mpsc::{self, error::TrySendError},
+        watch as channel,
+    },
     task::{Id, JoinError, JoinSet},
     time::{Instant, sleep_until, timeout},
 };
@@ -248,9 +251,11 @@ impl Connections {
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     due = None;
                     if let Some(newest) = self.network().filter(|newest| *newest != network) {
-                        network = newest;
-                        if controls.send(control(Control::Network(network.clone()))).await.is_err() {
-                            return Ok(());
+                        match controls.try_send(control(Control::Network(newest.clone()))) {
+                            Ok(()) => network = newest,
+                            // The agent may itself wait until its attempts are read, so this does not wait for it.
+                            Err(TrySendError::Full(_)) => due = Some(Instant::now() + GATHER),
+                            Err(TrySendError::Closed(_)) => return Ok(()),
                         }
                     }
                 }
