@@ -238,7 +238,7 @@ impl Connections {
         let answer = answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time")));
         let mut attempts = answer?.into_inner();
         self.setup.described.0.send_replace(Some(true));
-        tracing::info!(ranges = ?network.ranges, dns = network.dns, "pods can reach the cluster");
+        self.tell(&network);
         let mut due = None;
         loop {
             tokio::select! {
@@ -260,6 +260,16 @@ impl Connections {
                     }
                 }
             }
+        }
+    }
+
+    fn tell(&self, network: &pb::EgressNetwork) {
+        tracing::info!(ranges = ?network.ranges, dns = network.dns, "pods can reach the cluster");
+        let configured = self.setup.config.dns;
+        if let Some(unused) = configured.filter(|dns| dns.to_string() != network.dns) {
+            tracing::warn!(
+                "pods do not ask {unused} (`egress.dns`): it is in none of the ranges, or `egress.allow` does not have its Service"
+            );
         }
     }
 

@@ -14,6 +14,9 @@ use knoc_proto::{
 
 use super::table::{Name, Table, Target};
 
+/// The port of DNS.
+const DNS: u16 = 53;
+
 /// What the cluster says about itself, apart from Services.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Surroundings {
@@ -217,8 +220,13 @@ pub(crate) fn network(
     let found = table
         .address(&of_dns, "dns", within)
         .filter(|_| permits(&of_dns));
+    // A server that refuses every question would leave pods without any names.
+    let is_forbidden = |address: IpAddr| {
+        let targets = table.targets(SocketAddr::new(address, DNS), EgressProtocol::Udp);
+        !targets.is_empty() && !targets.iter().any(|target| permits(&target.service))
+    };
     let dns = dns
-        .filter(|address| within(*address))
+        .filter(|address| within(*address) && !is_forbidden(*address))
         .or_else(|| found.map(|(address, _)| address));
     let api = table.address(&Name::new("default", "kubernetes"), "https", within);
     Some(pb::EgressNetwork {

@@ -193,6 +193,13 @@ fn the_network_has_the_ranges_the_ports_and_the_addresses_that_pods_need() {
         "10.96.0.10",
         "it is outside of the ranges"
     );
+    let configured = Some("10.96.0.10");
+    assert_eq!(seen(&["kube-system/*"], configured).dns, "10.96.0.10");
+    assert_eq!(
+        seen(&["a/web"], configured).dns,
+        "",
+        "pods may not reach it"
+    );
     let nowhere = network(
         &table,
         &Surroundings::default(),
