@@ -40,6 +40,9 @@ const LOG_MAX_BYTES: u64 = 100 << 20;
 const LOG_MAX_FILES: u32 = 20;
 const LOG_MAX_POD_BYTES: u64 = 4 << 30;
 
+/// Why pods do not reach the cluster if compute nodes do not reach the agent.
+const ISOLATED: &str = "the compute nodes of this site cannot reach the agent, so nothing carries connections all the time";
+
 /// The pod that the shim runs.
 #[derive(Debug)]
 pub(crate) struct Pod {
@@ -112,8 +115,8 @@ impl Pod {
         })
     }
 
-    /// Gives the pod the network that it asks for.
-    pub(crate) async fn bring_up_network(&mut self) -> anyhow::Result<Up> {
+    /// Gives the pod the network that it asks for. `isolated`: compute nodes are known not to reach the agent.
+    pub(crate) async fn bring_up_network(&mut self, isolated: bool) -> anyhow::Result<Up> {
         let job = self.spec.job.clone().unwrap_or_default();
         let wish = Wish {
             pod: self.spec.network(),
@@ -133,14 +136,19 @@ impl Pod {
             self.facts.fields.pod_ip = private.address.to_string();
         }
         self.network = up.network.clone();
-        up.no_cluster = self.begin_egress();
+        up.no_cluster = self.begin_egress(isolated);
         Ok(up)
     }
 
     /// Takes the cluster's network as it was when the pod was staged. Returns why the pod does not reach the cluster, if it
     /// should.
-    fn begin_egress(&self) -> Option<String> {
+    fn begin_egress(&self, isolated: bool) -> Option<String> {
         let network = self.job.egress.as_ref()?;
+        if isolated {
+            // Without the cluster's network, containers ask the resolvers of the node, which answer.
+            let is_private = matches!(self.network, Network::Private(_));
+            return is_private.then(|| ISOLATED.to_owned());
+        }
         if let Err(error) = self.egress.replace(network) {
             return Some(error.to_string());
         }
