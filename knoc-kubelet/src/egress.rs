@@ -62,6 +62,9 @@ const CAPABILITY: &str = "egress";
 const OF_ONE: usize = 1024;
 /// The most open connections of all pods: the link has 2048 streams, and logs and commands need some.
 const OF_ALL: usize = 1536;
+/// From this number on, a pod that has its share gets no more, so that two pods cannot keep out all others.
+const CROWDED: usize = OF_ALL / 4 * 3;
+const SHARE: usize = 32;
 /// How many messages to the agent may wait. A refusal beyond them is dropped: the connection then ends at the shim's deadline.
 const CONTROLS: usize = 1024;
 /// How long changes of the network are gathered.
@@ -171,6 +174,10 @@ enum Refused {
         "the pods of this node have {OF_ALL} open connections to the cluster, which is the limit"
     )]
     ManyOfNode,
+    #[error(
+        "the pods of this node have {CROWDED} open connections to the cluster or more, and then a pod gets no more than {SHARE}"
+    )]
+    Crowded,
     #[error("the kubelet has not read the cluster's Services yet")]
     NotRead,
     #[error("the agent announced a connection to {0:?}")]
@@ -324,12 +331,8 @@ impl Connections {
     }
 
     fn decide(&self, uid: &PodUid, attempt: &pb::EgressAttempt) -> Result<Connection, Refused> {
-        if self.carried.len() >= OF_ALL {
-            return Err(Refused::ManyOfNode);
-        }
-        if self.open.get(uid).is_some_and(|count| *count >= OF_ONE) {
-            return Err(Refused::ManyOfPod);
-        }
+        let of_pod = self.open.get(uid).copied().unwrap_or_default();
+        has_room(self.carried.len(), of_pod)?;
         let malformed = || Refused::Malformed(attempt.address.clone());
         let address: IpAddr = attempt.address.parse().map_err(|_| malformed())?;
         let port = u16::try_from(attempt.port).map_err(|_| malformed())?;
@@ -436,6 +439,19 @@ impl Connections {
     }
 }
 
+/// PURE: may a pod that has `of_pod` of `all` open connections have one more?
+fn has_room(all: usize, of_pod: usize) -> Result<(), Refused> {
+    if all >= OF_ALL {
+        Err(Refused::ManyOfNode)
+    } else if of_pod >= OF_ONE {
+        Err(Refused::ManyOfPod)
+    } else if all >= CROWDED && of_pod >= SHARE {
+        Err(Refused::Crowded)
+    } else {
+        Ok(())
+    }
+}
+
 /// Is there a link to an agent that can serve it?
 fn serves(link: &Link) -> bool {
     match link {
@@ -463,5 +479,22 @@ fn control(control: Control) -> pb::EgressControl {
     pb::EgressControl {
         control: Some(control),
         caller: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_pods_with_many_connections_leave_room_for_others() {
+        has_room(OF_ONE - 1, OF_ONE - 1).unwrap();
+        let full = has_room(OF_ONE, OF_ONE).unwrap_err();
+        assert!(matches!(full, Refused::ManyOfPod), "{full}");
+        let crowded = has_room(CROWDED, SHARE).unwrap_err();
+        assert!(matches!(crowded, Refused::Crowded), "{crowded}");
+        has_room(OF_ALL - 1, SHARE - 1).unwrap();
+        let full = has_room(OF_ALL, 0).unwrap_err();
+        assert!(matches!(full, Refused::ManyOfNode), "{full}");
     }
 }
