@@ -40,7 +40,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+use tonic::{Status, Streaming};
 
 use self::{
     carry::{Connection, Failed},
@@ -144,6 +144,58 @@ pub fn start(
     tasks.spawn(Connections::new(setup, cluster).run(shutdown.clone()));
 }
 
+/// Task: says that pods reach nothing of the cluster, until `shutdown`. The agent may remember a network from before.
+pub async fn withdraw(agent: Agent, link: channel::Receiver<Link>, shutdown: CancellationToken) {
+    tokio::select! {
+        biased;
+        () = shutdown.cancelled() => {}
+        () = describe_nothing(&agent, link) => {}
+    }
+}
+
+async fn describe_nothing(agent: &Agent, mut link: channel::Receiver<Link>) {
+    loop {
+        able(&mut link).await;
+        let ended = async {
+            let (_controls, mut attempts) = call(agent, pb::EgressNetwork::default()).await?;
+            // Nobody dials: what still waits is reset by its shim.
+            while attempts.message().await?.is_some() {}
+            Ok::<_, Status>(())
+        };
+        if let Err(status) = ended.await {
+            tracing::info!(
+                error = chain(&status),
+                "the agent was not told that pods reach nothing of the cluster, trying again"
+            );
+        }
+        tokio::time::sleep(AGAIN_MOST).await;
+    }
+}
+
+/// Calls `WatchEgress` with this network. The call ends if either part of the result is dropped.
+async fn call(
+    agent: &Agent,
+    network: pb::EgressNetwork,
+) -> Result<
+    (
+        mpsc::Sender<pb::EgressControl>,
+        Streaming<pb::EgressAttempt>,
+    ),
+    Status,
+> {
+    let (controls, sent) = mpsc::channel(CONTROLS);
+    let first = pb::EgressControl {
+        caller: Some(agent.egress_caller()),
+        ..control(Control::Network(network))
+    };
+    // The channel is empty.
+    controls.send(first).await.ok();
+    let mut client = agent.control();
+    let answer = timeout(ANSWER, client.watch_egress(ReceiverStream::new(sent))).await;
+    let answer = answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time")));
+    Ok((controls, answer?.into_inner()))
+}
+
 /// The open connections of all pods.
 #[derive(Debug)]
 struct Connections {
@@ -233,17 +285,7 @@ impl Connections {
         let mut changed = self.cluster.subscribe();
         let mut network = self.first_network(&mut changed).await;
         self.setup.described.0.send_replace(Some(false));
-        let (controls, sent) = mpsc::channel(CONTROLS);
-        let first = pb::EgressControl {
-            caller: Some(self.setup.agent.egress_caller()),
-            ..control(Control::Network(network.clone()))
-        };
-        // The channel is empty.
-        controls.send(first).await.ok();
-        let mut client = self.setup.agent.control();
-        let answer = timeout(ANSWER, client.watch_egress(ReceiverStream::new(sent))).await;
-        let answer = answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time")));
-        let mut attempts = answer?.into_inner();
+        let (controls, mut attempts) = call(&self.setup.agent, network.clone()).await?;
         self.setup.described.0.send_replace(Some(true));
         self.tell(&network);
         let mut due = None;

@@ -143,7 +143,9 @@ impl Pod {
     /// Takes the cluster's network as it was when the pod was staged. Returns why the pod does not reach the cluster, if it
     /// should.
     fn begin_egress(&self, isolated: bool) -> Option<String> {
-        let network = self.job.egress.as_ref()?;
+        let network = self.job.egress.as_ref();
+        // Without ranges the cluster's administrators have turned it off.
+        let network = network.filter(|network| !network.ranges.is_empty())?;
         if isolated {
             // Without the cluster's network, containers ask the resolvers of the node, which answer.
             let is_private = matches!(self.network, Network::Private(_));
