@@ -40,9 +40,6 @@ const LOG_MAX_BYTES: u64 = 100 << 20;
 const LOG_MAX_FILES: u32 = 20;
 const LOG_MAX_POD_BYTES: u64 = 4 << 30;
 
-/// Why pods do not reach the cluster if compute nodes do not reach the agent.
-const ISOLATED: &str = "the compute nodes of this site cannot reach the agent, so nothing carries connections all the time";
-
 /// The pod that the shim runs.
 #[derive(Debug)]
 pub(crate) struct Pod {
@@ -148,8 +145,10 @@ impl Pod {
         let network = network.filter(|network| !network.ranges.is_empty())?;
         if isolated {
             // Without the cluster's network, containers ask the resolvers of the node, which answer.
-            let is_private = matches!(self.network, Network::Private(_));
-            return is_private.then(|| ISOLATED.to_owned());
+            tracing::info!(
+                "the pod does not reach the cluster, because compute nodes do not reach the agent"
+            );
+            return None;
         }
         if let Err(error) = self.egress.replace(network) {
             return Some(error.to_string());
