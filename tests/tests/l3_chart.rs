@@ -132,10 +132,14 @@ async fn the_right_to_watch_secrets_can_be_left_out() -> anyhow::Result<()> {
 }
 
 /// The permissions that the `ServiceAccount` has and those that it does not have, as arguments of `kubectl auth can-i`.
-const MAY: [&str; 16] = [
+const MAY: [&str; 19] = [
     "create nodes",
     "get nodes/knoc-chart",
     "patch nodes/knoc-chart --subresource=status",
+    // What pods reach in the cluster, and what they do not reach there.
+    "list nodes",
+    "watch endpointslices.discovery.k8s.io --all-namespaces",
+    "list servicecidrs.networking.k8s.io",
     "list pods --all-namespaces",
     "patch pods/x --subresource=status --all-namespaces",
     "delete pods/x --all-namespaces",
@@ -150,10 +154,9 @@ const MAY: [&str; 16] = [
     "patch leases/knoc-chart --namespace=kube-node-lease",
     "get configmaps/extension-apiserver-authentication --namespace=kube-system",
 ];
-const MAY_NOT: [&str; 10] = [
+const MAY_NOT: [&str; 9] = [
     "delete nodes/knoc-chart",
     "patch nodes/other",
-    "list nodes",
     "create pods --all-namespaces",
     "create pods/x --subresource=exec --all-namespaces",
     "list secrets --all-namespaces",

@@ -102,6 +102,8 @@ fn every_value_of_the_chart_that_a_document_sets_exists() -> anyhow::Result<()> 
     for (file, text) in documents()? {
         for rest in text.split("--set ").skip(1) {
             let (name, _) = rest.split_once('=').context("--set without a value")?;
+            // The shell needs quotes around the braces of a list.
+            let name = name.trim_start_matches('\'');
             count += 1;
             if !has_value(&values, name) {
                 missing.push(format!("{file}: {name}"));

@@ -75,8 +75,8 @@ pub(crate) fn leave_devices(binds: &mut [Mounted]) -> Vec<Link> {
 }
 
 /// Sets where the mount point of each of `binds` is created: in the nearest of `parents` (target, and folder on the host)
-/// and of the earlier binds that it lies in. `binds` are in the order of mounting. In a path of the node that is mounted
-/// read-only, nothing is created: the mount point must be there.
+/// and of the earlier binds that it lies in. `binds` are in the order of mounting. In an image, and in a path of the node that is
+/// mounted read-only, nothing is created: the mount point must be there.
 pub(crate) fn set_mount_points(parents: &[(PathBuf, PathBuf)], binds: &mut [Mounted]) {
     let mut covers: Vec<(PathBuf, Option<PointBase>)> = parents
         .iter()
@@ -94,7 +94,12 @@ pub(crate) fn set_mount_points(parents: &[(PathBuf, PathBuf)], binds: &mut [Moun
                 rest: rest.to_owned(),
             })
         });
-        let foreign = bind.read_only && matches!(bind.source, Source::Host(_));
+        let foreign = match bind.source {
+            Source::Host(_) => bind.read_only,
+            // A sandbox belongs to the site, and other pods use it too.
+            Source::Image { .. } => true,
+            Source::Inside { .. } | Source::Own(_) => false,
+        };
         let base = (!foreign).then_some(PointBase::Mount(index));
         covers.push((bind.target.clone(), base));
     }
@@ -213,6 +218,18 @@ mod tests {
                 None,
             ]
         );
+    }
+
+    #[test]
+    fn nothing_is_created_in_an_image() {
+        let mut all = binds(&["/models", "/models/cache"]);
+        all[0].source = Source::Image {
+            path: "/site/box".into(),
+            expected: None,
+        };
+        all[0].read_only = true;
+        set_mount_points(&[], &mut all);
+        assert_eq!(all[1].point, None);
     }
 
     #[test]

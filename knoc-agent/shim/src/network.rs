@@ -268,7 +268,11 @@ pub(crate) async fn bring_up(tools: &Tools<'_>, wish: Wish) -> anyhow::Result<Up
     if plan == Plan::IfPossible && !lacks.is_empty() {
         return Ok(Up::host(Some(lacks.swap_remove(0))));
     }
-    holder.seal().await.context(ASKED)?;
+    match holder.seal().await {
+        Ok(()) => {}
+        Err(error) if plan == Plan::IfPossible => return Ok(Up::host(Some(chain(&error)))),
+        Err(error) => return Err(anyhow::Error::new(error).context(ASKED)),
+    }
     Ok(Up {
         network: Network::Private(Arc::new(private(holder, held, names))),
         pasta,

@@ -70,7 +70,7 @@ impl Account {
     }
 }
 
-/// PURE: whether there is a program for this processor.
+/// Whether there is a program for this processor.
 fn machine(architecture: &str) -> Found {
     let host = knoc_contract::host::node_name();
     let system = rustix::system::uname();
@@ -138,7 +138,7 @@ fn folder(home: &Path) -> Found {
         }
         Err(error) => wrong(
             format!("{}: {error}", there.display()),
-            "is the home directory of the account there?",
+            "see that the home directory of the account exists on this host",
         ),
     }
 }
@@ -227,7 +227,7 @@ fn judge_version(text: &str) -> Found {
             "KNoC needs `srun --overlap`, which Slurm has since 20.11",
         ),
         _ => wrong(
-            format!("{text:?} is no version"),
+            format!("{text:?} is not a version"),
             "see that `sinfo --version` works in a fresh login",
         ),
     }

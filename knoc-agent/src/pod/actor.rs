@@ -380,6 +380,10 @@ impl Actor {
         // What was looked up is not wanted any more.
         self.staging.shutdown().await;
         self.updates.retry_now().await;
+        if credentials::before_images(&pod) {
+            // They are for the images of the older shape. The request has those for the newer one, or they are asked for.
+            self.credentials = None;
+        }
         (self.apply(pod, Event::LookAgain).await, Ok(()))
     }
 
@@ -427,6 +431,7 @@ impl Actor {
         let mut observed = observed(pod, &self.spec, &self.cluster_id);
         observed.values_wanted = self.wants_values(pod) || self.wants_credentials(pod);
         observed.ephemeral_containers = self.ephemeral.statuses(pod, &self.spec);
+        self.updates.show(pod, &mut observed);
         observed
     }
 

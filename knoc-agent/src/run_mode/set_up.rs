@@ -14,6 +14,8 @@ use crate::command::CommandError;
 
 /// How long systemd or Slurm may take.
 const PATIENCE: Duration = Duration::from_mins(1);
+/// The mode of the batch script.
+const SCRIPT: u32 = 0o700;
 
 /// Whether this mode is set up for this user.
 pub async fn is_set_up(mode: RunMode, agent: &Agent, login: &Login) -> bool {
@@ -193,7 +195,7 @@ async fn job(
         return Ok("the job of the agent is there already".to_owned());
     }
     cancel(agent, login).await?;
-    atomic::write(&path, script.as_bytes(), 0o700)?;
+    atomic::write(&path, script.as_bytes(), SCRIPT)?;
     let submit = login.command("sbatch").arg("--parsable").arg(&path);
     let done = submit.deadline(PATIENCE).run().await;
     let done = done.map_err(RunModeError::of("submit the job of the agent"))?;
@@ -212,13 +214,19 @@ async fn has_job(login: &Login) -> Result<bool, RunModeError> {
     Ok(!found.text().trim().is_empty())
 }
 
-/// Removes the batch script, so that no successor is submitted any more, and cancels the jobs.
+/// Removes the batch script, so that no successor is submitted any more, and cancels the jobs. If that fails, the script is put
+/// back: without it, nobody looks for the jobs again.
 async fn cancel(agent: &Agent, login: &Login) -> Result<(), RunModeError> {
     let path = PathBuf::from(text::script(agent)?);
-    if path.exists() {
+    let script = atomic::read_optional(&path)?;
+    if script.is_some() {
         std::fs::remove_file(&path).map_err(FileError::on("remove", &path))?;
     }
-    cancel_jobs(login).await
+    let cancelled = cancel_jobs(login).await;
+    if let (Err(_), Some(script)) = (&cancelled, script) {
+        atomic::write(&path, &script, SCRIPT)?;
+    }
+    cancelled
 }
 
 async fn cancel_jobs(login: &Login) -> Result<(), RunModeError> {
@@ -258,8 +266,13 @@ pub async fn tear_down(
         },
         RunMode::Scrontab => match scrontab_text(login).await {
             Ok(table) if text::has_lines(&table) => {
+                // Asked first: without our lines, nobody looks for the job again.
+                let runs = has_job(login).await?;
                 put_table("scrontab", &[], login).await?;
-                cancel_jobs(login).await.map(|()| None)
+                if runs {
+                    scancel(login, &[]).await?;
+                }
+                Ok(None)
             }
             Ok(_) => Ok(None),
             Err(error) => Ok(unknown("scrontab", &error)),
@@ -335,5 +348,31 @@ pub async fn restart_by_mode(mode: RunMode, login: &Login) -> Result<bool, RunMo
             Ok(true)
         }
         RunMode::Cron | RunMode::OnDemand => Ok(false),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_job_is_not_forgotten_if_slurm_does_not_answer() {
+        let folder = tempfile::tempdir().unwrap();
+        let agent = Agent {
+            program: folder.path().join("knoc-agent"),
+            site_file: folder.path().join("agent.toml"),
+            state_dir: folder.path().to_owned(),
+            home: folder.path().to_owned(),
+            config_home: folder.path().to_owned(),
+        };
+        let path = PathBuf::from(text::script(&agent).unwrap());
+        atomic::write(&path, b"script", SCRIPT).unwrap();
+        // This login has no squeue.
+        let login = Login::default();
+        for _ in 0..2 {
+            let failed = tear_down(RunMode::Job, &agent, &login).await;
+            failed.unwrap_err();
+            assert_eq!(std::fs::read(&path).unwrap(), b"script");
+        }
     }
 }

@@ -65,6 +65,8 @@ pub(crate) enum ManageError {
     NotElf { path: PathBuf },
     #[error("the login node has not answered the request; its output was {said:?}")]
     NoAnswer { said: String },
+    #[error("the program {} has not answered the request; its stderr was {said:?}", path.display())]
+    NoAnswerHere { path: PathBuf, said: String },
     #[error("write the bundle {}", path.display())]
     Bundle {
         path: PathBuf,
@@ -83,7 +85,10 @@ impl ManageError {
     pub(crate) fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::Ssh { source, .. } => return hint_of_ssh(source),
-            Self::Program { .. } | Self::NotElf { .. } | Self::Run { .. } => {
+            Self::Program { .. }
+            | Self::NotElf { .. }
+            | Self::Run { .. }
+            | Self::NoAnswerHere { .. } => {
                 "the agent's program lies beside knocctl in the package; name another one by --binary FILE"
             }
             Self::NoAnswer { .. } => {
@@ -300,18 +305,14 @@ async fn ask(ssh: &Ssh, script: &str, request: &Request) -> Result<Answer, CtlEr
         doing: "manage the agent over SSH",
         source,
     })?;
-    Ok(answer(&output)?)
-}
-
-/// PURE: the answer in the output of `knoc-agent manage`.
-pub(super) fn answer(output: &[u8]) -> Result<Answer, ManageError> {
-    Answer::find(output).ok_or_else(|| ManageError::NoAnswer {
-        said: last_of(output),
-    })
+    let answer = Answer::find(&output);
+    Ok(answer.ok_or_else(|| ManageError::NoAnswer {
+        said: last_of(&output),
+    })?)
 }
 
 /// PURE: the end of an output, for an error.
-fn last_of(output: &[u8]) -> String {
+pub(super) fn last_of(output: &[u8]) -> String {
     let text = String::from_utf8_lossy(output);
     let text = text.trim();
     let begin = text.len().saturating_sub(200);

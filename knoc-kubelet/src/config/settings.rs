@@ -354,7 +354,8 @@ impl Serialize for EgressAllow {
 impl<'de> Deserialize<'de> for EgressAllow {
     fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
         Ok(match input.deserialize_any(Words)? {
-            Some(words) if words != [OFF] => Self::Listed(words),
+            // YAML reads `off` as false, and a chart passes that on.
+            Some(words) if words != [OFF] && words != ["false"] => Self::Listed(words),
             Some(_) | None => Self::Off,
         })
     }

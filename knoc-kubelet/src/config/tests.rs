@@ -153,7 +153,7 @@ fn all_mistakes_are_named_at_once_with_line_and_allowed_values() {
         "$KNOC_NODE_NAEM: unknown variable; known: KNOC_AGENT_ADDRESS, ",
         "; did you mean KNOC_NODE_NAME?",
         "kubelet.yaml:13: node.colour: unknown field `colour`, expected one of `name`, `internalIP`, `labels`, `pods`, `queueFactor`, `taint`, `clusterDomain`, `podIP`",
-        "kubelet.yaml:18: extra: unknown field `extra`, expected one of `agent`, `identity`, `keys`, `kubernetes`, `log`, `node`, `server`",
+        "kubelet.yaml:18: extra: unknown field `extra`, expected one of `agent`, `egress`, `identity`, `keys`, `kubernetes`, `log`, `node`, `server`",
         "kubelet.yaml:17: log.format: unknown variant `xml`, expected `text` or `json`",
         "kubelet.yaml:12: node.queueFactor: invalid type: string \"lots\", expected a number from 1 to 10000",
     ] {
@@ -448,7 +448,8 @@ fn what_pods_reach_is_a_list_or_off() {
     assert_eq!(egress("off"), None);
     let listed = egress("default/kubernetes, team-*/*").unwrap().allow;
     assert!(listed.permits("team-a", "redis") && !listed.permits("kube-system", "kube-dns"));
-    assert!(!egress("").unwrap().allow.permits("default", "kubernetes"));
+    let none = load(&format!("{GOOD}egress: {{allow: []}}\n"), &[]).unwrap();
+    assert!(!none.egress.unwrap().allow.permits("default", "kubernetes"));
     for off in ["off", "false"] {
         let text = format!("{GOOD}egress: {{allow: {off}}}\n");
         assert_eq!(load(&text, &[]).unwrap().egress, None, "{off}");

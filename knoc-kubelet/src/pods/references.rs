@@ -103,6 +103,8 @@ struct Object {
     level: u64,
     /// Whether its watch is open.
     watched: bool,
+    /// Whether the API server denied its watch when that was last opened.
+    denied: bool,
 }
 
 impl References {
@@ -177,15 +179,24 @@ impl References {
         }
     }
 
-    /// The objects to watch: those that are watched stay so, others fill up to [`WATCHES`].
+    /// The objects to watch: those that are watched stay so, others fill up to [`WATCHES`]. Those whose watch is denied come
+    /// last: they would wait for minutes in the place of one that is not.
     fn wanted(&self, running: &HashMap<Key, Running>) -> HashMap<Key, u64> {
         let state = self.state();
-        let (old, new): (Vec<_>, Vec<_>) = state
-            .objects
-            .iter()
+        let mut all: Vec<_> = state.objects.iter().collect();
+        all.sort_by_cached_key(|(key, object)| (object.denied, !running.contains_key(*key)));
+        let first = all.into_iter().take(WATCHES);
+        first
             .map(|(key, object)| (key.clone(), object.incarnation))
-            .partition(|(key, _)| running.contains_key(key));
-        old.into_iter().chain(new).take(WATCHES).collect()
+            .collect()
+    }
+
+    /// The API server denies this watch: others are opened before it.
+    fn denied(&self, which: (&Key, u64)) {
+        if let Some(object) = self.state().object(which) {
+            object.denied = true;
+        }
+        self.0.changed.notify_one();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -215,6 +226,7 @@ impl State {
                     version,
                     level: 0,
                     watched: false,
+                    denied: false,
                 }
             });
             object.pods.insert(uid.clone());
@@ -281,6 +293,7 @@ impl State {
     fn set_watched(&mut self, which: (&Key, u64), watched: bool) {
         if let Some(object) = self.object(which) {
             object.watched = watched;
+            object.denied &= !watched;
         }
     }
 }
@@ -328,10 +341,14 @@ impl Watch {
                 }
                 continue;
             }
+            let denied = matches!(end, End::Denied);
             let pause = self.report(end).unwrap_or(backoff);
             backoff = (backoff * 2).min(BACKOFF_MOST);
             resume = None;
             self.references.state().set_watched(self.which(), false);
+            if denied {
+                self.references.denied(self.which());
+            }
             self.push(self.pods());
             tokio::time::sleep(pause.mul_f64(rand::random_range(0.75..1.25))).await;
         }

@@ -212,6 +212,8 @@ fn only_messages(have: &PodStatus, wanted: &PodStatus) -> bool {
             == all_silent(wanted.init_container_statuses.as_deref())
         && all_silent(have.container_statuses.as_deref())
             == all_silent(wanted.container_statuses.as_deref())
+        && all_silent(have.ephemeral_container_statuses.as_deref())
+            == all_silent(wanted.ephemeral_container_statuses.as_deref())
 }
 
 /// The status without the message of a waiting container.
@@ -307,6 +309,19 @@ mod tests {
         let mut allocated = queued("");
         allocated["conditions"] = json!([{"type": "PodReadyToStartContainers", "status": "True"}]);
         assert_eq!(between("Never", &queued(""), &allocated), 3);
+    }
+
+    #[test]
+    fn a_new_ephemeral_container_is_more_than_a_message() {
+        let debugged = |message: &str| {
+            let mut debug = json!({"name": "d", "image": "i", "imageID": "", "restartCount": 0, "ready": false});
+            debug["state"] = waits("ContainerCreating", message);
+            let more = json!({"ephemeralContainerStatuses": [debug]});
+            status("Running", &json!({"running": {}}), &more)
+        };
+        let runs = status("Running", &json!({"running": {}}), &json!({}));
+        assert_eq!(between("Never", &runs, &debugged("")), 3);
+        assert_eq!(between("Never", &debugged(""), &debugged("pulling")), 10);
     }
 
     #[test]

@@ -313,7 +313,8 @@ site may choose other times (`[backoff]` of its site file).
 
 **Another image** for a container (`kubectl set image pod/…`) restarts it in the running job, whatever its restart policy is, once the image is
 on the login node. Until then, and if the image cannot be used, the container goes on with the one that it has, and an Event says why.
-A pod that waits in the queue starts with the new image. An init container that has ended is not run again.
+A pod that waits in the queue starts with the new image. As on any node, an init container that runs goes on, and one that has ended is not
+run again. Before Kubernetes 1.33 the generation of a pod does not grow, so another image is not noticed.
 
 **Ephemeral containers** (`kubectl debug`) start in the running job, within its allocation, and are never restarted. They share the pod's
 volumes and network; one with a target waits with `CreateContainerConfigError` while the target does not run. Once the containers of the

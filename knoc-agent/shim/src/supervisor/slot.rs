@@ -15,7 +15,7 @@ use super::super::{
     health::{self, Change},
     plan::{AFTER_HOOK, Backoff, Container, Health, Liveness, Phase, StopStage, Time},
     report::{self, History},
-    role::{ContainerSpec, RestartRule},
+    role::{ContainerSpec, RestartRule, Role},
     signals::{self, Identity},
     usage::{Account, Counters},
 };
@@ -38,6 +38,8 @@ pub(super) struct Slot {
     stopping: Option<DropGuard>,
     /// How far the stop of the running attempt has gone.
     stop: StopStage,
+    /// The signal that asks its program to end.
+    signal: Signal,
     pub(super) history: History,
     pub(super) program: Option<Arc<Program>>,
     pub(super) abort: CancellationToken,
@@ -117,6 +119,7 @@ impl Slot {
             phase: Phase::Idle,
             health: Health::down(),
             stop: StopStage::NotStopped,
+            signal: Signal::TERM,
             history,
             program: None,
             abort: CancellationToken::new(),
@@ -162,7 +165,7 @@ impl Slot {
     }
 
     /// The container has another image from now on. Returns whether an attempt has to be stopped for that, at the latest at
-    /// `kill_at`.
+    /// `kill_at`: as in a kubelet, an init container that runs goes on.
     pub(super) fn renew(&mut self, image: pb::ResolvedImage, kill_at: Time) -> bool {
         let mut spec = (*self.spec).clone();
         spec.container.image.clone_from(&image.image);
@@ -170,6 +173,7 @@ impl Slot {
         self.spec = Arc::new(spec);
         match &mut self.phase {
             Phase::Idle => false,
+            Phase::Starting | Phase::Running if self.spec.role == Role::Init => false,
             Phase::Starting | Phase::Running => {
                 let news = self.replaced.is_none();
                 self.replaced.get_or_insert(kill_at);
@@ -194,6 +198,7 @@ impl Slot {
         self.health = Health::down();
         self.unhealthy = false;
         self.stop = StopStage::NotStopped;
+        self.signal = stop_signal(&self.spec);
         self.replaced = None;
         self.history.image = Some(report::RanImage::of(&self.spec));
         self.pending = PendingHooks::of(&self.spec.container);
@@ -325,7 +330,7 @@ impl Slot {
             // The supervisor starts the hook, whose end lets the plan send TERM.
             StopStage::NotStopped | StopStage::PreStop => {}
             StopStage::Term => match &self.program {
-                Some(program) => signals::to_program(program.identity, self.stop_signal()),
+                Some(program) => signals::to_program(program.identity, self.signal),
                 // The program does not run yet: there is nothing that could take the signal.
                 None => self.abort.cancel(),
             },
@@ -336,14 +341,6 @@ impl Slot {
                 self.abort.cancel();
             }
         }
-    }
-
-    /// The signal that asks the program to end: the pod's, else the image's.
-    fn stop_signal(&self) -> Signal {
-        let config = self.spec.image.config.as_ref();
-        let of_image = || config.and_then(pb::ImageConfig::stop_signal_number);
-        let own = self.spec.container.stop_signal_number().or_else(of_image);
-        own.and_then(Signal::from_named_raw).unwrap_or(Signal::TERM)
     }
 
     /// The attempt ended.
@@ -391,14 +388,19 @@ impl Slot {
     }
 }
 
+/// PURE: the signal that asks the program to end: the pod's, else the image's.
+fn stop_signal(spec: &ContainerSpec) -> Signal {
+    let config = spec.image.config.as_ref();
+    let of_image = || config.and_then(pb::ImageConfig::stop_signal_number);
+    let own = spec.container.stop_signal_number().or_else(of_image);
+    own.and_then(Signal::from_named_raw).unwrap_or(Signal::TERM)
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
-    use super::{
-        super::super::role::{Role, SlotId},
-        *,
-    };
+    use super::{super::super::role::SlotId, *};
 
     fn ephemeral() -> Slot {
         let spec = ContainerSpec {
@@ -412,9 +414,13 @@ mod tests {
     }
 
     fn main(restart: RestartRule, image: &str) -> Slot {
+        of_role(Role::Main, restart, image)
+    }
+
+    fn of_role(role: Role, restart: RestartRule, image: &str) -> Slot {
         let spec = ContainerSpec {
             id: SlotId::after(0),
-            role: Role::Main,
+            role,
             restart,
             container: pb::Container {
                 image: image.to_owned(),
@@ -467,6 +473,37 @@ mod tests {
         assert_eq!(slot.view().health.live, Liveness::Live);
         slot.end(&failed(), String::new(), Duration::from_secs(9));
         assert_eq!(slot.view().restart, RestartRule::Never);
+    }
+
+    #[test]
+    fn an_init_container_that_runs_goes_on() {
+        let mut slot = of_role(Role::Init, RestartRule::OnFailure, "a");
+        drop(slot.begin());
+        slot.phase = Phase::Running;
+        slot.health = Health::unprobed();
+        assert!(!slot.renew(image("b"), Duration::from_secs(30)));
+        assert_eq!(slot.view().health.live, Liveness::Live);
+        slot.end(&failed(), String::new(), Duration::from_secs(5));
+        drop(slot.begin());
+        let ran = slot.history.image.clone().unwrap_or_default().image;
+        assert_eq!(ran, "b", "the next attempt has it");
+    }
+
+    #[test]
+    fn a_program_is_stopped_by_the_signal_of_its_own_image() {
+        let with_signal = |name: &str, signal: &str| pb::ResolvedImage {
+            config: Some(pb::ImageConfig {
+                stop_signal: signal.to_owned(),
+                ..pb::ImageConfig::default()
+            }),
+            ..image(name)
+        };
+        let mut slot = main(RestartRule::Always, "a");
+        slot.renew(with_signal("b", "SIGQUIT"), Duration::ZERO);
+        drop(slot.begin());
+        slot.phase = Phase::Running;
+        slot.renew(with_signal("c", "SIGTERM"), Duration::from_secs(30));
+        assert_eq!(slot.signal, Signal::QUIT);
     }
 
     #[test]

@@ -31,7 +31,7 @@ for program in apptainer singularity; do
 done
 if command -v pasta >/dev/null; then say pasta yes; else say pasta no; fi
 say shm "$(stat -f -c %T /dev/shm 2>/dev/null)"
-said=$(timeout 5 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$2" "$3" 2>&1)
+said=$(LC_ALL=C timeout 5 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$2" "$3" 2>&1)
 case $?:$said in
 0:* | *refused*) say dial reached ;;
 *) say dial not ;;

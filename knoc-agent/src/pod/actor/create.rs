@@ -10,7 +10,9 @@ use jiff::Timestamp;
 use knoc_proto::{crash, error::chain, pb, pod::PodValues, reason::ErrorReason};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Actor, NewActor, Restored, credentials::before_images, facts, not_found};
+use super::{
+    Actor, NewActor, Restored, credentials::before_images, facts, images::name_images, not_found,
+};
 use crate::{
     config::AtRest,
     pod::{
@@ -99,21 +101,11 @@ impl Actor {
         self.show(pod);
     }
 
-    /// What the job file names. That of an older agent does not say which image a location is of: it is the one of its spec.
-    fn take_up_images(&mut self, job: pb::JobFile) {
-        let spec = job.spec.unwrap_or_default();
-        let own = |container: &str| {
-            let mut all = spec.init_containers.iter().chain(&spec.containers);
-            all.find(|one| one.name == container)
-        };
-        let mut images = job.images;
-        for image in images.iter_mut().filter(|image| image.image.is_empty()) {
-            if let Some(container) = own(&image.container) {
-                image.image.clone_from(&container.image);
-            }
-        }
+    /// What the job file names.
+    fn take_up_images(&mut self, mut job: pb::JobFile) {
+        name_images(&mut job);
         // Of several for one container the first one counts.
-        self.updates.staged(images.iter().rev());
+        self.updates.staged(job.images.iter().rev());
     }
 
     async fn accept(

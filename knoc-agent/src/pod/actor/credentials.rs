@@ -25,7 +25,10 @@ impl Actor {
         let credentials = credentials.filter(|_| answer.is_ok());
         let pod = self.use_credentials(pod, credentials).await;
         self.add_ephemeral(&pod);
-        self.update_images(pod).await
+        let pod = self.update_images(pod).await;
+        // They may be wanted no longer.
+        self.show(&pod);
+        pod
     }
 
     async fn use_credentials(&mut self, pod: Pod, credentials: Option<Credentials>) -> Pod {

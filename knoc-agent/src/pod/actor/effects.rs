@@ -11,7 +11,7 @@ use knoc_proto::{crash, error::chain, ids::JobId, pb, pod::PodSpec, reason::Erro
 use tokio::task::{AbortHandle, JoinError};
 use tonic::Request;
 
-use super::{Actor, Resolved, Unsaved, write_record};
+use super::{Actor, Resolved, Unsaved, images::name_images, write_record};
 use crate::{
     pod::{
         input::RequestError,
@@ -263,6 +263,8 @@ impl Actor {
         let dir = self.dir.clone();
         let written = tokio::task::spawn_blocking(move || {
             let mut job = dir.spec()?;
+            // Afterwards the shape does not say any more which image a location is of.
+            name_images(&mut job);
             job.spec = Some((**spec).clone());
             dir.write_spec(&job)?;
             Ok::<_, knoc_contract::jobdir::JobDirError>(())

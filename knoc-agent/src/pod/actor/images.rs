@@ -66,6 +66,16 @@ enum Next<'a> {
     Impossible(&'a pb::Container),
 }
 
+impl<'a> Next<'a> {
+    fn container(&self) -> &'a pb::Container {
+        match *self {
+            Self::Find(container) | Self::Tell(container) | Self::Impossible(container) => {
+                container
+            }
+        }
+    }
+}
+
 impl Updates {
     /// What the task has done, once it has; pending if there is none.
     pub(super) async fn next(&mut self) -> Option<Step> {
@@ -103,14 +113,33 @@ impl Updates {
             .extend(images.map(|image| (image.container.clone(), image.image.clone())));
     }
 
-    /// PURE: what is to be done next, if anything.
-    fn due<'a>(&self, pod: &Pod, spec: &'a pb::PodSpec) -> Option<Next<'a>> {
-        let ending = pod.report.as_ref().is_some_and(|report| report.r#final);
-        if ending || pod.is_finished() || pod.deletion.is_some() {
-            return None;
+    /// Before the shim's first report: names the images with which the containers will start. If the shape names others, the
+    /// kubelet sees by that that the pod waits for images, and sends the credentials for them.
+    pub(super) fn show(&self, pod: &Pod, observed: &mut pb::PodObserved) {
+        if pod.report.is_some() {
+            return;
         }
-        let mut all = spec.init_containers.iter().chain(&spec.containers);
-        all.find_map(|container| self.due_for(pod, container))
+        let all = observed.init_containers.iter_mut();
+        for status in all.chain(&mut observed.containers) {
+            if let Some(image) = self.staged.get(&status.name) {
+                status.image.clone_from(image);
+            }
+        }
+    }
+
+    /// PURE: what is to be done next, if anything. A container that fails again and again holds up no other.
+    fn due<'a>(&self, pod: &Pod, spec: &'a pb::PodSpec) -> Option<Next<'a>> {
+        let all = self.all_due(pod, spec);
+        all.min_by_key(|next| self.tries(&next.container().name))
+    }
+
+    /// PURE: what is to be done for each container.
+    fn all_due<'a>(&self, pod: &Pod, spec: &'a pb::PodSpec) -> impl Iterator<Item = Next<'a>> {
+        let ending = pod.report.as_ref().is_some_and(|report| report.r#final);
+        let over = ending || pod.is_finished() || pod.deletion.is_some();
+        let all = spec.init_containers.iter().chain(&spec.containers);
+        let all = all.filter(move |_| !over);
+        all.filter_map(move |container| self.due_for(pod, container))
     }
 
     fn due_for<'a>(&self, pod: &Pod, container: &'a pb::Container) -> Option<Next<'a>> {
@@ -135,9 +164,10 @@ impl Updates {
         }
     }
 
-    /// Whether an image is looked up next.
+    /// Whether an image is to be looked up.
     pub(super) fn looks_for_image(&self, pod: &Pod, spec: &pb::PodSpec) -> bool {
-        matches!(self.due(pod, spec), Some(Next::Find(_)))
+        let mut all = self.all_due(pod, spec);
+        all.any(|next| matches!(next, Next::Find(_)))
     }
 
     /// Notes a failure. Returns whether it is another one than before.
@@ -151,6 +181,19 @@ impl Updates {
 
     fn tries(&self, container: &str) -> u32 {
         self.troubles.get(container).map_or(0, |(_, tries)| *tries)
+    }
+}
+
+/// PURE: names the image of each location in the job file of an older agent, which did not: it is the one of the shape there.
+pub(super) fn name_images(job: &mut pb::JobFile) {
+    let Some(spec) = &job.spec else {
+        return;
+    };
+    for image in job.images.iter_mut().filter(|image| image.image.is_empty()) {
+        let mut all = spec.init_containers.iter().chain(&spec.containers);
+        if let Some(container) = all.find(|one| one.name == image.container) {
+            image.image.clone_from(&container.image);
+        }
     }
 }
 
@@ -250,6 +293,7 @@ impl Actor {
                     if !self.needs_credentials(&pod) {
                         self.credentials = None;
                     }
+                    self.show(&pod);
                     pod
                 }
                 Err(message) => self.image_fails(pod, &container, &message).await,
@@ -279,7 +323,9 @@ impl Actor {
                 result: Err(message),
             } => self.image_fails(pod, &container, &message).await,
         };
-        self.update_images(pod).await
+        let pod = self.update_images(pod).await;
+        self.show(&pod);
+        pod
     }
 
     async fn image_fails(&mut self, pod: Pod, container: &str, message: &str) -> Pod {
@@ -413,6 +459,65 @@ mod tests {
     }
 
     #[test]
+    fn locations_of_an_older_agent_keep_the_image_of_the_shape_that_they_were_found_for() {
+        let mut job = pb::JobFile {
+            spec: Some(spec("a")),
+            images: vec![resolved(""), pb::ResolvedImage::default()],
+            ..pb::JobFile::default()
+        };
+        name_images(&mut job);
+        let names: Vec<_> = job.images.iter().map(|one| one.image.as_str()).collect();
+        assert_eq!(names, ["a", ""]);
+        job.spec = Some(spec("b"));
+        name_images(&mut job);
+        assert_eq!(job.images[0].image, "a");
+    }
+
+    #[test]
+    fn a_pod_in_the_queue_shows_the_image_with_which_it_would_start() {
+        let mut updates = Updates::default();
+        updates.staged([&resolved("a")]);
+        let shown = |reported: Option<pb::Report>| {
+            let mut observed = pb::PodObserved {
+                containers: report("b", "").containers,
+                ..pb::PodObserved::default()
+            };
+            updates.show(&pod(reported), &mut observed);
+            observed.containers.remove(0).image
+        };
+        assert_eq!(shown(None), "a");
+        assert_eq!(shown(Some(report("b", ""))), "b", "the shim knows it");
+    }
+
+    #[test]
+    fn a_container_whose_image_cannot_be_used_holds_up_no_other() {
+        let mut updates = Updates::default();
+        let mut spec = spec("b");
+        let other = pb::Container {
+            name: "other".to_owned(),
+            ..spec.containers[0].clone()
+        };
+        spec.containers.push(other);
+        let resolved_other = |image: &str| pb::ResolvedImage {
+            container: "other".to_owned(),
+            ..resolved(image)
+        };
+        updates.staged([&resolved("a"), &resolved_other("a")]);
+        let next = |updates: &Updates| {
+            let next = updates.due(&pod(None), &spec);
+            next.map_or_else(String::new, |next| next.container().name.clone())
+        };
+        assert_eq!(next(&updates), "main");
+        assert!(updates.fails("main", "no"));
+        assert_eq!(next(&updates), "other");
+        assert!(updates.looks_for_image(&pod(None), &spec));
+        updates.staged([&resolved_other("b")]);
+        assert_eq!(next(&updates), "main", "it is tried again");
+        updates.staged([&resolved("b")]);
+        assert!(!updates.looks_for_image(&pod(None), &spec));
+    }
+
+    #[test]
     fn a_job_of_an_older_version_is_told_nothing_and_that_is_said_once() {
         let mut updates = Updates::default();
         updates.staged([&resolved("a")]);
@@ -425,6 +530,32 @@ mod tests {
         assert_eq!(due(&updates, Some(old), "b"), "nothing");
         assert!(!updates.fails("main", "no"));
         assert!(updates.fails("main", "another reason"));
+    }
+
+    #[test]
+    fn a_job_that_waits_is_shown_with_the_image_from_which_it_would_start() {
+        let mut updates = Updates::default();
+        let shown = |updates: &Updates, report: Option<pb::Report>| {
+            let status = pb::ContainerStatus {
+                name: "main".to_owned(),
+                image: "b".to_owned(),
+                ..pb::ContainerStatus::default()
+            };
+            let mut observed = pb::PodObserved {
+                containers: vec![status],
+                ..pb::PodObserved::default()
+            };
+            updates.show_staged(&pod(report), &mut observed);
+            observed.containers[0].image.clone()
+        };
+        assert_eq!(shown(&updates, None), "b", "nothing is staged yet");
+        updates.staged([&resolved("a")]);
+        assert_eq!(shown(&updates, None), "a", "the other one is not there yet");
+        updates.staged([&resolved("b")]);
+        assert_eq!(shown(&updates, None), "b");
+        updates.staged([&resolved("c")]);
+        let said = Some(report("b", "c"));
+        assert_eq!(shown(&updates, said), "b", "the shim knows what runs");
     }
 
     #[test]

@@ -100,11 +100,18 @@ async fn local(binary: Option<PathBuf>, request: &Request) -> Result<Answer, Ctl
     let program = Program::path(binary)?;
     let json = serde_json::to_vec(request).unwrap_or_default();
     let ran = command::run(program.as_os_str(), &["manage"], &json, LOOK).await;
-    let said = ran.map_err(|source| agent::ManageError::Run {
+    let said = match ran {
+        Ok(said) => said,
+        Err(source) => {
+            let path = program;
+            return Err(agent::ManageError::Run { path, source }.into());
+        }
+    };
+    let answer = Answer::find(&said.stdout);
+    Ok(answer.ok_or_else(|| agent::ManageError::NoAnswerHere {
         path: program,
-        source,
-    })?;
-    Ok(agent::answer(&said.stdout)?)
+        said: agent::last_of(&said.stderr),
+    })?)
 }
 
 fn login_node(report: &mut Report, answer: Result<Answer, CtlError>) -> Result<(), CtlError> {

@@ -257,7 +257,12 @@ impl Worker<'_> {
         self.ephemeral_waits(pod, &lacking);
         let late = self.context.agent_knows(capability::LATE_EPHEMERAL);
         if late && self.has_new_ephemeral(pod) {
-            return self.ensure(pod).await;
+            self.ensure(pod).await;
+            if self.has_new_ephemeral(pod) {
+                // The generation is not newer than that of the agent, so nothing else leads here again.
+                self.memory.values.refresh_at = Some(Timestamp::now());
+            }
+            return;
         }
         self.update_values(pod, sent).await;
     }

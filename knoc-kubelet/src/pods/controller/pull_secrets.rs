@@ -71,12 +71,12 @@ fn read_again() -> SignedDuration {
     SignedDuration::try_from(Duration::from_secs(seconds)).unwrap_or(SignedDuration::ZERO)
 }
 
-/// The ephemeral containers that the agent does not get, and for which it needs no image.
+/// What the agent does not get, and for which it needs no image.
 #[derive(Clone, Copy, Default)]
 pub(super) struct NotSent<'a> {
-    /// What the verdict table rejects.
+    /// What the verdict table rejects; an ephemeral container is rejected alone.
     rejected: &'a [String],
-    /// The names of those that wait for what their variables refer to.
+    /// The names of the ephemeral containers that wait for what their variables refer to.
     lacking: &'a [String],
     /// Whether the agent does not take this generation of the pod.
     all: bool,
@@ -112,13 +112,17 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
         });
         let statuses = || observed.init_containers.iter().chain(&observed.containers);
         let image = |name: &str| {
-            statuses()
-                .find(|one| one.name == name)
-                .map(|one| &one.image)
+            let status = statuses().find(|one| one.name == name)?;
+            // The job has that one already, even if the container never starts again.
+            let next = Some(&status.next_image).filter(|next| !next.is_empty());
+            Some(next.unwrap_or(&status.image))
         };
         containers
             .map(|container| (image(&container.name), &container.image))
-            .any(|(known, wanted)| known.is_some() && known != wanted.as_ref())
+            .any(|(known, wanted)| {
+                // A container of which nothing is known yet has no image.
+                known.is_some_and(|known| !known.is_empty()) && known != wanted.as_ref()
+            })
     };
     match observed.phase() {
         PodPhase::Unspecified | PodPhase::Accepted | PodPhase::Staging => true,
@@ -128,6 +132,49 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
         | PodPhase::Queued
         | PodPhase::Running
         | PodPhase::Stopping
-        | PodPhase::Lost => others() || ephemeral.any(|container| waits(&container.name)),
+        | PodPhase::Lost => {
+            let others = !not_sent.all && others();
+            others || ephemeral.any(|container| waits(&container.name))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn waits(image: &str, next_image: &str, refused: bool) -> bool {
+        let pod = json!({"spec": {"containers": [{"name": "main", "image": "new"}]}});
+        let pod: Pod = serde_json::from_value(pod).unwrap();
+        let observed = pb::PodObserved {
+            phase: PodPhase::Running.into(),
+            containers: vec![pb::ContainerStatus {
+                name: "main".to_owned(),
+                image: image.to_owned(),
+                next_image: next_image.to_owned(),
+                ..pb::ContainerStatus::default()
+            }],
+            ..pb::PodObserved::default()
+        };
+        let not_sent = NotSent {
+            all: refused,
+            ..NotSent::default()
+        };
+        waits_for_images(&pod, &observed, not_sent)
+    }
+
+    #[test]
+    fn credentials_are_sent_until_the_job_has_the_image_that_the_pod_names() {
+        assert!(waits("old", "", false));
+        assert!(waits("old", "older", false));
+        assert!(!waits("new", "", false));
+        // It has ended for good, or is being stopped.
+        assert!(!waits("old", "new", false));
+        assert!(
+            !waits("old", "", true),
+            "the agent does not take the change"
+        );
     }
 }

@@ -113,3 +113,32 @@ fn the_number_of_watches_is_bounded() {
     assert!(!references.all_watched(&uid("pod-5")), "it is read again");
     assert!(references.all_watched(&uid("none")));
 }
+
+/// With `rbac.watchSecrets: false` of the chart every watch of a Secret is denied, and changes of ConfigMaps still arrive at
+/// once.
+#[test]
+fn watches_that_are_denied_keep_no_other_from_being_opened() {
+    let references = References::default();
+    let follow = |name: &str| {
+        let uid = uid(&format!("pod-{name}"));
+        references.follow(&uid, read(&[(name, Some("1"))]));
+    };
+    for number in 0..WATCHES {
+        follow(&format!("denied-{number}"));
+    }
+    for (key, incarnation) in references.wanted(&HashMap::new()) {
+        references.denied((&key, incarnation));
+    }
+    assert_eq!(references.wanted(&HashMap::new()).len(), WATCHES);
+    for number in 0..WATCHES {
+        follow(&format!("other-{number}"));
+    }
+    let wanted = references.wanted(&HashMap::new());
+    assert_eq!(wanted.len(), WATCHES);
+    assert!(wanted.keys().all(|key| key.name.starts_with("other")));
+    // A watch that is open after all is like any other.
+    let one = key("denied-0");
+    let incarnation = references.state().objects[&one].incarnation;
+    references.state().set_watched((&one, incarnation), true);
+    assert!(!references.state().objects[&one].denied);
+}

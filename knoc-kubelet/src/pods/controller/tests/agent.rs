@@ -119,6 +119,11 @@ impl FakeAgent {
         self.fake.state.lock().unwrap().refuse = Some(reason);
     }
 
+    /// Every call is answered again.
+    pub(super) fn refuse_nothing(&self) {
+        self.fake.state.lock().unwrap().refuse = None;
+    }
+
     pub(super) fn put(&self, pod: pb::PodObserved) {
         let uid = pod.uid.clone();
         self.fake

@@ -77,6 +77,34 @@ async fn an_ephemeral_container_that_lacks_something_holds_back_nothing_else() {
 }
 
 #[tokio::test]
+async fn an_ephemeral_container_that_the_agent_could_not_take_is_sent_again() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.running().await;
+    kubelet.apply(debugged);
+    kubelet
+        .wait("the other container", |kubelet| {
+            kubelet.called("EnsurePod") == 2
+        })
+        .await;
+    kubelet
+        .agent
+        .refuse(knoc_proto::reason::ErrorReason::Internal);
+    kubelet.api.config_map("later", json!({"K": "v"}));
+    kubelet
+        .wait("a call that fails", |kubelet| {
+            kubelet.called("EnsurePod") > 2
+        })
+        .await;
+    kubelet.agent.refuse_nothing();
+    kubelet
+        .wait("both containers", |kubelet| {
+            kubelet.ephemeral() == ["debug", "look"]
+        })
+        .await;
+    kubelet.stop().await;
+}
+
+#[tokio::test]
 async fn a_container_that_lacks_something_has_no_pull_secrets_read_for_it() {
     let mut kubelet = Kubelet::start().await;
     kubelet.api.pull_secret("login", r#"{"auths": {}}"#);
