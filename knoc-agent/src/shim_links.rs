@@ -314,7 +314,8 @@ async fn follow(
     };
     let about = first.as_ref().map(About::of).unwrap_or_default();
     let egress = {
-        let able = about.has(EGRESS);
+        // A step carries its link for a while only: names that resolve now would not soon.
+        let able = about.has(EGRESS) && opened.is_none();
         let (egress, client) = (links.0.egress.clone(), client.clone());
         let (node, uid) = (route.node.clone(), uid.clone());
         async move {

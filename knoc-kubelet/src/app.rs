@@ -262,7 +262,7 @@ impl App {
         Ok(())
     }
 
-    /// Starts the tasks for what pods open to the cluster, unless the configuration turns it off.
+    /// Starts the tasks for what pods open to the cluster; if the configuration turns it off, the agent is told.
     fn follow_egress(
         &self,
         context: &Context,
@@ -271,6 +271,8 @@ impl App {
         shutdown: &CancellationToken,
     ) {
         let Some(config) = self.config.egress.clone() else {
+            let (agent, link) = (self.agent.clone(), context.site.link.clone());
+            tasks.spawn(egress::withdraw(agent, link, shutdown.clone()));
             return;
         };
         let setup = egress::Setup {

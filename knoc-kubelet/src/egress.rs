@@ -31,13 +31,16 @@ use knoc_proto::{
 };
 use kube::Client;
 use tokio::{
-    sync::{mpsc, watch as channel},
+    sync::{
+        mpsc::{self, error::TrySendError},
+        watch as channel,
+    },
     task::{Id, JoinError, JoinSet},
     time::{Instant, sleep_until, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+use tonic::{Status, Streaming};
 
 use self::{
     carry::{Connection, Failed},
@@ -59,6 +62,9 @@ const CAPABILITY: &str = "egress";
 const OF_ONE: usize = 1024;
 /// The most open connections of all pods: the link has 2048 streams, and logs and commands need some.
 const OF_ALL: usize = 1536;
+/// From this number on, a pod that has its share gets no more, so that two pods cannot keep out all others.
+const CROWDED: usize = OF_ALL / 4 * 3;
+const SHARE: usize = 32;
 /// How many messages to the agent may wait. A refusal beyond them is dropped: the connection then ends at the shim's deadline.
 const CONTROLS: usize = 1024;
 /// How long changes of the network are gathered.
@@ -138,6 +144,58 @@ pub fn start(
     tasks.spawn(Connections::new(setup, cluster).run(shutdown.clone()));
 }
 
+/// Task: says that pods reach nothing of the cluster, until `shutdown`. The agent may remember a network from before.
+pub async fn withdraw(agent: Agent, link: channel::Receiver<Link>, shutdown: CancellationToken) {
+    tokio::select! {
+        biased;
+        () = shutdown.cancelled() => {}
+        () = describe_nothing(&agent, link) => {}
+    }
+}
+
+async fn describe_nothing(agent: &Agent, mut link: channel::Receiver<Link>) {
+    loop {
+        able(&mut link).await;
+        let ended = async {
+            let (_controls, mut attempts) = call(agent, pb::EgressNetwork::default()).await?;
+            // Nobody dials: what still waits is reset by its shim.
+            while attempts.message().await?.is_some() {}
+            Ok::<_, Status>(())
+        };
+        if let Err(status) = ended.await {
+            tracing::info!(
+                error = chain(&status),
+                "the agent was not told that pods reach nothing of the cluster, trying again"
+            );
+        }
+        tokio::time::sleep(AGAIN_MOST).await;
+    }
+}
+
+/// Calls `WatchEgress` with this network. The call ends if either part of the result is dropped.
+async fn call(
+    agent: &Agent,
+    network: pb::EgressNetwork,
+) -> Result<
+    (
+        mpsc::Sender<pb::EgressControl>,
+        Streaming<pb::EgressAttempt>,
+    ),
+    Status,
+> {
+    let (controls, sent) = mpsc::channel(CONTROLS);
+    let first = pb::EgressControl {
+        caller: Some(agent.egress_caller()),
+        ..control(Control::Network(network))
+    };
+    // The channel is empty.
+    controls.send(first).await.ok();
+    let mut client = agent.control();
+    let answer = timeout(ANSWER, client.watch_egress(ReceiverStream::new(sent))).await;
+    let answer = answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time")));
+    Ok((controls, answer?.into_inner()))
+}
+
 /// The open connections of all pods.
 #[derive(Debug)]
 struct Connections {
@@ -168,6 +226,10 @@ enum Refused {
         "the pods of this node have {OF_ALL} open connections to the cluster, which is the limit"
     )]
     ManyOfNode,
+    #[error(
+        "the pods of this node have {CROWDED} open connections to the cluster or more, and then a pod gets no more than {SHARE}"
+    )]
+    Crowded,
     #[error("the kubelet has not read the cluster's Services yet")]
     NotRead,
     #[error("the agent announced a connection to {0:?}")]
@@ -196,6 +258,8 @@ impl Connections {
                 () = shutdown.cancelled() => return,
                 ended = self.session() => ended,
             };
+            // Another agent may answer next, which does not have the network yet.
+            self.setup.described.0.send_replace(Some(false));
             if let Err(status) = &ended {
                 tracing::info!(
                     error = chain(status),
@@ -217,23 +281,13 @@ impl Connections {
 
     /// One call of `WatchEgress`, from the moment at which the agent can serve it.
     async fn session(&mut self) -> Result<(), Status> {
-        self.setup.described.0.send_replace(Some(false));
         able(&mut self.setup.link).await;
         let mut changed = self.cluster.subscribe();
         let mut network = self.first_network(&mut changed).await;
-        let (controls, sent) = mpsc::channel(CONTROLS);
-        let first = pb::EgressControl {
-            caller: Some(self.setup.agent.egress_caller()),
-            ..control(Control::Network(network.clone()))
-        };
-        // The channel is empty.
-        controls.send(first).await.ok();
-        let mut client = self.setup.agent.control();
-        let answer = timeout(ANSWER, client.watch_egress(ReceiverStream::new(sent))).await;
-        let answer = answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time")));
-        let mut attempts = answer?.into_inner();
+        self.setup.described.0.send_replace(Some(false));
+        let (controls, mut attempts) = call(&self.setup.agent, network.clone()).await?;
         self.setup.described.0.send_replace(Some(true));
-        tracing::info!(ranges = ?network.ranges, dns = network.dns, "pods can reach the cluster");
+        self.tell(&network);
         let mut due = None;
         loop {
             tokio::select! {
@@ -246,9 +300,11 @@ impl Connections {
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     due = None;
                     if let Some(newest) = self.network().filter(|newest| *newest != network) {
-                        network = newest;
-                        if controls.send(control(Control::Network(network.clone()))).await.is_err() {
-                            return Ok(());
+                        match controls.try_send(control(Control::Network(newest.clone()))) {
+                            Ok(()) => network = newest,
+                            // The agent may itself wait until its attempts are read, so this does not wait for it.
+                            Err(TrySendError::Full(_)) => due = Some(Instant::now() + GATHER),
+                            Err(TrySendError::Closed(_)) => return Ok(()),
                         }
                     }
                 }
@@ -256,12 +312,28 @@ impl Connections {
         }
     }
 
+    fn tell(&self, network: &pb::EgressNetwork) {
+        tracing::info!(ranges = ?network.ranges, dns = network.dns, "pods can reach the cluster");
+        let configured = self.setup.config.dns;
+        if let Some(unused) = configured.filter(|dns| dns.to_string() != network.dns) {
+            tracing::warn!(
+                "pods do not ask {unused} (`egress.dns`): it is in none of the ranges, or `egress.allow` does not have its Service"
+            );
+        }
+    }
+
     /// The network, once it is known.
     async fn first_network(&self, changed: &mut channel::Receiver<()>) -> pb::EgressNetwork {
         loop {
             changed.mark_unchanged();
+            // Asked first, because the rest may be read meanwhile.
+            let is_read = self.cluster.look(|_| ()).is_some();
             if let Some(network) = self.network() {
                 return network;
+            }
+            if is_read {
+                // No range is known, so pods would wait for nothing.
+                self.setup.described.0.send_replace(None);
             }
             // It ends only with the process.
             changed.changed().await.ok();
@@ -301,12 +373,8 @@ impl Connections {
     }
 
     fn decide(&self, uid: &PodUid, attempt: &pb::EgressAttempt) -> Result<Connection, Refused> {
-        if self.carried.len() >= OF_ALL {
-            return Err(Refused::ManyOfNode);
-        }
-        if self.open.get(uid).is_some_and(|count| *count >= OF_ONE) {
-            return Err(Refused::ManyOfPod);
-        }
+        let of_pod = self.open.get(uid).copied().unwrap_or_default();
+        has_room(self.carried.len(), of_pod)?;
         let malformed = || Refused::Malformed(attempt.address.clone());
         let address: IpAddr = attempt.address.parse().map_err(|_| malformed())?;
         let port = u16::try_from(attempt.port).map_err(|_| malformed())?;
@@ -413,6 +481,19 @@ impl Connections {
     }
 }
 
+/// PURE: may a pod that has `of_pod` of `all` open connections have one more?
+fn has_room(all: usize, of_pod: usize) -> Result<(), Refused> {
+    if all >= OF_ALL {
+        Err(Refused::ManyOfNode)
+    } else if of_pod >= OF_ONE {
+        Err(Refused::ManyOfPod)
+    } else if all >= CROWDED && of_pod >= SHARE {
+        Err(Refused::Crowded)
+    } else {
+        Ok(())
+    }
+}
+
 /// Is there a link to an agent that can serve it?
 fn serves(link: &Link) -> bool {
     match link {
@@ -440,5 +521,22 @@ fn control(control: Control) -> pb::EgressControl {
     pb::EgressControl {
         control: Some(control),
         caller: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_pods_with_many_connections_leave_room_for_others() {
+        has_room(OF_ONE - 1, OF_ONE - 1).unwrap();
+        let full = has_room(OF_ONE, OF_ONE).unwrap_err();
+        assert!(matches!(full, Refused::ManyOfPod), "{full}");
+        let crowded = has_room(CROWDED, SHARE).unwrap_err();
+        assert!(matches!(crowded, Refused::Crowded), "{crowded}");
+        has_room(OF_ALL - 1, SHARE - 1).unwrap();
+        let full = has_room(OF_ALL, 0).unwrap_err();
+        assert!(matches!(full, Refused::ManyOfNode), "{full}");
     }
 }

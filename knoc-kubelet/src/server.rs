@@ -51,6 +51,7 @@ use crate::{
     stats::Snapshot,
 };
 
+pub(crate) use accept::prepare;
 pub use cluster::{Cluster, ClusterError, KubeCluster};
 pub use tls::TlsError;
 pub use user::User;

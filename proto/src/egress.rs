@@ -18,6 +18,8 @@ pub const MAX_PATTERNS: usize = 1024;
 
 /// The longest part of a pattern: a name of a namespace or a Service has at most 63 characters.
 const PART: usize = 63;
+/// The longest `NAMESPACE/NAME` of a Service.
+const SERVICE: usize = 2 * PART + 1;
 /// How much of a wrong text an error shows.
 const SHOWN: usize = 80;
 
@@ -246,6 +248,12 @@ pub fn check_network(network: &pb::EgressNetwork) -> Result<(), String> {
             network.api_port
         ));
     }
+    if network.dns_service.len() > SERVICE {
+        let length = network.dns_service.len();
+        return Err(format!(
+            "dns_service: {length} bytes; the limit is {SERVICE}"
+        ));
+    }
     if !network.domain.is_empty()
         && let Err(why) = names::dns_subdomain(&network.domain)
     {
@@ -343,10 +351,14 @@ mod tests {
             domain: "cluster.local".to_owned(),
             api_address: "10.96.0.1".to_owned(),
             api_port: 443,
+            dns_service: "kube-system/kube-dns".to_owned(),
         };
         check_network(&good).unwrap();
         check_network(&pb::EgressNetwork::default()).unwrap();
-        let changes: [(&str, Change); 8] = [
+        let changes: [(&str, Change); 9] = [
+            ("dns_service: ", |network| {
+                network.dns_service = "a".repeat(128);
+            }),
             ("ranges: 17", |network| {
                 network.ranges = vec!["10.0.0.0/8".to_owned(); 17];
             }),

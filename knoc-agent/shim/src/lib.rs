@@ -192,7 +192,8 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     background.spawn(pod.children.clone().reap(Children::signal()?));
     // From here on, a signal stops the pod instead of killing the shim.
     let signals = job_signals::Signals::listen()?;
-    let up = pod.bring_up_network().await?;
+    let isolated = endpoint.is_some_and(|endpoint| endpoint.isolated);
+    let up = pod.bring_up_network(isolated).await?;
     let api = egress::host::ApiPort::bind(&pod).await;
     let api = api.context("listen for the containers' connections to the API server")?;
     pod.facts.api = api.as_ref().map(|port| port.server);

@@ -112,8 +112,8 @@ impl Pod {
         })
     }
 
-    /// Gives the pod the network that it asks for.
-    pub(crate) async fn bring_up_network(&mut self) -> anyhow::Result<Up> {
+    /// Gives the pod the network that it asks for. `isolated`: compute nodes are known not to reach the agent.
+    pub(crate) async fn bring_up_network(&mut self, isolated: bool) -> anyhow::Result<Up> {
         let job = self.spec.job.clone().unwrap_or_default();
         let wish = Wish {
             pod: self.spec.network(),
@@ -133,14 +133,23 @@ impl Pod {
             self.facts.fields.pod_ip = private.address.to_string();
         }
         self.network = up.network.clone();
-        up.no_cluster = self.begin_egress();
+        up.no_cluster = self.begin_egress(isolated);
         Ok(up)
     }
 
     /// Takes the cluster's network as it was when the pod was staged. Returns why the pod does not reach the cluster, if it
     /// should.
-    fn begin_egress(&self) -> Option<String> {
-        let network = self.job.egress.as_ref()?;
+    fn begin_egress(&self, isolated: bool) -> Option<String> {
+        let network = self.job.egress.as_ref();
+        // Without ranges the cluster's administrators have turned it off.
+        let network = network.filter(|network| !network.ranges.is_empty())?;
+        if isolated {
+            // Without the cluster's network, containers ask the resolvers of the node, which answer.
+            tracing::info!(
+                "the pod does not reach the cluster, because compute nodes do not reach the agent"
+            );
+            return None;
+        }
         if let Err(error) = self.egress.replace(network) {
             return Some(error.to_string());
         }

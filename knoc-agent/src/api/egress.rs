@@ -1,6 +1,6 @@
 //! `WatchEgress`: the kubelet that leads a node describes the cluster's network and learns what the node's pods dial.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream};
 use knoc_link::Peer;
@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{Answers, Asks, Service, lead};
-use crate::egress::Call;
+use crate::{config::Policy, egress::Call, site::Site};
 
 /// How long the first message may take.
 const FIRST: Duration = Duration::from_secs(10);
@@ -40,14 +40,16 @@ pub(super) async fn watch(
     let Some(Control::Network(network)) = first.control else {
         return Err(ErrorReason::InvalidRequest.status("the first message has the `network`"));
     };
-    let network = acceptable(network)?;
+    let site = Arc::clone(&service.0.site);
+    let network = acceptable(network, &site.policy.now())?;
     service.claim(&checked).await?;
     let node = checked.leads.unwrap_or(caller.node_name);
-    let call = service.0.site.egress.call(&node, peer)?;
+    let call = site.egress.call(&node, peer)?;
     call.set_network(network);
     let watch = Watch {
         call,
         controls,
+        site,
         stop: service.0.stop.clone(),
     };
     let attempts = stream::unfold(Some(watch), async |watch| watch?.step().await);
@@ -69,9 +71,18 @@ fn may_watch(peer: Option<&Peer>, epoch: i64) -> Result<(), Status> {
     Err(ErrorReason::LeadershipDenied.status(message))
 }
 
-fn acceptable(network: pb::EgressNetwork) -> Result<pb::EgressNetwork, Status> {
+/// PURE: the network as pods of this site see it, if it is one.
+fn acceptable(
+    mut network: pb::EgressNetwork,
+    policy: &Policy,
+) -> Result<pb::EgressNetwork, Status> {
     let checked = egress::check_network(&network);
     checked.map_err(|why| ErrorReason::InvalidRequest.status(format!("network.{why}")))?;
+    let service = &network.dns_service;
+    if !service.is_empty() && !policy.permits_egress(service) {
+        // A server that refuses every question would leave pods without any names.
+        network.dns.clear();
+    }
     Ok(network)
 }
 
@@ -79,6 +90,7 @@ fn acceptable(network: pb::EgressNetwork) -> Result<pb::EgressNetwork, Status> {
 struct Watch {
     call: Call,
     controls: Streaming<pb::EgressControl>,
+    site: Arc<Site>,
     stop: CancellationToken,
 }
 
@@ -91,6 +103,7 @@ impl Watch {
             let Self {
                 call,
                 controls,
+                site,
                 stop,
             } = &mut self;
             tokio::select! {
@@ -99,7 +112,7 @@ impl Watch {
                     let stopping = ErrorReason::ShuttingDown.status("the agent is stopping");
                     return Some((Err(stopping), None));
                 }
-                control = controls.message() => match control.transpose()?.and_then(|control| take(call, control)) {
+                control = controls.message() => match control.transpose()?.and_then(|control| take(call, &site.policy.now(), control)) {
                     Ok(()) => {}
                     Err(status) => return Some((Err(status), None)),
                 },
@@ -112,9 +125,9 @@ impl Watch {
     }
 }
 
-fn take(call: &Call, control: pb::EgressControl) -> Result<(), Status> {
+fn take(call: &Call, policy: &Policy, control: pb::EgressControl) -> Result<(), Status> {
     match control.control {
-        Some(Control::Network(network)) => call.set_network(acceptable(network)?),
+        Some(Control::Network(network)) => call.set_network(acceptable(network, policy)?),
         Some(Control::Refusal(refusal)) => call.refuse(&refusal),
         // Of a newer kubelet.
         None => {}
@@ -145,10 +158,28 @@ mod tests {
             ranges: vec!["10.96.0.0".to_owned()],
             ..pb::EgressNetwork::default()
         };
-        let refused = acceptable(network).unwrap_err();
+        let refused = acceptable(network, &Policy::default()).unwrap_err();
         assert!(
             refused.message().starts_with("network.ranges: "),
             "{refused}"
         );
+    }
+
+    #[test]
+    fn pods_ask_the_clusters_dns_only_if_the_site_lets_them() {
+        let network = pb::EgressNetwork {
+            ranges: vec!["10.96.0.0/12".to_owned()],
+            dns: "10.96.0.10".to_owned(),
+            dns_service: "kube-system/kube-dns".to_owned(),
+            ..pb::EgressNetwork::default()
+        };
+        let listed = |services: &[&str]| Policy {
+            egress: services.iter().map(|&text| text.to_owned()).collect(),
+            ..Policy::default()
+        };
+        let dns = |policy: &Policy| acceptable(network.clone(), policy).unwrap().dns;
+        assert_eq!(dns(&Policy::default()), "10.96.0.10");
+        assert_eq!(dns(&listed(&["default/kubernetes"])), "");
+        assert_eq!(dns(&listed(&["kube-system/*"])), "10.96.0.10");
     }
 }

@@ -31,7 +31,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::decide::Dial;
-use crate::agent::Agent;
+use crate::{agent::Agent, server::prepare};
 
 /// How long an endpoint may take to accept. The shim gives the connection up after ten seconds.
 const DIAL: Duration = Duration::from_secs(5);
@@ -89,8 +89,9 @@ pub(super) async fn run(agent: &Agent, connection: &Connection) -> Result<(), Fa
             let stream = dialled
                 .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
                 .map_err(failed)?;
-            // Latency counts, and the pod's side has gathered bytes already.
-            stream.set_nodelay(true).ok();
+            // Latency counts, and the pod's side has gathered bytes already. Keepalive of the pod ends at its shim, so that the
+            // endpoint lives is found out here. It works without these options, too.
+            prepare(&stream).ok();
             let (input, output) = take(agent, connection).await?;
             tcp(stream, input, output).await;
         }

@@ -14,6 +14,9 @@ use knoc_proto::{
 
 use super::table::{Name, Table, Target};
 
+/// The port of DNS.
+const DNS: u16 = 53;
+
 /// What the cluster says about itself, apart from Services.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Surroundings {
@@ -213,18 +216,18 @@ pub(crate) fn network(
         table.ports(headless, permits),
         table.ports(headless, |_| true),
     );
-    let of_dns = Name::new("kube-system", "kube-dns");
-    let found = table
-        .address(&of_dns, "dns", within)
-        .filter(|_| permits(&of_dns));
-    let dns = dns
-        .filter(|address| within(*address))
-        .or_else(|| found.map(|(address, _)| address));
+    let (dns, dns_service) = server(table, permits, dns.filter(|dns| within(*dns)))
+        .or_else(|| found_server(table, permits, within))
+        .unzip();
     let api = table.address(&Name::new("default", "kubernetes"), "https", within);
     Some(pb::EgressNetwork {
         tcp_ports: most(&first.tcp, &all.tcp),
         udp_ports: most(&first.udp, &all.udp),
         dns: dns.map(|address| address.to_string()).unwrap_or_default(),
+        dns_service: dns_service
+            .flatten()
+            .map(|name| name.to_string())
+            .unwrap_or_default(),
         domain: domain.to_owned(),
         api_address: api
             .map(|(address, _)| address.to_string())
@@ -232,6 +235,32 @@ pub(crate) fn network(
         api_port: api.map(|(_, port)| port.into()).unwrap_or_default(),
         ranges: ranges.into_iter().map(|(text, _)| text).collect(),
     })
+}
+
+/// The configured DNS server with its Service, if that is known. `None` if pods may not reach it: a server that refuses every
+/// question would leave them without any names.
+fn server(
+    table: &Table,
+    permits: impl Fn(&Name) -> bool,
+    configured: Option<IpAddr>,
+) -> Option<(IpAddr, Option<Name>)> {
+    let address = configured?;
+    let targets = table.targets(SocketAddr::new(address, DNS), EgressProtocol::Udp);
+    let is_unknown = targets.is_empty();
+    let mut names = targets.into_iter().map(|target| target.service);
+    let service = names.find(permits);
+    (is_unknown || service.is_some()).then_some((address, service))
+}
+
+/// The DNS server that most clusters have, and its Service.
+fn found_server(
+    table: &Table,
+    permits: impl Fn(&Name) -> bool,
+    within: impl Fn(IpAddr) -> bool,
+) -> Option<(IpAddr, Option<Name>)> {
+    let name = Name::new("kube-system", "kube-dns");
+    let (address, _) = table.address(&name, "dns", within)?;
+    permits(&name).then_some((address, Some(name)))
 }
 
 /// As many ports as a network may have, those that come first before all others, sorted.

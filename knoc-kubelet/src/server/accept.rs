@@ -37,7 +37,7 @@ use super::{
 
 /// The idle timeout of the Kubernetes kubelet; hyper applies it while it waits for a request's head.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
-/// A client host that dies sends nothing: a connection is probed after so long without a byte,
+/// A host that dies sends nothing: a connection is probed after so long without a byte,
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 /// then at this interval,
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -180,7 +180,7 @@ impl Serving {
 
 /// Sets a connection's options. `TCP_USER_TIMEOUT` is not used: Linux also counts it while a live client does not read,
 /// so it would end `kubectl logs -f` in a pager.
-fn prepare(stream: &TcpStream) -> io::Result<()> {
+pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
     sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;

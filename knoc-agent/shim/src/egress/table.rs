@@ -129,6 +129,7 @@ mod tests {
             domain: "cluster.local".to_owned(),
             api_address: "10.96.0.1".to_owned(),
             api_port: 443,
+            ..pb::EgressNetwork::default()
         }
     }
 

@@ -239,13 +239,18 @@ impl Actor {
 
     async fn complete(&mut self, found: stage::Found) -> Result<(), StageError> {
         let images = found.images().to_vec();
-        let job = stage::job_file(&self.site, &self.spec, images, self.cluster_id.clone());
+        let mut job = stage::job_file(&self.site, &self.spec, images, self.cluster_id.clone());
         let (dir, lease) = (self.dir.clone(), self.site.lease.clone());
-        let written = tokio::task::spawn_blocking(move || match lease.fenced() {
-            Some(fenced) => Err(StageError::of_pod(&fenced)),
-            None => dir
-                .write_spec(&job)
-                .map_err(|error| StageError::of_pod(&error)),
+        let written = tokio::task::spawn_blocking(move || {
+            if let Some(fenced) = lease.fenced() {
+                return Err(StageError::of_pod(&fenced));
+            }
+            if job.egress.is_none() {
+                // After a start of the agent no kubelet may have described the network yet. It was known when the pod came.
+                job.egress = dir.spec().ok().and_then(|before| before.egress);
+            }
+            dir.write_spec(&job)
+                .map_err(|error| StageError::of_pod(&error))
         });
         let written = written.await;
         written.unwrap_or_else(|error| Err(StageError::of_pod(&error)))?;

@@ -184,6 +184,7 @@ fn the_network_has_the_ranges_the_ports_and_the_addresses_that_pods_need() {
         (&*all.dns, &*all.domain, &*all.api_address),
         ("10.96.0.10", "cluster.local", "")
     );
+    assert_eq!(all.dns_service, "kube-system/kube-dns");
     // A Service that is not allowed has its port all the same: the refusal is an Event.
     assert_eq!(seen(&["kube-system/kube-dns"], None).tcp_ports, [53, 80]);
     assert_eq!(seen(&["a/web"], None).dns, "", "pods may not reach it");
@@ -192,6 +193,18 @@ fn the_network_has_the_ranges_the_ports_and_the_addresses_that_pods_need() {
         seen(&["*/*"], Some("8.8.8.8")).dns,
         "10.96.0.10",
         "it is outside of the ranges"
+    );
+    let configured = Some("10.96.0.10");
+    let own = seen(&["kube-system/*"], configured);
+    assert_eq!(
+        (&*own.dns, &*own.dns_service),
+        ("10.96.0.10", "kube-system/kube-dns")
+    );
+    assert_eq!(seen(&["*/*"], Some("10.96.0.99")).dns_service, "");
+    assert_eq!(
+        seen(&["a/web"], configured).dns,
+        "",
+        "pods may not reach it"
     );
     let nowhere = network(
         &table,
