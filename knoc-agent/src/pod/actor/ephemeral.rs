@@ -392,20 +392,7 @@ async fn give(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pod::state::{Deletion, Facts, Pod, Timeouts};
-
-    fn pod(report: Option<pb::Report>) -> Pod {
-        let second = Duration::from_secs(1);
-        let facts = Facts {
-            uid: PodUid::try_from("u").unwrap(),
-            grace: second,
-            deadline: None,
-            timeouts: Timeouts::each(second),
-        };
-        let mut pod = Pod::new(facts, jiff::Timestamp::UNIX_EPOCH);
-        pod.report = report;
-        pod
-    }
+    use crate::pod::state::{Deletion, Pod};
 
     fn report(has: &[&str]) -> pb::Report {
         let status = |name: &&str| pb::ContainerStatus {
@@ -436,7 +423,7 @@ mod tests {
     fn the_shim_gets_what_it_lacks_once_it_has_the_newest_values() {
         let spec = spec();
         let next = |report, values| {
-            let pod = pod(report);
+            let pod = Pod::that_reports(report);
             let lacking = lacking(&pod, &spec, values);
             let names: Vec<_> = lacking.iter().map(|it| it.name.as_str()).collect();
             names.join(" ")
@@ -451,7 +438,7 @@ mod tests {
             ..report(&[])
         };
         assert_eq!(next(Some(old), 5), "");
-        let mut ending = pod(Some(report(&[])));
+        let mut ending = Pod::that_reports(Some(report(&[])));
         ending.deletion = Some(Deletion {
             grace: Duration::ZERO,
             reason: String::new(),
@@ -519,8 +506,12 @@ mod tests {
             ..report(&[])
         };
         let mut adding = Adding::default();
-        let shown =
-            |adding: &Adding, report| adding.statuses(&pod(report), &spec()).remove(0).state;
+        let shown = |adding: &Adding, report| {
+            adding
+                .statuses(&Pod::that_reports(report), &spec())
+                .remove(0)
+                .state
+        };
         match shown(&adding, Some(old)) {
             Some(State::Terminated(ended)) => {
                 assert!(ended.message.contains("1.2.3"), "{ended:?}");

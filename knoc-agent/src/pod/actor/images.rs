@@ -363,23 +363,7 @@ async fn tell(site: &Site, uid: &PodUid, image: Option<pb::ResolvedImage>) -> Re
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::pod::state::{Facts, Timeouts};
-
-    fn pod(report: Option<pb::Report>) -> Pod {
-        let second = Duration::from_secs(1);
-        let facts = Facts {
-            uid: PodUid::try_from("u").unwrap(),
-            grace: second,
-            deadline: None,
-            timeouts: Timeouts::each(second),
-        };
-        let mut pod = Pod::new(facts, jiff::Timestamp::UNIX_EPOCH);
-        pod.report = report;
-        pod
-    }
 
     fn spec(image: &str) -> pb::PodSpec {
         pb::PodSpec {
@@ -414,7 +398,7 @@ mod tests {
     }
 
     fn due(updates: &Updates, report: Option<pb::Report>, image: &str) -> &'static str {
-        match updates.due(&pod(report), &spec(image)) {
+        match updates.due(&Pod::that_reports(report), &spec(image)) {
             None => "nothing",
             Some(Next::Find(_)) => "find",
             Some(Next::Tell(_)) => "tell",
@@ -482,7 +466,7 @@ mod tests {
                 containers: report("b", "").containers,
                 ..pb::PodObserved::default()
             };
-            updates.show(&pod(reported), &mut observed);
+            updates.show(&Pod::that_reports(reported), &mut observed);
             observed.containers.remove(0).image
         };
         assert_eq!(shown(None), "a");
@@ -504,17 +488,17 @@ mod tests {
         };
         updates.staged([&resolved("a"), &resolved_other("a")]);
         let next = |updates: &Updates| {
-            let next = updates.due(&pod(None), &spec);
+            let next = updates.due(&Pod::that_reports(None), &spec);
             next.map_or_else(String::new, |next| next.container().name.clone())
         };
         assert_eq!(next(&updates), "main");
         assert!(updates.fails("main", "no"));
         assert_eq!(next(&updates), "other");
-        assert!(updates.looks_for_image(&pod(None), &spec));
+        assert!(updates.looks_for_image(&Pod::that_reports(None), &spec));
         updates.staged([&resolved_other("b")]);
         assert_eq!(next(&updates), "main", "it is tried again");
         updates.staged([&resolved("b")]);
-        assert!(!updates.looks_for_image(&pod(None), &spec));
+        assert!(!updates.looks_for_image(&Pod::that_reports(None), &spec));
     }
 
     #[test]
@@ -545,7 +529,7 @@ mod tests {
                 containers: vec![status],
                 ..pb::PodObserved::default()
             };
-            updates.show(&pod(report), &mut observed);
+            updates.show(&Pod::that_reports(report), &mut observed);
             observed.containers[0].image.clone()
         };
         assert_eq!(shown(&updates, None), "b", "nothing is staged yet");
