@@ -168,7 +168,7 @@ async fn describe_nothing(agent: &Agent, mut link: channel::Receiver<Link>) {
                 "the agent was not told that pods reach nothing of the cluster, trying again"
             );
         }
-        tokio::time::sleep(AGAIN_MOST).await;
+        tokio::time::sleep(AGAIN_MOST.mul_f64(rand::random_range(0.5..1.5))).await;
     }
 }
 
