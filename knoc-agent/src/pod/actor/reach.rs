@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use knoc_proto::{error::chain, ids::PodUid};
-use tokio::task::JoinSet;
+use knoc_proto::ids::PodUid;
 
 use crate::{shim_links::Client, shim_steps::Use, site::Site};
 
@@ -19,17 +18,6 @@ pub(super) fn pause(tries: u32, [first, longest]: [Duration; 2]) -> Duration {
     };
     let pause = first.saturating_mul(1 << earlier.min(10)).min(longest);
     pause.mul_f64(rand::random_range(0.75..1.25))
-}
-
-/// What a task has done, once one has; `None` if there is none. A task that was aborted does not count.
-pub(super) async fn next<T: 'static>(tasks: &mut JoinSet<T>) -> Option<T> {
-    loop {
-        match tasks.join_next().await? {
-            Ok(step) => return Some(step),
-            Err(error) if error.is_cancelled() => {}
-            Err(error) => tracing::error!(error = chain(&error), "a task of a container"),
-        }
-    }
 }
 
 /// The shim of a pod, if it can do that. If compute nodes cannot reach the agent, a job step carries the link while the
