@@ -262,7 +262,9 @@ pub fn check_network(network: &pb::EgressNetwork) -> Result<(), String> {
     Ok(())
 }
 
-fn is_port(number: u32) -> bool {
+/// Is this the number of a port?
+#[must_use]
+pub fn is_port(number: u32) -> bool {
     (1..=u32::from(u16::MAX)).contains(&number)
 }
 

@@ -33,7 +33,7 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::decide::Dial;
+use super::decide::{DNS, Dial};
 use crate::{agent::Agent, server::prepare};
 
 /// How long an endpoint may take to accept. The shim gives the connection up after ten seconds.
@@ -44,8 +44,6 @@ const TAKE: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_mins(1);
 /// The same for questions to DNS, of which resolvers open a flow each.
 const IDLE_DNS: Duration = Duration::from_secs(10);
-/// The port of DNS.
-const DNS: u16 = 53;
 /// Messages that may wait for the agent; then the endpoint is not read.
 const QUEUE: usize = 4;
 /// The largest datagram.

@@ -115,15 +115,17 @@ impl Table {
         }
     }
 
-    /// Replaces all slices.
-    pub(crate) fn set_slices(&mut self, slices: Vec<(Name, Slice)>) {
+    /// Replaces all slices. Whether there was room for all of them.
+    pub(crate) fn set_slices(&mut self, slices: Vec<(Name, Slice)>) -> bool {
         self.slices.clear();
         self.of_service.clear();
         self.of_address.clear();
         self.endpoints = 0;
+        let mut stored = true;
         for (name, slice) in slices {
-            self.set_slice(name, slice);
+            stored &= self.set_slice(name, slice);
         }
+        stored
     }
 
     /// Stores a slice. Whether there was room for it.

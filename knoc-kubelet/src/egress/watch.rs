@@ -140,20 +140,18 @@ impl Cluster {
             watcher::Event::InitDone => {
                 let listed = std::mem::take(&mut listed);
                 self.change(|state| {
-                    state.table.set_slices(listed);
+                    note_room(&mut full, state.table.set_slices(listed));
                     state.read.insert(Part::Slices);
                 });
             }
             watcher::Event::Apply(slice) => {
-                let Some(name) = table::slice_name(&slice) else { return };
+                let Some(name) = table::slice_name(&slice) else {
+                    return;
+                };
                 let slice = table::slice(&slice);
                 self.change(|state| match slice {
                     Some((name, slice)) => {
-                        let stored = state.table.set_slice(name, slice);
-                        if !stored && !full {
-                            tracing::warn!("the cluster has more endpoints than are remembered: pods do not reach some of them");
-                        }
-                        full = !stored;
+                        note_room(&mut full, state.table.set_slice(name, slice));
                     }
                     None => state.table.remove_slice(&name),
                 });
@@ -242,6 +240,16 @@ impl Cluster {
             tokio::time::sleep(pause).await;
         }
     }
+}
+
+/// Says that endpoints are left out, unless the last ones were too.
+fn note_room(full: &mut bool, stored: bool) {
+    if !stored && !*full {
+        tracing::warn!(
+            "the cluster has more endpoints than are remembered: pods do not reach some of them"
+        );
+    }
+    *full = !stored;
 }
 
 /// Watches all objects of a kind. It has no end.

@@ -37,9 +37,6 @@ use crate::{
     site::Site,
 };
 
-/// How many images of one container the job file names.
-const KEPT_IMAGES: usize = 8;
-
 /// The exit code of a container that was never started, as container runtimes report it.
 const NEVER_STARTED: i32 = 128;
 
@@ -325,22 +322,6 @@ impl Actor {
         self.add_ephemeral(pod);
         self.show(pod);
     }
-
-    /// Notes the image in `job.pb`: while it is named there, it stays in the cache.
-    pub(super) async fn note_image(&self, found: &stage::Found) -> Result<(), String> {
-        let (dir, images) = (self.dir.clone(), found.images().to_vec());
-        let written = tokio::task::spawn_blocking(move || {
-            let mut job = dir.spec()?;
-            job.images = with_new(images, job.images);
-            dir.write_spec(&job)?;
-            Ok::<_, knoc_contract::jobdir::JobDirError>(())
-        });
-        match written.await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(format!("write the job file: {}", chain(&error))),
-            Err(error) => Err(format!("write the job file: {}", chain(&error))),
-        }
-    }
 }
 
 /// Whether the site's policy allows the container, which was not part of the pod when that was admitted.
@@ -356,22 +337,6 @@ fn allowed(site: &Site, spec: &PodSpec, container: &pb::Container) -> Result<(),
         });
     }
     stage::allowed(site, container)
-}
-
-/// PURE: the images of the job file with the new ones, which come first. The older ones of a container stay, so that they stay in
-/// the cache: it may still run with one of them.
-fn with_new(new: Vec<pb::ResolvedImage>, known: Vec<pb::ResolvedImage>) -> Vec<pb::ResolvedImage> {
-    let mut all = new;
-    for image in known {
-        let same = |one: &&pb::ResolvedImage| {
-            (&one.container, &one.volume) == (&image.container, &image.volume)
-        };
-        let known = all.iter().filter(same).any(|one| one.path == image.path);
-        if !known && all.iter().filter(same).count() < KEPT_IMAGES {
-            all.push(image);
-        }
-    }
-    all
 }
 
 /// Gives a container to the shim. If compute nodes cannot reach the agent, a job step carries the link.
@@ -478,25 +443,6 @@ mod tests {
         }
         assert_eq!(ended, ["a", "c"]);
         assert!(adding.busy.is_empty());
-    }
-
-    #[test]
-    fn older_images_of_a_container_stay_in_the_cache_behind_the_new_one() {
-        let image = |container: &str, path: &str| pb::ResolvedImage {
-            container: container.to_owned(),
-            path: path.to_owned(),
-            ..pb::ResolvedImage::default()
-        };
-        let mut all = vec![image("a", "0"), image("b", "0")];
-        for number in 1..20 {
-            all = with_new(vec![image("a", &number.to_string())], all);
-        }
-        assert_eq!(all.first(), Some(&image("a", "19")));
-        assert!(all.contains(&image("b", "0")));
-        assert_eq!(all.len(), KEPT_IMAGES + 1);
-        let again = with_new(vec![image("a", "18")], all);
-        assert_eq!((&*again[0].path, &*again[1].path), ("18", "19"));
-        assert_eq!(again.len(), KEPT_IMAGES + 1);
     }
 
     #[test]
