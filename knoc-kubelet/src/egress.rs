@@ -388,7 +388,7 @@ impl Connections {
             decide::decide(
                 &state.table,
                 allow,
-                &state.around.nodes,
+                &state.around,
                 to,
                 (uid.as_str(), random),
             )

@@ -202,7 +202,6 @@ impl Cluster {
 
     /// Reads the ranges again and again; where the API has none (before 1.33), those of the configuration count.
     async fn ranges(&self, api: Api<ServiceCIDR>, configured: &[Range]) {
-        let configured: Vec<String> = configured.iter().map(ToString::to_string).collect();
         let mut known = false;
         loop {
             let listed = api.list(&ListParams::default().limit(MOST_RANGES)).await;
@@ -224,9 +223,9 @@ impl Cluster {
             };
             let ranges = match listed {
                 Some(listed) if !listed.is_empty() => Some(listed),
-                Some(_) => Some(configured.clone()),
+                Some(_) => Some(configured.to_vec()),
                 // What was read before stays while the API server does not answer.
-                None => Some(configured.clone()).filter(|ranges| !known && !ranges.is_empty()),
+                None => Some(configured.to_vec()).filter(|ranges| !known && !ranges.is_empty()),
             };
             if let Some(ranges) = ranges {
                 if ranges.is_empty() {
@@ -277,10 +276,10 @@ fn addresses(node: &Node) -> Option<(String, Vec<IpAddr>)> {
 }
 
 /// PURE: the ranges of these objects.
-fn cidrs(listed: Vec<ServiceCIDR>) -> Vec<String> {
+fn cidrs(listed: Vec<ServiceCIDR>) -> Vec<Range> {
     let specs = listed.into_iter().filter_map(|one| one.spec);
     let texts = specs.flat_map(|spec| spec.cidrs.unwrap_or_default());
-    texts.filter(|text| text.parse::<Range>().is_ok()).collect()
+    texts.filter_map(|text| text.parse().ok()).collect()
 }
 
 #[cfg(test)]
@@ -303,7 +302,7 @@ mod tests {
         let range = serde_json::from_value(range).unwrap();
         assert_eq!(
             cidrs(vec![range, ServiceCIDR::default()]),
-            ["10.96.0.0/12", "fd00::/108"]
+            ["10.96.0.0/12", "fd00::/108"].map(|text| text.parse::<Range>().unwrap())
         );
     }
 
