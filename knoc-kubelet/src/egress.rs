@@ -5,7 +5,7 @@
 //! Services, EndpointSlices, Nodes, ServiceCIDRs ─watch─► Cluster ─network────► WatchEgress ──► agent ──► shims
 //!                                                           │  ◄──attempts────
 //!                                        decide (pure) ◄────┘
-//!                                           ├─► refusal, and one Event for each pod and reason
+//!                                           ├─► refusal, and one Event for each pod and reason; the same if no endpoint answers
 //!                                           └─► carry: dial the endpoint ═EgressStream═► the pod
 //! ```
 //!
@@ -445,9 +445,20 @@ impl Connections {
         else {
             return;
         };
-        match failed {
+        match &failed {
             Failed::Policy { .. } => self.refuse(&uid, id, &failed.to_string(), controls),
-            Failed::Dial { .. } | Failed::Pod { .. } => {
+            Failed::Dial { service, port, .. } => {
+                pass_refusal(&uid, id, controls);
+                // The endpoints of a Service that does not answer are one thing to tell.
+                let target = format!("dial {service} {port}");
+                let message = format!(
+                    "A connection to the cluster failed: {}. Does the endpoint listen, and may the kubelet's pod reach it \
+                     (NetworkPolicy)?",
+                    chain(&failed)
+                );
+                self.tell_pod(&uid, &target, "EgressFailed", message);
+            }
+            Failed::Pod { .. } => {
                 tracing::debug!(%uid, error = chain(&failed), "a connection of a pod was not made");
                 pass_refusal(&uid, id, controls);
             }
@@ -463,16 +474,22 @@ impl Connections {
         controls: &mpsc::Sender<pb::EgressControl>,
     ) {
         pass_refusal(uid, id, controls);
+        let message = format!("A connection to the cluster was refused: {why}");
+        self.tell_pod(uid, why, "EgressRefused", message);
+    }
+
+    /// Tells the pod about one of its connections, once for each `what`.
+    fn tell_pod(&mut self, uid: &PodUid, what: &str, reason: &str, message: String) {
         let Some(view) = self.setup.store.by_uid(uid) else {
             return;
         };
-        if self.told.is_news(uid, why) {
-            tracing::info!(%uid, "a connection of the pod to the cluster was refused: {why}");
+        if self.told.is_news(uid, what) {
+            tracing::info!(%uid, "{message}");
             self.setup.events.record(Note {
                 object: about_pod(&view.pod, ""),
                 warning: true,
-                reason: "EgressRefused".to_owned(),
-                message: format!("A connection to the cluster was refused: {why}"),
+                reason: reason.to_owned(),
+                message,
                 at: Timestamp::now(),
                 salt: 0,
                 times: 1,

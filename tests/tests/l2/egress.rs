@@ -99,18 +99,23 @@ async fn log(site: &Site, uid: &str) -> anyhow::Result<String> {
 
 /// The messages of the pod's Events about connections that were refused.
 async fn refusals(kubelet: &Kubelet) -> anyhow::Result<Vec<String>> {
-    wait_for("an Event", SOON, async || {
+    told(kubelet, "EgressRefused").await
+}
+
+/// The messages of the Events with this reason, once there is one.
+async fn told(kubelet: &Kubelet, reason: &str) -> anyhow::Result<Vec<String>> {
+    wait_for(reason, SOON, async || {
         let events = kubelet.api.list("v1", "events", "default");
-        let refused = |event: &&Value| event["reason"] == "EgressRefused";
-        let refused: Vec<_> = events
+        let wanted = |event: &&Value| event["reason"] == reason;
+        let messages: Vec<_> = events
             .iter()
-            .filter(refused)
+            .filter(wanted)
             .map(|event| event["message"].to_string())
             .collect();
-        if refused.is_empty() {
+        if messages.is_empty() {
             Err(format!("{events:?}"))
         } else {
-            Ok(refused)
+            Ok(messages)
         }
     })
     .await
@@ -191,6 +196,25 @@ async fn a_service_without_endpoints_is_refused_and_the_event_says_so() -> anyho
     ensure!(
         refused[0].contains("has no endpoint that is ready for port 443"),
         "{refused:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_endpoint_that_does_not_answer_is_one_event() -> anyhow::Result<()> {
+    // Nobody listens at the port any more.
+    let (port, echo) = echo().await?;
+    drop(echo);
+    let (site, kubelet, _running) = start("", port, &[]).await?;
+    let uid = client(&kubelet, "client", 3)?;
+    let log = log(&site, &uid).await?;
+    ensure!(log.matches("reset after 0").count() == 3, "{log}");
+    let failed = told(&kubelet, "EgressFailed").await?;
+    ensure!(failed.len() == 1, "{failed:?}");
+    let expected = ["default/kubernetes (port 443)", "refused"];
+    ensure!(
+        expected.iter().all(|text| failed[0].contains(text)),
+        "{failed:?}"
     );
     Ok(())
 }
