@@ -44,7 +44,7 @@ use tonic::{Status, Streaming};
 
 use self::{
     carry::{Connection, Failed},
-    told::Told,
+    told::{Told, Troubles},
     watch::Cluster,
 };
 use crate::{
@@ -52,7 +52,7 @@ use crate::{
     config::EgressConfig,
     pods::{
         Services, Store,
-        events::{Events, Note, about_pod},
+        events::{Events, Note, about_node, about_pod},
     },
 };
 
@@ -119,8 +119,10 @@ pub struct Setup {
     pub link: channel::Receiver<Link>,
     /// The pods of the node.
     pub store: Store,
-    /// Where refusals are told.
+    /// Where refusals are told, and what keeps pods from the cluster.
     pub events: Events,
+    /// The name of the node.
+    pub node: String,
     /// Is told when the agent has the cluster's network.
     pub described: Described,
 }
@@ -206,6 +208,7 @@ struct Connections {
     /// How many connections each pod has.
     open: HashMap<PodUid, usize>,
     told: Told,
+    troubles: Troubles,
 }
 
 /// How a connection ended.
@@ -245,6 +248,7 @@ impl Connections {
             pods: HashMap::new(),
             open: HashMap::new(),
             told: Told::default(),
+            troubles: Troubles::default(),
         }
     }
 
@@ -299,6 +303,7 @@ impl Connections {
                 Ok(()) = changed.changed(), if due.is_none() => due = Some(Instant::now() + GATHER),
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     due = None;
+                    self.tell_node();
                     if let Some(newest) = self.network().filter(|newest| *newest != network) {
                         match controls.try_send(control(Control::Network(newest.clone()))) {
                             Ok(()) => network = newest,
@@ -323,20 +328,38 @@ impl Connections {
     }
 
     /// The network, once it is known.
-    async fn first_network(&self, changed: &mut channel::Receiver<()>) -> pb::EgressNetwork {
+    async fn first_network(&mut self, changed: &mut channel::Receiver<()>) -> pb::EgressNetwork {
         loop {
             changed.mark_unchanged();
             // Asked first, because the rest may be read meanwhile.
-            let is_read = self.cluster.look(|_| ()).is_some();
+            let is_vain = self.cluster.is_denied() || self.cluster.look(|_| ()).is_some();
             if let Some(network) = self.network() {
+                self.tell_node();
                 return network;
             }
-            if is_read {
-                // No range is known, so pods would wait for nothing.
+            if is_vain {
+                // No range is known or a permission is missing, so pods would wait for nothing.
                 self.setup.described.0.send_replace(None);
             }
+            self.tell_node();
             // It ends only with the process.
             changed.changed().await.ok();
+        }
+    }
+
+    /// Tells the node what keeps pods from the cluster, as far as that is news.
+    fn tell_node(&mut self) {
+        for message in self.troubles.news(self.cluster.troubles()) {
+            tracing::warn!("{message}");
+            self.setup.events.record(Note {
+                object: about_node(&self.setup.node),
+                warning: true,
+                reason: "EgressUnavailable".to_owned(),
+                message,
+                at: Timestamp::now(),
+                salt: 0,
+                times: 1,
+            });
         }
     }
 

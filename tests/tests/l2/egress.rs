@@ -220,6 +220,44 @@ async fn an_endpoint_that_does_not_answer_is_one_event() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
+async fn a_kubelet_without_its_permissions_says_so_and_no_pod_waits() -> anyhow::Result<()> {
+    let (port, _echo) = echo().await?;
+    let (site, _agent, _) = Site::start(Options::default()).await?;
+    let kubelet = cluster(&site, port).await?;
+    kubelet.api.deny_list("endpointslices", true);
+    let _process = kubelet.start(&site, &[]).await?;
+    let told = told(&kubelet, "EgressUnavailable").await?;
+    ensure!(
+        told.len() == 1 && told[0].contains("list and watch endpointslices"),
+        "{told:?}"
+    );
+    let main = json!({"name": "main", "image": "none", "command": ["true"]});
+    kubelet.create_pod("alone", json!({"containers": [main]}))?;
+    kubelet.phase("alone", "Succeeded", SOON).await?;
+    let kubelets = std::fs::read_to_string(site.path("kubelet.log"))?;
+    ensure!(
+        !kubelets.contains("could not be described to the agent in time"),
+        "{kubelets}"
+    );
+    // Once it may, pods reach the cluster.
+    kubelet.api.deny_list("endpointslices", false);
+    wait_for("the network is described", SOON, async || {
+        let kubelets =
+            std::fs::read_to_string(site.path("kubelet.log")).map_err(|error| error.to_string())?;
+        if kubelets.contains("pods can reach the cluster") {
+            Ok(())
+        } else {
+            Err(kubelets)
+        }
+    })
+    .await?;
+    let uid = client(&kubelet, "client", 1)?;
+    let log = log(&site, &uid).await?;
+    ensure!(log.matches("got 300004").count() == 1, "{log}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_kubelet_that_starts_again_serves_new_connections() -> anyhow::Result<()> {
     let (port, _echo) = echo().await?;
     let (site, kubelet, [_agent, process]) = start("", port, &[]).await?;
