@@ -57,7 +57,7 @@ impl State {
                 part.permission()
             )
         });
-        denied.collect()
+        denied.chain(self.table.left_out()).collect()
     }
 }
 
@@ -189,7 +189,6 @@ impl Cluster {
 
     async fn slices(&self, api: Api<EndpointSlice>) {
         let mut listed: Vec<(Name, Slice)> = Vec::new();
-        let mut full = false;
         self.follow(api, Part::Slices, |event| match event {
             watcher::Event::Init => listed.clear(),
             watcher::Event::InitApply(slice) => listed.extend(table::slice(&slice)),
@@ -201,16 +200,12 @@ impl Cluster {
                 });
             }
             watcher::Event::Apply(slice) => {
-                let Some(name) = table::slice_name(&slice) else { return };
+                let Some(name) = table::slice_name(&slice) else {
+                    return;
+                };
                 let slice = table::slice(&slice);
                 self.change(|state| match slice {
-                    Some((name, slice)) => {
-                        let stored = state.table.set_slice(name, slice);
-                        if !stored && !full {
-                            tracing::warn!("the cluster has more endpoints than are remembered: pods do not reach some of them");
-                        }
-                        full = !stored;
-                    }
+                    Some((name, slice)) => state.table.set_slice(name, slice),
                     None => state.table.remove_slice(&name),
                 });
             }
