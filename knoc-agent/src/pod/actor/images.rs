@@ -43,6 +43,8 @@ pub(super) struct Updates {
     found: BTreeMap<String, pb::ResolvedImage>,
     /// By container: what has failed last, and how often in a row something did.
     troubles: BTreeMap<String, (String, u32)>,
+    /// By container: the image that the job cannot take, of which the pod was told.
+    impossible: BTreeMap<String, String>,
 }
 
 /// What a task has done.
@@ -130,9 +132,10 @@ impl Updates {
     }
 
     /// Before the shim's first report: names the images with which the containers will start. If the shape names others, the
-    /// kubelet sees by that that the pod waits for images, and sends the credentials for them.
+    /// kubelet sees by that that the pod waits for images, and sends the credentials for them, unless the job cannot take them.
     pub(super) fn show(&self, pod: &Pod, observed: &mut pb::PodObserved) {
-        if pod.report.is_some() {
+        if let Some(report) = &pod.report {
+            observed.images_are_fixed = !takes_images(report);
             return;
         }
         let all = observed.init_containers.iter_mut();
@@ -167,8 +170,8 @@ impl Updates {
             return None;
         }
         if old.is_some_and(|report| !takes_images(report)) {
-            let known = self.troubles.contains_key(&container.name);
-            return (!known).then_some(Next::Impossible(container));
+            let told = self.impossible.get(&container.name);
+            return (told != Some(&container.image)).then_some(Next::Impossible(container));
         }
         if *staged == container.image && self.told.get(&container.name) == Some(&container.image) {
             return None;
@@ -245,6 +248,8 @@ impl Actor {
                 Next::Find(container) => self.find_image(container.clone()),
                 Next::Tell(container) => self.tell_image(&container.name),
                 Next::Impossible(container) => {
+                    let (name, image) = (container.name.clone(), container.image.clone());
+                    self.updates.impossible.insert(name, image);
                     pod = self.image_is_impossible(pod, &container.name).await;
                 }
             }

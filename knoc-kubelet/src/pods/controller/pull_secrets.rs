@@ -133,7 +133,7 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
         | PodPhase::Running
         | PodPhase::Stopping
         | PodPhase::Lost => {
-            let others = !not_sent.all && others();
+            let others = !not_sent.all && !observed.images_are_fixed && others();
             others || ephemeral.any(|container| waits(&container.name))
         }
     }
@@ -146,6 +146,14 @@ mod tests {
     use super::*;
 
     fn waits(image: &str, next_image: &str, refused: bool) -> bool {
+        waits_beside(pb::PodObserved::default(), (image, next_image), refused)
+    }
+
+    fn waits_beside(
+        others: pb::PodObserved,
+        (image, next_image): (&str, &str),
+        refused: bool,
+    ) -> bool {
         let pod = json!({"spec": {"containers": [{"name": "main", "image": "new"}]}});
         let pod: Pod = serde_json::from_value(pod).unwrap();
         let observed = pb::PodObserved {
@@ -156,7 +164,7 @@ mod tests {
                 next_image: next_image.to_owned(),
                 ..pb::ContainerStatus::default()
             }],
-            ..pb::PodObserved::default()
+            ..others
         };
         let not_sent = NotSent {
             all: refused,
@@ -175,6 +183,14 @@ mod tests {
         assert!(
             !waits("old", "", true),
             "the agent does not take the change"
+        );
+        let fixed = pb::PodObserved {
+            images_are_fixed: true,
+            ..pb::PodObserved::default()
+        };
+        assert!(
+            !waits_beside(fixed, ("old", ""), false),
+            "the job does not take the change"
         );
     }
 }

@@ -219,10 +219,30 @@ fn a_job_of_an_older_version_is_told_nothing_and_that_is_said_once() {
         ..report("a", "")
     };
     assert_eq!(due(&updates, Some(old.clone()), "b"), "impossible");
+    // The image could not be found while the job was in the queue.
     assert!(updates.fails("main", "no"));
-    assert_eq!(due(&updates, Some(old), "b"), "nothing");
+    assert_eq!(due(&updates, Some(old.clone()), "b"), "impossible");
+    updates.impossible.insert("main".to_owned(), "b".to_owned());
+    assert_eq!(due(&updates, Some(old.clone()), "b"), "nothing");
+    assert_eq!(due(&updates, Some(old), "c"), "impossible");
     assert!(!updates.fails("main", "no"));
     assert!(updates.fails("main", "another reason"));
+}
+
+#[test]
+fn the_kubelet_learns_that_a_job_of_an_older_version_takes_no_image() {
+    let updates = Updates::default();
+    let fixed = |report: Option<pb::Report>| {
+        let mut observed = pb::PodObserved::default();
+        updates.show(&pod(report), &mut observed);
+        observed.images_are_fixed
+    };
+    assert!(!fixed(None) && !fixed(Some(report("a", ""))));
+    let old = pb::Report {
+        capabilities: Vec::new(),
+        ..report("a", "")
+    };
+    assert!(fixed(Some(old)));
 }
 
 #[test]
