@@ -310,7 +310,7 @@ impl Actor {
             Step::Found {
                 container,
                 image: Ok(found),
-            } => match self.note_image(&found).await {
+            } => match self.note_image(&pod, &found).await {
                 Ok(()) => {
                     self.updates.troubles.remove(&container);
                     self.updates.staged(found.images());
