@@ -137,7 +137,6 @@ impl Worker<'_> {
         let messages: Vec<_> = messages.into_iter().map(String::as_str).collect();
         let message = messages.join("; ");
         self.record_once(pod, "Failed", &format!("Error: {message}"));
-        self.hold("CreateContainerConfigError", &message);
     }
 
     /// Is there an ephemeral container that the agent could be sent and does not have?
@@ -351,8 +350,7 @@ impl Worker<'_> {
         values.revision = self.memory.values.revision;
         self.memory.values.refresh_at = resolve::renew_at(&self.memory.values.tokens);
         self.memory.values.metadata = Some(metadata(pod));
-        let names = lacking.iter().map(|one| one.container.clone());
-        self.memory.values.lacking = names.collect();
+        self.memory.values.lacking.clone_from(&lacking);
         let pull_credentials = self.pull_credentials(pod, now).await;
         self.plan(now);
         let sent = Sent {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb::{self, PodPhase, container_status::State};
+use knoc_translate::Lacking;
 
 use super::{ensure::NoValues, worker::Worker};
 use crate::pods::{resolve, status, store::PodView};
@@ -76,8 +77,8 @@ fn read_again() -> SignedDuration {
 pub(super) struct NotSent<'a> {
     /// What the verdict table rejects; an ephemeral container is rejected alone.
     rejected: &'a [String],
-    /// The names of the ephemeral containers that wait for what their variables refer to.
-    lacking: &'a [String],
+    /// The ephemeral containers that wait for what their variables refer to.
+    lacking: &'a [Lacking],
     /// Whether the agent does not take this generation of the pod.
     all: bool,
 }
@@ -85,7 +86,7 @@ pub(super) struct NotSent<'a> {
 impl NotSent<'_> {
     pub(super) fn has(&self, name: &str) -> bool {
         self.all
-            || self.lacking.iter().any(|lacks| lacks == name)
+            || self.lacking.iter().any(|lacks| lacks.container == name)
             || status::refused(self.rejected, name).is_some()
     }
 }
