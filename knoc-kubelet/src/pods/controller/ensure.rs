@@ -327,7 +327,9 @@ impl Worker<'_> {
         )
         .await?;
         let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
-        let objects = resolve::versions(namespace, &needs, &resolved);
+        let made = knoc_translate::values(pod, &resolved);
+        let complete = made.as_ref().is_ok_and(|it| it.lacking.is_empty());
+        let objects = resolve::versions(namespace, &needs, &resolved, complete);
         self.memory.values.look_at = Some(now)
             .filter(|_| !objects.is_empty() || !needs.trust_bundles.is_empty())
             .and_then(resolve::look_at);
@@ -338,7 +340,7 @@ impl Worker<'_> {
             mut values,
             skipped,
             lacking,
-        } = knoc_translate::values(pod, &resolved)?;
+        } = made?;
         if !skipped.is_empty() {
             let text = format!(
                 "Keys [{}] were skipped since they are considered invalid environment variable names.",
