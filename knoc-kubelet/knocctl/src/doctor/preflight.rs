@@ -3,10 +3,11 @@
 //! ```text
 //! login node   over SSH (--ssh), or this machine if it has sbatch: the agent's program looks and answers (`knoc-agent manage`)
 //! addresses    names and ports by which the cluster is to reach the agent, from this machine
-//! cluster      if kubectl is here: versions, and the rights to install the chart and to run pods
+//! cluster      if kubectl is here: versions, and the rights to install the chart, to grant what it grants and to run pods
 //! ```
 
 mod cluster;
+mod grants;
 
 use std::{ffi::OsStr, path::PathBuf, time::Duration};
 
