@@ -356,11 +356,19 @@ carried! {
         taken {
             config_map_key_ref: Option<core::ConfigMapKeySelector>,
             field_ref: Option<core::ObjectFieldSelector>,
+            file_key_ref: Option<core::FileKeySelector>,
             resource_field_ref: Option<core::ResourceFieldSelector>,
             secret_key_ref: Option<core::SecretKeySelector>,
         }
         elsewhere {}
-        left { file_key_ref }
+        left {}
+    }
+
+    /// A variable in a file of a volume.
+    FileKey of core::FileKeySelector, judged as "FileKeySelector" {
+        taken { key: String, optional: Option<bool>, path: String, volume_name: String }
+        elsewhere {}
+        left {}
     }
 
     /// A key of a ConfigMap whose value a variable gets.

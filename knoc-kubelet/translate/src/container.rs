@@ -13,7 +13,7 @@ use super::{
         Container, ExitCodes, PodSecurityContext, PodSpec, ResourceRequirements, RestartRule,
         SecurityContext, VolumeMount,
     },
-    ephemeral, image_root, network, probe, quantity,
+    env, ephemeral, image_root, network, probe, quantity,
 };
 
 /// The containers of a pod, in the order of its spec.
@@ -117,6 +117,7 @@ fn shape_container(
         privileged: security.is_some_and(|context| *context.privileged == Some(true)),
         restart_policy: own_restart_policy(container).into(),
         restart_rules: restart_rules(container),
+        env_files: env::has_files(container),
         // Of an ephemeral container, the caller sets it.
         target: String::new(),
     }

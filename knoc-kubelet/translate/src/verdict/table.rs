@@ -48,7 +48,10 @@ pub(super) const TABLE: &[Type] = &[
         row("configMapKeyRef secretKeyRef", Any, Inside("KeySelector"), ""),
         row("fieldRef", Any, Inside("EnvFieldRef"), ""),
         row("resourceFieldRef", Any, Inside("ResourceFieldSelector"), ""),
-        row("fileKeyRef", Any, Rejected, LATER),
+        row("fileKeyRef", Any, Inside("FileKeySelector"), ""),
+    ]),
+    of("FileKeySelector", "`fileKeyRef`", &[
+        row("volumeName path key optional", Any, Honoured, "read when the container starts, in a kubelet's format (`NAME='value'`); the account of the job must be able to read the file, of at most 1 MiB"),
     ]),
     of("KeySelector", "`configMapKeyRef`, `secretKeyRef`", &[row("name key optional", Any, Honoured, "")]),
     of("EnvFieldRef", "`fieldRef` of a variable", &[
