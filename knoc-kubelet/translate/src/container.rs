@@ -222,7 +222,10 @@ pub(crate) fn pull_policy(policy: Option<&str>, image: &str) -> pb::PullPolicy {
     }
 }
 
-fn shape_resources(list: &BTreeMap<String, Quantity>, problems: &mut Vec<String>) -> pb::Resources {
+pub(super) fn shape_resources(
+    list: &BTreeMap<String, Quantity>,
+    problems: &mut Vec<String>,
+) -> pb::Resources {
     let mut resources = pb::Resources::default();
     for (name, value) in list {
         let read = if name == "cpu" {

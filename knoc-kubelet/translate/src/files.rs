@@ -347,11 +347,18 @@ pub(super) fn resource(
         "requests" => resources.and_then(|resources| resources.requests.as_ref()),
         _ => resources.and_then(|resources| resources.limits.as_ref()),
     };
+    // A container without a limit has that of the pod as a whole.
+    let whole = spec.and_then(|spec| spec.resources.as_ref());
+    let whole = whole.map(ResourceRequirements::from);
+    let whole = whole.and_then(|whole| whole.limits.as_ref()?.get(resource));
+    let of_pod = whole.and_then(|quantity| quantity::millis(quantity).ok());
+    let of_pod = of_pod.filter(|millis| *millis > 0);
     let set = list(of).and_then(|list| list.get(resource));
     let millis = match set.and_then(|quantity| quantity::millis(quantity).ok()) {
         Some(millis) => millis,
         None if of == "requests" => 0,
         None => match resource {
+            "cpu" | "memory" if of_pod.is_some() => of_pod.unwrap_or_default(),
             "cpu" => allocatable.cpu_millis,
             "memory" => allocatable.memory_bytes.saturating_mul(1000),
             _ => allocatable.ephemeral_storage_bytes.saturating_mul(1000),

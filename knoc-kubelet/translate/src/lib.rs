@@ -37,7 +37,7 @@ use volume::Source;
 pub use claims::{FoundClaim, Unbound, bind_claims};
 pub use env::service_variables;
 pub use grace::Grace;
-pub use job::over_containers;
+pub use job::requested;
 pub use keyring::{BadSecret, PullCredentials, pull_credentials, pull_secrets};
 pub use trust::TrustBundleKey;
 
@@ -150,7 +150,9 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let volumes = volumes
         .filter_map(|volume| volume::shape(volume, &mut problems))
         .collect();
-    let job = job::request(pod, &containers.init, &containers.regular, &mut problems);
+    let whole = job::Whole::of(spec, &mut problems);
+    let both = (&*containers.init, &*containers.regular);
+    let job = job::request(pod, both, &whole, &mut problems);
     let network = network::mode(pod, spec, &mut problems);
     if !problems.is_empty() {
         return Err(problems);
@@ -198,6 +200,9 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
             .map(|alias| shape_alias(alias.into()))
             .collect(),
         image_pull_secrets: keyring::names(spec),
+        requests: whole.requests,
+        limits: whole.limits,
+        overhead: whole.overhead,
     })
 }
 
