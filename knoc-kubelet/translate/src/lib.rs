@@ -159,12 +159,10 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     }
     let mut annotations = meta.annotations.clone().unwrap_or_default();
     annotations.retain(|name, _| !NOT_SENT.contains(&name.as_str()));
+    let labels = meta.labels.clone().unwrap_or_default();
     Ok(pb::PodSpec {
         uid: meta.uid.clone().unwrap_or_default(),
-        namespace: meta
-            .namespace
-            .clone()
-            .unwrap_or_else(|| "default".to_owned()),
+        namespace: meta.namespace.as_deref().unwrap_or("default").to_owned(),
         generation: meta.generation.unwrap_or(1),
         init_containers: containers.init,
         containers: containers.regular,
@@ -186,12 +184,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         job: Some(job),
         node_name: spec.node_name.clone().unwrap_or_default(),
         service_account: spec.service_account_name.clone().unwrap_or_default(),
-        labels: meta
-            .labels
-            .clone()
-            .unwrap_or_default()
-            .into_iter()
-            .collect(),
+        labels: labels.into_iter().collect(),
         annotations: annotations.into_iter().collect(),
         host_aliases: spec
             .host_aliases
