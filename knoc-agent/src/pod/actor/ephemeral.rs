@@ -128,12 +128,13 @@ impl Adding {
             }
             return known;
         }
-        let state = match reported.filter(|report| !takes_containers(report)) {
-            Some(report) => State::Terminated(pb::Terminated {
+        let lacks = reported.and_then(|report| Some((report, missing(report, container)?)));
+        let state = match lacks {
+            Some((report, what)) => State::Terminated(pb::Terminated {
                 exit_code: NEVER_STARTED,
                 reason: "ContainerCannotRun".to_owned(),
                 message: format!(
-                    "the job of the pod runs version {} of KNoC, which has no ephemeral containers: create the pod again to use them",
+                    "the job of the pod runs version {} of KNoC, which {what}: create the pod again to use them",
                     report.version
                 ),
                 ..pb::Terminated::default()
@@ -155,10 +156,16 @@ impl Adding {
     }
 }
 
-/// Whether the shim serves `AddEphemeralContainer`.
-fn takes_containers(report: &pb::Report) -> bool {
-    let mut all = report.capabilities.iter();
-    all.any(|name| name == capability::EPHEMERAL)
+/// PURE: why the shim cannot run this ephemeral container; `None` if it can.
+fn missing(report: &pb::Report, container: &pb::Container) -> Option<&'static str> {
+    let has = |name: &str| report.capabilities.iter().any(|one| one == name);
+    if !has(capability::EPHEMERAL) {
+        Some("has no ephemeral containers")
+    } else if container.env_files && !has(capability::ENV_FILES) {
+        Some("reads no variables from files (`fileKeyRef`)")
+    } else {
+        None
+    }
 }
 
 /// PURE: the containers that the shim lacks and can take now.
@@ -168,7 +175,7 @@ fn lacking<'a>(pod: &Pod, spec: &'a pb::PodSpec, values: i64) -> Vec<&'a pb::Con
     };
     let over = report.r#final || pod.is_finished() || pod.deletion.is_some();
     let has_values = revision_of_shim(pod).is_some_and(|has| has >= values);
-    if over || !has_values || !takes_containers(report) {
+    if over || !has_values {
         return Vec::new();
     }
     let known = |name: &str| {
@@ -176,7 +183,8 @@ fn lacking<'a>(pod: &Pod, spec: &'a pb::PodSpec, values: i64) -> Vec<&'a pb::Con
         all.any(|status| status.name == name)
     };
     let all = spec.ephemeral_containers.iter();
-    all.filter(|container| !known(&container.name)).collect()
+    all.filter(|container| !known(&container.name) && missing(report, container).is_none())
+        .collect()
 }
 
 impl Actor {
@@ -462,6 +470,14 @@ mod tests {
             ..report(&[])
         };
         assert_eq!(next(Some(old), 5), "");
+        let mut with_files = spec.clone();
+        with_files.ephemeral_containers[0].env_files = true;
+        let older = pod(Some(report(&[])));
+        let able: Vec<_> = lacking(&older, &with_files, 5)
+            .iter()
+            .map(|it| it.name.as_str())
+            .collect();
+        assert_eq!(able, ["b"], "the shim reads no files");
         let mut ending = pod(Some(report(&[])));
         ending.deletion = Some(Deletion {
             grace: Duration::ZERO,
