@@ -29,6 +29,8 @@ use crate::{
 const LOOK: Duration = Duration::from_mins(5);
 /// How long a connection may take.
 const CONNECT: Duration = Duration::from_secs(5);
+/// No answer of the API server is waited for longer.
+const TIMEOUT: &str = "--request-timeout=10s";
 /// The port of an agent whose address names none.
 const PORT: u16 = 10350;
 

@@ -5,15 +5,13 @@ use futures::future::join_all;
 use knoc_proto::error::chain;
 use serde_json::Value;
 
-use super::{Report, grants, program};
+use super::{Report, TIMEOUT, grants, program};
 use crate::CtlError;
 
 /// The oldest minor version of Kubernetes 1 that the chart accepts.
 const OLDEST: u32 = 29;
 /// The oldest version of helm that knows the chart's functions.
 const OLDEST_HELM: (u32, u32) = (3, 14);
-/// No answer of the API server is waited for longer.
-pub(super) const TIMEOUT: &str = "--request-timeout=10s";
 /// The namespace into which the chart is installed.
 const NAMESPACE: &str = "knoc-system";
 

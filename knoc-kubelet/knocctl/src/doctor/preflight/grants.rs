@@ -9,7 +9,7 @@ use std::{ffi::OsStr, time::Duration};
 use knoc_proto::error::chain;
 use serde_json::{Value, json};
 
-use super::{Report, cluster::TIMEOUT};
+use super::{Report, TIMEOUT};
 use crate::{CtlError, command};
 
 /// The finding.
