@@ -371,3 +371,39 @@ pub(super) fn resource(
     let divisor = divisor.filter(|divisor| *divisor > 0).unwrap_or(1000);
     quantity::ceil_div(millis, divisor).to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_container_without_a_limit_has_that_of_the_pod_and_then_that_of_the_node() {
+        let pod: Pod = serde_json::from_value(json!({"spec": {
+            "containers": [
+                {"name": "own", "resources": {"limits": {"memory": "1Mi"}}},
+                {"name": "none"},
+            ],
+            "resources": {"limits": {"cpu": "1500m", "memory": "4Mi"}},
+        }}))
+        .unwrap();
+        let node = pb::Resources {
+            cpu_millis: 64_000,
+            memory_bytes: 1 << 30,
+            ephemeral_storage_bytes: 7,
+            ..pb::Resources::default()
+        };
+        let of = |container: &str, name: &str| {
+            let selector = json!({"resource": name});
+            let selector: k8s_openapi::api::core::v1::ResourceFieldSelector =
+                serde_json::from_value(selector).unwrap();
+            resource(&pod, Some(container), (&selector).into(), &node)
+        };
+        assert_eq!(of("own", "limits.memory"), "1048576");
+        assert_eq!(of("none", "limits.memory"), "4194304");
+        assert_eq!(of("none", "limits.cpu"), "2");
+        assert_eq!(of("none", "limits.ephemeral-storage"), "7");
+        assert_eq!(of("none", "requests.cpu"), "0");
+    }
+}
