@@ -15,7 +15,7 @@ use knoc_proto::{
 use super::table::{Name, Table, Target};
 
 /// The port of DNS.
-const DNS: u16 = 53;
+pub(super) const DNS: u16 = 53;
 
 /// What the cluster says about itself, apart from Services.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -59,14 +59,10 @@ pub(crate) enum Refusal {
     #[error("Service {service} has no endpoint that is ready for port {port}")]
     NoEndpoint { service: Name, port: u16 },
     #[error(
-        "the endpoints of Service {service} (port {port}) are {what}, which pods may not reach through a Service that \
-         `egress.allow` does not name without `*`"
+        "the endpoints of Service {service} (port {port}) are addresses of nodes, which pods reach only through a Service that \
+         `egress.allow` names without `*`"
     )]
-    OfNode {
-        service: Name,
-        port: u16,
-        what: &'static str,
-    },
+    OfNode { service: Name, port: u16 },
     #[error("the endpoints of Service {service} (port {port}) are {what}, which pods never reach")]
     Never {
         service: Name,
@@ -136,11 +132,7 @@ pub(crate) fn decide(
         .first()
         .and_then(|first| obstacle(allow, around, &service, first.ip()));
     Err(match obstacle {
-        Some(Obstacle::Node) => Refusal::OfNode {
-            service,
-            port,
-            what: "addresses of nodes",
-        },
+        Some(Obstacle::Node) => Refusal::OfNode { service, port },
         Some(Obstacle::Never(what)) => Refusal::Never {
             service,
             port,

@@ -307,7 +307,10 @@ impl Cluster {
         while let Some(event) = events.next().await {
             match event {
                 Ok(event) => {
-                    self.set_denied(part, false);
+                    // `Init` comes before anything was read.
+                    if !matches!(event, watcher::Event::Init) {
+                        self.set_denied(part, false);
+                    }
                     take(event);
                 }
                 Err(error) => {

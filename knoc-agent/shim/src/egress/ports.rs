@@ -102,8 +102,7 @@ impl Ports {
         let mut trouble = led
             .err()
             .map(|error| format!("the pod does not reach the cluster: {error}"));
-        let gone = changes(&self.open, &table.ports);
-        for port in gone {
+        for port in unwanted(&self.open, &table.ports) {
             if let Some(task) = self.open.remove(&port) {
                 task.abort();
             }
@@ -149,8 +148,8 @@ fn pause(failures: u32) -> Option<Duration> {
     Some(AGAIN.saturating_mul(1 << earlier.min(10)).min(AGAIN_MOST))
 }
 
-/// PURE: the ports that are no longer wanted.
-fn changes<T>(open: &HashMap<(Kind, u16), T>, wanted: &BTreeSet<(Kind, u16)>) -> Vec<(Kind, u16)> {
+/// PURE: the open ports that are not wanted.
+fn unwanted<T>(open: &HashMap<(Kind, u16), T>, wanted: &BTreeSet<(Kind, u16)>) -> Vec<(Kind, u16)> {
     let open = open.keys().copied();
     open.filter(|port| !wanted.contains(port)).collect()
 }
@@ -207,7 +206,7 @@ mod tests {
             ((Kind::Udp, 53), ()),
         ];
         let wanted = [(Kind::Tcp, 443), (Kind::Tcp, 53)].into();
-        let mut gone = changes(&open.into(), &wanted);
+        let mut gone = unwanted(&open.into(), &wanted);
         gone.sort_unstable();
         assert_eq!(gone, [(Kind::Tcp, 80), (Kind::Udp, 53)]);
     }

@@ -32,9 +32,6 @@ use crate::{
     site::Site,
 };
 
-/// How many images of one container the job file names, beside those that the shim's report names.
-const KEPT_IMAGES: usize = 8;
-
 /// The exit code of a container that was never started, as container runtimes report it.
 const NEVER_STARTED: i32 = 128;
 
@@ -296,23 +293,6 @@ impl Actor {
         self.add_ephemeral(pod);
         self.show(pod);
     }
-
-    /// Notes the image in `job.pb`: while it is named there, it stays in the cache.
-    pub(super) async fn note_image(&self, pod: &Pod, found: &stage::Found) -> Result<(), String> {
-        let (dir, images) = (self.dir.clone(), found.images().to_vec());
-        let in_use = in_use(pod);
-        let written = tokio::task::spawn_blocking(move || {
-            let mut job = dir.spec()?;
-            job.images = with_new(images, job.images, &in_use);
-            dir.write_spec(&job)?;
-            Ok::<_, knoc_contract::jobdir::JobDirError>(())
-        });
-        match written.await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(format!("write the job file: {}", chain(&error))),
-            Err(error) => Err(format!("write the job file: {}", chain(&error))),
-        }
-    }
 }
 
 /// Whether the site's policy allows the container, which was not part of the pod when that was admitted.
@@ -328,69 +308,6 @@ fn allowed(site: &Site, spec: &PodSpec, container: &pb::Container) -> Result<(),
         });
     }
     stage::allowed(site, container)
-}
-
-/// The image of a container as the shim reports it.
-#[derive(Debug, PartialEq)]
-struct InUse {
-    container: String,
-    image: String,
-    /// Empty: it is the next one, or its identity is not known.
-    image_id: String,
-}
-
-impl InUse {
-    fn is(&self, image: &pb::ResolvedImage) -> bool {
-        let same_id = self.image_id.is_empty() || self.image_id == image.image_id;
-        image.volume.is_empty()
-            && self.container == image.container
-            && self.image == image.image
-            && same_id
-    }
-}
-
-/// PURE: the images with which containers run, or will start next, as the shim's report has them.
-fn in_use(pod: &Pod) -> Vec<InUse> {
-    let reports = pod.report.iter();
-    let statuses = reports.flat_map(|it| it.init_containers.iter().chain(&it.containers));
-    let both = statuses.flat_map(|status| {
-        let of = |image: &str, image_id: &str| InUse {
-            container: status.name.clone(),
-            image: image.to_owned(),
-            image_id: image_id.to_owned(),
-        };
-        [
-            of(&status.image, &status.image_id),
-            of(&status.next_image, ""),
-        ]
-    });
-    both.filter(|it| !it.image.is_empty()).collect()
-}
-
-/// PURE: the images of the job file with the new ones, which come first. The older ones of a container stay, so that they stay in
-/// the cache: it may still run with one of them. What the report names stays however many newer ones there are.
-fn with_new(
-    new: Vec<pb::ResolvedImage>,
-    known: Vec<pb::ResolvedImage>,
-    in_use: &[InUse],
-) -> Vec<pb::ResolvedImage> {
-    let mut all = new;
-    for image in known {
-        let same = |one: &&pb::ResolvedImage| {
-            (&one.container, &one.volume) == (&image.container, &image.volume)
-        };
-        let is_used = |one: &pb::ResolvedImage| in_use.iter().any(|used| used.is(one));
-        let known = all.iter().filter(same).any(|one| one.path == image.path);
-        // A tag that is in use may have been pushed again and again, so each has the limit, too.
-        let used = is_used(&image);
-        let alike =
-            |one: &&pb::ResolvedImage| is_used(one) == used && (!used || one.image == image.image);
-        let count = all.iter().filter(same).filter(alike).count();
-        if !known && count < KEPT_IMAGES {
-            all.push(image);
-        }
-    }
-    all
 }
 
 /// Gives a container to the shim. If compute nodes cannot reach the agent, a job step carries the link.
@@ -411,20 +328,7 @@ async fn give(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pod::state::{Deletion, Facts, Pod, Timeouts};
-
-    fn pod(report: Option<pb::Report>) -> Pod {
-        let second = Duration::from_secs(1);
-        let facts = Facts {
-            uid: PodUid::try_from("u").unwrap(),
-            grace: second,
-            deadline: None,
-            timeouts: Timeouts::each(second),
-        };
-        let mut pod = Pod::new(facts, jiff::Timestamp::UNIX_EPOCH);
-        pod.report = report;
-        pod
-    }
+    use crate::pod::state::{Deletion, Pod};
 
     fn report(has: &[&str]) -> pb::Report {
         let status = |name: &&str| pb::ContainerStatus {
@@ -455,7 +359,7 @@ mod tests {
     fn the_shim_gets_what_it_lacks_once_it_has_the_newest_values() {
         let spec = spec();
         let next = |report, values| {
-            let pod = pod(report);
+            let pod = Pod::that_reports(report);
             let lacking = lacking(&pod, &spec, values);
             let names: Vec<_> = lacking.iter().map(|it| it.name.as_str()).collect();
             names.join(" ")
@@ -472,13 +376,13 @@ mod tests {
         assert_eq!(next(Some(old), 5), "");
         let mut with_files = spec.clone();
         with_files.ephemeral_containers[0].env_files = true;
-        let older = pod(Some(report(&[])));
+        let older = Pod::that_reports(Some(report(&[])));
         let able: Vec<_> = lacking(&older, &with_files, 5)
             .iter()
             .map(|it| it.name.as_str())
             .collect();
         assert_eq!(able, ["b"], "the shim reads no files");
-        let mut ending = pod(Some(report(&[])));
+        let mut ending = Pod::that_reports(Some(report(&[])));
         ending.deletion = Some(Deletion {
             grace: Duration::ZERO,
             reason: String::new(),
@@ -518,73 +422,18 @@ mod tests {
     }
 
     #[test]
-    fn older_images_of_a_container_stay_in_the_cache_behind_the_new_one() {
-        let image = |container: &str, path: &str| pb::ResolvedImage {
-            container: container.to_owned(),
-            path: path.to_owned(),
-            ..pb::ResolvedImage::default()
-        };
-        let mut all = vec![image("a", "0"), image("b", "0")];
-        for number in 1..20 {
-            all = with_new(vec![image("a", &number.to_string())], all, &[]);
-        }
-        assert_eq!(all.first(), Some(&image("a", "19")));
-        assert!(all.contains(&image("b", "0")));
-        assert_eq!(all.len(), KEPT_IMAGES + 1);
-        let again = with_new(vec![image("a", "18")], all, &[]);
-        assert_eq!((&*again[0].path, &*again[1].path), ("18", "19"));
-        assert_eq!(again.len(), KEPT_IMAGES + 1);
-    }
-
-    #[test]
-    fn the_image_that_the_report_names_stays_however_often_it_changes() {
-        let image = |name: &str, digest: &str| pb::ResolvedImage {
-            container: "main".to_owned(),
-            image: name.to_owned(),
-            image_id: digest.to_owned(),
-            path: digest.to_owned(),
-            ..pb::ResolvedImage::default()
-        };
-        let status = pb::ContainerStatus {
-            name: "main".to_owned(),
-            image: "app:1".to_owned(),
-            image_id: "first".to_owned(),
-            next_image: "app:2".to_owned(),
-            ..pb::ContainerStatus::default()
-        };
-        let report = pb::Report {
-            containers: vec![status],
-            ..report(&[])
-        };
-        let in_use = in_use(&pod(Some(report)));
-        assert_eq!(in_use.len(), 2, "{in_use:?}");
-        let mut all = vec![image("app:2", "next"), image("app:1", "first")];
-        for number in 0..20 {
-            let name = format!("app:{}", 3 + number);
-            all = with_new(vec![image(&name, &number.to_string())], all, &in_use);
-        }
-        assert!(all.contains(&image("app:1", "first")), "it runs");
-        assert!(all.contains(&image("app:2", "next")), "it is next");
-        assert_eq!(all.len(), KEPT_IMAGES + 2);
-        // A tag that is pushed again and again is bounded, too.
-        for number in 0..20 {
-            let digest = format!("d{number}");
-            all = with_new(vec![image("app:2", &digest)], all, &in_use);
-        }
-        assert!(all.contains(&image("app:1", "first")), "it runs");
-        assert!(all.len() <= 2 * KEPT_IMAGES + 1, "{}", all.len());
-        assert!(super::in_use(&pod(None)).is_empty());
-    }
-
-    #[test]
     fn a_job_of_an_older_version_says_why_the_container_does_not_run() {
         let old = pb::Report {
             capabilities: Vec::new(),
             ..report(&[])
         };
         let mut adding = Adding::default();
-        let shown =
-            |adding: &Adding, report| adding.statuses(&pod(report), &spec()).remove(0).state;
+        let shown = |adding: &Adding, report| {
+            adding
+                .statuses(&Pod::that_reports(report), &spec())
+                .remove(0)
+                .state
+        };
         match shown(&adding, Some(old)) {
             Some(State::Terminated(ended)) => {
                 assert!(ended.message.contains("1.2.3"), "{ended:?}");

@@ -221,14 +221,7 @@ pub(super) fn name_images(job: &mut pb::JobFile) {
 fn is_outdated(report: &pb::Report, container: &pb::Container) -> bool {
     let mut all = report.init_containers.iter().chain(&report.containers);
     let status = all.find(|status| status.name == container.name);
-    status.is_some_and(|status| {
-        let next = if status.next_image.is_empty() {
-            &status.image
-        } else {
-            &status.next_image
-        };
-        *next != container.image
-    })
+    status.is_some_and(|status| status.image_of_next_start() != container.image)
 }
 
 /// Whether the shim serves `UpdateImage`.

@@ -1,20 +1,6 @@
 use std::time::Duration;
 
 use super::*;
-use crate::pod::state::{Facts, Timeouts};
-
-fn pod(report: Option<pb::Report>) -> Pod {
-    let second = Duration::from_secs(1);
-    let facts = Facts {
-        uid: PodUid::try_from("u").unwrap(),
-        grace: second,
-        deadline: None,
-        timeouts: Timeouts::each(second),
-    };
-    let mut pod = Pod::new(facts, jiff::Timestamp::UNIX_EPOCH);
-    pod.report = report;
-    pod
-}
 
 fn spec(image: &str) -> pb::PodSpec {
     pb::PodSpec {
@@ -49,7 +35,7 @@ fn resolved(image: &str) -> pb::ResolvedImage {
 }
 
 fn due(updates: &Updates, report: Option<pb::Report>, image: &str) -> &'static str {
-    match updates.due(&pod(report), &spec(image)).pop() {
+    match updates.due(&Pod::that_reports(report), &spec(image)).pop() {
         None => "nothing",
         Some(Next::Find(_)) => "find",
         Some(Next::Tell(_)) => "tell",
@@ -108,25 +94,9 @@ fn locations_of_an_older_agent_keep_the_image_of_the_shape_that_they_were_found_
     assert_eq!(job.images[0].image, "a");
 }
 
-#[test]
-fn a_pod_in_the_queue_shows_the_image_with_which_it_would_start() {
-    let mut updates = Updates::default();
-    updates.staged([&resolved("a")]);
-    let shown = |reported: Option<pb::Report>| {
-        let mut observed = pb::PodObserved {
-            containers: report("b", "").containers,
-            ..pb::PodObserved::default()
-        };
-        updates.show(&pod(reported), &mut observed);
-        observed.containers.remove(0).image
-    };
-    assert_eq!(shown(None), "a");
-    assert_eq!(shown(Some(report("b", ""))), "b", "the shim knows it");
-}
-
 /// The names of the containers for which something is to be done.
 fn names(updates: &Updates, spec: &pb::PodSpec) -> String {
-    let due = updates.due(&pod(None), spec);
+    let due = updates.due(&Pod::that_reports(None), spec);
     let names: Vec<_> = due.iter().map(|next| &*next.container().name).collect();
     names.join(" ")
 }
@@ -171,14 +141,14 @@ async fn a_container_whose_image_takes_long_or_fails_holds_up_no_other() {
         "{next:?}"
     );
     assert_eq!(names(&updates, &spec), "other", "it is tried again");
-    assert!(updates.looks_for_image(&pod(None), &spec));
+    assert!(updates.looks_for_image(&Pod::that_reports(None), &spec));
     updates.staged([&resolved_other("b")]);
     assert_eq!(names(&updates, &spec), "");
     // New credentials end the pause of the one that failed.
     updates.retry_now();
     assert_eq!(names(&updates, &spec), "main");
     updates.staged([&resolved("b")]);
-    assert!(!updates.looks_for_image(&pod(None), &spec));
+    assert!(!updates.looks_for_image(&Pod::that_reports(None), &spec));
 }
 
 #[tokio::test(start_paused = true)]
@@ -234,7 +204,7 @@ fn the_kubelet_learns_that_a_job_of_an_older_version_takes_no_image() {
     let updates = Updates::default();
     let fixed = |report: Option<pb::Report>| {
         let mut observed = pb::PodObserved::default();
-        updates.show(&pod(report), &mut observed);
+        updates.show(&Pod::that_reports(report), &mut observed);
         observed.images_are_fixed
     };
     assert!(!fixed(None) && !fixed(Some(report("a", ""))));
@@ -258,7 +228,7 @@ fn a_job_that_waits_is_shown_with_the_image_from_which_it_would_start() {
             containers: vec![status],
             ..pb::PodObserved::default()
         };
-        updates.show(&pod(report), &mut observed);
+        updates.show(&Pod::that_reports(report), &mut observed);
         observed.containers[0].image.clone()
     };
     assert_eq!(shown(&updates, None), "b", "nothing is staged yet");
