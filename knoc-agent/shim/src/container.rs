@@ -35,7 +35,7 @@ use self::{
 use super::{
     attach::hub::{self, Hub},
     children::Exit,
-    env_files::{self, EnvFileError, Places},
+    env_files::{self, EnvFileError},
     environment::{self, TerminationLog},
     fdio::{self, Stream},
     handshake::{self, HandshakeError, Launched},
@@ -406,11 +406,7 @@ async fn environment_of(
     let (pod, spec) = (Arc::clone(pod), Arc::clone(&attempt.spec));
     let values = Arc::clone(&attempt.values);
     let reading = tokio::task::spawn_blocking(move || {
-        let places = Places {
-            volumes: &pod.volumes,
-            network: &pod.network,
-        };
-        env_files::resolve(&spec.container, &values, places)
+        env_files::resolve(&spec.container, &values, &pod.volumes)
     });
     tokio::select! {
         biased;

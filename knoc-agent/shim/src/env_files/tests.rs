@@ -57,11 +57,7 @@ fn get(volumes: &Volumes, value: Value) -> Result<String, String> {
         ],
         ..pb::PodValues::default()
     };
-    let places = Places {
-        volumes,
-        network: &Network::Host,
-    };
-    let resolved = resolve(&container, &values, places).map_err(|error| chain(&error))?;
+    let resolved = resolve(&container, &values, volumes).map_err(|error| chain(&error))?;
     let [own] = &resolved.env[..] else {
         panic!("{resolved:?}");
     };
