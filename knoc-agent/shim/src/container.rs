@@ -397,8 +397,7 @@ async fn launch(
     }
 }
 
-/// Creates the folders on a blocking thread: a file system that the pod mounts may hang.
-/// The environment of the container, with the variables that come from files.
+/// Reads the variables of the container that come from files, on a blocking thread. Returns its whole environment.
 async fn environment_of(
     pod: &Arc<Pod>,
     attempt: &Attempt,
@@ -418,6 +417,7 @@ async fn environment_of(
     }
 }
 
+/// Creates the folders on a blocking thread: a file system that the pod mounts may hang.
 async fn prepare(
     pod: &Arc<Pod>,
     attempt: &Attempt,

@@ -30,10 +30,7 @@ pub(crate) fn requests(shape: &pb::PodSpec) -> Amounts {
     ]);
     let containers = shape.init_containers.iter().chain(&shape.containers);
     let lists = containers.filter_map(|container| container.requests.as_ref());
-    let names = lists
-        .chain(&shape.overhead)
-        .flat_map(|list| list.extended.keys());
-    for name in names {
+    for name in lists.flat_map(|list| list.extended.keys()) {
         let amount = |list: &pb::Resources| list.extended.get(name).copied().unwrap_or(0);
         amounts.insert(name.clone(), knoc_translate::requested(shape, amount));
     }

@@ -37,6 +37,10 @@ impl Whole {
             let resources = list.map(|list| shape_resources(list, &mut relative));
             let absolute = relative.iter();
             problems.extend(absolute.map(|problem| format!("spec.{path}: {problem}")));
+            let extended = resources.iter().flat_map(|list| list.extended.keys());
+            problems.extend(extended.map(|name| {
+                format!("spec.{path}: {name} can be asked for by containers only, remove it here")
+            }));
             resources.filter(|resources| *resources != pb::Resources::default())
         };
         Self {
@@ -360,6 +364,26 @@ mod tests {
             ..Whole::default()
         };
         assert_eq!(totals((&[], &[]), &whole), (1250, 0, 0));
+    }
+
+    #[test]
+    fn only_containers_ask_for_extended_resources() {
+        let spec = serde_json::json!({
+            "containers": [],
+            "overhead": {"cpu": "1", "example.com/fpga": "1"},
+            "resources": {"requests": {"nvidia.com/gpu": "1", "memory": "1Gi"}},
+        });
+        let spec: k8s_openapi::api::core::v1::PodSpec = serde_json::from_value(spec).unwrap();
+        let mut problems = Vec::new();
+        let whole = Whole::of((&spec).into(), &mut problems);
+        let end = "can be asked for by containers only, remove it here";
+        let expected = [
+            format!("spec.resources: nvidia.com/gpu {end}"),
+            format!("spec.overhead: example.com/fpga {end}"),
+        ];
+        assert_eq!(problems, expected);
+        assert_eq!(whole.requests.unwrap().memory_bytes, 1 << 30);
+        assert_eq!(whole.overhead.unwrap().cpu_millis, 1000);
     }
 
     fn regular(cpu_millis: i64) -> pb::Container {

@@ -105,20 +105,24 @@ async fn refusals(kubelet: &Kubelet) -> anyhow::Result<Vec<String>> {
 /// The messages of the Events with this reason, once there is one.
 async fn told(kubelet: &Kubelet, reason: &str) -> anyhow::Result<Vec<String>> {
     wait_for(reason, SOON, async || {
-        let events = kubelet.api.list("v1", "events", "default");
-        let wanted = |event: &&Value| event["reason"] == reason;
-        let messages: Vec<_> = events
-            .iter()
-            .filter(wanted)
-            .map(|event| event["message"].to_string())
-            .collect();
+        let messages = told_by_now(kubelet, reason);
         if messages.is_empty() {
-            Err(format!("{events:?}"))
+            Err(format!(
+                "{:?}",
+                kubelet.api.list("v1", "events", "default")
+            ))
         } else {
             Ok(messages)
         }
     })
     .await
+}
+
+/// The messages of the Events with this reason.
+fn told_by_now(kubelet: &Kubelet, reason: &str) -> Vec<String> {
+    let events = kubelet.api.list("v1", "events", "default");
+    let wanted = events.iter().filter(|event| event["reason"] == reason);
+    wanted.map(|event| event["message"].to_string()).collect()
 }
 
 /// A site, a cluster and a kubelet with these settings.
@@ -239,6 +243,8 @@ async fn a_kubelet_without_its_permissions_says_so_and_no_pod_waits() -> anyhow:
         !kubelets.contains("could not be described to the agent in time"),
         "{kubelets}"
     );
+    let again = told_by_now(&kubelet, "EgressUnavailable");
+    ensure!(again.len() == 1, "{again:?}");
     // Once it may, pods reach the cluster.
     kubelet.api.deny_list("endpointslices", false);
     wait_for("the network is described", SOON, async || {
