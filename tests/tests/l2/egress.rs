@@ -9,7 +9,7 @@ use knoc_tests::{
     site::{Daemon, Kubelet, Options, Site},
     wait_for,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpListener,
@@ -107,10 +107,7 @@ async fn told(kubelet: &Kubelet, reason: &str) -> anyhow::Result<Vec<String>> {
     wait_for(reason, SOON, async || {
         let messages = told_by_now(kubelet, reason);
         if messages.is_empty() {
-            Err(format!(
-                "{:?}",
-                kubelet.api.list("v1", "events", "default")
-            ))
+            Err(format!("{:?}", kubelet.api.list("v1", "events", "default")))
         } else {
             Ok(messages)
         }

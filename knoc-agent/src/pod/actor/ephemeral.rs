@@ -10,7 +10,6 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use knoc_contract::capability;
 use knoc_proto::{
-    error::chain,
     ids::PodUid,
     pb::{self, container_status::State},
     pod::PodSpec,
