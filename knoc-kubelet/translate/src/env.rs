@@ -33,13 +33,6 @@ pub(super) fn needs(container: Container<'_>, needs: &mut Needs) {
     }
 }
 
-/// Whether a variable of the container comes from a file.
-pub(super) fn has_files(container: Container<'_>) -> bool {
-    let variables = container.env.iter().flatten().map(EnvVar::from);
-    let mut sources = variables.filter_map(|var| var.value_from.as_ref());
-    sources.any(|source| EnvVarSource::from(source).file_key_ref.is_some())
-}
-
 fn env_from_sources(container: Container<'_>) -> impl Iterator<Item = EnvFromSource<'_>> {
     container.env_from.iter().flatten().map(EnvFromSource::from)
 }
