@@ -282,6 +282,7 @@ impl App {
             link: context.site.link.clone(),
             store: self.store.clone(),
             events: context.api.events.clone(),
+            node: self.config.node.name.clone(),
             described: context.site.network.clone(),
         };
         egress::start(setup, client, context.api.services.clone(), tasks, shutdown);

@@ -50,8 +50,11 @@ pub const MAPPED_VOLUMES: &str = "mapped-volumes";
 /// The agent mounts images as volumes.
 pub const IMAGE_VOLUMES: &str = "image-volumes";
 
+/// The agent's shims read variables from files that containers write (`fileKeyRef`).
+pub const ENV_FILES: &str = "env-files";
+
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 18] = [
+pub const OF_PODS: [&str; 19] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -70,6 +73,7 @@ pub const OF_PODS: [&str; 18] = [
     HOST_PATHS,
     MAPPED_VOLUMES,
     IMAGE_VOLUMES,
+    ENV_FILES,
 ];
 
 /// The capabilities that this pod needs.
@@ -121,6 +125,12 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         (HOST_PATHS, spec.volumes.iter().any(is_host_path)),
         (MAPPED_VOLUMES, spec.volumes.iter().any(is_mapped)),
         (IMAGE_VOLUMES, spec.volumes.iter().any(is_image)),
+        (
+            ENV_FILES,
+            containers()
+                .chain(&spec.ephemeral_containers)
+                .any(|container| container.env_files),
+        ),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -200,6 +210,7 @@ mod tests {
         spec.ephemeral_containers = vec![pb::Container::default()];
         spec.share_process_namespace = true;
         spec.containers[0].stop_signal = "SIGINT".to_owned();
+        spec.containers[0].env_files = true;
         let sources = [
             pb::volume::Source::HostPath(pb::HostPath::default()),
             pb::volume::Source::Nfs(pb::NfsVolume::default()),

@@ -450,6 +450,21 @@ fn check_variable(container: &str, var: &pb::EnvVar, problems: &mut Vec<String>)
             }
             false
         }
+        Some(pb::env_var::Value::File(file)) => {
+            if let Err(error) = paths::of_file(&file.path) {
+                let path = quote(&file.path, SHOWN);
+                problems.push(format!(
+                    "container {container:?}: {name} comes from the file {path}, which {error}"
+                ));
+            }
+            if let Err(why) = names::environment_variable(&file.key) {
+                let key = quote(&file.key, SHOWN);
+                problems.push(format!(
+                    "container {container:?}: {name} comes from the key {key}: {why}"
+                ));
+            }
+            false
+        }
         None => {
             problems.push(format!(
                 "container {container:?}: the variable {name:?} has no value"

@@ -16,6 +16,9 @@ pub const STOP_SIGNAL: &str = "stop-signal";
 /// The shim serves `WatchEgress` and `EgressStream`.
 pub const EGRESS: &str = "egress";
 
+/// The shim reads variables from files that containers write. Older shims reject all values with such a variable.
+pub const ENV_FILES: &str = "env-files";
+
 /// The shim serves `AddEphemeralContainer`.
 pub const EPHEMERAL: &str = "ephemeral-containers";
 
@@ -23,9 +26,10 @@ pub const EPHEMERAL: &str = "ephemeral-containers";
 pub const IMAGE_UPDATES: &str = "image-updates";
 
 /// All capabilities of this version's shim.
-pub const ALL: [&str; 8] = [
+pub const ALL: [&str; 9] = [
     ATTACH,
     EGRESS,
+    ENV_FILES,
     EPHEMERAL,
     IMAGE_UPDATES,
     LOG_POSITIONS,

@@ -35,6 +35,7 @@ use self::{
 use super::{
     attach::hub::{self, Hub},
     children::Exit,
+    env_files::{self, EnvFileError},
     environment::{self, TerminationLog},
     fdio::{self, Stream},
     handshake::{self, HandshakeError, Launched},
@@ -156,6 +157,9 @@ enum AttemptError {
         "no command specified: give the container a command, or use an image that has an entrypoint or a command"
     )]
     NoCommand,
+    /// A variable cannot be read from its file.
+    #[error(transparent)]
+    EnvFile(#[from] EnvFileError),
     #[error("share the processes of the pod")]
     Processes(#[from] ProcessesError),
     #[error("stopped before it was started")]
@@ -166,6 +170,7 @@ impl AttemptError {
     fn reason(&self) -> &'static str {
         match self {
             Self::Prepare(_) | Self::NoCommand | Self::Processes(_) => "CreateContainerError",
+            Self::EnvFile(_) => "CreateContainerConfigError",
             Self::Runtime(_) | Self::NoNamespaces { .. } => "ContainerCannotRun",
             Self::Start(_) => "StartError",
             Self::Aborted => "Error",
@@ -266,11 +271,12 @@ type Done = (Exit, String, Losses, bool, Counters);
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
     let container = &attempt.spec.container;
     let config = attempt.spec.image.config.clone().unwrap_or_default();
-    let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
+    let values = environment_of(pod, attempt).await?;
+    let mut spec = environment::launch_spec(container, &config, &values, &pod.facts);
     if spec.argv.is_empty() {
         return Err(AttemptError::NoCommand);
     }
-    let mut folders = prepare(pod, attempt).await?;
+    let mut folders = prepare(pod, attempt, values).await?;
     complete(&mut spec, &folders);
     let kills_before = pod.oom.unclaimed();
     let mut up = bring_up(pod, attempt, &folders, container).await?;
@@ -391,10 +397,33 @@ async fn launch(
     }
 }
 
-/// Creates the folders on a blocking thread: a file system that the pod mounts may hang.
-async fn prepare(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Folders, AttemptError> {
-    let (pod, spec, number) = (Arc::clone(pod), Arc::clone(&attempt.spec), attempt.number);
+/// Reads the variables of the container that come from files, on a blocking thread. Returns its whole environment.
+async fn environment_of(
+    pod: &Arc<Pod>,
+    attempt: &Attempt,
+) -> Result<Arc<pb::PodValues>, AttemptError> {
+    let (pod, spec) = (Arc::clone(pod), Arc::clone(&attempt.spec));
     let values = Arc::clone(&attempt.values);
+    let reading = tokio::task::spawn_blocking(move || {
+        env_files::resolve(&spec.container, &values, &pod.volumes)
+    });
+    tokio::select! {
+        biased;
+        read = reading => match read {
+            Ok(read) => Ok(Arc::new(read?)),
+            Err(error) => Err(PrepareError::Pipes(io::Error::other(error)).into()),
+        },
+        () = attempt.abort.cancelled() => Err(AttemptError::Aborted),
+    }
+}
+
+/// Creates the folders on a blocking thread: a file system that the pod mounts may hang.
+async fn prepare(
+    pod: &Arc<Pod>,
+    attempt: &Attempt,
+    values: Arc<pb::PodValues>,
+) -> Result<Folders, AttemptError> {
+    let (pod, spec, number) = (Arc::clone(pod), Arc::clone(&attempt.spec), attempt.number);
     let making =
         tokio::task::spawn_blocking(move || Folders::prepare(&pod, &spec, number, &values));
     tokio::select! {

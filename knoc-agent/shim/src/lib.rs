@@ -20,6 +20,7 @@ mod children;
 mod container;
 mod directory;
 mod egress;
+mod env_files;
 mod environment;
 mod exec;
 mod fdio;

@@ -88,7 +88,7 @@ pub(super) async fn egress(
         let message = format!("Service {service} is not among policy.egress of the site file");
         return Err(ErrorReason::PolicyDenied.status(message));
     }
-    let (mut client, used) = shim_link::client_with(site, &uid, EGRESS).await?;
+    let (mut client, used) = shim_link::linked_with(site, &uid, EGRESS)?;
     let outputs = client.egress_stream(bulk::request_body(inputs.into_body()));
     begin(site, uid, used, outputs).await
 }

@@ -62,9 +62,10 @@ pub(super) struct Connection {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failed {
     /// The endpoint does not accept it.
-    #[error("connect to {endpoint}, an endpoint of Service {service}")]
+    #[error("connect to {endpoint}, an endpoint of Service {service} (port {port})")]
     Dial {
         service: String,
+        port: u16,
         endpoint: SocketAddr,
         source: io::Error,
     },
@@ -81,6 +82,7 @@ pub(super) async fn run(agent: &Agent, connection: &Connection) -> Result<(), Fa
     let endpoint = connection.dial.endpoint;
     let failed = |source| Failed::Dial {
         service: connection.dial.service.to_string(),
+        port: connection.dial.port,
         endpoint,
         source,
     };

@@ -37,7 +37,7 @@ use volume::Source;
 pub use claims::{FoundClaim, Unbound, bind_claims};
 pub use env::service_variables;
 pub use grace::Grace;
-pub use job::over_containers;
+pub use job::requested;
 pub use keyring::{BadSecret, PullCredentials, pull_credentials, pull_secrets};
 pub use trust::TrustBundleKey;
 
@@ -150,19 +150,19 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let volumes = volumes
         .filter_map(|volume| volume::shape(volume, &mut problems))
         .collect();
-    let job = job::request(pod, &containers.init, &containers.regular, &mut problems);
+    let whole = job::Whole::of(spec, &mut problems);
+    let both = (&*containers.init, &*containers.regular);
+    let job = job::request(pod, both, &whole, &mut problems);
     let network = network::mode(pod, spec, &mut problems);
     if !problems.is_empty() {
         return Err(problems);
     }
     let mut annotations = meta.annotations.clone().unwrap_or_default();
     annotations.retain(|name, _| !NOT_SENT.contains(&name.as_str()));
+    let labels = meta.labels.clone().unwrap_or_default();
     Ok(pb::PodSpec {
         uid: meta.uid.clone().unwrap_or_default(),
-        namespace: meta
-            .namespace
-            .clone()
-            .unwrap_or_else(|| "default".to_owned()),
+        namespace: meta.namespace.as_deref().unwrap_or("default").to_owned(),
         generation: meta.generation.unwrap_or(1),
         init_containers: containers.init,
         containers: containers.regular,
@@ -184,15 +184,13 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         job: Some(job),
         node_name: spec.node_name.clone().unwrap_or_default(),
         service_account: spec.service_account_name.clone().unwrap_or_default(),
-        labels: meta
-            .labels
-            .clone()
-            .unwrap_or_default()
-            .into_iter()
-            .collect(),
+        labels: labels.into_iter().collect(),
         annotations: annotations.into_iter().collect(),
         host_aliases: host_aliases(spec),
         image_pull_secrets: keyring::names(spec),
+        requests: whole.requests,
+        limits: whole.limits,
+        overhead: whole.overhead,
     })
 }
 

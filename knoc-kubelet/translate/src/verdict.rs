@@ -218,10 +218,14 @@ fn quoted(values: &[&str], end: &str) -> String {
 pub fn table() -> String {
     let mut text = String::from(HEAD);
     for kind in TABLE {
-        let rendered = kind
+        let mut rendered = kind
             .rows
             .iter()
-            .filter(|row| !matches!(row.verdict, Verdict::Inside(_)));
+            .filter(|row| !matches!(row.verdict, Verdict::Inside(_)))
+            .peekable();
+        if rendered.peek().is_none() {
+            continue;
+        }
         // Writing to a String cannot fail.
         let _infallible = write!(
             text,

@@ -9,7 +9,7 @@ use knoc_tests::{
     site::{Daemon, Kubelet, Options, Site},
     wait_for,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpListener,
@@ -99,21 +99,27 @@ async fn log(site: &Site, uid: &str) -> anyhow::Result<String> {
 
 /// The messages of the pod's Events about connections that were refused.
 async fn refusals(kubelet: &Kubelet) -> anyhow::Result<Vec<String>> {
-    wait_for("an Event", SOON, async || {
-        let events = kubelet.api.list("v1", "events", "default");
-        let refused = |event: &&Value| event["reason"] == "EgressRefused";
-        let refused: Vec<_> = events
-            .iter()
-            .filter(refused)
-            .map(|event| event["message"].to_string())
-            .collect();
-        if refused.is_empty() {
-            Err(format!("{events:?}"))
+    told(kubelet, "EgressRefused").await
+}
+
+/// The messages of the Events with this reason, once there is one.
+async fn told(kubelet: &Kubelet, reason: &str) -> anyhow::Result<Vec<String>> {
+    wait_for(reason, SOON, async || {
+        let messages = told_by_now(kubelet, reason);
+        if messages.is_empty() {
+            Err(format!("{:?}", kubelet.api.list("v1", "events", "default")))
         } else {
-            Ok(refused)
+            Ok(messages)
         }
     })
     .await
+}
+
+/// The messages of the Events with this reason.
+fn told_by_now(kubelet: &Kubelet, reason: &str) -> Vec<String> {
+    let events = kubelet.api.list("v1", "events", "default");
+    let wanted = events.iter().filter(|event| event["reason"] == reason);
+    wanted.map(|event| event["message"].to_string()).collect()
 }
 
 /// A site, a cluster and a kubelet with these settings.
@@ -192,6 +198,65 @@ async fn a_service_without_endpoints_is_refused_and_the_event_says_so() -> anyho
         refused[0].contains("has no endpoint that is ready for port 443"),
         "{refused:?}"
     );
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_endpoint_that_does_not_answer_is_one_event() -> anyhow::Result<()> {
+    // Nobody listens at the port any more.
+    let (port, echo) = echo().await?;
+    drop(echo);
+    let (site, kubelet, _running) = start("", port, &[]).await?;
+    let uid = client(&kubelet, "client", 3)?;
+    let log = log(&site, &uid).await?;
+    ensure!(log.matches("reset after 0").count() == 3, "{log}");
+    let failed = told(&kubelet, "EgressFailed").await?;
+    ensure!(failed.len() == 1, "{failed:?}");
+    let expected = ["default/kubernetes (port 443)", "refused"];
+    ensure!(
+        expected.iter().all(|text| failed[0].contains(text)),
+        "{failed:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_kubelet_without_its_permissions_says_so_and_no_pod_waits() -> anyhow::Result<()> {
+    let (port, _echo) = echo().await?;
+    let (site, _agent, _) = Site::start(Options::default()).await?;
+    let kubelet = cluster(&site, port).await?;
+    kubelet.api.deny_list("endpointslices", true);
+    let _process = kubelet.start(&site, &[]).await?;
+    let told = told(&kubelet, "EgressUnavailable").await?;
+    ensure!(
+        told.len() == 1 && told[0].contains("list and watch endpointslices"),
+        "{told:?}"
+    );
+    let main = json!({"name": "main", "image": "none", "command": ["true"]});
+    kubelet.create_pod("alone", json!({"containers": [main]}))?;
+    kubelet.phase("alone", "Succeeded", SOON).await?;
+    let kubelets = std::fs::read_to_string(site.path("kubelet.log"))?;
+    ensure!(
+        !kubelets.contains("could not be described to the agent in time"),
+        "{kubelets}"
+    );
+    let again = told_by_now(&kubelet, "EgressUnavailable");
+    ensure!(again.len() == 1, "{again:?}");
+    // Once it may, pods reach the cluster.
+    kubelet.api.deny_list("endpointslices", false);
+    wait_for("the network is described", SOON, async || {
+        let kubelets =
+            std::fs::read_to_string(site.path("kubelet.log")).map_err(|error| error.to_string())?;
+        if kubelets.contains("pods can reach the cluster") {
+            Ok(())
+        } else {
+            Err(kubelets)
+        }
+    })
+    .await?;
+    let uid = client(&kubelet, "client", 1)?;
+    let log = log(&site, &uid).await?;
+    ensure!(log.matches("got 300004").count() == 1, "{log}");
     Ok(())
 }
 

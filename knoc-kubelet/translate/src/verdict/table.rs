@@ -48,7 +48,10 @@ pub(super) const TABLE: &[Type] = &[
         row("configMapKeyRef secretKeyRef", Any, Inside("KeySelector"), ""),
         row("fieldRef", Any, Inside("EnvFieldRef"), ""),
         row("resourceFieldRef", Any, Inside("ResourceFieldSelector"), ""),
-        row("fileKeyRef", Any, Rejected, LATER),
+        row("fileKeyRef", Any, Inside("FileKeySelector"), ""),
+    ]),
+    of("FileKeySelector", "`fileKeyRef`", &[
+        row("volumeName path key optional", Any, Honoured, "read when the container starts, in a kubelet's format (`NAME='value'`); the account of the job must be able to read the file, of at most 1 MiB"),
     ]),
     of("KeySelector", "`configMapKeyRef`, `secretKeyRef`", &[row("name key optional", Any, Honoured, "")]),
     of("EnvFieldRef", "`fieldRef` of a variable", &[
@@ -68,13 +71,13 @@ pub(super) const TABLE: &[Type] = &[
         row("configMapRef secretRef", Any, Inside("Reference"), ""),
     ]),
     of("Reference", "`configMapRef`, `secretRef`", &[row("name optional", Any, Honoured, "")]),
-    of("ResourceRequirements", "`resources` of a container", &[
+    of("ResourceRequirements", "`resources` of a container or of the pod", &[
         row("requests limits", Any, Inside("ResourceList"), ""),
         row("claims", Empty, Satisfied, ""),
         row("claims", Any, Rejected, "dynamic resource allocation is not supported"),
     ]),
-    of("ResourceList", "`resources.requests`, `resources.limits`", &[
-        row("cpu memory ephemeral-storage", Any, Honoured, "of the job as a whole: the larger of the init containers, the sum of the others; local disk is reserved only if the site's nodes have TmpDisk"),
+    of("ResourceList", "`resources.requests`, `resources.limits`, `spec.overhead`", &[
+        row("cpu memory ephemeral-storage", Any, Honoured, "of the job as a whole: those of the pod (`spec.resources`), or else the larger of the init containers, the sum of the others; with the `overhead`; local disk is reserved only if the site's nodes have TmpDisk"),
         row("hugepages-*", Any, Rejected, "huge pages cannot be requested from Slurm"),
         row("*", Any, Honoured, "extended resources: the agent's site file maps each of them to `--gres` (`[gres]`; by default `nvidia.com/gpu` is `gpu`), and one that is not mapped is rejected. If `knoc.io/gres` is more specific (`gpu:a100:1`), it replaces them. A container with `nvidia.com/gpu` or `amd.com/gpu`, and no other, sees the driver's files and devices (`--nv`, `--rocm`), `CUDA_VISIBLE_DEVICES` or `ROCR_VISIBLE_DEVICES` as Slurm set it unless it sets its own, and `/.singularity.d/libs` at the end of `LD_LIBRARY_PATH`. If the compute node lacks the driver, Apptainer only warns"),
     ]),
@@ -303,12 +306,10 @@ const POD: &[Row] = &[
     row("imagePullSecrets", Empty, Satisfied, ""),
     row("imagePullSecrets", Any, Honoured, "also those of the ServiceAccount; the credentials are in the agent's memory only until the image is pulled"),
     row("os", Any, Inside("PodOS"), ""),
-    row("overhead", Empty, Satisfied, ""),
-    row("overhead", Any, Rejected, LATER),
+    row("overhead", Any, Inside("ResourceList"), ""),
     row("resourceClaims", Empty, Satisfied, ""),
     row("resourceClaims", Any, Rejected, "dynamic resource allocation is not supported"),
-    row("resources", Empty, Satisfied, ""),
-    row("resources", Any, Rejected, "resources of the pod as a whole are not supported yet; give them to its containers"),
+    row("resources", Any, Inside("ResourceRequirements"), ""),
     row("runtimeClassName", Is(&["knoc"]), Satisfied, ""),
     row(
         "runtimeClassName",

@@ -1,19 +1,17 @@
 //! The Kubernetes cluster, by kubectl: versions and rights. Rights are asked for by `kubectl auth can-i`, which creates a
-//! `SelfSubjectAccessReview`.
+//! `SelfSubjectAccessReview`, except those that the chart grants ([`grants`]).
 
 use futures::future::join_all;
 use knoc_proto::error::chain;
 use serde_json::Value;
 
-use super::{Report, program};
+use super::{Report, TIMEOUT, grants, program};
 use crate::CtlError;
 
 /// The oldest minor version of Kubernetes 1 that the chart accepts.
 const OLDEST: u32 = 29;
 /// The oldest version of helm that knows the chart's functions.
 const OLDEST_HELM: (u32, u32) = (3, 14);
-/// No answer of the API server is waited for longer.
-const TIMEOUT: &str = "--request-timeout=10s";
 /// The namespace into which the chart is installed.
 const NAMESPACE: &str = "knoc-system";
 
@@ -80,6 +78,12 @@ pub(super) async fn check(report: &mut Report, namespace: Option<&str>) -> Resul
         &install,
         "ask a cluster administrator to apply the bundle and to install the chart; everything else needs the rights of one namespace",
     )?;
+    if !install
+        .iter()
+        .any(|right| right.starts_with("create clusterroles."))
+    {
+        grants::check(report).await?;
+    }
     let what = format!(
         "cluster: rights to run pods in {}",
         namespace.unwrap_or("the namespace of kubectl's context")
