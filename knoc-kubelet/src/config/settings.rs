@@ -40,6 +40,8 @@ pub struct Settings {
     pub log: Log,
     /// The Node object.
     pub node: Node,
+    /// Which Services of the cluster lead to pods of the node.
+    pub relay: Relay,
     /// The kubelet's HTTPS API.
     pub server: Server,
 }
@@ -103,7 +105,7 @@ impl Default for Egress {
     }
 }
 
-/// Which Services pods may reach.
+/// A list of Services.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EgressAllow {
     /// None, and nothing is watched for it.
@@ -235,6 +237,30 @@ impl Default for Node {
             taint: true,
             cluster_domain: "cluster.local".to_owned(),
             pod_ip: PodIpPolicy::None,
+        }
+    }
+}
+
+/// Which Services of the cluster lead to pods of the node, through ports of the kubelet.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Relay {
+    /// The Services that lead to pods, a list of `NAMESPACE/SERVICE` in which `*` stands for any characters; `off`: none, and
+    /// nothing is watched and written for it.
+    pub allow: EgressAllow,
+    /// The ports of the kubelet for it, `FIRST-LAST`: each port of a pod to which a Service leads takes one.
+    pub ports: String,
+    /// The address at which the cluster reaches these ports; unset: `node.internalIP`.
+    #[serde(deserialize_with = "ip_address")]
+    pub address: Option<IpAddr>,
+}
+
+impl Default for Relay {
+    fn default() -> Self {
+        Self {
+            allow: EgressAllow::Off,
+            ports: "11000-12023".to_owned(),
+            address: None,
         }
     }
 }

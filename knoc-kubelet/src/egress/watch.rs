@@ -246,11 +246,23 @@ impl Cluster {
 }
 
 /// Watches all objects of a kind. It has no end.
-async fn follow<K>(api: Api<K>, what: &str, mut take: impl FnMut(watcher::Event<K>))
+async fn follow<K>(api: Api<K>, what: &str, take: impl FnMut(watcher::Event<K>))
 where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    let events = watcher(api, watcher::Config::default()).default_backoff();
+    follow_some(api, watcher::Config::default(), what, take).await;
+}
+
+/// Watches those objects of a kind that `config` selects. It has no end.
+pub(crate) async fn follow_some<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    what: &str,
+    mut take: impl FnMut(watcher::Event<K>),
+) where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let events = watcher(api, config).default_backoff();
     let mut events = std::pin::pin!(events);
     while let Some(event) = events.next().await {
         match event {
