@@ -36,6 +36,17 @@ pub(super) fn of_node(node: &str) -> String {
     format!("{MANAGED_BY}={MANAGER},{OF_NODE}={node}")
 }
 
+/// Is the slice one of the kubelet of this node? What is not must never be deleted, whatever the API server makes of the selector.
+pub(super) fn is_own(slice: &EndpointSlice, node: &str) -> bool {
+    let has = |name: &str, value: &str| {
+        let labels = slice.metadata.labels.as_ref();
+        labels
+            .and_then(|labels| labels.get(name))
+            .is_some_and(|it| it == value)
+    };
+    has(MANAGED_BY, MANAGER) && has(OF_NODE, node)
+}
+
 /// Where the relayed ports are.
 #[derive(Debug, Clone)]
 pub(super) struct Place<'a> {
@@ -264,6 +275,8 @@ mod tests {
             "endpointslice.kubernetes.io/managed-by": "relay.knoc.io"});
         assert_eq!(object["metadata"]["labels"], labels);
         assert_eq!(object["metadata"]["ownerReferences"][0]["uid"], "s-1");
+        assert!(is_own(&slice, "knoc-a") && !is_own(&slice, "knoc-b"));
+        assert!(!is_own(&EndpointSlice::default(), "knoc-a"));
         let none = super::slice(&endpoint(true), &place("10.0.0.7"), &HashMap::new());
         assert!(none.is_none(), "no port is relayed");
         let (other, slice) = super::slice(

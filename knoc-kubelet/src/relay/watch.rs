@@ -12,7 +12,10 @@ use kube::{Api, Client, runtime::watcher};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{policies::Policies, slice::of_node};
+use super::{
+    policies::Policies,
+    slice::{is_own, of_node},
+};
 use crate::egress::{
     table::{Name, slice_name},
     watch::follow_some,
@@ -103,13 +106,13 @@ impl Cluster {
             "EndpointSlices of this node",
             |event| match event {
                 watcher::Event::Init => listed.clear(),
-                watcher::Event::InitApply(slice) => store(&mut listed, slice),
+                watcher::Event::InitApply(slice) => store(&mut listed, slice, node),
                 watcher::Event::InitDone => {
                     let listed = std::mem::take(&mut listed);
                     self.change(|state| state.slices = Some(listed));
                 }
                 watcher::Event::Apply(slice) => self.change(|state| {
-                    store(state.slices.get_or_insert_default(), slice);
+                    store(state.slices.get_or_insert_default(), slice, node);
                 }),
                 watcher::Event::Delete(slice) => self.change(|state| {
                     if let Some(name) = slice_name(&slice) {
@@ -122,9 +125,9 @@ impl Cluster {
     }
 }
 
-fn store(slices: &mut HashMap<Name, EndpointSlice>, mut slice: EndpointSlice) {
+fn store(slices: &mut HashMap<Name, EndpointSlice>, mut slice: EndpointSlice, node: &str) {
     slice.metadata.managed_fields = None;
-    let Some(name) = slice_name(&slice) else {
+    let Some(name) = slice_name(&slice).filter(|_| is_own(&slice, node)) else {
         return;
     };
     if slices.len() < MOST_SLICES || slices.contains_key(&name) {

@@ -109,7 +109,9 @@ pub(super) async fn withdraw(client: &Client, node: &str, address: IpAddr) {
             return;
         }
     };
-    let ours = listed.into_iter().filter(|one| slice::is_at(one, address));
+    let ours = listed
+        .into_iter()
+        .filter(|one| slice::is_own(one, node) && slice::is_at(one, address));
     let changes = ours.filter_map(|one| {
         let name = crate::egress::table::slice_name(&one)?;
         Some(Change::Delete(name, one.metadata))
