@@ -22,7 +22,7 @@ use knoc_proto::{
 use super::{
     AgentConfig, AgentWay, Config, CredentialFiles, EgressConfig, IdentityConfig, KeysConfig,
     KubernetesConfig, LogConfig, NodeConfig, RelayConfig, ServerConfig, ServingConfig,
-    settings::{CertificateSource, EgressAllow, IdentityKind, LogFormat, PodIpPolicy, Settings},
+    settings::{CertificateSource, IdentityKind, LogFormat, PodIpPolicy, ServiceList, Settings},
 };
 
 /// The address of the agent if the agent dials; an address to listen on may follow.
@@ -282,7 +282,7 @@ impl Resolver<'_> {
         let egress = &self.settings.egress;
         let service_ranges = self.ranges("egress.serviceRanges", &egress.service_ranges);
         let pod_ranges = self.ranges("egress.podRanges", &egress.pod_ranges);
-        let EgressAllow::Listed(patterns) = &egress.allow else {
+        let ServiceList::Listed(patterns) = &egress.allow else {
             return None;
         };
         let allow = AllowList::parse(patterns);
@@ -312,7 +312,7 @@ impl Resolver<'_> {
 
     fn relay(&mut self, agent: Option<&AgentConfig>) -> Option<RelayConfig> {
         let relay = &self.settings.relay;
-        let EgressAllow::Listed(patterns) = &relay.allow else {
+        let ServiceList::Listed(patterns) = &relay.allow else {
             return None;
         };
         let allow = AllowList::parse(patterns);

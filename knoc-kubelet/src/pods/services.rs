@@ -135,7 +135,6 @@ fn small(service: Service) -> Option<(Key, Service)> {
         ports: spec.ports,
         selector: spec.selector,
         publish_not_ready_addresses: spec.publish_not_ready_addresses,
-        ip_families: spec.ip_families,
         ..ServiceSpec::default()
     });
     Some(((namespace, name), small))

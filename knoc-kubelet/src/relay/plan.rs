@@ -17,6 +17,8 @@ use crate::{egress::table::Name, pods::PodView};
 
 /// The most ports of one Service that are relayed.
 const PORTS: usize = 100;
+/// The most ports of one pod that are relayed, so that a pod does not take those of all others.
+pub(super) const OF_POD: usize = 32;
 
 /// A port of a pod, which has one port of the kubelet.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -86,7 +88,7 @@ pub(super) enum Refusal {
         protocol: String,
     },
     #[error(
-        "Service {service} does not lead to the pod: the kubelet has no free port for port {port} of the pod; `relay.ports` can be larger"
+        "Service {service} does not lead to the pod: the kubelet has no free port for port {port} of the pod; a pod gets at most {OF_POD}, and `relay.ports` can be larger"
     )]
     NoPort { service: Name, port: u16 },
 }
@@ -280,4 +282,4 @@ impl fmt::Display for PodPort {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+mod tests;

@@ -15,7 +15,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::plan::PodPort;
+use super::plan::{OF_POD, PodPort};
 
 /// How long a port rests. Proxies follow EndpointSlices within seconds.
 const REST: Duration = Duration::from_mins(1);
@@ -38,10 +38,14 @@ impl Ports {
         }
     }
 
-    /// The port of this port of a pod, a new one if it has none; `None` if all are in use or rest.
+    /// The port of this port of a pod, a new one if it has none; `None` if all are in use or rest, or if the pod has its share.
     pub(super) fn assign(&mut self, key: &PodPort, now: Instant) -> Option<u16> {
         if let Some(port) = self.taken.get(key) {
             return Some(*port);
+        }
+        let of_pod = self.taken.keys().filter(|one| one.uid == key.uid);
+        if of_pod.count() >= OF_POD {
+            return None;
         }
         while let Some((port, until)) = self.resting.front().copied() {
             if until > now {
@@ -94,6 +98,17 @@ mod tests {
         // To give back what nobody has changes nothing.
         ports.release(&of("d", 80), now);
         assert_eq!(ports.assign(&of("d", 80), now + REST * 2), None);
+    }
+
+    #[test]
+    fn a_pod_does_not_take_the_ports_of_all_others() {
+        let now = Instant::now();
+        let mut ports = Ports::new(1000..=1999);
+        let got = (1..=100).filter(|number| ports.assign(&of("a", *number), now).is_some());
+        assert_eq!(got.count(), OF_POD);
+        assert!(ports.assign(&of("b", 80), now).is_some());
+        ports.release(&of("a", 1), now);
+        assert!(ports.assign(&of("a", 99), now).is_some());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::*;
 
 /// A running pod `web-0` of `team` that is ready, with these labels.
-pub(crate) fn pod(labels: Value, change: impl FnOnce(&mut Value)) -> PodView {
+fn pod(labels: Value, change: impl FnOnce(&mut Value)) -> PodView {
     let mut object = json!({
         "metadata": {"namespace": "team", "name": "web-0", "uid": "u-1", "labels": labels},
         "spec": {
@@ -29,7 +29,7 @@ pub(crate) fn pod(labels: Value, change: impl FnOnce(&mut Value)) -> PodView {
     }
 }
 
-pub(crate) fn service(name: &str, spec: Value) -> Service {
+fn service(name: &str, spec: Value) -> Service {
     let object = json!({"metadata": {"namespace": "team", "name": name, "uid": format!("s-{name}")}, "spec": spec});
     serde_json::from_value(object).unwrap()
 }
