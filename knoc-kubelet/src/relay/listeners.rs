@@ -170,7 +170,7 @@ impl Relayed {
             Ok(permits) => permits,
             Err(why) => {
                 halves::reset(stream);
-                return say(&self.shared, &self.to, why);
+                return say(&self.shared, &self.to, &why);
             }
         };
         let (shared, to) = (self.shared.clone(), self.to.clone());
@@ -179,7 +179,7 @@ impl Relayed {
             if let Err(status) = carry::run(&shared.agent, stream, &to).await {
                 tracing::debug!(%to, error = chain(&status), "a relayed connection was refused");
                 if ErrorReason::of(&status) == Some(ErrorReason::PolicyDenied) {
-                    say(&shared, &to, status.message().to_owned());
+                    say(&shared, &to, status.message());
                 }
             }
         };
@@ -198,7 +198,7 @@ impl Relayed {
     }
 }
 
-fn say(shared: &Shared, to: &PodPort, why: String) {
+fn say(shared: &Shared, to: &PodPort, why: &str) {
     let text = format!("A connection to port {} was refused: {why}", to.number);
     shared.said.try_send((to.uid.clone(), text)).ok();
 }

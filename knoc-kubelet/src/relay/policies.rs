@@ -71,7 +71,7 @@ mod tests {
 
     use super::*;
 
-    fn policy(name: &str, spec: Value) -> NetworkPolicy {
+    fn policy(name: &str, spec: &Value) -> NetworkPolicy {
         let object = json!({"metadata": {"namespace": "team", "name": name}, "spec": spec});
         serde_json::from_value(object).unwrap()
     }
@@ -86,27 +86,27 @@ mod tests {
         let mut policies = Policies::default();
         let web = labels(&[("app", "web"), ("tier", "front")]);
         let egress = json!({"podSelector": {}, "policyTypes": ["Egress"]});
-        policies.set(&policy("out", egress));
+        policies.set(&policy("out", &egress));
         assert_eq!(policies.isolating("team", &web), None);
         let of_others = json!({"podSelector": {"matchExpressions": [
             {"key": "tier", "operator": "NotIn", "values": ["front"]}]}, "policyTypes": ["Ingress"]});
-        policies.set(&policy("others", of_others));
+        policies.set(&policy("others", &of_others));
         assert_eq!(policies.isolating("team", &web), None);
         assert_eq!(policies.isolating("team", &labels(&[])), Some("others"));
         policies.set(&policy(
             "web",
-            json!({"podSelector": {"matchLabels": {"app": "web"}}}),
+            &json!({"podSelector": {"matchLabels": {"app": "web"}}}),
         ));
         assert_eq!(policies.isolating("team", &web), Some("web"));
         assert_eq!(policies.isolating("other", &web), None, "another namespace");
         policies.set(&policy(
             "web",
-            json!({"podSelector": {"matchLabels": {"app": "db"}}}),
+            &json!({"podSelector": {"matchLabels": {"app": "db"}}}),
         ));
         assert_eq!(policies.isolating("team", &web), None, "it was changed");
         let all = policy(
             "all",
-            json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}),
+            &json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}),
         );
         policies.set(&all);
         assert_eq!(policies.isolating("team", &web), Some("all"));
@@ -118,7 +118,7 @@ mod tests {
     fn a_selector_that_is_not_understood_selects_every_pod() {
         let mut policies = Policies::default();
         let odd = json!({"podSelector": {"matchExpressions": [{"key": "a", "operator": "Near"}]}});
-        policies.set(&policy("odd", odd));
+        policies.set(&policy("odd", &odd));
         assert_eq!(policies.isolating("team", &labels(&[])), Some("odd"));
     }
 }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::*;
 
 /// A running pod `web-0` of `team` that is ready, with these labels.
-fn pod(labels: Value, change: impl FnOnce(&mut Value)) -> PodView {
+fn pod(labels: &Value, change: impl FnOnce(&mut Value)) -> PodView {
     let mut object = json!({
         "metadata": {"namespace": "team", "name": "web-0", "uid": "u-1", "labels": labels},
         "spec": {
@@ -29,7 +29,7 @@ fn pod(labels: Value, change: impl FnOnce(&mut Value)) -> PodView {
     }
 }
 
-fn service(name: &str, spec: Value) -> Service {
+fn service(name: &str, spec: &Value) -> Service {
     let object = json!({"metadata": {"namespace": "team", "name": name, "uid": format!("s-{name}")}, "spec": spec});
     serde_json::from_value(object).unwrap()
 }
@@ -37,7 +37,7 @@ fn service(name: &str, spec: Value) -> Service {
 fn web() -> Service {
     service(
         "web",
-        json!({"clusterIP": "10.96.0.9", "selector": {"app": "web"}, "ports": [
+        &json!({"clusterIP": "10.96.0.9", "selector": {"app": "web"}, "ports": [
             {"name": "http", "port": 80, "targetPort": "http"}, {"name": "same", "port": 8081},
             {"name": "side", "port": 1, "targetPort": "side"}, {"name": "init", "port": 2, "targetPort": "init"},
             {"name": "nobody", "port": 3, "targetPort": "nobody"}]}),
@@ -58,7 +58,7 @@ fn unchanged(_: &mut Value) {}
 
 #[test]
 fn a_service_leads_to_the_ports_that_it_names() {
-    let view = pod(json!({"app": "web", "tier": "front"}), unchanged);
+    let view = pod(&json!({"app": "web", "tier": "front"}), unchanged);
     let plan = planned(&view, &[web()], &Policies::default());
     let [endpoint] = plan.endpoints.as_slice() else {
         panic!("{plan:?}");
@@ -85,7 +85,7 @@ fn a_service_leads_to_the_ports_that_it_names() {
 
 #[test]
 fn services_that_select_others_or_are_not_listed_lead_nowhere() {
-    let view = pod(json!({"app": "web"}), unchanged);
+    let view = pod(&json!({"app": "web"}), unchanged);
     let ports = json!([{"port": 80}]);
     let more = json!({"clusterIP": "10.96.0.1", "selector": {"app": "web", "tier": "front"}, "ports": ports});
     let none = json!({"clusterIP": "10.96.0.2", "ports": ports});
@@ -94,10 +94,10 @@ fn services_that_select_others_or_are_not_listed_lead_nowhere() {
     let mut other = web();
     other.metadata.namespace = Some("other".to_owned());
     let services = [
-        service("more", more),
-        service("none", none),
-        service("empty", empty),
-        service("external", external),
+        service("more", &more),
+        service("none", &none),
+        service("empty", &empty),
+        service("external", &external),
         other,
     ];
     assert_eq!(
@@ -112,7 +112,7 @@ fn services_that_select_others_or_are_not_listed_lead_nowhere() {
 #[test]
 fn conditions_are_those_of_the_endpoint_controller() {
     let of = |change: fn(&mut Value), always: bool| {
-        let view = pod(json!({"app": "web"}), change);
+        let view = pod(&json!({"app": "web"}), change);
         let mut web = web();
         let spec = web.spec.as_mut().unwrap();
         spec.publish_not_ready_addresses = Some(always);
@@ -148,7 +148,7 @@ fn a_pod_without_a_running_job_is_nobodys_endpoint() {
         PodPhase::Finished,
         PodPhase::Staging,
     ] {
-        let mut view = pod(labels(), unchanged);
+        let mut view = pod(&labels(), unchanged);
         let observed = pb::PodObserved {
             phase: phase.into(),
             ..pb::PodObserved::default()
@@ -158,23 +158,23 @@ fn a_pod_without_a_running_job_is_nobodys_endpoint() {
         view.observed = None;
         nothing(&view);
     }
-    nothing(&pod(labels(), |pod| {
+    nothing(&pod(&labels(), |pod| {
         pod["status"]["phase"] = json!("Succeeded")
     }));
     // Kubernetes' own controllers publish it.
-    nothing(&pod(labels(), |pod| {
+    nothing(&pod(&labels(), |pod| {
         pod["status"]["podIP"] = json!("10.1.2.3")
     }));
 }
 
 #[test]
 fn what_is_not_relayed_is_said_and_says_what_to_do() {
-    let view = pod(json!({"app": "web"}), unchanged);
+    let view = pod(&json!({"app": "web"}), unchanged);
     let headless =
         json!({"clusterIP": "None", "selector": {"app": "web"}, "ports": [{"port": 80}]});
     let udp = json!({"clusterIP": "10.96.0.8", "selector": {"app": "web"},
         "ports": [{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "tcp", "port": 53}]});
-    let services = [service("headless", headless), service("dns", udp)];
+    let services = [service("headless", &headless), service("dns", &udp)];
     let plan = planned(&view, &services, &Policies::default());
     let said: Vec<_> = plan
         .refused
@@ -198,7 +198,7 @@ fn what_is_not_relayed_is_said_and_says_what_to_do() {
 
 #[test]
 fn a_pod_that_a_network_policy_selects_is_not_relayed_to() {
-    let view = pod(json!({"app": "web"}), unchanged);
+    let view = pod(&json!({"app": "web"}), unchanged);
     let mut policies = Policies::default();
     let policy =
         json!({"metadata": {"namespace": "team", "name": "deny"}, "spec": {"podSelector": {}}});
