@@ -1,29 +1,25 @@
-//! The two halves of a TCP connection whose bytes go to a call of the agent, and come from it. Used by what pods open to the
-//! cluster (`egress`) and by what the cluster opens to pods (`relay`).
+//! Copies the bytes of a TCP connection to a call of the agent, and those of the call to the connection. Connections that pods
+//! open to the cluster (`egress`) and connections that the cluster opens to pods (`relay`) use it.
 //!
-//! Back-pressure: a side that does not read stops the other one, through the windows of HTTP/2 and the socket's buffer. Each
-//! direction ends on its own. A connection that breaks is reset, so that a part of the data never looks complete.
+//! Back-pressure: if one side does not read, the other side is not read either (flow control of HTTP/2 and of TCP). Each
+//! direction ends on its own. A connection that breaks is reset, so that no program takes a part of the data for all of it.
 
-use std::{io, time::Duration};
+use std::io;
 
 use bytes::{Bytes, BytesMut};
-use knoc_link::bulk::Messages;
+use knoc_link::{bulk::Messages, reset::ResetUnlessEnded};
 use knoc_proto::CHUNK;
 use tokio::{
-    io::AsyncWriteExt as _,
-    net::{
-        TcpStream,
-        tcp::{OwnedReadHalf, OwnedWriteHalf},
-    },
+    io::{AsyncWriteExt as _, Interest},
+    net::{TcpStream, tcp::OwnedReadHalf},
     sync::mpsc,
 };
 
 /// What a message carries.
 #[derive(Debug)]
 pub(crate) enum Part {
-    /// Bytes.
     Data(Bytes),
-    /// The end of its direction.
+    /// The regular end of the direction.
     Closed,
 }
 
@@ -38,34 +34,19 @@ pub(crate) enum Broken {
     Socket(io::Error),
 }
 
-/// What follows if the socket takes no more bytes.
+/// What happens once the peer of the socket takes no more bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Deaf {
     /// The other direction goes on, and what the pod sends is read and dropped.
     Drain,
-    /// The connection ends: a program that sends for ever would not notice otherwise.
+    /// The connection ends: otherwise a program that sends without end would never notice.
     Break,
 }
 
-/// A writing half that resets the connection unless it was shut down.
-#[derive(Debug)]
-pub(crate) struct Resets(Option<OwnedWriteHalf>);
-
-impl Drop for Resets {
-    fn drop(&mut self) {
-        if let Some(writer) = self.0.take() {
-            let stream: &TcpStream = writer.as_ref();
-            // Without this option the peer would see the end of the stream instead of a reset.
-            rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO)).ok();
-            writer.forget();
-        }
-    }
-}
-
-/// Splits a connection, which is reset unless its writing half is shut down.
-pub(crate) fn split(stream: TcpStream) -> (OwnedReadHalf, Resets) {
+/// Splits a connection, which is reset unless its writing half ends regularly.
+pub(crate) fn split(stream: TcpStream) -> (OwnedReadHalf, ResetUnlessEnded) {
     let (reader, writer) = stream.into_split();
-    (reader, Resets(Some(writer)))
+    (reader, ResetUnlessEnded::new(writer))
 }
 
 /// Resets a connection.
@@ -73,10 +54,10 @@ pub(crate) fn reset(stream: TcpStream) {
     drop(split(stream));
 }
 
-/// Writes what the call brings, until it ends.
+/// Writes the data of the call to the socket until the call ends.
 pub(crate) async fn to_socket<M: prost::Message + Default>(
     mut output: Messages<M>,
-    mut guard: Resets,
+    mut guard: ResetUnlessEnded,
     deaf: Deaf,
     part: impl Fn(M) -> Option<Part>,
 ) -> Result<(), Broken> {
@@ -85,7 +66,7 @@ pub(crate) async fn to_socket<M: prost::Message + Default>(
         let next = output.message().await;
         let next = next.map_err(|status| Broken::Pod(status.message().to_owned()))?;
         let Some(next) = next else { break };
-        match (part(next), &mut guard.0) {
+        match (part(next), guard.writer()) {
             (Some(Part::Data(data)), Some(writer)) if reads => {
                 match (writer.write_all(&data).await, deaf) {
                     (Ok(()), _) => {}
@@ -94,26 +75,24 @@ pub(crate) async fn to_socket<M: prost::Message + Default>(
                     (Err(error), Deaf::Break) => return Err(Broken::Socket(error)),
                 }
             }
-            (Some(Part::Closed), writer) => {
-                if let Some(mut writer) = writer.take() {
-                    // Fails if the peer has closed the connection, which the other direction notices.
-                    writer.shutdown().await.ok();
-                }
+            (Some(Part::Closed), _) => {
+                // Fails if the peer has closed the connection, which the other direction notices.
+                guard.end().await.ok();
             }
             (Some(Part::Data(_)) | None, _) => {}
         }
     }
-    match &guard.0 {
+    match guard.writer() {
         // Both directions have ended.
         None => Ok(()),
         Some(_) => Err(Broken::Pod("it ended without a half-close".to_owned())),
     }
 }
 
-/// Sends what the socket brings to the call, and then its end. `input` stays open, so that a call whose connection broke can be
-/// cancelled before its input ends, which would look like the end of the data.
+/// Sends what arrives on the socket to the call, and then the end of it. `input` stays open, so that the caller can cancel the
+/// call of a broken connection before its input ends, which would look like the end of the data.
 pub(crate) async fn from_socket<M>(
-    reader: OwnedReadHalf,
+    reader: &OwnedReadHalf,
     input: &mpsc::Sender<M>,
     message: impl Fn(Part) -> M,
 ) -> Result<(), Broken> {
@@ -138,6 +117,15 @@ pub(crate) async fn from_socket<M>(
     }
 }
 
+/// Waits until the connection breaks. After the peer's half-close nobody reads from the socket any more, so that otherwise neither
+/// a reset nor a peer that no longer answers keepalive would be noticed while the pod sends nothing.
+pub(crate) async fn broken(reader: &OwnedReadHalf) -> Broken {
+    match reader.ready(Interest::ERROR).await {
+        Ok(_) => Broken::Socket(io::ErrorKind::ConnectionReset.into()),
+        Err(error) => Broken::Socket(error),
+    }
+}
+
 /// What was read. A few bytes are copied, so that no large buffer waits for a slow reader because of them.
 fn cut(buffer: BytesMut) -> Bytes {
     if buffer.len() < CHUNK / 8 {
@@ -149,7 +137,9 @@ fn cut(buffer: BytesMut) -> Bytes {
 
 #[cfg(test)]
 mod tests {
-    use tokio::{io::AsyncReadExt as _, net::TcpListener};
+    use std::time::Duration;
+
+    use tokio::{io::AsyncReadExt as _, net::TcpListener, time::timeout};
 
     use super::*;
 
@@ -175,7 +165,7 @@ mod tests {
         client.shutdown().await.unwrap();
         let (reader, _guard) = split(server);
         let (input, mut messages) = mpsc::channel(8);
-        from_socket(reader, &input, |part| part).await.unwrap();
+        from_socket(&reader, &input, |part| part).await.unwrap();
         drop(input);
         let (mut bytes, mut ends) = (Vec::new(), 0);
         while let Some(part) = messages.recv().await {
@@ -185,5 +175,22 @@ mod tests {
             }
         }
         assert_eq!((bytes.as_slice(), ends), (&b"hello"[..], 1));
+    }
+
+    #[tokio::test]
+    async fn a_reset_after_the_half_close_is_noticed() {
+        let (mut client, server) = pair().await;
+        client.shutdown().await.unwrap();
+        let (reader, _guard) = split(server);
+        let (input, mut messages) = mpsc::channel(8);
+        from_socket(&reader, &input, |part| part).await.unwrap();
+        assert!(matches!(messages.recv().await, Some(Part::Closed)));
+        // A half-close alone breaks nothing.
+        let waited = timeout(Duration::from_millis(50), broken(&reader)).await;
+        waited.expect_err("a connection that is half closed counts as broken");
+        knoc_link::reset::at_the_end(&client);
+        drop(client);
+        let waited = timeout(Duration::from_secs(10), broken(&reader)).await;
+        assert!(matches!(waited, Ok(Broken::Socket(_))), "{waited:?}");
     }
 }

@@ -1,5 +1,6 @@
-//! Task: lets Services of the cluster lead to pods of the node. It writes an EndpointSlice for each pod and Service, with the kubelet's
-//! address and one port for each port of the pod, and forwards what is opened there, as `kubectl port-forward` does.
+//! Task: lets Services of the cluster lead to pods of the node. It writes an EndpointSlice for each pod and Service, which has the
+//! kubelet's address and a port of the kubelet for each port of the pod, and forwards the connections to these ports as
+//! `kubectl port-forward` does.
 //!
 //! ```text
 //! pods (Store), Services ─────────────┐
@@ -8,17 +9,18 @@
 //!  a client in the cluster ══► kube-proxy ══► listener ══PortForward══► agent ══► shim ══► the pod's own listener
 //! ```
 //!
-//! What is to be is a level: each round computes all of it from what is known, and writes what differs. A port is opened before
-//! the slice that names it is written, and closed after that slice was removed. Everything is written as the ServiceAccount.
+//! Each round computes all slices from what is known, and writes those that differ from the stored ones. A port is opened before
+//! the slice that names it is written, and closed after the slice was deleted. The slices are written as the ServiceAccount.
 //!
-//! Pods that no job runs, or whose job has ended, are in no slice, and nothing listens for them, so their clients are refused
-//! at once. A connection that does not reach its pod is reset.
+//! A pod that waits for its job, or whose job has ended, is in no slice and has no port, so its clients are refused at once. A
+//! connection that does not reach its pod is reset.
 
 mod carry;
 mod listeners;
 mod plan;
 mod policies;
 mod ports;
+mod retries;
 mod slice;
 mod watch;
 mod write;
@@ -40,9 +42,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    listeners::{Listeners, Said},
+    listeners::{Listeners, RefusedConnection},
     plan::{Plan, PodPort, Refusal},
     ports::Ports,
+    retries::Retries,
     slice::{Change, Place},
     watch::Cluster,
 };
@@ -58,15 +61,13 @@ use crate::{
 
 /// How long changes are gathered before a round.
 const GATHER: Duration = Duration::from_millis(300);
-/// When a round is repeated in which something could not be written.
-const AGAIN: Duration = Duration::from_secs(5);
-/// When a round is repeated in which a pod had no port: ports that were given back are free after a minute.
+/// When a round is repeated in which there was no port left for a pod: ports that were given back are free after a minute.
 const NO_PORT: Duration = Duration::from_mins(1);
-/// How long the removal of slices may take at the end. All tasks together have ten seconds.
+/// How long deleting the slices may take when the kubelet stops. All tasks together have ten seconds.
 const WITHDRAW: Duration = Duration::from_secs(5);
-/// How many texts for pods may wait.
-const SAID: usize = 64;
-/// How many ports may turn out to be in use by another program before a pod's port is left for a later round.
+/// How many refusals of connections may wait until they are recorded as Events.
+const REFUSALS: usize = 64;
+/// How many ports may turn out to be in use by another program before a pod has to wait for a later round.
 const TRIES: usize = 4;
 
 /// What the task needs of the other parts.
@@ -103,29 +104,31 @@ struct Relay {
     cluster: Cluster,
     ports: Ports,
     listeners: Listeners,
-    /// What connections have to say to pods.
-    said: mpsc::Receiver<Said>,
+    /// Connections that were refused, and why.
+    refused: mpsc::Receiver<RefusedConnection>,
     told: Told,
-    /// Whether ports of an earlier process were considered.
+    retries: Retries,
+    /// Whether the ports of an earlier process are known, which must rest first.
     began: bool,
 }
 
 impl Relay {
     fn new(setup: Setup, client: Client, cluster: Cluster) -> Self {
-        let (say, said) = mpsc::channel(SAID);
+        let (refuse, refused) = mpsc::channel(REFUSALS);
         Self {
             ports: Ports::new(setup.config.ports.clone()),
-            listeners: Listeners::new(setup.agent.clone(), say),
+            listeners: Listeners::new(setup.agent.clone(), refuse),
             setup,
             client,
             cluster,
-            said,
+            refused,
             told: Told::default(),
+            retries: Retries::default(),
             began: false,
         }
     }
 
-    /// Runs rounds until `shutdown`, and then withdraws the slices.
+    /// Runs rounds until `shutdown`, and then deletes the slices.
     async fn run(mut self, shutdown: CancellationToken) {
         tracing::info!(address = %self.setup.address, "Services can lead to pods of this node");
         tokio::select! {
@@ -136,7 +139,7 @@ impl Relay {
         let (client, node) = (&self.client, &self.setup.node);
         let withdrawn = write::withdraw(client, node, self.setup.address);
         if timeout(WITHDRAW, withdrawn).await.is_err() {
-            tracing::warn!("the EndpointSlices of relayed pods could not be removed in time");
+            tracing::warn!("the EndpointSlices of relayed pods could not be deleted in time");
         }
     }
 
@@ -152,17 +155,18 @@ impl Relay {
                 Ok(()) = pods.changed() => due = earlier(due, gathered),
                 Ok(()) = services.changed() => due = earlier(due, gathered),
                 Ok(()) = cluster.changed() => due = earlier(due, gathered),
-                Some((uid, text)) = self.said.recv() => self.tell(&uid, &text),
+                Some((uid, why)) = self.refused.recv() => self.tell(&uid, &why),
                 () = self.listeners.joined() => {}
                 () = sleep_until(due.unwrap_or(gathered)), if due.is_some() => {
-                    due = self.round().await.map(|pause| Instant::now() + pause);
+                    due = self.round().await;
                 }
             }
         }
     }
 
-    /// Brings about what is to be now. Returns after which time it has to be tried again, if it has.
-    async fn round(&mut self) -> Option<Duration> {
+    /// Opens and closes ports and writes slices, as the pods, Services and policies now demand. Returns when to run again without
+    /// a change.
+    async fn round(&mut self) -> Option<Instant> {
         if !*self.setup.services.subscribe().borrow() {
             return None;
         }
@@ -172,22 +176,38 @@ impl Relay {
         let mut refused: Vec<_> = refused
             .map(|(uid, why)| (uid.clone(), why.to_string()))
             .collect();
-        let lacking = self.open(&plan).await;
-        let lacks = !lacking.is_empty();
-        refused.extend(lacking);
+        let without_port = self.open(&plan).await;
+        let again = (!without_port.is_empty()).then(|| Instant::now() + NO_PORT);
+        refused.extend(without_port);
         for (uid, why) in refused {
             self.tell(&uid, &why);
         }
-        let failed = write::all(&self.client, self.changes(&plan)).await;
+        self.write(&plan).await;
         self.close(&plan);
-        match (failed, lacks) {
-            (0, false) => None,
-            (0, true) => Some(NO_PORT),
-            (_, _) => Some(AGAIN),
+        [again, self.retries.next()].into_iter().flatten().min()
+    }
+
+    /// Writes the slices that differ, apart from those whose last write has just failed.
+    async fn write(&mut self, plan: &Plan) {
+        let mut changes = self.changes(plan);
+        let now = Instant::now();
+        let pending = changes.iter().map(|change| change.name().clone());
+        self.retries.keep(&pending.collect());
+        changes.retain(|change| self.retries.is_due(change.name(), now));
+        let names: Vec<_> = changes.iter().map(|change| change.name().clone()).collect();
+        let written = write::all(&self.client, changes).await;
+        for name in names {
+            if written.contains(&name) {
+                self.retries.succeeded(&name);
+            } else {
+                let jitter = rand::random_range(0.5..1.5);
+                self.retries.failed(name, Instant::now(), jitter);
+            }
         }
     }
 
-    /// Before the first port is given out: those that slices of an earlier process name at our address rest. `None` until all was read.
+    /// Before the first port is given out, lets those rest that slices of an earlier process name at our address. `None` until
+    /// the policies and slices were read.
     fn rest_earlier_ports(&mut self) -> Option<()> {
         let address = self.setup.address;
         let earlier = self.cluster.look(|_, slices| {
@@ -210,10 +230,10 @@ impl Relay {
             .look(|policies, _| plan::plan(&pods, services.values(), allow, policies))
     }
 
-    /// Opens the ports that are wanted; returns what pods whose port has none are told.
+    /// Opens the ports that are wanted. Returns the pods for which there was none, and why.
     async fn open(&mut self, plan: &Plan) -> Vec<(PodUid, String)> {
         let open = self.listeners.ports();
-        let (mut lacking, mut tried) = (Vec::new(), HashSet::new());
+        let (mut without, mut tried) = (Vec::new(), HashSet::new());
         for endpoint in &plan.endpoints {
             for port in &endpoint.ports {
                 let key = PodPort {
@@ -226,11 +246,11 @@ impl Relay {
                 if !self.open_one(&key).await {
                     let (service, port) = (endpoint.service.clone(), port.number);
                     let why = Refusal::NoPort { service, port };
-                    lacking.push((endpoint.uid.clone(), why.to_string()));
+                    without.push((endpoint.uid.clone(), why.to_string()));
                 }
             }
         }
-        lacking
+        without
     }
 
     async fn open_one(&mut self, key: &PodPort) -> bool {
@@ -282,7 +302,7 @@ impl Relay {
         }
     }
 
-    /// Tells the pod, if it is news.
+    /// Records an Event of the pod, unless there was the same before.
     fn tell(&mut self, uid: &PodUid, text: &str) {
         let Some(view) = self.setup.store.by_uid(uid) else {
             return;
@@ -302,7 +322,7 @@ impl Relay {
     }
 }
 
-/// PURE: the earlier one of when a round is due and `other`.
+/// PURE: the earlier of the time at which a round is due and `other`.
 fn earlier(due: Option<Instant>, other: Instant) -> Option<Instant> {
     Some(due.map_or(other, |due| due.min(other)))
 }
@@ -315,7 +335,7 @@ mod tests {
     fn changes_never_put_off_a_round() {
         let now = Instant::now();
         assert_eq!(earlier(None, now), Some(now));
-        assert_eq!(earlier(Some(now + AGAIN), now), Some(now));
+        assert_eq!(earlier(Some(now + NO_PORT), now), Some(now));
         assert_eq!(earlier(Some(now), now + GATHER), Some(now));
     }
 }

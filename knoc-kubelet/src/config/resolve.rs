@@ -323,10 +323,18 @@ impl Resolver<'_> {
             self.wrong("relay.allow", what);
         }
         let listens = self.settings.server.listen.ip();
-        let is_no_host = |address: &IpAddr| address.is_unspecified() || address.is_multicast();
-        if let Some(address) = address.filter(is_no_host) {
+        // The API server rejects EndpointSlices with such addresses.
+        let is_of_no_host = |address: &IpAddr| {
+            let link_local = match address {
+                IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
+                IpAddr::V6(address) => address.is_unicast_link_local(),
+            };
+            let nobody = address.is_unspecified() || address.is_multicast();
+            nobody || link_local || address.is_loopback()
+        };
+        if let Some(address) = address.filter(is_of_no_host) {
             let what = format!(
-                "`{address}` is not the address of a host: set it to one at which the cluster's nodes reach the kubelet"
+                "`{address}` cannot be the address of an endpoint: set it to one at which the cluster's nodes reach the kubelet"
             );
             self.wrong("relay.address", what);
         }

@@ -360,7 +360,11 @@ fn what_is_relayed_and_what_contradicts_it() {
         ),
         (
             ("KNOC_RELAY_ADDRESS", "0.0.0.0"),
-            "`0.0.0.0` is not the address of a host",
+            "`0.0.0.0` cannot be the address of an endpoint",
+        ),
+        (
+            ("KNOC_RELAY_ADDRESS", "fe80::1"),
+            "`fe80::1` cannot be the address of an endpoint",
         ),
         (("KNOC_RELAY_ALLOW", "Team"), "is not `NAMESPACE/SERVICE`"),
     ] {

@@ -1,7 +1,7 @@
 //! One connection between an endpoint in the cluster and the pod that opened it: dials, takes the connection at the agent, and
 //! copies both ways until both have ended.
 //!
-//! How the bytes of TCP are copied is in [`halves`]; what is broken on one side is broken off on the other.
+//! [`halves`] copies the bytes of TCP. If one side breaks, the other one is reset.
 
 use std::{
     io,
@@ -24,7 +24,7 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::decide::Dial;
+use super::decide::{DNS, Dial};
 use crate::{
     agent::Agent,
     halves::{self, Deaf, Part},
@@ -39,8 +39,6 @@ const TAKE: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_mins(1);
 /// The same for questions to DNS, of which resolvers open a flow each.
 const IDLE_DNS: Duration = Duration::from_secs(10);
-/// The port of DNS.
-const DNS: u16 = 53;
 /// Messages that may wait for the agent; then the endpoint is not read.
 const QUEUE: usize = 4;
 /// The largest datagram.
@@ -171,7 +169,7 @@ async fn tcp(stream: TcpStream, input: ToPod, output: FromPod) {
             Part::Data(data) => message(Input::Data(data)),
             Part::Closed => message(Input::Closed(true)),
         };
-        halves::from_socket(reader, &input, wrap).await
+        halves::from_socket(&reader, &input, wrap).await
     };
     let both = async { tokio::try_join!(to_cluster, from_cluster) };
     if let Err(broken) = both.await {

@@ -1,5 +1,5 @@
-//! One connection of the cluster to a port of a pod: a call of `PortForward`, as `kubectl port-forward` makes it. How the bytes are
-//! copied is in [`halves`].
+//! Carries one connection from the cluster to a port of a pod: a call of `PortForward`, as for `kubectl port-forward`. [`halves`]
+//! copies the bytes.
 
 use std::time::Duration;
 
@@ -18,14 +18,17 @@ use crate::{
 
 /// How long the agent and the shim may take to connect to the pod. The shim tries for five seconds.
 const CONNECT: Duration = Duration::from_secs(10);
-/// Messages that may wait for the agent; then the client is not read.
+/// Messages that may wait for the agent; beyond that the client is not read.
 const QUEUE: usize = 4;
 
-/// Carries the connection until it ends. If the pod is not reached, or either side breaks, the client's connection is reset.
+type ToPod = mpsc::Sender<pb::PortForwardInput>;
+type FromPod = Messages<pb::PortForwardOutput>;
+
+/// Carries the connection until it ends. If the pod cannot be reached, or if either side breaks, the client's connection is reset.
 pub(super) async fn run(agent: &Agent, stream: TcpStream, to: &PodPort) -> Result<(), Status> {
-    // It works without these options, too.
+    // These options are improvements only: keepalive finds clients that are gone.
     prepare(&stream).ok();
-    // Whatever ends this early drops the guard, and so resets the connection.
+    // If this function ends early, it drops the guard, which resets the connection.
     let (reader, guard) = halves::split(stream);
     let (input, output) = connect(agent, to).await?;
     let wrap = |part: Part| match part {
@@ -33,25 +36,26 @@ pub(super) async fn run(agent: &Agent, stream: TcpStream, to: &PodPort) -> Resul
         Part::Closed => message(Input::Closed(true)),
     };
     let to_client = halves::to_socket(output, guard, Deaf::Break, part);
-    let from_client = halves::from_socket(reader, &input, wrap);
-    // If one direction breaks, the call is dropped before its input: the end of the input would be the end of the data.
-    let both = async { tokio::try_join!(to_client, from_client) };
-    if let Err(broken) = both.await {
+    let from_client = async {
+        match halves::from_socket(&reader, &input, wrap).await {
+            Ok(()) => halves::broken(&reader).await,
+            Err(broken) => broken,
+        }
+    };
+    // The call ends when both directions have ended. If the client's connection breaks, the call is dropped before its input:
+    // the end of the input would be the end of the data.
+    let ended = tokio::select! {
+        biased;
+        ended = to_client => ended,
+        broken = from_client => Err(broken),
+    };
+    if let Err(broken) = ended {
         tracing::debug!(%to, %broken, "a relayed connection broke");
     }
     Ok(())
 }
 
-async fn connect(
-    agent: &Agent,
-    to: &PodPort,
-) -> Result<
-    (
-        mpsc::Sender<pb::PortForwardInput>,
-        Messages<pb::PortForwardOutput>,
-    ),
-    Status,
-> {
+async fn connect(agent: &Agent, to: &PodPort) -> Result<(ToPod, FromPod), Status> {
     let (queue, input) = mpsc::channel(QUEUE);
     let start = Input::Start(pb::PortForwardStart {
         uid: to.uid.to_string(),
@@ -63,7 +67,7 @@ async fn connect(
         let mut client = agent.bulk().await;
         let call = client.port_forward(bulk::request(ReceiverStream::new(input)));
         let answer = call.await.inspect_err(|status| agent.noticed(status))?;
-        let mut output: Messages<pb::PortForwardOutput> = bulk::output(&answer);
+        let mut output: FromPod = bulk::output(&answer);
         match output.message().await?.and_then(|first| first.output) {
             Some(Output::Connected(_)) => Ok(output),
             Some(Output::Data(_) | Output::Closed(_)) | None => {

@@ -4,8 +4,8 @@
 //!   open ──► accepts ──close──► accepts no more, and ends with its last connection
 //! ```
 //!
-//! A port that is closed refuses connections at once, and those that wait to be accepted are reset. What was accepted goes on, as on a
-//! node: the pod's own end breaks it.
+//! A port that is closed refuses connections at once, and those that wait to be accepted are reset. Connections that were accepted go
+//! on until one of their ends closes or breaks them, as on any node.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -33,16 +33,16 @@ const OF_ONE: usize = 224;
 /// The pause after an error of the system, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// What a pod is told.
-pub(super) type Said = (PodUid, String);
+/// The pod to which a connection was refused, and why.
+pub(super) type RefusedConnection = (PodUid, String);
 
 /// What all connections share.
 #[derive(Debug, Clone)]
 struct Shared {
     agent: Agent,
     of_all: Arc<Semaphore>,
-    /// What pods are told. If it is full, they are not told: it is said again at the next connection.
-    said: mpsc::Sender<Said>,
+    /// Refused connections, for Events. One that finds no room is left out: the next one has the same reason.
+    refused: mpsc::Sender<RefusedConnection>,
 }
 
 /// The relayed ports. Dropping it ends all connections.
@@ -63,12 +63,12 @@ struct Open {
 }
 
 impl Listeners {
-    pub(super) fn new(agent: Agent, said: mpsc::Sender<Said>) -> Self {
+    pub(super) fn new(agent: Agent, refused: mpsc::Sender<RefusedConnection>) -> Self {
         Self {
             shared: Shared {
                 agent,
                 of_all: Arc::new(Semaphore::new(OF_ALL)),
-                said,
+                refused,
             },
             open: HashMap::new(),
             of_one: HashMap::new(),
@@ -145,7 +145,7 @@ impl Relayed {
     async fn serve(self, listener: TcpListener, stop: CancellationToken) {
         let mut connections = JoinSet::new();
         loop {
-            // The end comes first; what has ended makes room for what is accepted.
+            // Stopping comes first. Connections that have ended are joined before others are accepted.
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
@@ -170,7 +170,7 @@ impl Relayed {
             Ok(permits) => permits,
             Err(why) => {
                 halves::reset(stream);
-                return say(&self.shared, &self.to, &why);
+                return note_refused(&self.shared, &self.to, &why);
             }
         };
         let (shared, to) = (self.shared.clone(), self.to.clone());
@@ -179,7 +179,7 @@ impl Relayed {
             if let Err(status) = carry::run(&shared.agent, stream, &to).await {
                 tracing::debug!(%to, error = chain(&status), "a relayed connection was refused");
                 if ErrorReason::of(&status) == Some(ErrorReason::PolicyDenied) {
-                    say(&shared, &to, status.message());
+                    note_refused(&shared, &to, status.message());
                 }
             }
         };
@@ -198,9 +198,9 @@ impl Relayed {
     }
 }
 
-fn say(shared: &Shared, to: &PodPort, why: &str) {
+fn note_refused(shared: &Shared, to: &PodPort, why: &str) {
     let text = format!("A connection to port {} was refused: {why}", to.number);
-    shared.said.try_send((to.uid.clone(), text)).ok();
+    shared.refused.try_send((to.uid.clone(), text)).ok();
 }
 
 fn note_panic(ended: Result<(), tokio::task::JoinError>) {
@@ -224,12 +224,12 @@ mod tests {
     }
 
     /// The ports of an agent that nobody reaches.
-    fn listeners() -> (Listeners, mpsc::Receiver<Said>) {
+    fn listeners() -> (Listeners, mpsc::Receiver<RefusedConnection>) {
         // Nothing listens on this port.
         let channel = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
         let agent = Agent::new(channel.clone(), channel, "c");
-        let (said, told) = mpsc::channel(4);
-        (Listeners::new(agent, said), told)
+        let (refuse, refused) = mpsc::channel(4);
+        (Listeners::new(agent, refuse), refused)
     }
 
     async fn free_port() -> u16 {
@@ -239,7 +239,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_pod_that_is_not_reached_resets_and_a_closed_port_refuses() {
-        let (mut listeners, _told) = listeners();
+        let (mut listeners, _refused) = listeners();
         let (at, port) = (IpAddr::from([127, 0, 0, 1]), free_port().await);
         listeners.open(key(80), at, port).await.unwrap();
         assert_eq!(listeners.ports(), HashMap::from([(key(80), port)]));
@@ -256,7 +256,7 @@ mod tests {
 
     #[tokio::test]
     async fn connections_beyond_the_limit_are_refused_and_the_pod_is_told() {
-        let (mut listeners, mut told) = listeners();
+        let (mut listeners, mut refused) = listeners();
         let (at, port) = (IpAddr::from([127, 0, 0, 1]), free_port().await);
         listeners.open(key(80), at, port).await.unwrap();
         let all = Arc::clone(&listeners.shared.of_all);
@@ -265,7 +265,7 @@ mod tests {
             .unwrap();
         let mut client = TcpStream::connect((at, port)).await.unwrap();
         client.read(&mut [0]).await.unwrap_err();
-        let (uid, text) = told.recv().await.unwrap();
+        let (uid, text) = refused.recv().await.unwrap();
         assert_eq!(uid.as_str(), "u-1");
         assert!(text.contains("256 relayed connections"), "{text}");
     }

@@ -16,9 +16,13 @@ use super::policies::Policies;
 use crate::{egress::table::Name, pods::PodView};
 
 /// The most ports of one Service that are relayed.
-const PORTS: usize = 100;
+pub(super) const PORTS: usize = 100;
 /// The most ports of one pod that are relayed, so that a pod does not take those of all others.
 pub(super) const OF_POD: usize = 32;
+/// The most Services that lead to one pod: each of them is a slice, and whoever may create Services may create many.
+const SERVICES: usize = 32;
+/// The most endpoints of the node.
+const OF_NODE: usize = 4096;
 
 /// A port of a pod, which has one port of the kubelet.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -31,7 +35,6 @@ pub(super) struct PodPort {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Endpoint {
     pub(super) service: Name,
-    pub(super) service_uid: String,
     /// The pod's name; its namespace is the Service's.
     pub(super) pod: String,
     pub(super) uid: PodUid,
@@ -57,12 +60,12 @@ pub(super) struct Conditions {
     pub(super) terminating: bool,
 }
 
-/// What is to be.
+/// Where the Services lead.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Plan {
     /// Sorted by pod and Service.
     pub(super) endpoints: Vec<Endpoint>,
-    /// Of pods that run: a pod that waits is told nothing.
+    /// Only of pods that run: there are no Events for a pod that waits.
     pub(super) refused: Vec<(PodUid, Refusal)>,
 }
 
@@ -91,6 +94,16 @@ pub(super) enum Refusal {
         "Service {service} does not lead to the pod: the kubelet has no free port for port {port} of the pod; a pod gets at most {OF_POD}, and `relay.ports` can be larger"
     )]
     NoPort { service: Name, port: u16 },
+    #[error(
+        "Service {service}, and perhaps others, does not lead to the pod: more than {SERVICES} Services select it; delete some of them, or \
+         change their selectors"
+    )]
+    TooManyServices { service: Name },
+    #[error(
+        "Service {service} does not lead to the pod: the node has {OF_NODE} relayed endpoints, which is the limit; list fewer Services in \
+         `relay.allow`"
+    )]
+    NodeFull { service: Name },
 }
 
 /// The Services that may lead to pods, found by the first label that they select.
@@ -98,7 +111,6 @@ struct Services<'a>(HashMap<(&'a str, &'a str, &'a str), Vec<Selecting<'a>>>);
 
 struct Selecting<'a> {
     name: Name,
-    uid: &'a str,
     spec: &'a ServiceSpec,
     selector: &'a BTreeMap<String, String>,
 }
@@ -146,14 +158,13 @@ fn selecting<'a>(
     }
     let selecting = Selecting {
         name: Name::new(namespace, name),
-        uid: meta.uid.as_deref()?,
         spec,
         selector,
     };
     Some(((namespace, label, value), selecting))
 }
 
-/// What is to be for these pods and Services.
+/// Where these Services lead.
 pub(super) fn plan<'a>(
     pods: &[PodView],
     services: impl Iterator<Item = &'a Service>,
@@ -170,18 +181,29 @@ pub(super) fn plan<'a>(
         let policy = policies.isolating(namespace, labels);
         let mut selecting: Vec<_> = services.of_pod(namespace, labels).collect();
         selecting.sort_by(|one, other| one.name.cmp(&other.name));
-        for service in selecting {
-            add(&mut plan, view, service, policy);
+        for (count, service) in selecting.into_iter().enumerate() {
+            let name = || service.name.clone();
+            let refusal = match plan.endpoints.len() {
+                _ if count >= SERVICES => Refusal::TooManyServices { service: name() },
+                OF_NODE.. => Refusal::NodeFull { service: name() },
+                _ => {
+                    add(&mut plan, view, service, policy);
+                    continue;
+                }
+            };
+            plan.refused.push((view.uid.clone(), refusal));
+            break;
         }
     }
     plan
 }
 
-/// Has the pod a job in which its containers run? One that waits, is requeued or has ended is nobody's endpoint.
+/// Is there a job in which the containers of the pod run? A pod that waits, is requeued or has ended is not an endpoint.
 fn is_reached(view: &PodView) -> bool {
     let status = view.pod.status.as_ref();
     let ended = crate::pods::status::is_terminal(&view.pod);
-    // Kubernetes' own controllers publish a pod that has an address. It loses one of an earlier `node.podIP` with its next status.
+    // Kubernetes' own controllers publish a pod that has an address. An address from an earlier `node.podIP` goes with the next
+    // status.
     let has_address = status
         .and_then(|status| status.pod_ip.as_deref())
         .is_some_and(|address| !address.is_empty());
@@ -205,7 +227,7 @@ fn add(plan: &mut Plan, view: &PodView, service: &Selecting<'_>, policy: Option<
     for port in service.spec.ports.iter().flatten().take(PORTS) {
         match named_port(port, &view.pod) {
             Ok(Some(port)) => ports.push(port),
-            // As everywhere in Kubernetes, a pod without a port of this name is not reached through it.
+            // As everywhere in Kubernetes, a port by name does not lead to pods that have no port of this name.
             Ok(None) => {}
             Err(protocol) => refuse(Refusal::Protocol {
                 service: name.clone(),
@@ -217,7 +239,6 @@ fn add(plan: &mut Plan, view: &PodView, service: &Selecting<'_>, policy: Option<
     if !ports.is_empty() {
         plan.endpoints.push(Endpoint {
             service: name.clone(),
-            service_uid: service.uid.to_owned(),
             pod: view.pod.metadata.name.clone().unwrap_or_default(),
             uid: view.uid.clone(),
             ports,

@@ -1,7 +1,8 @@
 //! PURE: the EndpointSlices of relayed pods: one for each pod and Service, because all endpoints of a slice share its ports, and
 //! each pod has ports of its own at the kubelet's address. What differs in the API server, and how it is brought about.
 //!
-//! A slice is this kubelet's if its labels say so, whatever its name is. It belongs to its Service, so Kubernetes removes it with that.
+//! A slice is this kubelet's if its labels say so, whatever its name is. Its owner is the pod, so that Kubernetes deletes it with the
+//! pod even if no kubelet is left. (A slice with two owners would stay until both are gone.)
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -19,7 +20,7 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
 };
 
-use super::plan::{Endpoint, PodPort};
+use super::plan::{Endpoint, PORTS, PodPort};
 use crate::egress::table::Name;
 
 /// The label of a slice that names its Service.
@@ -31,12 +32,17 @@ const MANAGER: &str = "relay.knoc.io";
 /// The label of a slice that names the node whose kubelet writes it.
 const OF_NODE: &str = "knoc.io/node";
 
+/// The longest value of a label.
+const LABEL: usize = 63;
+/// The longest description of a pod in an endpoint: its namespace, name and UID.
+const TARGET: usize = 1024;
+
 /// The label selector of all slices of this node.
 pub(super) fn of_node(node: &str) -> String {
     format!("{MANAGED_BY}={MANAGER},{OF_NODE}={node}")
 }
 
-/// Is the slice one of the kubelet of this node? What is not must never be deleted, whatever the API server makes of the selector.
+/// Is the slice one of the kubelet of this node? Others must never be deleted, whatever the API server makes of the selector.
 pub(super) fn is_own(slice: &EndpointSlice, node: &str) -> bool {
     let has = |name: &str, value: &str| {
         let labels = slice.metadata.labels.as_ref();
@@ -135,9 +141,9 @@ fn metadata(endpoint: &Endpoint, place: &Place<'_>, name: &Name) -> ObjectMeta {
         labels: Some(labels.map(|(name, value)| (name.to_owned(), value)).into()),
         owner_references: Some(vec![OwnerReference {
             api_version: "v1".to_owned(),
-            kind: "Service".to_owned(),
-            name: endpoint.service.name.to_string(),
-            uid: endpoint.service_uid.clone(),
+            kind: "Pod".to_owned(),
+            name: endpoint.pod.clone(),
+            uid: endpoint.uid.to_string(),
             controller: Some(true),
             block_owner_deletion: None,
         }]),
@@ -162,6 +168,57 @@ pub(super) fn is_at(slice: &EndpointSlice, address: IpAddr) -> bool {
     endpoints.any(|one| one.addresses.contains(&address))
 }
 
+/// The part of a stored slice that is remembered; `None` if it is not this kubelet's. Others may have written to it, and a large
+/// object must not fill the memory: of what this kubelet would never write only so much is kept that the slice differs from every
+/// wanted one.
+pub(super) fn remembered(slice: EndpointSlice, node: &str) -> Option<EndpointSlice> {
+    if !is_own(&slice, node) {
+        return None;
+    }
+    let meta = slice.metadata;
+    let labels = meta.labels.unwrap_or_default();
+    let labels = labels.into_iter().filter(|(name, value)| {
+        [OF_SERVICE, MANAGED_BY, OF_NODE].contains(&name.as_str()) && value.len() <= LABEL
+    });
+    let endpoints = slice.endpoints.filter(|all| all.iter().all(is_plain));
+    Some(EndpointSlice {
+        address_type: slice.address_type,
+        endpoints: endpoints.filter(|all| all.len() == 1),
+        metadata: ObjectMeta {
+            name: meta.name,
+            namespace: meta.namespace,
+            uid: meta.uid,
+            resource_version: meta.resource_version,
+            labels: Some(labels.collect()),
+            owner_references: meta.owner_references.filter(|owners| owners.len() == 1),
+            ..ObjectMeta::default()
+        },
+        ports: slice.ports.filter(|ports| ports.len() <= PORTS),
+    })
+}
+
+/// Could this kubelet have written the endpoint?
+fn is_plain(endpoint: &KubeEndpoint) -> bool {
+    let KubeEndpoint {
+        addresses,
+        conditions: _,
+        deprecated_topology,
+        hints,
+        hostname,
+        node_name: _,
+        target_ref,
+        zone,
+    } = endpoint;
+    let target = target_ref.iter().flat_map(|it| {
+        let more = [&it.api_version, &it.field_path, &it.resource_version];
+        let names = [&it.kind, &it.namespace, &it.name, &it.uid];
+        more.into_iter().chain(names)
+    });
+    let target: usize = target.flatten().map(String::len).sum();
+    let others = deprecated_topology.is_none() && hints.is_none() && hostname.is_none();
+    addresses.len() == 1 && others && zone.is_none() && target <= TARGET
+}
+
 /// What has to be written.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Change {
@@ -169,6 +226,15 @@ pub(super) enum Change {
     Replace(Name, EndpointSlice),
     /// With the metadata of the version that is deleted.
     Delete(Name, ObjectMeta),
+}
+
+impl Change {
+    /// The name of the slice.
+    pub(super) fn name(&self) -> &Name {
+        match self {
+            Self::Create(name, _) | Self::Replace(name, _) | Self::Delete(name, _) => name,
+        }
+    }
 }
 
 /// What has to be written so that `stored` becomes `wanted`. New endpoints come first.
@@ -218,7 +284,6 @@ mod tests {
         };
         Endpoint {
             service: Name::new("team", "web"),
-            service_uid: "s-1".to_owned(),
             pod: "web-0".to_owned(),
             uid: UID.parse().unwrap(),
             ports: vec![port(Some("http"), 80), port(Some("admin"), 81)],
@@ -274,7 +339,8 @@ mod tests {
         let labels = json!({"kubernetes.io/service-name": "web", "knoc.io/node": "knoc-a",
             "endpointslice.kubernetes.io/managed-by": "relay.knoc.io"});
         assert_eq!(object["metadata"]["labels"], labels);
-        assert_eq!(object["metadata"]["ownerReferences"][0]["uid"], "s-1");
+        let owner = &object["metadata"]["ownerReferences"][0];
+        assert_eq!((&owner["kind"], &owner["uid"]), (&json!("Pod"), &json!(UID)));
         assert!(is_own(&slice, "knoc-a") && !is_own(&slice, "knoc-b"));
         assert!(!is_own(&EndpointSlice::default(), "knoc-a"));
         let none = super::slice(&endpoint(true), &place("10.0.0.7"), &HashMap::new());
@@ -290,6 +356,39 @@ mod tests {
         assert!(is_at(&slice, "fd00::7".parse().unwrap()));
         assert_eq!(ports_at(&slice, "fd00::7".parse().unwrap()), [11_001]);
         assert!(ports_at(&slice, "fd00::8".parse().unwrap()).is_empty());
+    }
+
+    #[test]
+    fn what_others_wrote_into_a_slice_is_not_remembered_and_differs() {
+        let ports = relayed(&[(80, 11_000)]);
+        let (name, wanted) = slice(&endpoint(true), &place("10.0.0.7"), &ports).unwrap();
+        let all = BTreeMap::from([(name.clone(), wanted.clone())]);
+        let changed = |stored: &EndpointSlice| {
+            let stored = remembered(stored.clone(), "knoc-a").unwrap();
+            assert!(serde_json::to_vec(&stored).unwrap().len() < 2048);
+            !changes(&all, &HashMap::from([(name.clone(), stored)])).is_empty()
+        };
+        let mut noted = wanted.clone();
+        let note = ("note".to_owned(), "x".repeat(100_000));
+        noted.metadata.annotations = Some(BTreeMap::from([note.clone()]));
+        noted.metadata.labels.as_mut().unwrap().insert("more".to_owned(), "x".repeat(63));
+        assert!(!changed(&noted), "labels and annotations of others may stay");
+        let mut many = wanted.clone();
+        let one = many.endpoints.as_ref().unwrap()[0].clone();
+        many.endpoints = Some(vec![one.clone(); 1000]);
+        assert!(changed(&many));
+        let mut zone = wanted.clone();
+        zone.endpoints.as_mut().unwrap()[0].zone = Some("x".repeat(100_000));
+        assert!(changed(&zone));
+        let mut target = wanted.clone();
+        let reference = target.endpoints.as_mut().unwrap()[0].target_ref.as_mut().unwrap();
+        reference.field_path = Some("x".repeat(100_000));
+        assert!(changed(&target));
+        let mut ports = wanted.clone();
+        let port = ports.ports.as_ref().unwrap()[0].clone();
+        ports.ports = Some(vec![port; 20_000]);
+        assert!(changed(&ports));
+        assert!(remembered(wanted, "knoc-b").is_none());
     }
 
     #[test]

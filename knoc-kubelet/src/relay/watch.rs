@@ -14,14 +14,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     policies::Policies,
-    slice::{is_own, of_node},
+    slice::{of_node, remembered},
 };
 use crate::egress::{
     table::{Name, slice_name},
     watch::follow_some,
 };
 
-/// The most slices that are remembered. Others can write slices with our labels, too.
+/// The most slices that are remembered, four times as many as are published: others can create slices with our labels, which are
+/// deleted.
 const MOST_SLICES: usize = 16_384;
 
 /// What is known of the cluster.
@@ -125,9 +126,8 @@ impl Cluster {
     }
 }
 
-fn store(slices: &mut HashMap<Name, EndpointSlice>, mut slice: EndpointSlice, node: &str) {
-    slice.metadata.managed_fields = None;
-    let Some(name) = slice_name(&slice).filter(|_| is_own(&slice, node)) else {
+fn store(slices: &mut HashMap<Name, EndpointSlice>, slice: EndpointSlice, node: &str) {
+    let Some((name, slice)) = slice_name(&slice).zip(remembered(slice, node)) else {
         return;
     };
     if slices.len() < MOST_SLICES || slices.contains_key(&name) {

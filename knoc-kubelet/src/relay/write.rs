@@ -1,6 +1,6 @@
-//! Writes EndpointSlices. What the API server has is known from the watch, so nothing is read before.
+//! Writes EndpointSlices. The watch says what the API server has, so nothing is read before a write.
 
-use std::{net::IpAddr, time::Duration};
+use std::{collections::HashSet, net::IpAddr, time::Duration};
 
 use futures::{StreamExt as _, stream};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -13,32 +13,38 @@ use kube::{
 use super::slice::{self, Change};
 use crate::egress::table::Name;
 
-/// Writes at a time.
+/// How many writes are in flight at a time.
 const AT_ONCE: usize = 8;
 /// The deadline of a write.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// The most slices that are removed at the end; the next kubelet of the node removes or replaces the others.
+/// No write begins after this time, so that an API server that does not answer cannot stop the rounds for long.
+const ROUND: Duration = Duration::from_secs(15);
+/// The most slices that are deleted when the kubelet stops. As many are published.
 const MOST: u32 = 4096;
 
-/// Makes these changes. Returns how many failed.
-pub(super) async fn all(client: &Client, changes: Vec<Change>) -> usize {
-    let writes = stream::iter(changes).map(|change| one(client.clone(), change));
+/// Makes these changes. Returns the names of those that were made.
+pub(super) async fn all(client: &Client, changes: Vec<Change>) -> HashSet<Name> {
+    let writes = stream::iter(changes).take_until(tokio::time::sleep(ROUND));
+    let writes = writes.map(|change| one(client.clone(), change));
     let mut writes = std::pin::pin!(writes.buffer_unordered(AT_ONCE));
-    let (mut failed, mut last) = (0, None);
+    let (mut done, mut failed, mut last) = (HashSet::new(), 0, None);
     while let Some(written) = writes.next().await {
-        if let Err(error) = written {
-            failed += 1;
-            last = Some(error);
+        match written {
+            Ok(name) => drop(done.insert(name)),
+            Err(error) => {
+                failed += 1;
+                last = Some(error);
+            }
         }
     }
     if let Some(error) = last {
         tracing::warn!(
             failed,
             error = chain(&error),
-            "EndpointSlices could not be written, trying again"
+            "EndpointSlices of relayed pods could not be written, trying again later"
         );
     }
-    failed
+    done
 }
 
 /// Why a slice was not written.
@@ -53,12 +59,8 @@ enum WriteError {
     Late { name: Name },
 }
 
-async fn one(client: Client, change: Change) -> Result<(), WriteError> {
-    let name = match &change {
-        Change::Create(name, _) | Change::Replace(name, _) | Change::Delete(name, _) => {
-            name.clone()
-        }
-    };
+async fn one(client: Client, change: Change) -> Result<Name, WriteError> {
+    let name = change.name().clone();
     let api: Api<EndpointSlice> = Api::namespaced(client, &name.namespace);
     let written = async {
         match change {
@@ -81,19 +83,19 @@ async fn one(client: Client, change: Change) -> Result<(), WriteError> {
         }
     };
     match tokio::time::timeout(DEADLINE, written).await {
-        Ok(Ok(())) => Ok(()),
-        // It exists already, is gone, or was changed meanwhile: the watch brings what there is.
+        Ok(Ok(())) => Ok(name),
+        // It exists already, is gone, or was changed in the meantime: the watch brings its present state, and a round follows.
         Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
-            tracing::debug!(%name, %status.message, "an EndpointSlice was changed meanwhile");
-            Ok(())
+            tracing::debug!(%name, %status.message, "an EndpointSlice was changed in the meantime");
+            Ok(name)
         }
         Ok(Err(source)) => Err(WriteError::Api { name, source }),
         Err(_) => Err(WriteError::Late { name }),
     }
 }
 
-/// Removes the slices of the node that lead to this address, so that clients are refused and not lost. Those of a newer kubelet of
-/// the node lead elsewhere.
+/// Deletes the slices of the node that lead to this address, so that clients are refused instead of waiting for an address that
+/// nobody has. Those of a newer kubelet of the node lead elsewhere.
 pub(super) async fn withdraw(client: &Client, node: &str, address: IpAddr) {
     let api: Api<EndpointSlice> = Api::all(client.clone());
     let own = ListParams::default()
@@ -104,7 +106,7 @@ pub(super) async fn withdraw(client: &Client, node: &str, address: IpAddr) {
         Err(error) => {
             tracing::warn!(
                 error = chain(&error),
-                "the EndpointSlices of relayed pods could not be removed: their clients wait for nobody until the kubelet is back"
+                "the EndpointSlices of relayed pods could not be deleted: their clients time out until the kubelet is back"
             );
             return;
         }

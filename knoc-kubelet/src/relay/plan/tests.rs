@@ -70,10 +70,7 @@ fn a_service_leads_to_the_ports_that_it_names() {
         .collect();
     assert_eq!(ports, [("http", 8080), ("same", 8081), ("side", 15_000)]);
     assert_eq!(endpoint.service.to_string(), "team/web");
-    assert_eq!(
-        (endpoint.pod.as_str(), endpoint.service_uid.as_str()),
-        ("web-0", "s-web")
-    );
+    assert_eq!(endpoint.pod, "web-0");
     let ready = Conditions {
         ready: true,
         serving: true,
@@ -214,4 +211,27 @@ fn a_pod_that_a_network_policy_selects_is_not_relayed_to() {
         said.len() == 1 && said[0].contains("NetworkPolicy deny selects the pod"),
         "{said:?}"
     );
+}
+
+#[test]
+fn a_user_who_creates_many_services_does_not_fill_the_node() {
+    let view = pod(&json!({"app": "web"}), unchanged);
+    let spec = json!({"clusterIP": "10.96.0.9", "selector": {"app": "web"}, "ports": [{"port": 80}]});
+    let many = |count: usize| -> Vec<Service> {
+        let names = (0..count).map(|number| format!("web-{number:04}"));
+        names.map(|name| service(&name, &spec)).collect()
+    };
+    let all = planned(&view, &many(SERVICES), &Policies::default());
+    assert_eq!((all.endpoints.len(), all.refused.len()), (SERVICES, 0));
+    let some = planned(&view, &many(1000), &Policies::default());
+    assert_eq!((some.endpoints.len(), some.refused.len()), (SERVICES, 1));
+    let why = some.refused[0].1.to_string();
+    assert!(why.contains("more than 32 Services select it"), "{why}");
+    let views = vec![view; OF_NODE];
+    let allow = AllowList::parse(&["team/*"]).unwrap();
+    let services = many(2);
+    let full = plan(&views, services.iter(), &allow, &Policies::default());
+    assert_eq!(full.endpoints.len(), OF_NODE);
+    let why = full.refused[0].1.to_string();
+    assert!(why.contains("4096 relayed endpoints, which is the limit"), "{why}");
 }

@@ -125,8 +125,11 @@ fn note_rights(
     report.bad(what, &text, cure)
 }
 
-/// Where a kubelet relays what Services open to its pods, the pods must have no addresses: Kubernetes' own controllers would publish them
-/// as endpoints, too. Nothing is said if no kubelet relays, or if the user may not see it.
+/// The most nodes whose pods are looked at. Anybody who can create EndpointSlices can name nodes in them.
+const NODES: usize = 32;
+
+/// If a kubelet relays Services to its pods, the pods must have no addresses, because Kubernetes' own controllers would publish them
+/// as endpoints, too. There is no finding if no kubelet relays, or if the user may not see it.
 async fn relayed(report: &mut Report) -> Result<(), CtlError> {
     let nodes = [
         "get",
@@ -144,7 +147,8 @@ async fn relayed(report: &mut Report) -> Result<(), CtlError> {
     }
     let text = said.text();
     let nodes: BTreeSet<&str> = text.lines().map(str::trim).collect();
-    for node in nodes.into_iter().filter(|node| !node.is_empty()) {
+    let nodes = nodes.into_iter().filter(|node| !node.is_empty());
+    for node in nodes.take(NODES) {
         let of_node = format!("--field-selector=spec.nodeName={node}");
         let pods = [
             "get",
