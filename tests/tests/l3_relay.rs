@@ -1,13 +1,17 @@
 //! Services that lead to pods on the real stack. The bed has no kube-proxy: the test reads EndpointSlices and dials what they name, from
 //! this host, which is the kubelet's.
 
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::{
     core::v1::Service, discovery::v1::EndpointSlice, networking::v1::NetworkPolicy,
 };
-use knoc_tests::{PodBuilder, World, wait_for, world::SOON};
+use knoc_tests::{Forward, PodBuilder, World, stays, wait_for, world::SOON};
 use kube::{
     Api,
     api::{DeleteParams, ListParams, PostParams},
@@ -19,8 +23,12 @@ use tokio::{
     task::JoinSet,
 };
 
-/// As many bytes as the page of the web server has.
+/// The size of the page of the web server.
 const SIZE: usize = 1 << 20;
+/// The size of the large download.
+const HUGE: u64 = 1 << 30;
+/// How long a pod must stay without an endpoint.
+const QUEUED: Duration = Duration::from_secs(3);
 
 /// A web server on port 80 of a network of the pod's own, which is ready once it answers.
 fn web(name: &str) -> PodBuilder {
@@ -136,6 +144,74 @@ async fn a_service_leads_to_web_servers_in_jobs() -> anyhow::Result<()> {
         world.wait_gone(name, SOON).await?;
     }
     refuses(&world, address).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_gibibyte_arrives_complete_and_kubectl_forwards_to_the_service() -> anyhow::Result<()> {
+    let world = World::new("relay-large").await?;
+    let mut spec = to_web();
+    spec["ports"] = json!([{"name": "bulk", "port": 8081}]);
+    service(&world, spec).await?;
+    let serve =
+        format!("mkdir /www && echo bulk >/www/name && httpd -p 80 -h /www && exec nc -ll -p 8081 -e head -c {HUGE} /dev/zero");
+    world.running(&web("bulk").sh(&serve)).await?;
+    let address = *ready(&world, 1).await?.first().context("no address")?;
+    // The pod is ready when its web server is, perhaps before this listener.
+    let mut stream = wait_for("the first byte", SOON, async || {
+        let stream = TcpStream::connect(address).await?;
+        let count = stream.peek(&mut [0]).await?;
+        ensure!(count == 1, "the connection has ended");
+        anyhow::Ok(stream)
+    })
+    .await?;
+    let began = Instant::now();
+    let (mut total, mut chunk) = (0_u64, vec![1; 1 << 18]);
+    loop {
+        match stream.read(&mut chunk).await? {
+            0 => break,
+            count => {
+                let read = chunk.get(..count).context("more than the buffer")?;
+                ensure!(read.iter().all(|byte| *byte == 0), "other bytes came");
+                total += u64::try_from(count)?;
+            }
+        }
+    }
+    ensure!(total == HUGE, "{total} bytes of {HUGE}");
+    println!("1 GiB in {:?}", began.elapsed());
+    let services: Api<Service> = world.api();
+    services.delete("web", &DeleteParams::default()).await?;
+    refuses(&world, address).await?;
+    service(&world, to_web()).await?;
+    ready(&world, 1).await?;
+    let forward = Forward::start(world.kubectl(["port-forward", "service/web", ":80"])).await?;
+    let answer = forward.exchange(b"GET /name HTTP/1.0\r\n\r\n").await?;
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    ensure!(answer.trim_end().ends_with("bulk"), "{answer:?}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_pod_in_the_queue_is_published_once_its_job_runs() -> anyhow::Result<()> {
+    let world = World::new("relay-queued").await?;
+    let mut spec = to_web();
+    spec["publishNotReadyAddresses"] = json!(true);
+    service(&world, spec).await?;
+    let hold = ["sbatch", "--parsable", "--hold", "--wrap", "true"];
+    let gate = world.on("login", hold).ok().await?.text();
+    let pod = web("queued").annotation("knoc.io/dependency", &format!("afterany:{gate}"));
+    let uid = world.create(&pod).await?;
+    world.wait_job(&uid).await?;
+    stays("no endpoint of a queued pod", QUEUED, async || {
+        let slices = slices(&world).await?;
+        ensure!(slices.is_empty(), "{slices:?}");
+        Ok(())
+    })
+    .await?;
+    let release = world.on("login", ["scontrol", "release", &gate]);
+    release.ok().await?;
+    let address = *ready(&world, 1).await?.first().context("no address")?;
+    wait_for("the page", SOON, async || fetch(address, "/name").await).await?;
     world.finish().await
 }
 
