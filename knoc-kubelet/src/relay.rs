@@ -152,9 +152,9 @@ impl Relay {
             let gathered = Instant::now() + GATHER;
             // The senders live as long as this task, so a change never fails.
             tokio::select! {
-                Ok(()) = pods.changed() => due = earlier(due, gathered),
-                Ok(()) = services.changed() => due = earlier(due, gathered),
-                Ok(()) = cluster.changed() => due = earlier(due, gathered),
+                Ok(()) = pods.changed() => due = Some(earlier(due, gathered)),
+                Ok(()) = services.changed() => due = Some(earlier(due, gathered)),
+                Ok(()) = cluster.changed() => due = Some(earlier(due, gathered)),
                 Some((uid, why)) = self.refused.recv() => self.tell(&uid, &why),
                 () = self.listeners.joined() => {}
                 () = sleep_until(due.unwrap_or(gathered)), if due.is_some() => {
@@ -323,8 +323,8 @@ impl Relay {
 }
 
 /// PURE: the earlier of the time at which a round is due and `other`.
-fn earlier(due: Option<Instant>, other: Instant) -> Option<Instant> {
-    Some(due.map_or(other, |due| due.min(other)))
+fn earlier(due: Option<Instant>, other: Instant) -> Instant {
+    due.map_or(other, |due| due.min(other))
 }
 
 #[cfg(test)]
@@ -334,8 +334,8 @@ mod tests {
     #[test]
     fn changes_never_put_off_a_round() {
         let now = Instant::now();
-        assert_eq!(earlier(None, now), Some(now));
-        assert_eq!(earlier(Some(now + NO_PORT), now), Some(now));
-        assert_eq!(earlier(Some(now), now + GATHER), Some(now));
+        assert_eq!(earlier(None, now), now);
+        assert_eq!(earlier(Some(now + NO_PORT), now), now);
+        assert_eq!(earlier(Some(now), now + GATHER), now);
     }
 }

@@ -153,8 +153,9 @@ async fn a_gibibyte_arrives_complete_and_kubectl_forwards_to_the_service() -> an
     let mut spec = to_web();
     spec["ports"] = json!([{"name": "bulk", "port": 8081}]);
     service(&world, spec).await?;
-    let serve =
-        format!("mkdir /www && echo bulk >/www/name && httpd -p 80 -h /www && exec nc -ll -p 8081 -e head -c {HUGE} /dev/zero");
+    let serve = format!(
+        "mkdir /www && echo bulk >/www/name && httpd -p 80 -h /www && exec nc -ll -p 8081 -e head -c {HUGE} /dev/zero"
+    );
     world.running(&web("bulk").sh(&serve)).await?;
     let address = *ready(&world, 1).await?.first().context("no address")?;
     // The pod is ready when its web server is, perhaps before this listener.

@@ -126,11 +126,11 @@ impl<'a> Services<'a> {
         Self(found)
     }
 
-    fn of_pod(
-        &self,
-        namespace: &str,
-        labels: &BTreeMap<String, String>,
-    ) -> impl Iterator<Item = &Selecting<'a>> {
+    fn of_pod<'b>(
+        &'b self,
+        namespace: &'b str,
+        labels: &'b BTreeMap<String, String>,
+    ) -> impl Iterator<Item = &'b Selecting<'a>> {
         let by_label = labels.iter().flat_map(move |(name, value)| {
             let key = (namespace, name.as_str(), value.as_str());
             self.0.get(&key).into_iter().flatten()

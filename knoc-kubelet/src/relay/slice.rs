@@ -340,7 +340,10 @@ mod tests {
             "endpointslice.kubernetes.io/managed-by": "relay.knoc.io"});
         assert_eq!(object["metadata"]["labels"], labels);
         let owner = &object["metadata"]["ownerReferences"][0];
-        assert_eq!((&owner["kind"], &owner["uid"]), (&json!("Pod"), &json!(UID)));
+        assert_eq!(
+            (&owner["kind"], &owner["uid"]),
+            (&json!("Pod"), &json!(UID))
+        );
         assert!(is_own(&slice, "knoc-a") && !is_own(&slice, "knoc-b"));
         assert!(!is_own(&EndpointSlice::default(), "knoc-a"));
         let none = super::slice(&endpoint(true), &place("10.0.0.7"), &HashMap::new());
@@ -371,8 +374,16 @@ mod tests {
         let mut noted = wanted.clone();
         let note = ("note".to_owned(), "x".repeat(100_000));
         noted.metadata.annotations = Some(BTreeMap::from([note.clone()]));
-        noted.metadata.labels.as_mut().unwrap().insert("more".to_owned(), "x".repeat(63));
-        assert!(!changed(&noted), "labels and annotations of others may stay");
+        noted
+            .metadata
+            .labels
+            .as_mut()
+            .unwrap()
+            .insert("more".to_owned(), "x".repeat(63));
+        assert!(
+            !changed(&noted),
+            "labels and annotations of others may stay"
+        );
         let mut many = wanted.clone();
         let one = many.endpoints.as_ref().unwrap()[0].clone();
         many.endpoints = Some(vec![one.clone(); 1000]);
@@ -381,7 +392,10 @@ mod tests {
         zone.endpoints.as_mut().unwrap()[0].zone = Some("x".repeat(100_000));
         assert!(changed(&zone));
         let mut target = wanted.clone();
-        let reference = target.endpoints.as_mut().unwrap()[0].target_ref.as_mut().unwrap();
+        let reference = target.endpoints.as_mut().unwrap()[0]
+            .target_ref
+            .as_mut()
+            .unwrap();
         reference.field_path = Some("x".repeat(100_000));
         assert!(changed(&target));
         let mut ports = wanted.clone();

@@ -156,11 +156,11 @@ fn a_pod_without_a_running_job_is_nobodys_endpoint() {
         nothing(&view);
     }
     nothing(&pod(&labels(), |pod| {
-        pod["status"]["phase"] = json!("Succeeded")
+        pod["status"]["phase"] = json!("Succeeded");
     }));
     // Kubernetes' own controllers publish it.
     nothing(&pod(&labels(), |pod| {
-        pod["status"]["podIP"] = json!("10.1.2.3")
+        pod["status"]["podIP"] = json!("10.1.2.3");
     }));
 }
 
@@ -216,7 +216,8 @@ fn a_pod_that_a_network_policy_selects_is_not_relayed_to() {
 #[test]
 fn a_user_who_creates_many_services_does_not_fill_the_node() {
     let view = pod(&json!({"app": "web"}), unchanged);
-    let spec = json!({"clusterIP": "10.96.0.9", "selector": {"app": "web"}, "ports": [{"port": 80}]});
+    let spec =
+        json!({"clusterIP": "10.96.0.9", "selector": {"app": "web"}, "ports": [{"port": 80}]});
     let many = |count: usize| -> Vec<Service> {
         let names = (0..count).map(|number| format!("web-{number:04}"));
         names.map(|name| service(&name, &spec)).collect()
@@ -233,5 +234,8 @@ fn a_user_who_creates_many_services_does_not_fill_the_node() {
     let full = plan(&views, services.iter(), &allow, &Policies::default());
     assert_eq!(full.endpoints.len(), OF_NODE);
     let why = full.refused[0].1.to_string();
-    assert!(why.contains("4096 relayed endpoints, which is the limit"), "{why}");
+    assert!(
+        why.contains("4096 relayed endpoints, which is the limit"),
+        "{why}"
+    );
 }
