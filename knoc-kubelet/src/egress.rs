@@ -13,9 +13,9 @@
 
 mod carry;
 mod decide;
-mod table;
-mod told;
-mod watch;
+pub(crate) mod table;
+pub(crate) mod told;
+pub(crate) mod watch;
 
 use std::{
     collections::HashMap,
@@ -59,9 +59,9 @@ use crate::{
 /// The capability of agents that serve it.
 const CAPABILITY: &str = "egress";
 /// The most open connections of one pod.
-const OF_ONE: usize = 1024;
-/// The most open connections of all pods: the link has 2048 streams, and logs and commands need some.
-const OF_ALL: usize = 1536;
+const OF_ONE: usize = 768;
+/// The most open connections of all pods: the link has 2048 streams, and relayed connections, logs and commands need some.
+const OF_ALL: usize = 1280;
 /// From this number on, a pod that has its share gets no more, so that two pods cannot keep out all others.
 const CROWDED: usize = OF_ALL / 4 * 3;
 const SHARE: usize = 32;

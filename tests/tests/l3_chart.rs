@@ -40,6 +40,12 @@ async fn mistakes_in_values_are_named() -> anyhow::Result<()> {
         ("agent.address={accept,a:1}", "/agent/address"),
         ("agent.proxy=https://p:1", "/agent/proxy"),
         ("dialIn.service.type=ExternalName", "/dialIn/service/type"),
+        ("relay.ports=80-90", "/relay/ports"),
+        ("relay.allow={web}", "/relay/allow"),
+        (
+            "relay.allow={team/web},node.podIP=node",
+            "relay.allow needs node.podIP=none",
+        ),
     ];
     for (mistake, named) in cases {
         let output = helm(["template", "x", "--kube-version", "1.36.0"])
@@ -131,6 +137,38 @@ async fn the_right_to_watch_secrets_can_be_left_out() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn what_relaying_needs_is_rendered_only_if_it_is_on() -> anyhow::Result<()> {
+    let rendered = |more: &str| {
+        let values = format!("agent.site=s,agent.address=accept{more}");
+        helm(["template", "x", "--kube-version", "1.36.0", "--set"])
+            .arg(values)
+            .arg(deploy().join("chart/knoc"))
+            .ok()
+    };
+    let rights = "resources: [endpointslices]\n    verbs: [list, watch, create, patch, delete]";
+    let off = rendered("").await?;
+    ensure!(!off.text().contains(rights), "{off}");
+    ensure!(!off.text().contains("kind: NetworkPolicy"), "{off}");
+    let on = rendered(",relay.allow={team/*},relay.ports=12000-12100").await?;
+    for text in [
+        rights,
+        "resources: [networkpolicies]\n    verbs: [list, watch]",
+        "allow: [\"team/*\"]",
+        "ports: \"12000-12100\"",
+        "name: KNOC_RELAY_ADDRESS",
+        "kind: NetworkPolicy",
+        "{port: 10250, protocol: TCP}",
+        "{port: 10350, protocol: TCP}",
+        "{port: 12000, endPort: 12100, protocol: TCP}",
+    ] {
+        ensure!(on.text().contains(text), "no {text} in {on}");
+    }
+    let own = rendered(",relay.allow={team/*},relay.networkPolicy.create=false").await?;
+    ensure!(!own.text().contains("kind: NetworkPolicy"), "{own}");
+    Ok(())
+}
+
 /// The permissions that the `ServiceAccount` has and those that it does not have, as arguments of `kubectl auth can-i`.
 const MAY: [&str; 19] = [
     "create nodes",
@@ -154,7 +192,10 @@ const MAY: [&str; 19] = [
     "patch leases/knoc-chart --namespace=kube-node-lease",
     "get configmaps/extension-apiserver-authentication --namespace=kube-system",
 ];
-const MAY_NOT: [&str; 9] = [
+const MAY_NOT: [&str; 11] = [
+    // Relaying is off.
+    "create endpointslices.discovery.k8s.io --all-namespaces",
+    "list networkpolicies.networking.k8s.io --all-namespaces",
     "delete nodes/knoc-chart",
     "patch nodes/other",
     "create pods --all-namespaces",

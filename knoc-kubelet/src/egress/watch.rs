@@ -328,6 +328,30 @@ impl Cluster {
     }
 }
 
+/// Watches those objects of a kind that `config` selects. It has no end.
+pub(crate) async fn follow_some<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    what: &str,
+    mut take: impl FnMut(watcher::Event<K>),
+) where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let events = watcher(api, config).default_backoff();
+    let mut events = std::pin::pin!(events);
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(event) => take(event),
+            Err(error) => {
+                tracing::warn!(
+                    error = chain(&error),
+                    "the watch of {what} failed, it is restarted"
+                );
+            }
+        }
+    }
+}
+
 /// PURE: has the API server said that the kubelet may not read this?
 fn is_denied(error: &watcher::Error) -> bool {
     let (watcher::Error::InitialListFailed(kube::Error::Api(status))
