@@ -50,8 +50,11 @@ pub const MAPPED_VOLUMES: &str = "mapped-volumes";
 /// The agent mounts images as volumes.
 pub const IMAGE_VOLUMES: &str = "image-volumes";
 
+/// The agent runs pods of several ranks, which may be on several nodes.
+pub const MPI: &str = "mpi";
+
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 18] = [
+pub const OF_PODS: [&str; 19] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -70,6 +73,7 @@ pub const OF_PODS: [&str; 18] = [
     HOST_PATHS,
     MAPPED_VOLUMES,
     IMAGE_VOLUMES,
+    MPI,
 ];
 
 /// The capabilities that this pod needs.
@@ -117,6 +121,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         (HOST_PATHS, spec.volumes.iter().any(is_host_path)),
         (MAPPED_VOLUMES, spec.volumes.iter().any(is_mapped)),
         (IMAGE_VOLUMES, spec.volumes.iter().any(is_image)),
+        (MPI, spec.job.as_ref().is_some_and(|job| job.mpi.is_some())),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -213,6 +218,10 @@ mod tests {
             source: Some(source),
         };
         spec.volumes = sources.map(volume).into();
+        spec.job = Some(pb::JobRequest {
+            mpi: Some(pb::Mpi::default()),
+            ..pb::JobRequest::default()
+        });
         assert_eq!(needed(&spec), OF_PODS);
     }
 

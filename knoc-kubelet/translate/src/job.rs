@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
 
+use super::mpi;
+
 /// The CPU of a pod that sets none.
 const DEFAULT_CPU_MILLIS: i64 = 1000;
 
@@ -44,16 +46,7 @@ pub(super) fn request(
             0
         })
     });
-    let ntasks = text("ntasks").map_or(1, |value| {
-        value
-            .parse()
-            .ok()
-            .filter(|number| *number >= 1)
-            .unwrap_or_else(|| {
-                wrong("knoc.io/ntasks", &value, "a number from 1");
-                1
-            })
-    });
+    let ranks = mpi::asked(annotations, &mut wrong);
     let flags = flags(annotations, &mut wrong);
     let (cpu_millis, memory_bytes, ephemeral_storage_bytes) = totals(init, regular);
     pb::JobRequest {
@@ -63,8 +56,8 @@ pub(super) fn request(
         constraint: text("constraint").unwrap_or_default(),
         reservation: text("reservation").unwrap_or_default(),
         time_minutes,
-        nodes: 1,
-        ntasks,
+        nodes: ranks.nodes,
+        ntasks: ranks.ntasks,
         // The agent, not the kubelet, maps extended resources to `--gres`, because the mapping is in the site file.
         gres: text("gres").unwrap_or_default(),
         exclusive: text("exclusive").as_deref() == Some("true"),
@@ -75,6 +68,7 @@ pub(super) fn request(
         memory_bytes,
         ephemeral_storage_bytes,
         nice: 0,
+        mpi: ranks.mpi,
     }
 }
 
@@ -190,7 +184,7 @@ fn number(text: &str) -> Option<i64> {
 
 /// Splits a text at blanks; single and double quotes and backslashes protect them. No shell is involved: the parts
 /// become elements of an argv. `None` if a quote is not closed.
-fn split_options(text: &str) -> Option<Vec<String>> {
+pub(super) fn split_options(text: &str) -> Option<Vec<String>> {
     let mut options = Vec::new();
     let mut word: Option<String> = None;
     let mut quote: Option<char> = None;

@@ -18,6 +18,7 @@ mod grace;
 mod image_root;
 mod job;
 mod keyring;
+mod mpi;
 mod network;
 mod probe;
 pub mod quantity;
@@ -29,7 +30,7 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{self as core, ConfigMap, Pod, Secret};
-use knoc_proto::{names, pb};
+use knoc_proto::{names, pb, pod::Ranks};
 
 use carried::{Container, DnsConfig, DnsOption, HostAlias, PodSpec};
 use volume::Source;
@@ -147,14 +148,23 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let name = meta.name.clone().unwrap_or_default();
     let containers = container::of_pod(pod, spec, &mut problems);
     let volumes = spec.volumes.iter().flatten();
-    let volumes = volumes
+    let volumes: Vec<_> = volumes
         .filter_map(|volume| volume::shape(volume, &mut problems))
         .collect();
     let job = job::request(pod, &containers.init, &containers.regular, &mut problems);
     let network = network::mode(pod, spec, &mut problems);
+    let ranks = Ranks {
+        job: Some(&job),
+        containers: &containers.regular,
+        volumes: &volumes,
+        shares_processes: *spec.share_process_namespace == Some(true),
+        network,
+    };
+    problems.extend(ranks.problems());
     if !problems.is_empty() {
         return Err(problems);
     }
+    let labels = meta.labels.clone().unwrap_or_default();
     let mut annotations = meta.annotations.clone().unwrap_or_default();
     annotations.retain(|name, _| !NOT_SENT.contains(&name.as_str()));
     Ok(pb::PodSpec {
@@ -184,21 +194,16 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         job: Some(job),
         node_name: spec.node_name.clone().unwrap_or_default(),
         service_account: spec.service_account_name.clone().unwrap_or_default(),
-        labels: meta
-            .labels
-            .clone()
-            .unwrap_or_default()
-            .into_iter()
-            .collect(),
+        labels: labels.into_iter().collect(),
         annotations: annotations.into_iter().collect(),
-        host_aliases: spec
-            .host_aliases
-            .iter()
-            .flatten()
-            .map(|alias| shape_alias(alias.into()))
-            .collect(),
+        host_aliases: host_aliases(spec),
         image_pull_secrets: keyring::names(spec),
     })
+}
+
+fn host_aliases(spec: PodSpec<'_>) -> Vec<pb::HostAlias> {
+    let aliases = spec.host_aliases.iter().flatten();
+    aliases.map(|alias| shape_alias(alias.into())).collect()
 }
 
 /// Translates the values of the pod, or returns everything that is missing.
