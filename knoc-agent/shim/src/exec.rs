@@ -232,6 +232,7 @@ fn spec(container: &LaunchSpec, start: &pb::ExecStart) -> LaunchSpec {
         links: Vec::new(),
         temporary: Vec::new(),
         settle: false,
+        passed: None,
         ..container.clone()
     };
     if start.tty && !spec.env.iter().any(|entry| entry.starts_with(b"TERM=")) {
