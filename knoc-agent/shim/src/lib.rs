@@ -45,6 +45,8 @@ mod pod;
 mod probes;
 mod proc;
 mod processes;
+pub mod rank;
+mod ranks;
 mod report;
 mod resolver;
 mod role;
