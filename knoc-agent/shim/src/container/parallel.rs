@@ -369,6 +369,10 @@ impl<'a> Conductor<'a> {
                 self.next_in(OTHERS, Next::KillRanks);
             }
         }
+        if self.table.is_over() {
+            // It ends by itself, unless something holds it.
+            self.next_in(AFTER_KILL, Next::EndSrun);
+        }
     }
 
     fn start(&mut self, rank: usize) {
