@@ -276,8 +276,10 @@ impl<'a> Conductor<'a> {
     async fn conduct(&mut self, srun: &mut Child, incoming: &mut Incoming) -> Exit {
         let (pid, mut exit, mut aborted) = (srun.pid, None, false);
         loop {
+            // Once srun has ended without a helper, none comes.
+            let none_came = self.lines.iter().all(Option::is_none);
             if let Some(exit) = exit
-                && self.table.is_over()
+                && (none_came || self.table.is_over())
             {
                 return exit;
             }
@@ -363,6 +365,11 @@ impl<'a> Conductor<'a> {
         match self.table.step(rank, event.input) {
             Effect::Nothing => {}
             Effect::Start => self.start(rank),
+            Effect::SendAway => {
+                if let Some(line) = self.lines.get_mut(rank) {
+                    *line = None;
+                }
+            }
             Effect::FirstRuns => self.first_runs(event.pid.unwrap_or_default()).await,
             Effect::EndOthers => {
                 self.tell(Signal::TERM);
@@ -390,6 +397,17 @@ impl<'a> Conductor<'a> {
 
     /// Rank 0 runs on this node, so exec and attach reach it like any other container.
     async fn first_runs(&mut self, pid: u32) {
+        if self.table.first_host() != node_name() {
+            // Its pid means another process here.
+            self.failure = Some(format!(
+                "rank 0 runs on {}, and not on the first node of the job, {}",
+                self.table.first_host(),
+                node_name()
+            ));
+            self.table.stop();
+            self.kill_ranks();
+            return;
+        }
         // If it is not there any more, its end comes next.
         let (Some(identity), Some((spec, hub))) = (Identity::of(pid), self.program.take()) else {
             return;

@@ -3,7 +3,8 @@
 //! ```text
 //! Awaited ──hello──► Connected ──running──► Running
 //!    │                  │  └──────ended─────────┤ ended
-//!    │ lost             │ lost                  │ lost
+//!    │ lost, or hello   │ lost                  │ lost
+//!    │ too late         │                       │
 //!    └──────────────────┴───────────────────────┴────────► Over (absorbs everything)
 //! ```
 //!
@@ -55,6 +56,8 @@ pub(crate) enum Effect {
     Nothing,
     /// Tell the helper what to start.
     Start,
+    /// The ranks are being ended: close the connection, so that the helper starts nothing.
+    SendAway,
     /// Rank 0 runs, and so the container does.
     FirstRuns,
     /// A rank has failed: end the others.
@@ -118,6 +121,16 @@ impl Table {
         let end = match (&rank.state, input) {
             (State::Awaited, Input::Hello { host }) => {
                 rank.host = host;
+                if self.failed || self.stopping {
+                    rank.state = State::Over {
+                        end: End {
+                            code: LOST,
+                            ..End::default()
+                        },
+                        counts: false,
+                    };
+                    return Effect::SendAway;
+                }
                 rank.state = State::Connected;
                 return Effect::Start;
             }
@@ -181,6 +194,11 @@ impl Table {
             | State::Running => None,
         });
         ended.max_by_key(|worst| (worst.end.code, Reverse(worst.rank)))
+    }
+
+    /// The node of rank 0; empty if it has not connected.
+    pub(crate) fn first_host(&self) -> &str {
+        self.ranks.first().map_or("", |rank| &rank.host)
     }
 
     /// How rank 0 ended, if it has.
@@ -247,6 +265,17 @@ mod tests {
     }
 
     #[test]
+    fn a_rank_that_comes_after_another_has_failed_starts_nothing() {
+        let mut table = Table::new(2);
+        table.step(0, hello());
+        assert_eq!(table.step(0, ended(128)), Effect::EndOthers);
+        assert_eq!(table.step(1, hello()), Effect::SendAway);
+        assert!(table.is_over());
+        let worst = table.worst().unwrap();
+        assert_eq!((worst.rank, worst.end.code), (0, 128));
+    }
+
+    #[test]
     fn while_the_pod_is_stopped_no_rank_ends_another_and_all_count() {
         let mut table = running(2);
         table.stop();
@@ -297,7 +326,7 @@ mod tests {
                     Effect::Start => starts.push(rank),
                     Effect::EndOthers => ends += 1,
                     Effect::FirstRuns => prop_assert_eq!(rank, 0),
-                    Effect::Nothing => {}
+                    Effect::SendAway | Effect::Nothing => {}
                 }
                 prop_assert!(!over || table.is_over());
             }
