@@ -406,11 +406,13 @@ fn resolver(spec: PodSpec<'_>) -> Option<pb::Resolver> {
     })
 }
 
-fn shape_alias(alias: HostAlias<'_>) -> pb::HostAlias {
-    pb::HostAlias {
+fn host_aliases(spec: PodSpec<'_>) -> Vec<pb::HostAlias> {
+    let aliases = spec.host_aliases.iter().flatten().map(HostAlias::from);
+    let shape = |alias: HostAlias<'_>| pb::HostAlias {
         ip: alias.ip.clone(),
         hostnames: alias.hostnames.clone().unwrap_or_default(),
-    }
+    };
+    aliases.map(shape).collect()
 }
 
 #[cfg(test)]
