@@ -48,6 +48,7 @@ use super::{
     passwd,
     pod::Pod,
     processes::ProcessesError,
+    ranks::command::Ranks,
     role::{ContainerSpec, SlotId},
     signals::{self, Identity},
     usage::{Counters, Used},
@@ -78,8 +79,8 @@ pub(crate) struct Program {
     pub(crate) isolated: bool,
     pub(crate) spec: LaunchSpec,
     pub(crate) hub: Arc<Hub>,
-    /// The way to all ranks, if this is the first one of several.
-    pub(crate) ranks: Option<mpsc::Sender<Signal>>,
+    /// The way to all ranks, if this is the first one of them.
+    pub(crate) ranks: Option<Ranks>,
 }
 
 impl Program {
@@ -89,7 +90,7 @@ impl Program {
             None => signals::to_program(self.identity, signal),
             Some(ranks) => {
                 // If the channel is full, the ranks get several signals already, and then SIGKILL by `abort`.
-                ranks.try_send(signal).ok();
+                ranks.signals.try_send(signal).ok();
             }
         }
     }

@@ -96,8 +96,21 @@ impl ExecError {
     }
 }
 
+/// The messages of a client.
+pub(crate) trait Inputs: Send {
+    /// The next one; `None` once there are no more.
+    fn next(&mut self) -> impl Future<Output = Option<pb::ExecInput>> + Send;
+}
+
+impl Inputs for Messages<pb::ExecInput> {
+    async fn next(&mut self) -> Option<pb::ExecInput> {
+        // A stream that fails has ended. That its client has disconnected is noticed at the output.
+        self.message().await.ok().flatten()
+    }
+}
+
 /// Runs the process to its end. The last output is its exit.
-pub(crate) async fn run(session: Session, input: Messages<pb::ExecInput>) {
+pub(crate) async fn run(session: Session, input: impl Inputs) {
     let running = match begin(&session).await {
         Ok(running) => running,
         Err((error, helper)) => {
@@ -311,7 +324,7 @@ async fn drive(
     output: &mpsc::Sender<Result<ExecOutput, Status>>,
     streams: &Streams,
     stdin: Option<Stream>,
-    input: Messages<pb::ExecInput>,
+    input: impl Inputs,
     child: &mut Child,
 ) -> Exit {
     let Streams {
@@ -375,12 +388,11 @@ async fn copy(
 
 /// Handles the client's messages: input, the end of input, new window sizes.
 async fn feed(
-    mut input: Messages<pb::ExecInput>,
+    mut input: impl Inputs,
     mut stdin: Option<Stream>,
     terminal: Option<&Stream>,
 ) {
-    // The end of the stream, or its failure, ends the input. A client that disconnected is noticed at the output.
-    while let Ok(Some(message)) = input.message().await {
+    while let Some(message) = input.next().await {
         match message.input {
             Some(Input::Stdin(data)) => {
                 if let Some(sink) = terminal.or(stdin.as_ref())

@@ -184,7 +184,11 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     let previous = jobdir.report().ok().flatten();
     let values = jobdir.values()?;
     let mut pod = Pod::open(jobdir, claim, endpoint.as_ref())?;
-    log(&pod);
+    log(if pod.settings().log_debug {
+        LevelFilter::DEBUG
+    } else {
+        LevelFilter::WARN
+    });
     if let Some(values) = &values {
         pod.jobdir.remove_values_up_to(values.revision)?;
     }
@@ -244,12 +248,7 @@ fn identity() -> anyhow::Result<Claim> {
 }
 
 /// Starts logging to standard error, which is the job's `batch.out`.
-fn log(pod: &Pod) {
-    let level = if pod.settings().log_debug {
-        LevelFilter::DEBUG
-    } else {
-        LevelFilter::WARN
-    };
+fn log(level: LevelFilter) {
     // Debug logs of KNoC's own crates only: those of the libraries would fill a file system.
     let targets = Targets::new()
         .with_default(LevelFilter::WARN)

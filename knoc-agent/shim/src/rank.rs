@@ -4,8 +4,11 @@
 //! It is the parent of the container, so that Slurm's binding, its accounting and its limits for the rank hold for the
 //! program. [`super::ranks`] describes the protocol.
 //!
-//! Tasks, all owned by [`run`]: the reaper ([`super::children`]), and one that reads the shim's messages. If the connection
-//! is lost, the program is killed: nobody would hear of its end, and the shim has counted the rank as lost.
+//! Tasks, all owned by [`run`]: the reaper ([`super::children`]), one that reads the shim's messages, and one for each
+//! command beside the program ([`streams`]). If the connection is lost, the program is killed: nobody would hear of its end,
+//! and the shim has counted the rank as lost.
+
+mod streams;
 
 use std::{
     io,
@@ -37,11 +40,13 @@ use tokio::{
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
+use tracing::level_filters::LevelFilter;
 
+use self::streams::{Streams, Way};
 use super::{
     children::Children,
     container::{
-        Attempt, Ended,
+        Attempt, Ended, Program,
         rank::{self, Own},
     },
     link::dial,
@@ -52,7 +57,7 @@ use super::{
     },
     role::{ContainerSpec, RestartRule, Role, SlotId},
     scratch::{self, LAST_REMOVAL},
-    signals::{self, Identity},
+    signals,
 };
 
 /// Threads for file work that may take long or hang.
@@ -69,7 +74,7 @@ const START: Duration = Duration::from_mins(1);
 /// How long the last message may take.
 const LAST_MESSAGE: Duration = Duration::from_secs(5);
 
-/// How many signals may wait for the program.
+/// How many orders of the shim may wait.
 const ORDERS: usize = 16;
 
 /// The exit code of a helper that could not do its work; the shim concludes from the connection, not from it.
@@ -111,8 +116,14 @@ async fn run(path: &Path, attempt: u32, addresses: &[String]) -> anyhow::Result<
     let jobdir = JobDir::open(path)?;
     let (cert, key) = jobdir.link_pair();
     let pair = KeyPair::from_files(&cert, &key)?;
-    let connection = reach(addresses, &pair).await?;
-    let (mut reader, mut writer) = tokio::io::split(connection);
+    let launched_from = std::env::var("SLURM_LAUNCH_NODE_IPADDR").ok();
+    let way = Way {
+        addresses: in_order(addresses, launched_from.as_deref()),
+        pair,
+        attempt,
+        rank,
+    };
+    let (mut reader, mut writer) = tokio::io::split(reach(&way).await?);
     let hello = pb::RankHello {
         attempt,
         rank,
@@ -127,15 +138,8 @@ async fn run(path: &Path, attempt: u32, addresses: &[String]) -> anyhow::Result<
     let mut tasks = JoinSet::new();
     let (sender, orders) = mpsc::channel(ORDERS);
     tasks.spawn(listen(reader, sender));
-    let name = scratch::of_ranks(pair.spki(), attempt);
-    let joining = move || NodeFolder::join(Path::new(scratch::MEMORY), &name);
-    let folder = tokio::task::spawn_blocking(joining).await?;
-    let folder = folder.context("create the /dev/shm that the ranks on this node share")?;
-    let prepared = prepare(jobdir, start, attempt, &folder);
-    let ended = match prepared {
-        Ok(prepared) => prepared.run(orders, &mut writer, &mut tasks).await,
-        Err(error) => Err(error),
-    };
+    let streams = Streams::new(way);
+    let ended = run_program((jobdir, start), orders, streams, (&mut writer, &mut tasks)).await;
     let end = match &ended {
         Ok(ended) => end_of(ended),
         Err(error) => pb::RankEnded {
@@ -152,10 +156,29 @@ async fn run(path: &Path, attempt: u32, addresses: &[String]) -> anyhow::Result<
     };
     // If the shim is gone, it has counted the rank as lost.
     tokio::time::timeout(LAST_MESSAGE, last).await.ok();
-    let leaving =
-        tokio::task::spawn_blocking(move || folder.leave(std::time::Instant::now() + LAST_REMOVAL));
-    tokio::time::timeout(LAST_REMOVAL, leaving).await.ok();
     Ok(code)
+}
+
+/// Runs the program to its end, in a container with the folder that the ranks on this node share.
+async fn run_program(
+    (jobdir, start): (JobDir, pb::RankStart),
+    orders: mpsc::Receiver<Order>,
+    streams: Streams,
+    (writer, tasks): (&mut (impl AsyncWrite + Unpin), &mut JoinSet<()>),
+) -> anyhow::Result<Ended> {
+    let number = streams.way().attempt;
+    let name = scratch::of_ranks(streams.way().pair.spki(), number);
+    let joining = move || NodeFolder::join(Path::new(scratch::MEMORY), &name);
+    let folder = tokio::task::spawn_blocking(joining).await?;
+    let folder = folder.context("create the /dev/shm that the ranks on this node share")?;
+    let ended = match prepare(jobdir, start, number, &folder) {
+        Ok(prepared) => prepared.run(orders, streams, writer, tasks).await,
+        Err(error) => Err(error),
+    };
+    let until = std::time::Instant::now() + LAST_REMOVAL;
+    let leaving = tokio::task::spawn_blocking(move || folder.leave(until));
+    tokio::time::timeout(LAST_REMOVAL, leaving).await.ok();
+    ended
 }
 
 /// Keeps Slurm's signals from ending the helper before its program, as long as what it returns exists.
@@ -176,13 +199,10 @@ fn number(name: &str) -> anyhow::Result<u32> {
 }
 
 /// Dials the shim until it answers or [`REACH`] is over: with many ranks its queue of connections may be full.
-async fn reach(addresses: &[String], pair: &KeyPair) -> anyhow::Result<Connection> {
-    let launched_from = std::env::var("SLURM_LAUNCH_NODE_IPADDR").ok();
-    let addresses = in_order(addresses, launched_from.as_deref());
+async fn reach(way: &Way) -> anyhow::Result<Connection> {
     let until = Instant::now() + REACH;
     loop {
-        let dialled = dial::any(&addresses, pair, pair.spki()).await;
-        match dialled {
+        match dial::any(&way.addresses, &way.pair, way.pair.spki()).await {
             Ok((_, connection)) => return Ok(connection),
             Err(why) if Instant::now() >= until => {
                 anyhow::bail!("connect to the shim on the first node of the job: {why}")
@@ -225,16 +245,27 @@ async fn say(
     writer.flush().await
 }
 
-/// Task: passes on the shim's signals. When the connection ends, so does the channel.
-async fn listen(mut reader: impl AsyncRead + Unpin, orders: mpsc::Sender<Signal>) {
+/// What the shim asks for after the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Order {
+    Signal(Signal),
+    OpenStream(u64),
+    EndStream(u64),
+}
+
+/// Task: passes on what the shim asks for. When the connection ends, so does the channel.
+async fn listen(mut reader: impl AsyncRead + Unpin, orders: mpsc::Sender<Order>) {
     while let Ok(Some(told)) = wire::read::<pb::ToRank>(&mut reader, wire::TO_RANK).await {
-        let Some(to_rank::Message::Signal(number)) = told.message else {
-            return;
+        let order = match told.message {
+            Some(to_rank::Message::Signal(number)) => match Signal::from_named_raw(number) {
+                Some(signal) => Order::Signal(signal),
+                None => continue,
+            },
+            Some(to_rank::Message::OpenStream(stream)) => Order::OpenStream(stream),
+            Some(to_rank::Message::EndStream(stream)) => Order::EndStream(stream),
+            Some(to_rank::Message::Start(_)) | None => return,
         };
-        let Some(signal) = Signal::from_named_raw(number) else {
-            continue;
-        };
-        if orders.send(signal).await.is_err() {
+        if orders.send(order).await.is_err() {
             return;
         }
     }
@@ -260,7 +291,8 @@ fn prepare(
     let claim = super::identity()?;
     let endpoint = endpoint(jobdir.path());
     let mut pod = Pod::open(jobdir, claim, endpoint.as_ref())?;
-    super::log(&pod);
+    // srun carries it into the log of the container.
+    super::log(LevelFilter::WARN);
     // Programs conclude from the name which ranks are on one node.
     pod.facts.hostname.kernel = node_name();
     let memory = folder.memory();
@@ -327,7 +359,8 @@ impl Prepared {
     /// Runs the program to its end, and tells the shim when it has started.
     async fn run(
         self,
-        mut orders: mpsc::Receiver<Signal>,
+        mut orders: mpsc::Receiver<Order>,
+        mut streams: Streams,
         writer: &mut (impl AsyncWrite + Unpin),
         tasks: &mut JoinSet<()>,
     ) -> anyhow::Result<Ended> {
@@ -351,9 +384,8 @@ impl Prepared {
         let ended = {
             let running = rank::run(&pod, &attempt, self.own, started);
             tokio::pin!(running);
-            let mut program = Stoppable {
-                identity: None,
-                isolated: pod.runtime.isolates(),
+            let mut stoppable = Stoppable {
+                program: None,
                 abort,
             };
             let mut connected = true;
@@ -361,19 +393,26 @@ impl Prepared {
                 tokio::select! {
                     biased;
                     ended = &mut running => break ended,
-                    order = orders.recv(), if connected => {
-                        connected = order.is_some();
-                        program.take(order.unwrap_or(Signal::KILL));
-                    }
-                    Ok(identity) = &mut runs, if program.identity.is_none() => {
-                        program.identity = Some(identity);
-                        let running = pb::RankRunning { pid: identity.pid };
+                    order = orders.recv(), if connected => match order {
+                        Some(Order::Signal(signal)) => stoppable.take(signal),
+                        Some(Order::OpenStream(id)) => streams.open(id, &pod, stoppable.program.as_ref()),
+                        Some(Order::EndStream(id)) => streams.end(id),
+                        None => {
+                            connected = false;
+                            stoppable.take(Signal::KILL);
+                        }
+                    },
+                    Ok(program) = &mut runs, if stoppable.program.is_none() => {
+                        let running = pb::RankRunning { pid: program.identity.pid };
+                        stoppable.program = Some(program);
                         // If it is lost, `orders` ends.
                         say(writer, from_rank::Message::Running(running)).await.ok();
                     }
+                    () = streams.next_end() => {}
                 }
             }
         };
+        streams.finish().await;
         super::remove_folders(pod).await;
         Ok(ended)
     }
@@ -381,19 +420,18 @@ impl Prepared {
 
 /// The program, as far as it runs.
 struct Stoppable {
-    identity: Option<Identity>,
-    isolated: bool,
+    program: Option<Arc<Program>>,
     abort: CancellationToken,
 }
 
 impl Stoppable {
     fn take(&self, signal: Signal) {
-        match self.identity {
-            Some(identity) if signal == Signal::KILL => {
-                signals::kill_all(identity, self.isolated);
+        match &self.program {
+            Some(program) if signal == Signal::KILL => {
+                program.kill();
                 self.abort.cancel();
             }
-            Some(identity) => signals::to_program(identity, signal),
+            Some(program) => program.signal(signal),
             // The program does not run yet: there is nothing that could take the signal.
             None => self.abort.cancel(),
         }
@@ -452,21 +490,33 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_signals_of_the_shim_arrive_until_the_connection_ends() {
+    async fn the_orders_of_the_shim_arrive_until_the_connection_ends() {
         let (ours, mut theirs) = tokio::io::duplex(4096);
         let (sender, mut orders) = mpsc::channel(ORDERS);
         let mut tasks = JoinSet::new();
         tasks.spawn(listen(ours, sender));
-        for number in [15, 9, 999] {
+        for message in [
+            to_rank::Message::Signal(15),
+            to_rank::Message::Signal(999),
+            to_rank::Message::OpenStream(1),
+            to_rank::Message::EndStream(1),
+            to_rank::Message::Signal(9),
+        ] {
             let message = pb::ToRank {
-                message: Some(to_rank::Message::Signal(number)),
+                message: Some(message),
             };
             let frame = wire::frame(&message).unwrap();
             theirs.write_all(&frame).await.unwrap();
         }
         drop(theirs);
-        assert_eq!(orders.recv().await, Some(Signal::TERM));
-        assert_eq!(orders.recv().await, Some(Signal::KILL));
+        for wanted in [
+            Order::Signal(Signal::TERM),
+            Order::OpenStream(1),
+            Order::EndStream(1),
+            Order::Signal(Signal::KILL),
+        ] {
+            assert_eq!(orders.recv().await, Some(wanted));
+        }
         assert_eq!(orders.recv().await, None);
     }
 }

@@ -7,14 +7,9 @@ use knoc_contract::logs::writer::Losses;
 use tokio::sync::oneshot;
 
 use super::{
-    super::{
-        environment, measure, passwd,
-        pod::Pod,
-        ranks::step,
-        signals::{self, Identity},
-    },
-    Attempt, AttemptError, Done, Ended, by_kernel, complete, ended, launch, launched, message,
-    prepare, spent, up, with_signal,
+    super::{attach::hub, environment, measure, passwd, pod::Pod, ranks::step, signals},
+    Attempt, AttemptError, Done, Ended, Program, by_kernel, complete, ended, launch, launched,
+    message, prepare, spent, up, with_signal,
 };
 
 /// What the rank has from Slurm.
@@ -33,7 +28,7 @@ pub(crate) async fn run(
     pod: &Arc<Pod>,
     attempt: &Attempt,
     own: Own,
-    started: oneshot::Sender<Identity>,
+    started: oneshot::Sender<Arc<Program>>,
 ) -> Ended {
     let outcome = Box::pin(try_run(pod, attempt, own, started)).await;
     ended(attempt, outcome)
@@ -43,7 +38,7 @@ async fn try_run(
     pod: &Arc<Pod>,
     attempt: &Attempt,
     own: Own,
-    started: oneshot::Sender<Identity>,
+    started: oneshot::Sender<Arc<Program>>,
 ) -> Result<Done, AttemptError> {
     let container = &attempt.spec.container;
     let config = attempt.spec.image.config.clone().unwrap_or_default();
@@ -66,13 +61,24 @@ async fn try_run(
     let launching = launch(up.socket, &spec, descriptors, &attempt.abort);
     launched(&mut up.runtime, launching).await?;
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
+    // No client attaches to it, but commands beside it must end with it.
+    let keeper = hub::open(false, false, None, None);
+    let program = Program {
+        identity: up.identity,
+        beside: up.beside,
+        isolated: pod.runtime.isolates(),
+        spec,
+        hub: keeper.hub(),
+        ranks: None,
+    };
     // The helper waits for it as long as the rank runs.
-    started.send(up.identity).ok();
+    started.send(Arc::new(program)).ok();
     let exit = up.runtime.ended(&attempt.abort, up.identity).await;
     if !pod.runtime.isolates() {
         signals::kill_left(up.identity.pid);
     }
     let exit = with_signal(exit);
+    keeper.end(exit);
     let by_us = attempt.abort.is_cancelled();
     let killed = by_kernel(exit, by_us, || pod.oom.claim(kills_before));
     let message = message(folders, None).await;

@@ -1,5 +1,6 @@
 //! Task: the shim's side of the connection to the helper of one rank. The connection has proved that its peer holds the
-//! pod's key; what it says is checked here as far as one connection can be, and by [`super::table`] otherwise.
+//! pod's key; what it says is checked here as far as one connection can be, and by [`super::table`] otherwise. A
+//! connection that a helper has opened for a command is passed on after its first message.
 
 use std::time::Duration;
 
@@ -46,6 +47,22 @@ pub(crate) struct Event {
     pub(crate) used: Usage,
 }
 
+/// A connection that a helper has opened for one command.
+#[derive(Debug)]
+pub(crate) struct Joined<S> {
+    pub(crate) rank: usize,
+    /// The number by which the shim has asked for it.
+    pub(crate) stream: u64,
+    pub(crate) connection: S,
+}
+
+/// What comes from the helpers.
+#[derive(Debug)]
+pub(crate) enum Told<S> {
+    Event(Event),
+    Stream(Joined<S>),
+}
+
 /// Which connection it is, and to which attempt.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Whose {
@@ -53,22 +70,43 @@ pub(crate) struct Whose {
     pub(crate) attempt: u32,
 }
 
-/// Task: runs until the connection ends.
-pub(crate) async fn serve(
-    connection: impl AsyncRead + AsyncWrite + Unpin,
+/// Task: runs until the connection ends or is passed on.
+pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+    mut connection: S,
     whose: Whose,
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<Told<S>>,
+) {
+    let hello = tokio::time::timeout(HELLO, wire::read(&mut connection, wire::FROM_RANK)).await;
+    let hello = hello.ok().and_then(Result::ok).flatten();
+    match hello.and_then(|hello| of_attempt(hello, whose.attempt)) {
+        Some(Hello::Rank { rank, host }) => talk(connection, (whose.id, rank, host), events).await,
+        Some(Hello::Stream { rank, stream }) => {
+            let joined = Joined {
+                rank,
+                stream,
+                connection,
+            };
+            // The receiver outlives its connections.
+            events.send(Told::Stream(joined)).await.ok();
+        }
+        None => {
+            tracing::warn!(
+                "a helper of another attempt, or none, has connected in place of a rank"
+            );
+        }
+    }
+}
+
+/// Exchanges messages with the helper of `rank` on `host`, over connection `id`.
+async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
+    connection: S,
+    (id, rank, host): (u64, usize, String),
+    events: mpsc::Sender<Told<S>>,
 ) {
     let (mut reader, mut writer) = tokio::io::split(connection);
-    let hello = tokio::time::timeout(HELLO, wire::read(&mut reader, wire::FROM_RANK)).await;
-    let hello = hello.ok().and_then(Result::ok).flatten();
-    let Some((rank, host)) = hello.and_then(|hello| of_attempt(hello, whose.attempt)) else {
-        tracing::warn!("a helper of another attempt, or none, has connected in place of a rank");
-        return;
-    };
     let (line, mut frames) = mpsc::channel::<Bytes>(LINE);
     let event = |input| Event {
-        id: whose.id,
+        id,
         rank,
         input,
         line: None,
@@ -80,7 +118,7 @@ pub(crate) async fn serve(
         ..event(Input::Hello { host })
     };
     // The receiver outlives its connections.
-    events.send(begun).await.ok();
+    events.send(Told::Event(begun)).await.ok();
     let reading = async {
         while let Ok(Some(message)) = wire::read(&mut reader, wire::FROM_RANK).await {
             let Some(said) = said(message) else {
@@ -91,7 +129,7 @@ pub(crate) async fn serve(
                 used: said.used,
                 ..event(said.input)
             };
-            events.send(told).await.ok();
+            events.send(Told::Event(told)).await.ok();
         }
     };
     let writing = async {
@@ -106,17 +144,27 @@ pub(crate) async fn serve(
         () = reading => {}
         () = writing => {}
     }
-    events.send(event(Input::Lost)).await.ok();
+    events.send(Told::Event(event(Input::Lost))).await.ok();
 }
 
-/// The rank and its node, if the message is the hello of a helper of this attempt.
-fn of_attempt(message: pb::FromRank, attempt: u32) -> Option<(usize, String)> {
+/// With what a connection begins.
+enum Hello {
+    Rank { rank: usize, host: String },
+    Stream { rank: usize, stream: u64 },
+}
+
+/// What the first message says, if it comes from a helper of this attempt.
+fn of_attempt(message: pb::FromRank, attempt: u32) -> Option<Hello> {
     match message.message? {
-        Message::Hello(hello) if hello.attempt == attempt => {
-            let host = hello.host.chars().take(HOST).collect();
-            Some((usize::try_from(hello.rank).ok()?, host))
-        }
-        Message::Hello(_) | Message::Running(_) | Message::Ended(_) => None,
+        Message::Hello(hello) if hello.attempt == attempt => Some(Hello::Rank {
+            rank: usize::try_from(hello.rank).ok()?,
+            host: hello.host.chars().take(HOST).collect(),
+        }),
+        Message::Stream(joins) if joins.attempt == attempt => Some(Hello::Stream {
+            rank: usize::try_from(joins.rank).ok()?,
+            stream: joins.stream,
+        }),
+        Message::Hello(_) | Message::Stream(_) | Message::Running(_) | Message::Ended(_) => None,
     }
 }
 
@@ -129,7 +177,7 @@ struct Said {
 /// What a helper says after its hello; `None` if it must not say that.
 fn said(message: pb::FromRank) -> Option<Said> {
     match message.message? {
-        Message::Hello(_) => None,
+        Message::Hello(_) | Message::Stream(_) => None,
         Message::Running(running) => Some(Said {
             input: Input::Running,
             pid: Some(running.pid),
@@ -175,6 +223,40 @@ mod tests {
 
     const OWN: Whose = Whose { id: 7, attempt: 2 };
 
+    async fn next(events: &mut mpsc::Receiver<Told<DuplexStream>>) -> Event {
+        match events.recv().await.unwrap() {
+            Told::Event(event) => event,
+            Told::Stream(joined) => panic!("{joined:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_for_a_command_is_passed_on_with_what_follows_its_first_message() {
+        for (attempt, good) in [(2, true), (1, false)] {
+            let (ours, mut theirs) = tokio::io::duplex(4096);
+            let (sender, mut events) = mpsc::channel(4);
+            let joins = pb::RankStream {
+                attempt,
+                rank: 3,
+                stream: 9,
+            };
+            let joins = pb::FromRank {
+                message: Some(Message::Stream(joins)),
+            };
+            send(&mut theirs, &joins).await;
+            send(&mut theirs, &hello(5)).await;
+            serve(ours, OWN, sender).await;
+            let told = events.recv().await;
+            let Some(Told::Stream(mut joined)) = told else {
+                assert!(!good && told.is_none(), "{told:?}");
+                continue;
+            };
+            assert!(good && (joined.rank, joined.stream) == (3, 9));
+            let rest = wire::read(&mut joined.connection, wire::FROM_RANK).await;
+            assert_eq!(rest.unwrap(), Some(hello(5)));
+        }
+    }
+
     #[tokio::test]
     async fn a_rank_is_told_what_to_start_and_its_end_is_reported() {
         let (ours, mut theirs) = tokio::io::duplex(4096);
@@ -182,7 +264,7 @@ mod tests {
         let serving = serve(ours, OWN, sender);
         let talking = async {
             send(&mut theirs, &hello(2)).await;
-            let begun = events.recv().await.unwrap();
+            let begun = next(&mut events).await;
             assert_eq!((begun.id, begun.rank), (7, 1));
             let start = pb::ToRank {
                 message: Some(pb::to_rank::Message::Signal(15)),
@@ -200,11 +282,11 @@ mod tests {
                 message: Some(Message::Ended(ended)),
             };
             send(&mut theirs, &ended).await;
-            let told = events.recv().await.unwrap();
+            let told = next(&mut events).await;
             assert!(matches!(told.input, Input::Ended(end) if end.code == 3));
             assert_eq!(told.used.cpu_nanos, 5);
             drop(theirs);
-            assert_eq!(events.recv().await.unwrap().input, Input::Lost);
+            assert_eq!(next(&mut events).await.input, Input::Lost);
             drop(line);
         };
         tokio::join!(serving, talking);

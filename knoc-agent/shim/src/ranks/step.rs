@@ -43,6 +43,21 @@ const SEEN: &[&str] = &[
     "SLURM_TOPOLOGY_ADDR",
 ];
 
+/// Variables by which srun would start other programs beside the helpers, or treat their input and output in another way.
+const NOT_GIVEN: &[&str] = &[
+    "SLURM_BCAST",
+    "SLURM_CONTAINER",
+    "SLURM_EPILOG",
+    "SLURM_HOSTFILE",
+    "SLURM_PROLOG",
+    "SLURM_STDERRMODE",
+    "SLURM_STDINMODE",
+    "SLURM_STDOUTMODE",
+    "SLURM_TASK_EPILOG",
+    "SLURM_TASK_PROLOG",
+    "SLURM_UNBUFFEREDIO",
+];
+
 /// The interfaces by which a rank finds the others.
 const INTERFACES: &[&str] = &["PMI_", "PMI2_", "PMIX_"];
 
@@ -144,7 +159,11 @@ fn placement(mpi: pb::Mpi) -> Vec<String> {
 pub(crate) fn of_slurm(
     all: impl Iterator<Item = (OsString, OsString)>,
 ) -> impl Iterator<Item = (OsString, OsString)> {
-    all.filter(|(name, _)| begins_with_one(name, &["SLURM_", "SLURMD_"]))
+    let given = |name: &OsStr| {
+        let known = name.to_str().is_some_and(|name| NOT_GIVEN.contains(&name));
+        !known && begins_with_one(name, &["SLURM_", "SLURMD_"])
+    };
+    all.filter(move |(name, _)| given(name))
 }
 
 /// What a rank sees of the variables of its helper, as names and values.
@@ -249,6 +268,8 @@ mod tests {
             ("PMI2_X", "y"),
             ("HOME", "/home/u"),
             ("LD_PRELOAD", "/x.so"),
+            ("SLURM_TASK_PROLOG", "/bin/program"),
+            ("SLURM_STDOUTMODE", "/tmp/file"),
         ];
         let seen = of_rank(pairs(&all));
         let names: Vec<_> = seen

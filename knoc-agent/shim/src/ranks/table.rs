@@ -107,6 +107,12 @@ impl Table {
         rank.is_some_and(|rank| rank.state == State::Awaited)
     }
 
+    /// Whether the program of this rank runs.
+    pub(crate) fn runs(&self, rank: usize) -> bool {
+        let rank = self.ranks.get(rank);
+        rank.is_some_and(|rank| rank.state == State::Running)
+    }
+
     /// From now on every exit code counts, and no rank ends another one.
     pub(crate) fn stop(&mut self) {
         self.stopping = true;
@@ -234,8 +240,9 @@ mod tests {
         for rank in 0..ranks {
             assert!(table.admits(rank));
             assert_eq!(table.step(rank, hello()), Effect::Start);
-            assert!(!table.admits(rank));
+            assert!(!table.admits(rank) && !table.runs(rank));
             let effect = table.step(rank, Input::Running);
+            assert!(table.runs(rank));
             assert_eq!(effect == Effect::FirstRuns, rank == 0);
         }
         table

@@ -10,6 +10,8 @@ use tokio::io::{AsyncRead, AsyncReadExt as _};
 pub(crate) const TO_RANK: usize = knoc_link::MAX_MESSAGE;
 /// The longest message of a helper: it contains a termination message.
 pub(crate) const FROM_RANK: usize = 64 << 10;
+/// The longest message of a command, to or from its helper.
+pub(crate) const OF_COMMAND: usize = knoc_link::MAX_MESSAGE;
 
 /// Reads one message; `None` if the peer has closed the connection. A message of more than `longest` bytes is an error.
 pub(crate) async fn read<M: Message + Default>(
