@@ -224,8 +224,7 @@ async fn a_site_without_srun_is_named() {
     assert!(ended.message.contains("names no srun"), "{}", ended.message);
 }
 
-const SLEEPER: &str =
-    "trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done";
+const SLEEPER: &str = "trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done";
 
 #[tokio::test]
 async fn commands_run_in_every_rank_with_their_input_and_exit_code() {
@@ -255,7 +254,9 @@ async fn commands_run_in_every_rank_with_their_input_and_exit_code() {
     let refused = shim.exec(tokio_stream::iter([start])).await.unwrap_err();
     assert_eq!(ErrorReason::of(&refused), Some(ErrorReason::NotRunning));
     assert!(
-        refused.message().contains("the ranks of this container are 0 to 1"),
+        refused
+            .message()
+            .contains("the ranks of this container are 0 to 1"),
         "{refused}"
     );
     // What runs beside a rank ends with the container.
@@ -299,7 +300,10 @@ async fn a_client_that_disconnects_ends_its_command_in_another_rank() {
         }
     };
     let full = tokio::time::timeout(Duration::from_secs(2), flood).await;
-    assert!(full.is_err(), "the command has read all of it, or has ended");
+    assert!(
+        full.is_err(),
+        "the command has read all of it, or has ended"
+    );
     drop((output, sender));
     wait_until_gone(pid).await;
     stop(&mut shim).await;
@@ -308,7 +312,11 @@ async fn a_client_that_disconnects_ends_its_command_in_another_rank() {
 
 #[tokio::test]
 async fn whoever_lacks_the_pods_key_gets_nothing_and_the_ranks_go_on() {
-    let (mut job, folder) = job(2, "echo ready; while ! test -e \"$GO\"; do sleep 0.05; done").await;
+    let (mut job, folder) = job(
+        2,
+        "echo ready; while ! test -e \"$GO\"; do sleep 0.05; done",
+    )
+    .await;
     let go = folder.join("go");
     job.set_env("main", vec![("GO", go.to_str().unwrap().into())]);
     job.start();
@@ -316,7 +324,9 @@ async fn whoever_lacks_the_pods_key_gets_nothing_and_the_ranks_go_on() {
     logged(&job, "ready", 2).await;
     let seen = fs::read_to_string(folder.join("seen")).unwrap();
     let argv = seen.lines().skip_while(|line| *line != "rank");
-    let port = argv.skip(3).find_map(|line| line.rsplit_once(':')?.1.parse::<u16>().ok());
+    let port = argv
+        .skip(3)
+        .find_map(|line| line.rsplit_once(':')?.1.parse::<u16>().ok());
     let address = format!("127.0.0.1:{}", port.unwrap());
     // No TLS at all.
     let mut plain = TcpStream::connect(&address).await.unwrap();
@@ -340,7 +350,11 @@ async fn whoever_lacks_the_pods_key_gets_nothing_and_the_ranks_go_on() {
 
 #[tokio::test]
 async fn a_helper_that_is_killed_ends_its_program_and_the_other_ranks() {
-    let (mut job, folder) = job(2, "echo $$ >\"$HERE/program-$SLURM_PROCID\"; exec sleep 600").await;
+    let (mut job, folder) = job(
+        2,
+        "echo $$ >\"$HERE/program-$SLURM_PROCID\"; exec sleep 600",
+    )
+    .await;
     job.set_env("main", vec![("HERE", folder.to_str().unwrap().into())]);
     job.start();
     let program = line(&folder.join("program-1")).await.parse().unwrap();

@@ -35,8 +35,8 @@ async fn second_fails(world: &World) -> anyhow::Result<Pod> {
 }
 
 #[tokio::test]
-async fn a_node_that_loses_power_fails_a_pod_whose_ranks_run_on_other_nodes_too() -> anyhow::Result<()>
-{
+async fn a_node_that_loses_power_fails_a_pod_whose_ranks_run_on_other_nodes_too()
+-> anyhow::Result<()> {
     let world = World::new("power-ranks").await?;
     let ranks = PodBuilder::new("ranks")
         .annotation("knoc.io/nodes", "2")

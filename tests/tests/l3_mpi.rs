@@ -103,7 +103,10 @@ async fn the_example_runs_on_two_nodes() -> anyhow::Result<()> {
     world.kubectl(["apply", "-f"]).arg(example).ok().await?;
     world.wait_phase("mpi", "Succeeded", SOON).await?;
     let log = world.logs("mpi", "main").await?;
-    let hosts: BTreeSet<_> = log.lines().filter_map(|line| line.rsplit(' ').next()).collect();
+    let hosts: BTreeSet<_> = log
+        .lines()
+        .filter_map(|line| line.rsplit(' ').next())
+        .collect();
     ensure!(log.lines().count() == 4 && hosts.len() == 2, "{log}");
     world.finish().await
 }
@@ -214,7 +217,8 @@ async fn nodes_of(world: &World, uid: &str) -> anyhow::Result<Vec<String>> {
 }
 
 #[tokio::test]
-async fn a_rank_that_floods_its_log_hides_no_other_rank_and_speaks_for_none() -> anyhow::Result<()> {
+async fn a_rank_that_floods_its_log_hides_no_other_rank_and_speaks_for_none() -> anyhow::Result<()>
+{
     let world = World::new("mpi-flood").await?;
     let script = format!(
         "if test \"$SLURM_PROCID\" = 1; then \
@@ -229,7 +233,10 @@ async fn a_rank_that_floods_its_log_hides_no_other_rank_and_speaks_for_none() ->
     let flood = world.knocctl(["logs", &pod, "--rank", "1"]).ok().await?;
     let written = flood.stdout.iter().filter(|byte| **byte == b'x').count();
     ensure!(u64::try_from(written)? == FLOOD << 20, "{written} bytes");
-    ensure!(flood.text().ends_with("\n0: forged\nend of flood"), "the end");
+    ensure!(
+        flood.text().ends_with("\n0: forged\nend of flood"),
+        "the end"
+    );
     world.finish().await
 }
 
@@ -261,7 +268,10 @@ async fn secrets_reach_the_other_node_and_no_argv() -> anyhow::Result<()> {
 #[tokio::test]
 async fn another_user_gets_nothing_at_the_port_of_the_ranks() -> anyhow::Result<()> {
     let world = World::new("mpi-stranger").await?;
-    let pod = ranks("guarded", "echo ready; while ! test -e /tmp/go; do sleep 0.1; done; echo end");
+    let pod = ranks(
+        "guarded",
+        "echo ready; while ! test -e /tmp/go; do sleep 0.1; done; echo end",
+    );
     let uid = world.running(&pod).await?;
     wait_log(&world, "guarded", "ready", 2).await?;
     let nodes = nodes_of(&world, &uid).await?;
@@ -270,7 +280,11 @@ async fn another_user_gets_nothing_at_the_port_of_the_ranks() -> anyhow::Result<
     };
     // The argv of the helpers, which anybody can see, names the port.
     let find = "tr '\\0' ' ' </proc/$(pgrep -f 'knoc-agent rank' | head -n 1)/cmdline; echo";
-    let argv = world.on_as_root(first, ["sh", "-c", find]).ok().await?.text();
+    let argv = world
+        .on_as_root(first, ["sh", "-c", find])
+        .ok()
+        .await?
+        .text();
     let address = argv.split(' ').find(|word| word.starts_with("10.78.0."));
     let address = address.with_context(|| argv.clone())?;
     let (ip, port) = address.split_once(':').context("an address")?;
@@ -300,10 +314,7 @@ async fn another_user_gets_nothing_at_the_port_of_the_ranks() -> anyhow::Result<
 async fn what_ranks_cannot_have_is_refused_by_name() -> anyhow::Result<()> {
     let world = World::new("mpi-refuse").await?;
     let pod = ranks("refused", "true")
-        .annotation(
-            "slurm-job.knoc.io/mpi-flags",
-            "--task-prolog=/bin/hostname",
-        )
+        .annotation("slurm-job.knoc.io/mpi-flags", "--task-prolog=/bin/hostname")
         .set("tty", json!(true))
         .empty_dir("/work");
     let refused = world.run(&pod, "Failed").await?;

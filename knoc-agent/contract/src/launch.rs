@@ -46,7 +46,7 @@ pub struct LaunchSpec {
     pub settle: bool,
     /// The variable that gets the number of the fourth descriptor, which the program keeps open: what
     /// a rank of an MPI program talks to its process manager with (`PMI_FD`). `None`: there are three.
-    pub passed: Option<Vec<u8>>,
+    pub descriptor: Option<Vec<u8>>,
 }
 
 /// What the launcher tells the shim.
@@ -103,8 +103,8 @@ impl LaunchSpec {
             put_bytes(&mut body, optional.as_deref().unwrap_or_default())?;
         }
         body.push(u8::from(self.settle));
-        body.push(u8::from(self.passed.is_some()));
-        put_bytes(&mut body, self.passed.as_deref().unwrap_or_default())?;
+        body.push(u8::from(self.descriptor.is_some()));
+        put_bytes(&mut body, self.descriptor.as_deref().unwrap_or_default())?;
         if body.len() > MAX_SPEC {
             return Err(WireError::TooLong(body.len()));
         }
@@ -130,7 +130,7 @@ impl LaunchSpec {
         let user = cursor.optional()?;
         let passwd = cursor.optional()?;
         let settle = cursor.byte()? != 0;
-        let passed = cursor.optional()?;
+        let descriptor = cursor.optional()?;
         cursor.end()?;
         let tty = has_tty.then_some(window);
         Ok(Self {
@@ -144,7 +144,7 @@ impl LaunchSpec {
             user,
             passwd,
             settle,
-            passed,
+            descriptor,
         })
     }
 }
@@ -295,7 +295,7 @@ mod tests {
         let rest = (bytes(), flags, tty, user);
         (lists, rest).prop_map(|(lists, rest)| {
             let (argv, env, links, temporary) = lists;
-            let (cwd, (create_cwd, settle), tty, (user, passwd, passed)) = rest;
+            let (cwd, (create_cwd, settle), tty, (user, passwd, descriptor)) = rest;
             LaunchSpec {
                 argv,
                 env,
@@ -307,7 +307,7 @@ mod tests {
                 user,
                 passwd,
                 settle,
-                passed,
+                descriptor,
             }
         })
     }

@@ -201,7 +201,7 @@ impl AttemptError {
             Self::Prepare(_) | Self::NoCommand | Self::Processes(_) => "CreateContainerError",
             Self::Runtime(_) | Self::NoNamespaces { .. } => "ContainerCannotRun",
             Self::Start(_) => "StartError",
-            Self::Ranks { reason, .. } => *reason,
+            Self::Ranks { reason, .. } => reason,
             Self::Aborted => "Error",
         }
     }

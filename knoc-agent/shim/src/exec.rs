@@ -245,7 +245,7 @@ fn spec(container: &LaunchSpec, start: &pb::ExecStart) -> LaunchSpec {
         links: Vec::new(),
         temporary: Vec::new(),
         settle: false,
-        passed: None,
+        descriptor: None,
         ..container.clone()
     };
     if start.tty && !spec.env.iter().any(|entry| entry.starts_with(b"TERM=")) {
@@ -387,11 +387,7 @@ async fn copy(
 }
 
 /// Handles the client's messages: input, the end of input, new window sizes.
-async fn feed(
-    mut input: impl Inputs,
-    mut stdin: Option<Stream>,
-    terminal: Option<&Stream>,
-) {
+async fn feed(mut input: impl Inputs, mut stdin: Option<Stream>, terminal: Option<&Stream>) {
     while let Some(message) = input.next().await {
         match message.input {
             Some(Input::Stdin(data)) => {

@@ -184,11 +184,7 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     let previous = jobdir.report().ok().flatten();
     let values = jobdir.values()?;
     let mut pod = Pod::open(jobdir, claim, endpoint.as_ref())?;
-    log(if pod.settings().log_debug {
-        LevelFilter::DEBUG
-    } else {
-        LevelFilter::WARN
-    });
+    log(level(&pod));
     if let Some(values) = &values {
         pod.jobdir.remove_values_up_to(values.revision)?;
     }
@@ -245,6 +241,15 @@ fn identity() -> anyhow::Result<Claim> {
         restart: restart.unwrap_or(0),
         host: String::new(),
     })
+}
+
+/// Which lines the shim logs.
+fn level(pod: &Pod) -> LevelFilter {
+    if pod.settings().log_debug {
+        LevelFilter::DEBUG
+    } else {
+        LevelFilter::WARN
+    }
 }
 
 /// Starts logging to standard error, which is the job's `batch.out`.

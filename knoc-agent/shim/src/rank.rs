@@ -57,7 +57,6 @@ use super::{
     },
     role::{ContainerSpec, RestartRule, Role, SlotId},
     scratch::{self, LAST_REMOVAL},
-    signals,
 };
 
 /// Threads for file work that may take long or hang.

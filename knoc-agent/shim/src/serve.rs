@@ -164,7 +164,8 @@ type Stream<T> = ReceiverStream<Result<T, Status>>;
 /// A connection to the helper of a rank other than the first.
 async fn in_rank(name: &str, program: &Program, rank: u32) -> Result<Opened, Status> {
     let Some(ranks) = &program.ranks else {
-        let message = format!("container {name} has no ranks (knoc.io/mpi), so it has no rank {rank}");
+        let message =
+            format!("container {name} has no ranks (knoc.io/mpi), so it has no rank {rank}");
         return Err(ErrorReason::InvalidRequest.status(message));
     };
     ranks.open(rank).await

@@ -31,7 +31,12 @@ pub(super) struct Exec {
     #[arg(short = 't', long)]
     tty: bool,
     /// Runs the command beside the program of this rank of an MPI program, on the rank's node; 0 if not given
-    #[arg(long, value_name = "NUMBER", default_value_t, hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        default_value_t,
+        hide_default_value = true
+    )]
     rank: u32,
     /// The command and its arguments, after `--`
     #[arg(last = true, required = true, value_name = "COMMAND")]

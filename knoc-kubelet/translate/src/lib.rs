@@ -201,11 +201,6 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     })
 }
 
-fn host_aliases(spec: PodSpec<'_>) -> Vec<pb::HostAlias> {
-    let aliases = spec.host_aliases.iter().flatten();
-    aliases.map(|alias| shape_alias(alias.into())).collect()
-}
-
 /// Translates the values of the pod, or returns everything that is missing.
 pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
     let mut missing = Vec::new();

@@ -49,7 +49,7 @@ async fn try_run(
     step::with_rank(&mut spec.env, &own.variables);
     let mut descriptors = own.stdio;
     if let Some(pmi) = own.pmi {
-        spec.passed = Some(step::PMI_FD.as_bytes().to_vec());
+        spec.descriptor = Some(step::PMI_FD.as_bytes().to_vec());
         descriptors.push(pmi);
     }
     let mut folders = prepare(pod, attempt).await?;

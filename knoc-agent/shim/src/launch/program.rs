@@ -147,7 +147,7 @@ fn split_passed(
     spec: &LaunchSpec,
     mut stdio: Vec<OwnedFd>,
 ) -> Result<(Vec<OwnedFd>, Option<Passed>), Failure> {
-    let Some(name) = &spec.passed else {
+    let Some(name) = &spec.descriptor else {
         return Ok((stdio, None));
     };
     let fd = stdio.pop().ok_or_else(|| Failure {

@@ -68,8 +68,9 @@ impl Ranks {
             Ok(Err(_)) => Err(ended()),
             Err(_) => {
                 let seconds = OPEN.as_secs();
-                let message =
-                    format!("rank {rank} has not answered within {seconds} s; its node may be down");
+                let message = format!(
+                    "rank {rank} has not answered within {seconds} s; its node may be down"
+                );
                 Err(ErrorReason::ShimUnreachable.status(message))
             }
         }
@@ -120,11 +121,7 @@ pub(crate) async fn carry<S: AsyncRead + AsyncWrite>(
 }
 
 /// Passes on the client's messages. Never returns: the command's exit ends it.
-async fn feed(
-    start: pb::ExecStart,
-    mut input: impl Inputs,
-    mut writer: impl AsyncWrite + Unpin,
-) {
+async fn feed(start: pb::ExecStart, mut input: impl Inputs, mut writer: impl AsyncWrite + Unpin) {
     let mut next = Some(Input::Start(start));
     while let Some(message) = next {
         let closed = matches!(message, Input::StdinClosed(_));
@@ -143,12 +140,12 @@ async fn feed(
             None => (!closed).then_some(Input::StdinClosed(true)),
         };
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::DuplexStream;
+    use tokio::{io::DuplexStream, task::JoinSet};
 
     use super::*;
 
@@ -170,7 +167,7 @@ mod tests {
         /// The helper's own connection.
         frames: mpsc::Receiver<Bytes>,
         _line: mpsc::Sender<Bytes>,
-        carrying: tokio::task::JoinHandle<()>,
+        carrying: JoinSet<()>,
     }
 
     fn world() -> World {
@@ -188,7 +185,8 @@ mod tests {
             rank: 3,
             ..pb::ExecStart::default()
         };
-        let carrying = tokio::spawn(carry(opened, start, Client(input), output));
+        let mut carrying = JoinSet::new();
+        carrying.spawn(carry(opened, start, Client(input), output));
         World {
             client,
             outputs,
@@ -215,7 +213,7 @@ mod tests {
 
         /// What the helper was told over its own connection, once the command is over.
         async fn end(mut self) -> Option<Bytes> {
-            self.carrying.await.unwrap();
+            self.carrying.join_next().await.unwrap().unwrap();
             self.frames.recv().await
         }
     }

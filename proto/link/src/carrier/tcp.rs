@@ -132,11 +132,11 @@ mod tests {
         let listener = Listener::bind(([127, 0, 0, 1], 0).into()).unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let dialler = Dialler { address: &address };
-        let mut dialled = dialler.dial().await.unwrap().io;
-        let accepted = poll_fn(|cx| listener.poll_accept(cx)).await.unwrap().io;
-        dialled.write_all(b"x").await.unwrap();
-        assert!(Listener::first_byte(&accepted).await);
-        for io in [&dialled, &accepted] {
+        let mut ours = dialler.dial().await.unwrap().io;
+        let theirs = poll_fn(|cx| listener.poll_accept(cx)).await.unwrap().io;
+        ours.write_all(b"x").await.unwrap();
+        assert!(Listener::first_byte(&theirs).await);
+        for io in [&ours, &theirs] {
             assert!(sockopt::socket_keepalive(io).unwrap());
             assert_eq!(sockopt::tcp_keepidle(io).unwrap(), SILENT);
         }
