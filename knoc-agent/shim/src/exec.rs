@@ -17,7 +17,6 @@ use std::{
 
 use bytes::Bytes;
 use knoc_contract::launch::{LaunchSpec, Window};
-use knoc_link::bulk::Messages;
 use knoc_proto::{
     CHUNK,
     error::chain,
@@ -37,6 +36,7 @@ use super::{
     container::Program,
     fdio::{self, Stream},
     handshake::{self, HandshakeError, Launched},
+    inputs::Inputs,
     pod::Pod,
     signals,
 };
@@ -93,19 +93,6 @@ impl ExecError {
             }
             Self::Launch(_) | Self::Spawn(_) | Self::Slow | Self::Gone => CANNOT_EXECUTE,
         }
-    }
-}
-
-/// The messages of a client.
-pub(crate) trait Inputs: Send {
-    /// The next one; `None` once there are no more.
-    fn next(&mut self) -> impl Future<Output = Option<pb::ExecInput>> + Send;
-}
-
-impl Inputs for Messages<pb::ExecInput> {
-    async fn next(&mut self) -> Option<pb::ExecInput> {
-        // A stream that fails has ended. That its client has disconnected is noticed at the output.
-        self.message().await.ok().flatten()
     }
 }
 

@@ -28,6 +28,7 @@ mod gpus;
 mod handshake;
 mod health;
 mod host_ports;
+mod inputs;
 mod job_signals;
 pub mod launch;
 mod link;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
 
-use super::mpi;
+use super::{mpi, options::split};
 
 /// The CPU of a pod that sets none.
 const DEFAULT_CPU_MILLIS: i64 = 1000;
@@ -82,7 +82,7 @@ fn flags(
         let Some(value) = annotations.get(*name) else {
             continue;
         };
-        match split_options(value) {
+        match split(value) {
             Some(options) => flags.extend(options),
             None => wrong(name, value, "a list of options (a quote is not closed)"),
         }
@@ -182,29 +182,6 @@ fn number(text: &str) -> Option<i64> {
         .flatten()
 }
 
-/// Splits a text at blanks; single and double quotes and backslashes protect them. No shell is involved: the parts
-/// become elements of an argv. `None` if a quote is not closed.
-pub(super) fn split_options(text: &str) -> Option<Vec<String>> {
-    let mut options = Vec::new();
-    let mut word: Option<String> = None;
-    let mut quote: Option<char> = None;
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        match (quote, c) {
-            (Some(open), c) if c == open => quote = None,
-            (None, '\'' | '"') => {
-                quote = Some(c);
-                word.get_or_insert_default();
-            }
-            (None | Some('"'), '\\') => word.get_or_insert_default().push(chars.next()?),
-            (None, c) if c.is_whitespace() => options.extend(word.take()),
-            (_, c) => word.get_or_insert_default().push(c),
-        }
-    }
-    options.extend(word);
-    quote.is_none().then_some(options)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -263,19 +240,5 @@ mod tests {
             }),
             ..pb::Container::default()
         }
-    }
-
-    #[test]
-    fn quoted_options_are_split_as_written() {
-        let split = |text: &str| split_options(text).map(|options| options.join("|"));
-        assert_eq!(split("--a=1  --b='x y'").as_deref(), Some("--a=1|--b=x y"));
-        assert_eq!(
-            split(r#"--c="q \" r" \ z"#).as_deref(),
-            Some(r#"--c=q " r| z"#)
-        );
-        assert_eq!(split("''").as_deref(), Some(""));
-        assert_eq!(split_options("  "), Some(vec![]));
-        assert_eq!(split_options("'open"), None);
-        assert_eq!(split_options("end\\"), None);
     }
 }

@@ -20,6 +20,7 @@ mod job;
 mod keyring;
 mod mpi;
 mod network;
+mod options;
 mod probe;
 pub mod quantity;
 mod trust;

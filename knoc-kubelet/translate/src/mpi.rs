@@ -84,7 +84,7 @@ pub(super) fn asked(
     let flags = flags.filter(|flags| *flags != "true");
     let mut options = Options::default();
     if let Some(flags) = flags {
-        match super::job::split_options(flags) {
+        match super::options::split(flags) {
             Some(words) => options.read(&words, wrong),
             None => wrong(FLAGS, flags, "a list of options (a quote is not closed)"),
         }

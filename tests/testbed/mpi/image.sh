@@ -1,6 +1,6 @@
 #!/bin/bash
 # Makes the image /images/mpi of l3_mpi, a folder: MPICH and Open MPI as Debian packages them, busybox, and ring.c for each
-# of both (/ring-mpich, /ring-openmpi). Does nothing if it is there. It downloads about 60 MB once.
+# of both (/ring-mpich, /ring-openmpi). Does nothing if it is there. It downloads about 100 MB once.
 . "$(dirname "$0")/../lib.sh"
 images=$HPC_PREFIX/shared/images new=$HPC_PREFIX/shared/images/mpi.new
 exec 7>"$run/mpi-image.lock"

@@ -15,7 +15,8 @@ use tonic::Status;
 
 use super::super::{
     container::Program,
-    exec::{self, Inputs, Session},
+    exec::{self, Session},
+    inputs::Inputs,
     link::dial,
     pod::Pod,
     ranks::wire,

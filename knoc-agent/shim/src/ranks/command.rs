@@ -20,7 +20,7 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{super::exec::Inputs, wire};
+use super::{super::inputs::Inputs, wire};
 
 /// How long a helper may take to open a connection.
 const OPEN: Duration = Duration::from_secs(30);
