@@ -35,6 +35,46 @@ async fn second_fails(world: &World) -> anyhow::Result<Pod> {
 }
 
 #[tokio::test]
+async fn a_node_that_loses_power_fails_a_pod_whose_ranks_run_on_other_nodes_too()
+-> anyhow::Result<()> {
+    let world = World::new("power-ranks").await?;
+    let ranks = PodBuilder::new("ranks")
+        .annotation("knoc.io/nodes", "2")
+        .annotation("knoc.io/mpi", "none")
+        .sh("echo ready; sleep 600");
+    let uid = world.running(&ranks).await?;
+    wait_for("both ranks run", SOON, async || {
+        let log = world.logs("ranks", "main").await?;
+        ensure!(log.matches("ready").count() == 2, "{log}");
+        Ok(())
+    })
+    .await?;
+    let nodes = world.compute_node(&uid).await?;
+    let names = world.on("login", ["scontrol", "show", "hostnames", &nodes]);
+    let names = names.ok().await?.text();
+    let second = names.lines().nth(1).unwrap_or_default().to_owned();
+    world.power("node-down", &second).ok().await?;
+    let ended = world.wait_phase("ranks", "Failed", MINUTES).await;
+    let gone = world.wait_no_job(&uid, MINUTES).await;
+    world.power("node-up", &second).ok().await?;
+    ensure!(!why(&ended?).0.is_empty(), "no reason");
+    gone?;
+    wait_idle(&world, &second).await?;
+    world.finish().await
+}
+
+/// Waits until Slurm uses the node again.
+async fn wait_idle(world: &World, node: &str) -> anyhow::Result<()> {
+    wait_for("the node is idle again", SOON, async || {
+        let args = ["sinfo", "-h", "-N", "-p", "main", "-n", node, "-o", "%T"];
+        let state = world.on("login", args).ok().await?.text();
+        ensure!(state == "idle", "{state}");
+        Ok::<_, anyhow::Error>(())
+    })
+    .await
+}
+
+#[tokio::test]
 async fn a_node_that_loses_power_fails_its_pods_as_a_disruption() -> anyhow::Result<()> {
     let world = World::new("power").await?;
     let uid = world
@@ -51,21 +91,7 @@ async fn a_node_that_loses_power_fails_its_pods_as_a_disruption() -> anyhow::Res
         ended.status
     );
     ensure!(why(&ended).0 == "NodeFailed", "{:?}", why(&ended));
-    wait_for("the node is idle again", SOON, async || {
-        let state = world
-            .on(
-                "login",
-                ["sinfo", "-h", "-N", "-p", "main", "-n", &node, "-o", "%T"],
-            )
-            .ok()
-            .await?;
-        if state.text() == "idle" {
-            Ok(())
-        } else {
-            Err(anyhow::anyhow!(state.text()))
-        }
-    })
-    .await?;
+    wait_idle(&world, &node).await?;
     world.finish().await
 }
 

@@ -249,6 +249,7 @@ impl Pod {
             stderr: true,
             tty: false,
             size: None,
+            rank: 0,
         };
         let stdin = Bytes::copy_from_slice(stdin);
         let inputs = [

@@ -16,7 +16,7 @@ use super::super::{
     plan::{AFTER_HOOK, Backoff, Container, Health, Liveness, Phase, StopStage, Time},
     report::{self, History},
     role::{ContainerSpec, RestartRule, Role},
-    signals::{self, Identity},
+    signals::Identity,
     usage::{Account, Counters},
 };
 
@@ -330,13 +330,13 @@ impl Slot {
             // The supervisor starts the hook, whose end lets the plan send TERM.
             StopStage::NotStopped | StopStage::PreStop => {}
             StopStage::Term => match &self.program {
-                Some(program) => signals::to_program(program.identity, self.signal),
+                Some(program) => program.signal(self.signal),
                 // The program does not run yet: there is nothing that could take the signal.
                 None => self.abort.cancel(),
             },
             StopStage::Kill => {
                 if let Some(program) = &self.program {
-                    signals::kill_all(program.identity, program.isolated);
+                    program.kill();
                 }
                 self.abort.cancel();
             }
