@@ -557,18 +557,4 @@ fn control(control: Control) -> pb::EgressControl {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn two_pods_with_many_connections_leave_room_for_others() {
-        has_room(OF_ONE - 1, OF_ONE - 1).unwrap();
-        let full = has_room(OF_ONE, OF_ONE).unwrap_err();
-        assert!(matches!(full, Refused::ManyOfPod), "{full}");
-        let crowded = has_room(CROWDED, SHARE).unwrap_err();
-        assert!(matches!(crowded, Refused::Crowded), "{crowded}");
-        has_room(OF_ALL - 1, SHARE - 1).unwrap();
-        let full = has_room(OF_ALL, 0).unwrap_err();
-        assert!(matches!(full, Refused::ManyOfNode), "{full}");
-    }
-}
+mod tests;

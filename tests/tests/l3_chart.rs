@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::ensure;
-use knoc_tests::{Run, World};
+use knoc_tests::{Run, World, wait_for, world::SOON};
 
 fn deploy() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
@@ -227,12 +227,17 @@ async fn the_chart_installs_and_grants_the_permissions_that_it_lists() -> anyhow
     let account = format!("--as=system:serviceaccount:{namespace}:knoc-kubelet");
     for (questions, wanted) in [(&MAY[..], "yes"), (&MAY_NOT[..], "no")] {
         for question in questions {
-            let answer = Run::new("kubectl")
-                .args(["auth", "can-i", &account])
-                .args(question.split(' '))
-                .output()
-                .await?;
-            ensure!(answer.text() == wanted, "{question}: {answer}");
+            // The API server learns of new roles a moment later.
+            wait_for(question, SOON, async || {
+                let answer = Run::new("kubectl")
+                    .args(["auth", "can-i", &account])
+                    .args(question.split(' '))
+                    .output()
+                    .await?;
+                ensure!(answer.text() == wanted, "{answer}");
+                Ok(())
+            })
+            .await?;
         }
     }
     for entry in std::fs::read_dir(deploy().join("examples"))? {
