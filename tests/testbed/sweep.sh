@@ -42,6 +42,8 @@ left=$(namespaces) jobs=$(foreign_jobs || true)
 [ -z "$left$jobs" ] || say "removing what an earlier run left:" $left $jobs
 afresh
 [ -z "$left" ] || kubectl delete $left --wait=false --ignore-not-found >/dev/null
+# Of l3_chart: what its release has outside of its namespace.
+kubectl delete clusterroles,clusterrolebindings,runtimeclasses,roles,rolebindings --all-namespaces -l app.kubernetes.io/instance=charttest >/dev/null
 [ -z "$jobs" ] || as_user scancel $jobs
 wait_for 120 "no namespaces of tests" no_namespaces
 wait_for 60 "no jobs but those of pods" no_foreign_jobs
