@@ -4,7 +4,7 @@
 # is a process of this host with the ServiceAccount and the roles of Argo's own manifests, because the cluster of the test bed has no other
 # node for it. The store runs on the node ctl, keeps everything in memory and asks for no password; compute nodes reach it as they reach
 # the store of a site. The image of argoexec and one with OpenMPI are in the registry. Pods can write below /scratch/argo of the nodes.
-# Versions: v4.0.5 is the newest of Argo's releases that the Go module proxy serves. Both programs listen on this machine's networks only
+# Versions: v4.0.5 is the newest of Argo's releases that the Go module proxy serves (ADR 0064). Both programs listen only
 # while the tests need them.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
