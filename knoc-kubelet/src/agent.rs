@@ -84,6 +84,15 @@ impl Link {
         matches!(self, Self::Up { .. })
     }
 
+    /// Is there a link to an agent that announces this capability?
+    #[must_use]
+    pub fn serves(&self, capability: &str) -> bool {
+        match self {
+            Self::Up { info, .. } => info.capabilities.iter().any(|name| name == capability),
+            Self::Down { .. } => false,
+        }
+    }
+
     /// How long the link has been down; zero while it is up.
     #[must_use]
     pub fn down_for(&self) -> Duration {

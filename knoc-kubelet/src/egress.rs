@@ -91,7 +91,7 @@ impl Default for Described {
 impl Described {
     /// Waits until the agent has it, for a bounded time.
     pub(crate) async fn wait(&self, link: &channel::Receiver<Link>) {
-        if !serves(&link.borrow()) {
+        if !link.borrow().serves(CAPABILITY) {
             return;
         }
         let mut described = self.0.subscribe();
@@ -168,7 +168,7 @@ async fn describe_nothing(agent: &Agent, mut link: channel::Receiver<Link>) {
                 "the agent was not told that pods reach nothing of the cluster, trying again"
             );
         }
-        tokio::time::sleep(AGAIN_MOST).await;
+        tokio::time::sleep(AGAIN_MOST.mul_f64(rand::random_range(0.5..1.5))).await;
     }
 }
 
@@ -388,7 +388,7 @@ impl Connections {
             decide::decide(
                 &state.table,
                 allow,
-                &state.around.nodes,
+                &state.around,
                 to,
                 (uid.as_str(), random),
             )
@@ -494,17 +494,9 @@ fn has_room(all: usize, of_pod: usize) -> Result<(), Refused> {
     }
 }
 
-/// Is there a link to an agent that can serve it?
-fn serves(link: &Link) -> bool {
-    match link {
-        Link::Up { info, .. } => info.capabilities.iter().any(|name| name == CAPABILITY),
-        Link::Down { .. } => false,
-    }
-}
-
 /// Waits until there is a link to an agent that can serve it.
 async fn able(link: &mut channel::Receiver<Link>) {
-    if link.wait_for(serves).await.is_err() {
+    if link.wait_for(|it| it.serves(CAPABILITY)).await.is_err() {
         // The process ends.
         std::future::pending::<()>().await;
     }

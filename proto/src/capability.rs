@@ -86,7 +86,11 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             POD_DOMAIN,
             !spec.subdomain.is_empty() || spec.set_hostname_as_fqdn,
         ),
-        (RESOLVER, spec.resolver.as_ref().is_some_and(is_configured)),
+        // Agents that do not know `cluster_first` have no way to the cluster's DNS, and pods use the resolvers of their node.
+        (
+            RESOLVER,
+            (spec.resolver.as_ref()).is_some_and(pb::Resolver::has_own_settings),
+        ),
         (
             RUN_AS_NON_ROOT,
             containers().any(|container| container.run_as_non_root),
@@ -120,16 +124,6 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
-}
-
-/// Whether the pod says more than that it asks the cluster's DNS first. Agents that do not know that have no way to the
-/// cluster's DNS, and pods use the resolvers of their node.
-fn is_configured(resolver: &pb::Resolver) -> bool {
-    let unset = pb::Resolver {
-        cluster_first: true,
-        ..pb::Resolver::default()
-    };
-    *resolver != unset
 }
 
 fn has_probe(container: &pb::Container) -> bool {

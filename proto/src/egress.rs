@@ -1,7 +1,11 @@
 //! PURE: which Services pods may reach, as patterns that the cluster and the site list; address ranges; and the bounds of an
 //! `EgressNetwork`.
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+    str::FromStr,
+};
 
 use crate::{names, pb, text::quote};
 
@@ -187,6 +191,15 @@ impl fmt::Display for Range {
 }
 
 impl Range {
+    /// The address and the number of bits, if it is a range of IPv4 addresses. Bits beyond that number may be set.
+    #[must_use]
+    pub fn ipv4(&self) -> Option<(Ipv4Addr, u8)> {
+        match self.address {
+            IpAddr::V4(address) => Some((address, self.length)),
+            IpAddr::V6(_) => None,
+        }
+    }
+
     /// Is the address within the range?
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
@@ -262,7 +275,9 @@ pub fn check_network(network: &pb::EgressNetwork) -> Result<(), String> {
     Ok(())
 }
 
-fn is_port(number: u32) -> bool {
+/// Is this the number of a port?
+#[must_use]
+pub fn is_port(number: u32) -> bool {
     (1..=u32::from(u16::MAX)).contains(&number)
 }
 

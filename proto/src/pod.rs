@@ -464,6 +464,18 @@ fn check_variable(container: &str, var: &pb::EnvVar, problems: &mut Vec<String>)
     }
 }
 
+impl pb::ContainerStatus {
+    /// The image with which the container starts next.
+    #[must_use]
+    pub fn image_of_next_start(&self) -> &str {
+        if self.next_image.is_empty() {
+            &self.image
+        } else {
+            &self.next_image
+        }
+    }
+}
+
 /// Why a pod with a container that asks for `privileged` is rejected.
 #[must_use]
 pub fn no_privileges(container: &str) -> String {

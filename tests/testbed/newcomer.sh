@@ -8,25 +8,8 @@ export PROFILE=direct
 cd "$repository"
 page=docs/newcomer-transcript.md
 work=$run/newcomer
-login=10.77.0.2
-account=hpcuser2@$login
-home=$HPC_PREFIX/shared/home/hpcuser2
+. "$testbed/person.sh"
 
-# The login of a person: ssh with a key and known hosts of its own. $work/bin is found before the machine's.
-own_ssh() {
-    local name
-    echo "$login $(hpc exec login cat /etc/ssh/ssh_host_ed25519_key.pub)" >"$work/own_known_hosts"
-    cat >"$work/config" <<CONF
-Host *
-    IdentityFile $HPC_PREFIX/ssh/id_ed25519
-    IdentitiesOnly yes
-    UserKnownHostsFile $work/own_known_hosts
-CONF
-    for name in ssh scp; do
-        printf '#!/bin/sh\nexec /usr/bin/%s -F %s/config "$@"\n' $name "$work" >"$work/bin/$name"
-        chmod 755 "$work/bin/$name"
-    done
-}
 # A user who may do nothing but work in the namespace `team`.
 own_namespace() {
     local file=$work/team.kubeconfig
@@ -41,44 +24,15 @@ own_namespace() {
     kubectl --kubeconfig "$file" config set-context --current --user=tina --namespace=team >/dev/null
 }
 prepare() {
-    rm -rf "$work"
-    mkdir -p "$work/bin"
-    rm -rf --one-file-system "${home:?}"/{.config,.local,bin} "$home"/knoc-agent-*
-    own_ssh
-    # The bed's own agent and kubelet give way, so that ports and cluster are free.
-    "$testbed/kubelet.sh" down
-    "$testbed/agent.sh" down
-    helm uninstall knoc --namespace $namespace >/dev/null 2>&1 || true
-    kubectl delete namespace $namespace team --ignore-not-found >/dev/null
-    kubectl delete node $node --ignore-not-found >/dev/null
+    before_knoc
+    kubectl delete namespace team --ignore-not-found >/dev/null
     own_namespace
     packaging/agent/build-tarball.sh "$work" >/dev/null
 }
-# What is particular to this test bed, and not shown: the registry of its images, and the process of the kubelet, which its Deployment
-# cannot start because the cluster has no other node.
-registry_of_the_bed() {
-    printf '\n[[registry]]\nprefix = "docker.io"\nmirror = "%s"\ninsecure = true\n' "$registry" >>"$home/.config/knoc/agent.toml"
-}
-kubelet_of_the_bed() {
-    local chart_values
-    site=demo node=knoc-demo state=$work/kubelet pidfile=$run/kubelet-demo.pid
-    agent_address=$login:10350
-    mkdir -p "$state"
-    launch
-    wait_for 60 "the node $node Ready" kubectl wait --for=condition=Ready "node/$node" --timeout=1s
-}
 restore() {
-    stop "$run/kubelet-demo.pid"
     kubectl delete namespace team --ignore-not-found --timeout=60s >/dev/null 2>&1 || true
-    kubectl delete node knoc-demo --ignore-not-found >/dev/null 2>&1 || true
-    helm uninstall knoc --namespace $namespace >/dev/null 2>&1 || true
-    PATH=$work/bin:$PATH knocctl agent uninstall --ssh $account --force >/dev/null 2>&1 || true
     rm -f "$work/token" "$work/team.kubeconfig"
-    "$testbed/up.sh"
-}
-show() { # runs a command line as a reader would type it, with the time since the beginning
-    printf '\n[%2d s] $ %s\n' "$((SECONDS - began))" "$*"
-    (cd "$work" && PATH=$work/bin:$KNOC_BIN:$PATH && eval "$*")
+    after_knoc
 }
 role() { printf '```\n\n## %s\n\n%s\n\n```\n' "$1" "$2"; }
 
@@ -98,6 +52,7 @@ administrator() {
     show "kubectl create namespace $namespace"
     show "kubectl -n $namespace apply -f kubelet-bundle.yaml"
     show "helm install knoc $repository/deploy/chart/knoc --namespace $namespace --set agent.address=$login:10350 --set agent.site=demo"
+    agent_address=$login:10350
     kubelet_of_the_bed
     show "kubectl get node knoc-demo"
     show "kubectl wait node/knoc-demo --for=condition=AgentConnected --timeout=60s"

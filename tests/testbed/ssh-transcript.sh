@@ -7,53 +7,11 @@ export PROFILE=ssh-only
 cd "$repository"
 page=docs/ssh-transcript.md
 work=$run/ssh-transcript
-account=hpcuser2@10.77.0.2
-home=$HPC_PREFIX/shared/home/hpcuser2
+. "$testbed/person.sh"
 
-# The login of a person: ssh with a key and known hosts of its own. $work/bin/ssh is found before the machine's.
-prepare() {
-    rm -rf "$work"
-    mkdir -p "$work/bin"
-    rm -rf --one-file-system "${home:?}"/{.config,.local,bin}
-    sed -i '/ knoc-kubelet$/d' "$home/.ssh/authorized_keys"
-    echo "10.77.0.2 $(hpc exec login cat /etc/ssh/ssh_host_ed25519_key.pub)" >"$work/own_known_hosts"
-    cat >"$work/config" <<CONF
-Host *
-    IdentityFile $HPC_PREFIX/ssh/id_ed25519
-    IdentitiesOnly yes
-    UserKnownHostsFile $work/own_known_hosts
-CONF
-    printf '#!/bin/sh\nexec /usr/bin/ssh -F %s/config "$@"\n' "$work" >"$work/bin/ssh"
-    chmod 755 "$work/bin/ssh"
-    # The bed's own agent and kubelet give way, so that ports and cluster are free.
-    "$testbed/kubelet.sh" down
-    "$testbed/agent.sh" down
-    helm uninstall knoc --namespace $namespace >/dev/null 2>&1 || true
-    kubectl delete namespace $namespace --ignore-not-found >/dev/null
-    kubectl delete node $node --ignore-not-found >/dev/null
-}
-# What is particular to this test bed, and not shown: the registry of its images, and the process of the kubelet, which its Deployment
-# cannot start because the cluster has no other node.
-registry_of_the_bed() {
-    printf '\n[[registry]]\nprefix = "docker.io"\nmirror = "%s"\ninsecure = true\n' "$registry" >>"$home/.config/knoc/agent.toml"
-}
-kubelet_of_the_bed() {
-    site=demo node=knoc-demo state=$work/kubelet pidfile=$run/kubelet-demo.pid
-    mkdir -p "$state"
-    launch
-    wait_for 60 "the node $node Ready" kubectl wait --for=condition=Ready "node/$node" --timeout=1s
-}
 restore() {
     kubectl delete pod hello --ignore-not-found --now --timeout=30s >/dev/null 2>&1 || true
-    stop "$run/kubelet-demo.pid"
-    kubectl delete node knoc-demo --ignore-not-found >/dev/null 2>&1 || true
-    helm uninstall knoc --namespace $namespace >/dev/null 2>&1 || true
-    PATH=$work/bin:$PATH knocctl agent uninstall --ssh $account --force >/dev/null 2>&1 || true
-    PROFILE=direct "$testbed/up.sh"
-}
-show() { # runs a command line as a reader would type it, with the time since the beginning
-    printf '\n[%2d s] $ %s\n' "$((SECONDS - began))" "$*"
-    (cd "$work" && PATH=$work/bin:$KNOC_BIN:$PATH && eval "$*")
+    after_knoc
 }
 transcript() {
     local began=$SECONDS

@@ -43,7 +43,7 @@ pub(crate) use self::{
 use crate::launch::network::protocol::Kind;
 
 /// How long a connection waits until it is taken.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(knoc_proto::egress::PATIENCE);
 
 /// The stream of what containers send.
 pub(crate) type Output = mpsc::Sender<Result<pb::EgressOutput, Status>>;

@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use knoc_link::bulk::Messages;
+use knoc_link::{bulk::Messages, reset::ResetUnlessEnded};
 use knoc_proto::{
     CHUNK,
     pb::{
@@ -297,25 +297,11 @@ pub(crate) async fn run(stream: TcpStream, input: Messages<PortForwardInput>, ou
     }
 }
 
-/// A writing half that resets the connection if it is dropped before its end.
-struct Resets(Option<OwnedWriteHalf>);
-
-impl Drop for Resets {
-    fn drop(&mut self) {
-        if let Some(writer) = self.0.take() {
-            let stream: &TcpStream = writer.as_ref();
-            // Without this option the program would see an end of file instead of a reset.
-            rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO)).ok();
-            writer.forget();
-        }
-    }
-}
-
 async fn to_pod(
     mut input: Messages<PortForwardInput>,
     writer: OwnedWriteHalf,
 ) -> Result<(), Status> {
-    let mut guard = Resets(Some(writer));
+    let mut guard = ResetUnlessEnded::new(writer);
     loop {
         // A broken stream is not the end of the input: the program must not mistake partial input for all of it.
         let data = match input.message().await?.and_then(|message| message.input) {
@@ -323,16 +309,16 @@ async fn to_pod(
             Some(Input::Start(_)) => continue,
             Some(Input::Closed(_)) | None => break,
         };
-        let Some(writer) = &mut guard.0 else { continue };
+        let Some(writer) = guard.writer() else {
+            continue;
+        };
         if writer.write_all(&data).await.is_err() {
             // The program reads no more, but its output is still sent. Further input is read and dropped.
-            guard.0 = None;
+            guard.give_up();
         }
     }
-    if let Some(mut writer) = guard.0.take() {
-        // Fails if the program has closed the connection, which the other direction reports.
-        writer.shutdown().await.ok();
-    }
+    // Fails if the program has closed the connection, which the other direction reports.
+    guard.end().await.ok();
     Ok(())
 }
 

@@ -25,7 +25,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use self::{
     holder::{Held, Holder},
     names::Names,
-    pasta::{Pasta, PastaError, Way},
+    pasta::{Options, Pasta, PastaError},
 };
 use super::children::Children;
 use crate::launch::{
@@ -298,12 +298,12 @@ fn private(holder: Arc<Holder>, held: Held, names: Names) -> Private {
 }
 
 async fn lead_out(tools: &Tools<'_>, holder: &Arc<Holder>) -> Result<Pasta, PastaError> {
-    let way = Way {
+    let options = Options {
         path: tools.env.get("PATH").map_or("", String::as_str),
         holder: holder.pid,
         ipv6: tools.ipv6,
     };
-    let mut pasta = Pasta::start(tools.children, &way)?;
+    let mut pasta = Pasta::start(tools.children, &options)?;
     pasta.wait_until_routed(holder).await?;
     Ok(pasta)
 }

@@ -56,15 +56,6 @@ impl ClusterDns {
     }
 }
 
-/// Whether a container's file differs from the compute node's if the pod does not ask the cluster's DNS.
-pub(crate) fn changes_node(wanted: &pb::Resolver) -> bool {
-    let nothing = pb::Resolver {
-        cluster_first: wanted.cluster_first,
-        ..pb::Resolver::default()
-    };
-    *wanted != nothing
-}
-
 /// The file for a pod with a DNS configuration, as `GetPodDNS` of the kubelet makes it. `node` is the compute node's file.
 pub(crate) fn resolv_conf(
     node: &str,
@@ -201,7 +192,7 @@ mod tests {
             cluster_first: true,
             ..pb::Resolver::default()
         };
-        assert!(!changes_node(&wanted));
+        assert!(!wanted.has_own_settings());
         let of =
             |wanted: &pb::Resolver, cluster: &ClusterDns| resolv_conf(NODE, wanted, Some(cluster));
         let searches = "search ns.svc.cluster.local svc.cluster.local cluster.local hpc.example";
@@ -216,7 +207,7 @@ mod tests {
             name: "ndots".to_owned(),
             value: Some("2".to_owned()),
         }];
-        assert!(changes_node(&wanted));
+        assert!(wanted.has_own_settings());
         assert_eq!(
             of(&wanted, &cluster),
             format!(

@@ -10,6 +10,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::fs::{Mode, OFlags};
+
 /// The header, and where in it the magic, the number of descriptors and their place are.
 const HEADER: usize = 128;
 const MAGIC: (usize, &[u8]) = (32, b"SIF_MAGIC\0");
@@ -60,7 +62,10 @@ pub(crate) fn part(path: &Path) -> Result<Part, SifError> {
         path: path.to_owned(),
         source,
     };
-    let file = File::open(path).map_err(failed)?;
+    // The container gets the file that is checked later. If something else stands here now, it must not hold up the pod.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(path, flags, Mode::empty()).map_err(io::Error::from);
+    let file = opened.map(File::from).map_err(failed)?;
     let mut header = [0; HEADER];
     match file.read_exact_at(&mut header, 0) {
         Ok(()) => {}

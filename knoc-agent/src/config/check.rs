@@ -7,9 +7,7 @@ use std::{
 };
 
 use knoc_link::{Carrier, Identity};
-use knoc_proto::{ids::SiteName, settings::Document};
-
-use knoc_proto::egress::AllowList;
+use knoc_proto::{egress::AllowList, ids::SiteName, settings::Document};
 
 use super::{Config, dial_out, host_ports::HostPorts};
 use crate::policy::{denied::Denied, nodes::assigned};

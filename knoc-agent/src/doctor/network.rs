@@ -51,7 +51,8 @@ fn judge(setting: NetworkSetting, networks: &[PodNetwork]) -> Finding {
     finding(
         "network: pods",
         result,
-        "allow user namespaces, install pasta (package passt) and the kernel module veth on the compute nodes, or set `network = \"host\"` under [job]",
+        "allow user namespaces, install pasta (package passt) and the kernel module veth on the compute nodes, or set \
+         `network = \"host\"` under [job]",
     )
 }
 

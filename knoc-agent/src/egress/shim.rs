@@ -4,7 +4,7 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
-use knoc_proto::{ids::PodUid, pb};
+use knoc_proto::{egress::is_port, ids::PodUid, pb};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
@@ -78,9 +78,8 @@ fn announce(
 /// PURE: the attempt as the kubelet gets it.
 fn checked(uid: &PodUid, attempt: &pb::EgressAttempt) -> Option<pb::EgressAttempt> {
     let address: IpAddr = attempt.address.parse().ok()?;
-    let is_port = (1..=u32::from(u16::MAX)).contains(&attempt.port);
     let is_known = attempt.protocol() != pb::EgressProtocol::Unspecified;
-    (is_port && is_known).then(|| pb::EgressAttempt {
+    (is_port(attempt.port) && is_known).then(|| pb::EgressAttempt {
         uid: uid.to_string(),
         address: address.to_string(),
         ..*attempt

@@ -9,6 +9,7 @@ use std::{io, net::SocketAddr, process::ExitCode};
 
 use bytes::BytesMut;
 use futures::{StreamExt as _, stream::FuturesUnordered};
+use knoc_link::reset::{self, ResetUnlessEnded};
 use knoc_proto::CHUNK;
 use knoc_proto::pb::{
     PortForwardInput, PortForwardOutput, PortForwardStart, agent_client::AgentClient,
@@ -202,9 +203,7 @@ async fn forward(
     match result {
         Ok(()) => Ok(()),
         Err((error, writer)) => {
-            linger_none(writer.as_ref());
-            // Dropping it would send a regular end (FIN) before the reset.
-            writer.forget();
+            drop(ResetUnlessEnded::new(writer));
             Err(error)
         }
     }
@@ -216,14 +215,9 @@ struct Reset(Option<TcpStream>);
 impl Drop for Reset {
     fn drop(&mut self) {
         if let Some(stream) = &self.0 {
-            linger_none(stream);
+            reset::at_the_end(stream);
         }
     }
-}
-
-fn linger_none(stream: &TcpStream) {
-    // If this fails, the program sees a regular end instead of a reset.
-    rustix::net::sockopt::set_socket_linger(stream, Some(std::time::Duration::ZERO)).ok();
 }
 
 /// Sends the local program's data and its end to the pod.

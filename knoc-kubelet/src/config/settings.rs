@@ -395,7 +395,8 @@ impl<'de> Visitor<'de> for Words {
 }
 
 fn list<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<String>, D::Error> {
-    input.deserialize_any(Words).map(Option::unwrap_or_default)
+    let words = input.deserialize_any(Words)?;
+    words.ok_or_else(|| de::Error::invalid_type(de::Unexpected::Bool(false), &Words))
 }
 
 fn ip_address<'de, D: Deserializer<'de>>(input: D) -> Result<Option<IpAddr>, D::Error> {

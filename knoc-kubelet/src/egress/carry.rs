@@ -11,7 +11,10 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use knoc_link::bulk::{self, Messages};
+use knoc_link::{
+    bulk::{self, Messages},
+    reset::ResetUnlessEnded,
+};
 use knoc_proto::{
     CHUNK,
     ids::PodUid,
@@ -30,7 +33,7 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::decide::Dial;
+use super::decide::{DNS, Dial};
 use crate::{agent::Agent, server::prepare};
 
 /// How long an endpoint may take to accept. The shim gives the connection up after ten seconds.
@@ -41,8 +44,6 @@ const TAKE: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_mins(1);
 /// The same for questions to DNS, of which resolvers open a flow each.
 const IDLE_DNS: Duration = Duration::from_secs(10);
-/// The port of DNS.
-const DNS: u16 = 53;
 /// Messages that may wait for the agent; then the endpoint is not read.
 const QUEUE: usize = 4;
 /// The largest datagram.
@@ -172,20 +173,6 @@ async fn tcp(stream: TcpStream, input: ToPod, output: FromPod) {
     }
 }
 
-/// A writing half that resets the connection unless it was shut down.
-struct Resets(Option<OwnedWriteHalf>);
-
-impl Drop for Resets {
-    fn drop(&mut self) {
-        if let Some(writer) = self.0.take() {
-            let stream: &TcpStream = writer.as_ref();
-            // Without this option the endpoint would see the end of the stream instead of a reset.
-            rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO)).ok();
-            writer.forget();
-        }
-    }
-}
-
 /// Why copying ended early.
 #[derive(Debug, thiserror::Error)]
 enum Broken {
@@ -196,27 +183,25 @@ enum Broken {
 }
 
 async fn to_cluster(mut output: FromPod, writer: OwnedWriteHalf) -> Result<(), Broken> {
-    let mut guard = Resets(Some(writer));
+    let mut guard = ResetUnlessEnded::new(writer);
     let mut reads = true;
     loop {
         let next = output.message().await;
         let next = next.map_err(|status| Broken::Pod(status.message().to_owned()))?;
         let Some(next) = next else { break };
-        match (next.output, &mut guard.0) {
+        match (next.output, guard.writer()) {
             (Some(Output::Data(data)), Some(writer)) if reads => {
                 // If it fails, the endpoint reads no more, but what it sends still matters.
                 reads = writer.write_all(&data).await.is_ok();
             }
-            (Some(Output::Closed(_)), writer) => {
-                if let Some(mut writer) = writer.take() {
-                    // Fails if the endpoint has closed the connection, which the other direction notices.
-                    writer.shutdown().await.ok();
-                }
+            (Some(Output::Closed(_)), _) => {
+                // Fails if the endpoint has closed the connection, which the other direction notices.
+                guard.end().await.ok();
             }
             (Some(Output::Data(_) | Output::Connected(_)) | None, _) => {}
         }
     }
-    match &guard.0 {
+    match guard.writer() {
         // Both directions have ended.
         None => Ok(()),
         Some(_) => Err(Broken::Pod("it ended without a half-close".to_owned())),

@@ -15,15 +15,23 @@ use knoc_proto::{
 use super::table::{Name, Table, Target};
 
 /// The port of DNS.
-const DNS: u16 = 53;
+pub(super) const DNS: u16 = 53;
 
 /// What the cluster says about itself, apart from Services.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Surroundings {
-    /// The ranges of Services, as text.
-    pub(crate) service_ranges: Vec<String>,
+    /// The ranges of Services.
+    pub(crate) service_ranges: Vec<Range>,
     /// The addresses of nodes.
     pub(crate) nodes: HashSet<IpAddr>,
+}
+
+impl Surroundings {
+    /// Is this an address that a Service has or can get?
+    fn is_of_service(&self, address: IpAddr) -> bool {
+        let mut ranges = self.service_ranges.iter();
+        ranges.any(|range| range.contains(address))
+    }
 }
 
 /// A connection that may be opened.
@@ -51,14 +59,10 @@ pub(crate) enum Refusal {
     #[error("Service {service} has no endpoint that is ready for port {port}")]
     NoEndpoint { service: Name, port: u16 },
     #[error(
-        "the endpoints of Service {service} (port {port}) are {what}, which pods may not reach through a Service that \
-         `egress.allow` does not name without `*`"
+        "the endpoints of Service {service} (port {port}) are addresses of nodes, which pods reach only through a Service that \
+         `egress.allow` names without `*`"
     )]
-    OfNode {
-        service: Name,
-        port: u16,
-        what: &'static str,
-    },
+    OfNode { service: Name, port: u16 },
     #[error("the endpoints of Service {service} (port {port}) are {what}, which pods never reach")]
     Never {
         service: Name,
@@ -86,7 +90,7 @@ impl Named for EgressProtocol {
 pub(crate) fn decide(
     table: &Table,
     allow: &AllowList,
-    nodes: &HashSet<IpAddr>,
+    around: &Surroundings,
     (to, protocol): (SocketAddr, EgressProtocol),
     (uid, random): (&str, u64),
 ) -> Result<Dial, Refusal> {
@@ -104,7 +108,7 @@ pub(crate) fn decide(
         return Err(Refusal::NoEndpoint { service, port });
     }
     let reachable =
-        |endpoint: &&SocketAddr| obstacle(allow, nodes, &service, endpoint.ip()).is_none();
+        |endpoint: &&SocketAddr| obstacle(allow, around, &service, endpoint.ip()).is_none();
     let endpoints: Vec<_> = target.endpoints.iter().filter(reachable).collect();
     let chosen = if target.sticky {
         endpoints
@@ -126,13 +130,9 @@ pub(crate) fn decide(
     let obstacle = target
         .endpoints
         .first()
-        .and_then(|first| obstacle(allow, nodes, &service, first.ip()));
+        .and_then(|first| obstacle(allow, around, &service, first.ip()));
     Err(match obstacle {
-        Some(Obstacle::Node) => Refusal::OfNode {
-            service,
-            port,
-            what: "addresses of nodes",
-        },
+        Some(Obstacle::Node) => Refusal::OfNode { service, port },
         Some(Obstacle::Never(what)) => Refusal::Never {
             service,
             port,
@@ -152,7 +152,7 @@ enum Obstacle {
 
 fn obstacle(
     allow: &AllowList,
-    nodes: &HashSet<IpAddr>,
+    around: &Surroundings,
     service: &Name,
     address: IpAddr,
 ) -> Option<Obstacle> {
@@ -169,7 +169,11 @@ fn obstacle(
         Some(Obstacle::Never("loopback addresses"))
     } else if link_local || address.is_multicast() {
         Some(Obstacle::Never("link-local addresses"))
-    } else if nodes.contains(&address) && !allow.names(&service.namespace, &service.name) {
+    } else if around.is_of_service(address) {
+        // Whoever writes the slices of one Service would otherwise choose which other Services pods reach. kube-proxy does
+        // not lead to such endpoints either.
+        Some(Obstacle::Never("addresses of Services"))
+    } else if around.nodes.contains(&address) && !allow.names(&service.namespace, &service.name) {
         Some(Obstacle::Node)
     } else {
         None
@@ -195,21 +199,16 @@ pub(crate) fn network(
     pod_ranges: &[Range],
     (dns, domain): (Option<IpAddr>, &str),
 ) -> Option<pb::EgressNetwork> {
-    let mut ranges: Vec<(String, Range)> = Vec::new();
-    let of_services = around
-        .service_ranges
-        .iter()
-        .filter_map(|text| Some((text.clone(), text.parse().ok()?)));
-    let of_pods = pod_ranges.iter().map(|range| (range.to_string(), *range));
-    for range in of_services.chain(of_pods) {
-        if ranges.len() < MAX_RANGES && !ranges.contains(&range) {
-            ranges.push(range);
+    let mut ranges: Vec<Range> = Vec::new();
+    for range in around.service_ranges.iter().chain(pod_ranges) {
+        if ranges.len() < MAX_RANGES && !ranges.contains(range) {
+            ranges.push(*range);
         }
     }
     if ranges.is_empty() {
         return None;
     }
-    let within = |address: IpAddr| ranges.iter().any(|(_, range)| range.contains(address));
+    let within = |address: IpAddr| ranges.iter().any(|range| range.contains(address));
     let permits = |name: &Name| allow.permits(&name.namespace, &name.name);
     let headless = !pod_ranges.is_empty();
     let (first, all) = (
@@ -233,7 +232,7 @@ pub(crate) fn network(
             .map(|(address, _)| address.to_string())
             .unwrap_or_default(),
         api_port: api.map(|(_, port)| port.into()).unwrap_or_default(),
-        ranges: ranges.into_iter().map(|(text, _)| text).collect(),
+        ranges: ranges.iter().map(ToString::to_string).collect(),
     })
 }
 

@@ -115,15 +115,17 @@ impl Table {
         }
     }
 
-    /// Replaces all slices.
-    pub(crate) fn set_slices(&mut self, slices: Vec<(Name, Slice)>) {
+    /// Replaces all slices. Whether there was room for all of them.
+    pub(crate) fn set_slices(&mut self, slices: Vec<(Name, Slice)>) -> bool {
         self.slices.clear();
         self.of_service.clear();
         self.of_address.clear();
         self.endpoints = 0;
+        let mut stored = true;
         for (name, slice) in slices {
-            self.set_slice(name, slice);
+            stored &= self.set_slice(name, slice);
         }
+        stored
     }
 
     /// Stores a slice. Whether there was room for it.
@@ -237,7 +239,8 @@ impl Table {
         ports
     }
 
-    /// The first address of a Service that `suits`, and its port of this name, or else its first port.
+    /// The first address of a Service that `suits`, an IPv4 address before all others because pods reach the cluster over IPv4,
+    /// and its port of this name, or else its first port.
     pub(crate) fn address(
         &self,
         name: &Name,
@@ -245,7 +248,9 @@ impl Table {
         suits: impl Fn(IpAddr) -> bool,
     ) -> Option<(IpAddr, u16)> {
         let service = self.services.get(name)?;
-        let address = service.addresses.iter().find(|address| suits(**address))?;
+        let suitable = service.addresses.iter().filter(|address| suits(**address));
+        // Of equal ones the first.
+        let address = suitable.min_by_key(|address| address.is_ipv6())?;
         let mut ports = service.ports.iter();
         let port = ports
             .clone()

@@ -140,20 +140,18 @@ impl Cluster {
             watcher::Event::InitDone => {
                 let listed = std::mem::take(&mut listed);
                 self.change(|state| {
-                    state.table.set_slices(listed);
+                    note_room(&mut full, state.table.set_slices(listed));
                     state.read.insert(Part::Slices);
                 });
             }
             watcher::Event::Apply(slice) => {
-                let Some(name) = table::slice_name(&slice) else { return };
+                let Some(name) = table::slice_name(&slice) else {
+                    return;
+                };
                 let slice = table::slice(&slice);
                 self.change(|state| match slice {
                     Some((name, slice)) => {
-                        let stored = state.table.set_slice(name, slice);
-                        if !stored && !full {
-                            tracing::warn!("the cluster has more endpoints than are remembered: pods do not reach some of them");
-                        }
-                        full = !stored;
+                        note_room(&mut full, state.table.set_slice(name, slice));
                     }
                     None => state.table.remove_slice(&name),
                 });
@@ -202,7 +200,6 @@ impl Cluster {
 
     /// Reads the ranges again and again; where the API has none (before 1.33), those of the configuration count.
     async fn ranges(&self, api: Api<ServiceCIDR>, configured: &[Range]) {
-        let configured: Vec<String> = configured.iter().map(ToString::to_string).collect();
         let mut known = false;
         loop {
             let listed = api.list(&ListParams::default().limit(MOST_RANGES)).await;
@@ -224,9 +221,9 @@ impl Cluster {
             };
             let ranges = match listed {
                 Some(listed) if !listed.is_empty() => Some(listed),
-                Some(_) => Some(configured.clone()),
+                Some(_) => Some(configured.to_vec()),
                 // What was read before stays while the API server does not answer.
-                None => Some(configured.clone()).filter(|ranges| !known && !ranges.is_empty()),
+                None => Some(configured.to_vec()).filter(|ranges| !known && !ranges.is_empty()),
             };
             if let Some(ranges) = ranges {
                 if ranges.is_empty() {
@@ -243,6 +240,16 @@ impl Cluster {
             tokio::time::sleep(pause).await;
         }
     }
+}
+
+/// Says that endpoints are left out, unless the last ones were too.
+fn note_room(full: &mut bool, stored: bool) {
+    if !stored && !*full {
+        tracing::warn!(
+            "the cluster has more endpoints than are remembered: pods do not reach some of them"
+        );
+    }
+    *full = !stored;
 }
 
 /// Watches all objects of a kind. It has no end.
@@ -277,10 +284,10 @@ fn addresses(node: &Node) -> Option<(String, Vec<IpAddr>)> {
 }
 
 /// PURE: the ranges of these objects.
-fn cidrs(listed: Vec<ServiceCIDR>) -> Vec<String> {
+fn cidrs(listed: Vec<ServiceCIDR>) -> Vec<Range> {
     let specs = listed.into_iter().filter_map(|one| one.spec);
     let texts = specs.flat_map(|spec| spec.cidrs.unwrap_or_default());
-    texts.filter(|text| text.parse::<Range>().is_ok()).collect()
+    texts.filter_map(|text| text.parse().ok()).collect()
 }
 
 #[cfg(test)]
@@ -303,7 +310,7 @@ mod tests {
         let range = serde_json::from_value(range).unwrap();
         assert_eq!(
             cidrs(vec![range, ServiceCIDR::default()]),
-            ["10.96.0.0/12", "fd00::/108"]
+            ["10.96.0.0/12", "fd00::/108"].map(|text| text.parse::<Range>().unwrap())
         );
     }
 

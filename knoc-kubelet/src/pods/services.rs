@@ -1,6 +1,7 @@
 //! Task: watches the cluster's Services, from which the service variables of pods are made, and which pods may reach.
 //!
-//! Only what becomes a variable is kept, and what says which Service an address belongs to. Until the first list is complete pods wait, for a bounded time.
+//! Only what becomes a variable is kept, and what says which Service an address belongs to. Until the first list is complete
+//! pods wait, for a bounded time.
 
 use std::{
     collections::BTreeMap,

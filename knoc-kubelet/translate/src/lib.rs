@@ -191,12 +191,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
             .into_iter()
             .collect(),
         annotations: annotations.into_iter().collect(),
-        host_aliases: spec
-            .host_aliases
-            .iter()
-            .flatten()
-            .map(|alias| shape_alias(alias.into()))
-            .collect(),
+        host_aliases: host_aliases(spec),
         image_pull_secrets: keyring::names(spec),
     })
 }
@@ -401,11 +396,13 @@ fn resolver(spec: PodSpec<'_>) -> Option<pb::Resolver> {
     })
 }
 
-fn shape_alias(alias: HostAlias<'_>) -> pb::HostAlias {
-    pb::HostAlias {
+fn host_aliases(spec: PodSpec<'_>) -> Vec<pb::HostAlias> {
+    let aliases = spec.host_aliases.iter().flatten().map(HostAlias::from);
+    let shape = |alias: HostAlias<'_>| pb::HostAlias {
         ip: alias.ip.clone(),
         hostnames: alias.hostnames.clone().unwrap_or_default(),
-    }
+    };
+    aliases.map(shape).collect()
 }
 
 #[cfg(test)]

@@ -46,6 +46,7 @@ mod peer_certificate;
 pub mod pinned;
 pub mod pki;
 pub mod proxy;
+pub mod reset;
 mod route;
 mod serve;
 mod single_connection;

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use crate::{names, pb, text::quote};
+use crate::{egress::is_port, names, pb, text::quote};
 
 use super::{SHOWN, check};
 
@@ -60,6 +60,18 @@ impl Hostname {
     }
 }
 
+impl pb::Resolver {
+    /// Whether the pod has DNS settings of its own, whether or not it asks the cluster's DNS first.
+    #[must_use]
+    pub fn has_own_settings(&self) -> bool {
+        let nothing = Self {
+            cluster_first: self.cluster_first,
+            ..Self::default()
+        };
+        *self != nothing
+    }
+}
+
 /// Checks host name, host ports and DNS configuration; adds what is wrong with them to `problems`.
 pub(super) fn check_network(spec: &pb::PodSpec, problems: &mut Vec<String>) {
     let Hostname { kernel, .. } = Hostname::of(spec);
@@ -86,7 +98,6 @@ fn check_host_ports(spec: &pb::PodSpec, problems: &mut Vec<String>) {
         ));
     }
     for port in all.into_iter().take(MAX_HOST_PORTS) {
-        let is_port = |number: u32| (1..=u32::from(u16::MAX)).contains(&number);
         if !is_port(port.host_port) || !is_port(port.container_port) {
             problems.push(format!(
                 "ports: hostPort {} and containerPort {} must be from 1 to 65535",

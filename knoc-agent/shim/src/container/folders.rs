@@ -156,7 +156,7 @@ impl Folders {
             replaced.map_or_else(|| fs::read_to_string(RESOLVER), |text| Ok(text.to_owned()));
         let cluster = pod.cluster_dns();
         let wanted = pod.spec().resolver.as_ref();
-        let wanted = wanted.filter(|one| cluster.is_some() || resolver::changes_node(one));
+        let wanted = wanted.filter(|one| cluster.is_some() || one.has_own_settings());
         let text = match wanted {
             _ if mounts(volumes, RESOLVER) => None,
             Some(wanted) => {

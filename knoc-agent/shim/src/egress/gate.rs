@@ -25,7 +25,7 @@ const CONNECTIONS: usize = 1024;
 /// How many flows of datagrams they may have.
 const FLOWS: usize = 1024;
 
-/// The pause after a connection could not be accepted, because the shim has too many files open.
+/// The pause after a connection or a datagram could not be taken, for example because the shim has too many files open.
 pub(super) const PAUSE: Duration = Duration::from_millis(100);
 
 /// What admits connections.

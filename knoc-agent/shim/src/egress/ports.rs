@@ -76,8 +76,7 @@ impl Ports {
             let message = format!("the pod does not reach the cluster: {error}");
             self.gate.note("EgressUnavailable", message);
         }
-        let gone = changes(&self.open, &table.ports);
-        for port in gone {
+        for port in unwanted(&self.open, &table.ports) {
             if let Some(task) = self.open.remove(&port) {
                 task.abort();
             }
@@ -113,8 +112,8 @@ impl Ports {
     }
 }
 
-/// PURE: the ports that are no longer wanted.
-fn changes<T>(open: &HashMap<(Kind, u16), T>, wanted: &BTreeSet<(Kind, u16)>) -> Vec<(Kind, u16)> {
+/// PURE: the open ports that are not wanted.
+fn unwanted<T>(open: &HashMap<(Kind, u16), T>, wanted: &BTreeSet<(Kind, u16)>) -> Vec<(Kind, u16)> {
     let open = open.keys().copied();
     open.filter(|port| !wanted.contains(port)).collect()
 }
@@ -154,7 +153,7 @@ mod tests {
             ((Kind::Udp, 53), ()),
         ];
         let wanted = [(Kind::Tcp, 443), (Kind::Tcp, 53)].into();
-        let mut gone = changes(&open.into(), &wanted);
+        let mut gone = unwanted(&open.into(), &wanted);
         gone.sort_unstable();
         assert_eq!(gone, [(Kind::Tcp, 80), (Kind::Udp, 53)]);
     }

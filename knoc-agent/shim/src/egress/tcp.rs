@@ -6,11 +6,10 @@
 use std::{
     io,
     net::{SocketAddr, SocketAddrV4},
-    time::Duration,
 };
 
 use bytes::BytesMut;
-use knoc_link::bulk::Messages;
+use knoc_link::{bulk::Messages, reset};
 use knoc_proto::{
     CHUNK,
     pb::{EgressInput, EgressOutput, egress_input::Input, egress_output},
@@ -34,8 +33,7 @@ pub(super) struct Guarded(TcpStream);
 
 impl Guarded {
     pub(super) fn new(stream: TcpStream) -> Self {
-        // Without this option the program would see an end of file instead of a reset.
-        linger(&stream, Some(Duration::ZERO));
+        reset::at_the_end(&stream);
         // The connection works without it, too.
         stream.set_nodelay(true).ok();
         Self(stream)
@@ -47,13 +45,9 @@ impl Guarded {
 
     /// Both directions have ended: what was sent is still delivered.
     fn finish(self) {
-        linger(&self.0, None);
+        // It fails only if the connection is gone.
+        rustix::net::sockopt::set_socket_linger(&self.0, None).ok();
     }
-}
-
-fn linger(stream: &TcpStream, time: Option<Duration>) {
-    // It fails only if the connection is gone.
-    rustix::net::sockopt::set_socket_linger(stream, time).ok();
 }
 
 /// Announces the connection, and carries it once it is taken.

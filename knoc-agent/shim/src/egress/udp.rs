@@ -28,7 +28,11 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::{Egress, Taken, gate::Gate, tcp::send};
+use super::{
+    Egress, Taken,
+    gate::{Gate, PAUSE},
+    tcp::send,
+};
 use crate::launch::network::protocol::Kind;
 
 /// How many flows one port may have; beyond it, the one that was idle for the longest time ends.
@@ -50,9 +54,6 @@ const DNS: u16 = 53;
 
 /// How long the datagrams of a refused flow are dropped, before the next one is announced as a new flow.
 const REFUSED: Duration = Duration::from_secs(5);
-
-/// The pause after a socket error.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// The container's address, and the target's.
 type Key = (SocketAddrV4, SocketAddrV4);

@@ -30,6 +30,7 @@ use std::{
     convert::Infallible,
     fs::File,
     io,
+    ops::ControlFlow,
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::{net::UnixStream, process::CommandExt as _},
@@ -54,7 +55,7 @@ use rustix::thread::{
 use self::spec::{ContainSpec, MountSpec, Source, SourceError};
 use super::{
     enter, fds,
-    ids::{self, Isolated},
+    ids::{self, Ids, Isolated},
     sys,
 };
 use crate::nofollow;
@@ -156,28 +157,9 @@ fn wait_for(runtime: Pid, shim: UnixStream) -> ExitCode {
 
 fn run(shim: &UnixStream) -> Result<Ran, ContainError> {
     let (spec, namespaces) = receive(shim)?;
-    if spec.network.is_some() {
-        join(&namespaces)?;
-    }
-    drop(namespaces);
-    let ids = match (spec.beside, &spec.network) {
-        (Some(beside), _) => {
-            let joined = beside.join();
-            joined.map_err(ContainError::on("join the shared processes"))?;
-            unshare_mounts()?;
-            None
-        }
-        (None, Some(ids)) => {
-            unshare_mounts()?;
-            Some(ids.clone())
-        }
-        (None, None) => match while_dumpable(|| ids::isolate(&spec.users, NAMESPACES))
-            .flatten()
-            .map_err(ContainError::Namespaces)?
-        {
-            Isolated::Mapper(code) => return Ok(Ran::Mapper(code)),
-            Isolated::Done(ids) => Some(ids),
-        },
+    let ids = match enter_namespaces(&spec, namespaces)? {
+        ControlFlow::Break(code) => return Ok(Ran::Mapper(code)),
+        ControlFlow::Continue(ids) => ids,
     };
     // The change of credentials may have reset it.
     super::die_with_parent();
@@ -218,6 +200,38 @@ fn run(shim: &UnixStream) -> Result<Ran, ContainError> {
     keep_capabilities().map_err(ContainError::on("pass on the capabilities"))?;
     let Err(error) = become_runtime(&spec);
     Err(error)
+}
+
+/// Joins the pod's network and shared processes if it has them, and creates the namespaces that are the container's own.
+/// Returns the ids of the user namespace, unless it is another one's; the child outside, which has written its map, must exit
+/// with the code.
+fn enter_namespaces(
+    spec: &ContainSpec,
+    namespaces: Vec<OwnedFd>,
+) -> Result<ControlFlow<ExitCode, Option<Ids>>, ContainError> {
+    if spec.network.is_some() {
+        join(&namespaces)?;
+    }
+    drop(namespaces);
+    Ok(match (spec.beside, &spec.network) {
+        (Some(beside), _) => {
+            let joined = beside.join();
+            joined.map_err(ContainError::on("join the shared processes"))?;
+            unshare_mounts()?;
+            ControlFlow::Continue(None)
+        }
+        (None, Some(ids)) => {
+            unshare_mounts()?;
+            ControlFlow::Continue(Some(ids.clone()))
+        }
+        (None, None) => match while_dumpable(|| ids::isolate(&spec.users, NAMESPACES))
+            .flatten()
+            .map_err(ContainError::Namespaces)?
+        {
+            Isolated::Mapper(code) => ControlFlow::Break(code),
+            Isolated::Done(ids) => ControlFlow::Continue(Some(ids)),
+        },
+    })
 }
 
 /// What to mount, and the namespaces to join.

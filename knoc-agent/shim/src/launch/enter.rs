@@ -164,24 +164,7 @@ struct Target {
 }
 
 fn join(arguments: &[String]) -> Result<(), EnterError> {
-    let (pid, start, beside) = match arguments {
-        [pid, start] => (pid, start, None),
-        [pid, start, of, since, whose] => {
-            let beside = Beside::parse(of, since, whose).ok_or(EnterError::Usage)?;
-            (pid, start, Some(beside))
-        }
-        _ => return Err(EnterError::Usage),
-    };
-    let pid: u32 = pid.parse().map_err(|_| EnterError::Usage)?;
-    let target = open(pid)?;
-    // The start time is compared after the descriptors were opened, so a pid that was given to another process is noticed.
-    if crate::proc::start_time(pid)
-        .map(|time| time.to_string())
-        .as_ref()
-        != Some(start)
-    {
-        return Err(EnterError::Ended);
-    }
+    let (pid, target, beside) = find(arguments)?;
     for (name, kind, fd) in &target.network {
         move_into_link_name_space(fd.as_fd(), Some(*kind))
             .map_err(io::Error::from)
@@ -225,6 +208,26 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
         set_no_new_privs(true).ok();
     }
     Ok(())
+}
+
+/// Opens the process that the arguments name, and reads what it shares.
+fn find(arguments: &[String]) -> Result<(u32, Target, Option<Beside>), EnterError> {
+    let (pid, start, beside) = match arguments {
+        [pid, start] => (pid, start, None),
+        [pid, start, of, since, whose] => {
+            let beside = Beside::parse(of, since, whose).ok_or(EnterError::Usage)?;
+            (pid, start, Some(beside))
+        }
+        _ => return Err(EnterError::Usage),
+    };
+    let pid: u32 = pid.parse().map_err(|_| EnterError::Usage)?;
+    let target = open(pid)?;
+    // The start time is compared after the descriptors were opened, so a pid that was given to another process is noticed.
+    let started = crate::proc::start_time(pid).map(|time| time.to_string());
+    if started.as_ref() != Some(start) {
+        return Err(EnterError::Ended);
+    }
+    Ok((pid, target, beside))
 }
 
 /// PURE: the error for a namespace that was not joined. If the container has no user namespace of its own, root set it

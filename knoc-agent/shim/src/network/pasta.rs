@@ -43,9 +43,9 @@ const STDERR_BYTES: usize = 1024;
 /// The node's IPv4 routes.
 const ROUTES: &str = "/proc/self/net/route";
 
-/// What pasta is started for.
+/// What pasta is started with.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Way<'a> {
+pub(super) struct Options<'a> {
     /// Where the program is looked for first.
     pub(super) path: &'a str,
     /// The process whose namespaces are the pod's.
@@ -88,10 +88,10 @@ pub(crate) struct Pasta {
 
 impl Pasta {
     /// Starts it on the pod's namespaces.
-    pub(super) fn start(children: &Children, way: &Way<'_>) -> Result<Self, PastaError> {
-        let program = find(way.path).ok_or(PastaError::Missing)?;
+    pub(super) fn start(children: &Children, options: &Options<'_>) -> Result<Self, PastaError> {
+        let program = find(options.path).ok_or(PastaError::Missing)?;
         let routes = fs::read_to_string(ROUTES).unwrap_or_default();
-        let arguments = arguments(way, interface(&routes));
+        let arguments = arguments(options, interface(&routes));
         let started = spawn(children, &program, &arguments);
         started.map_err(|source| PastaError::Start {
             path: program,
@@ -175,8 +175,8 @@ fn interface(routes: &str) -> Option<&str> {
 }
 
 /// PURE: its arguments.
-fn arguments(way: &Way<'_>, interface: Option<&str>) -> Vec<OsString> {
-    let namespace = |kind: &str| format!("/proc/{}/ns/{kind}", way.holder);
+fn arguments(options: &Options<'_>, interface: Option<&str>) -> Vec<OsString> {
+    let namespace = |kind: &str| format!("/proc/{}/ns/{kind}", options.holder);
     let mut arguments: Vec<OsString> = ["--foreground", "--quiet", "--config-net", "--no-map-gw"]
         .map(OsString::from)
         .into();
@@ -194,7 +194,7 @@ fn arguments(way: &Way<'_>, interface: Option<&str>) -> Vec<OsString> {
         arguments.extend([option, value].map(OsString::from));
     }
     // Otherwise pasta gives the pod the node's own IPv6 addresses.
-    if !way.ipv6 {
+    if !options.ipv6 {
         arguments.push("--ipv4-only".into());
     }
     if let Some(name) = interface {
@@ -264,12 +264,12 @@ mod tests {
     #[test]
     fn nothing_of_the_node_is_given_away() {
         let line = |ipv6| {
-            let way = Way {
+            let options = Options {
                 path: "",
                 holder: 7,
                 ipv6,
             };
-            let all = arguments(&way, Some("eth0"));
+            let all = arguments(&options, Some("eth0"));
             let all: Vec<_> = all.iter().map(|one| one.to_str().unwrap()).collect();
             all.join(" ")
         };

@@ -40,6 +40,21 @@ impl Apptainer {
 }
 
 impl Apptainer {
+    /// The options that keep the host out of the container.
+    fn isolation(&self, sandbox: &Sandbox) -> Vec<&'static str> {
+        let mut options = if sandbox.shares_processes {
+            // What the other option means, without a PID namespace.
+            vec!["--contain", "--ipc"]
+        } else {
+            vec!["--containall"]
+        };
+        options.extend(["--no-init", "--no-home", "--cleanenv"]);
+        if self.flavour == Flavour::Apptainer {
+            options.push("--no-eval");
+        }
+        options
+    }
+
     /// The options that decide what `/tmp` and `/var/tmp` are.
     fn temporary(&self, sandbox: &Sandbox) -> Result<Vec<OsString>, RuntimeError> {
         let mut argv = Vec::new();
@@ -92,17 +107,7 @@ impl Runtime for Apptainer {
     fn argv(&self, sandbox: &Sandbox) -> Result<Vec<OsString>, RuntimeError> {
         let mut argv: Vec<OsString> = vec![self.path.clone().into()];
         argv.extend(["--silent".into(), "exec".into()]);
-        if sandbox.shares_processes {
-            // What the other option means, without a PID namespace.
-            argv.extend(["--contain".into(), "--ipc".into()]);
-        } else {
-            argv.push("--containall".into());
-        }
-        let fixed = ["--no-init", "--no-home", "--cleanenv"];
-        argv.extend(fixed.map(OsString::from));
-        if self.flavour == Flavour::Apptainer {
-            argv.push("--no-eval".into());
-        }
+        argv.extend(self.isolation(sandbox).into_iter().map(OsString::from));
         match &sandbox.root {
             Root::Overlay(folder) => argv.extend(["--overlay".into(), plain(folder)?.to_owned()]),
             Root::Memory => argv.push("--writable-tmpfs".into()),
@@ -128,22 +133,7 @@ impl Runtime for Apptainer {
         }
         // The launcher changes to the program's working directory.
         argv.extend(["--pwd".into(), "/".into()]);
-        let inside = |name: &str| Path::new(INSIDE).join(name);
-        let own = [
-            Bind {
-                source: sandbox.folder.clone(),
-                target: INSIDE.into(),
-                read_only: false,
-                image: None,
-            },
-            Bind {
-                source: sandbox.agent.clone(),
-                target: inside("agent"),
-                read_only: true,
-                image: None,
-            },
-        ];
-        for bind in own.iter().chain(&sandbox.binds) {
+        for bind in own_binds(sandbox).iter().chain(&sandbox.binds) {
             argv.extend(bind_option(bind)?);
         }
         argv.push(sandbox.image.clone().into());
@@ -154,6 +144,25 @@ impl Runtime for Apptainer {
         ]);
         Ok(argv)
     }
+}
+
+/// A file or folder of the launcher, in the container.
+fn inside(name: &str) -> PathBuf {
+    Path::new(INSIDE).join(name)
+}
+
+/// What the launcher needs in the container.
+fn own_binds(sandbox: &Sandbox) -> [Bind; 2] {
+    let bind = |source: &Path, target: PathBuf, read_only| Bind {
+        source: source.to_owned(),
+        target,
+        read_only,
+        image: None,
+    };
+    [
+        bind(&sandbox.folder, INSIDE.into(), false),
+        bind(&sandbox.agent, inside("agent"), true),
+    ]
 }
 
 fn bind_option(bind: &Bind) -> Result<[OsString; 2], RuntimeError> {

@@ -37,9 +37,6 @@ use crate::{
     site::Site,
 };
 
-/// How many images of one container the job file names.
-const KEPT_IMAGES: usize = 8;
-
 /// The exit code of a container that was never started, as container runtimes report it.
 const NEVER_STARTED: i32 = 128;
 
@@ -325,22 +322,6 @@ impl Actor {
         self.add_ephemeral(pod);
         self.show(pod);
     }
-
-    /// Notes the image in `job.pb`: while it is named there, it stays in the cache.
-    pub(super) async fn note_image(&self, found: &stage::Found) -> Result<(), String> {
-        let (dir, images) = (self.dir.clone(), found.images().to_vec());
-        let written = tokio::task::spawn_blocking(move || {
-            let mut job = dir.spec()?;
-            job.images = with_new(images, job.images);
-            dir.write_spec(&job)?;
-            Ok::<_, knoc_contract::jobdir::JobDirError>(())
-        });
-        match written.await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(format!("write the job file: {}", chain(&error))),
-            Err(error) => Err(format!("write the job file: {}", chain(&error))),
-        }
-    }
 }
 
 /// Whether the site's policy allows the container, which was not part of the pod when that was admitted.
@@ -356,22 +337,6 @@ fn allowed(site: &Site, spec: &PodSpec, container: &pb::Container) -> Result<(),
         });
     }
     stage::allowed(site, container)
-}
-
-/// PURE: the images of the job file with the new ones, which come first. The older ones of a container stay, so that they stay in
-/// the cache: it may still run with one of them.
-fn with_new(new: Vec<pb::ResolvedImage>, known: Vec<pb::ResolvedImage>) -> Vec<pb::ResolvedImage> {
-    let mut all = new;
-    for image in known {
-        let same = |one: &&pb::ResolvedImage| {
-            (&one.container, &one.volume) == (&image.container, &image.volume)
-        };
-        let known = all.iter().filter(same).any(|one| one.path == image.path);
-        if !known && all.iter().filter(same).count() < KEPT_IMAGES {
-            all.push(image);
-        }
-    }
-    all
 }
 
 /// Gives a container to the shim. If compute nodes cannot reach the agent, a job step carries the link.
@@ -392,20 +357,7 @@ async fn give(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pod::state::{Deletion, Facts, Pod, Timeouts};
-
-    fn pod(report: Option<pb::Report>) -> Pod {
-        let second = Duration::from_secs(1);
-        let facts = Facts {
-            uid: PodUid::try_from("u").unwrap(),
-            grace: second,
-            deadline: None,
-            timeouts: Timeouts::each(second),
-        };
-        let mut pod = Pod::new(facts, jiff::Timestamp::UNIX_EPOCH);
-        pod.report = report;
-        pod
-    }
+    use crate::pod::state::{Deletion, Pod};
 
     fn report(has: &[&str]) -> pb::Report {
         let status = |name: &&str| pb::ContainerStatus {
@@ -436,7 +388,7 @@ mod tests {
     fn the_shim_gets_what_it_lacks_once_it_has_the_newest_values() {
         let spec = spec();
         let next = |report, values| {
-            let pod = pod(report);
+            let pod = Pod::that_reports(report);
             let lacking = lacking(&pod, &spec, values);
             let names: Vec<_> = lacking.iter().map(|it| it.name.as_str()).collect();
             names.join(" ")
@@ -451,7 +403,7 @@ mod tests {
             ..report(&[])
         };
         assert_eq!(next(Some(old), 5), "");
-        let mut ending = pod(Some(report(&[])));
+        let mut ending = Pod::that_reports(Some(report(&[])));
         ending.deletion = Some(Deletion {
             grace: Duration::ZERO,
             reason: String::new(),
@@ -494,33 +446,18 @@ mod tests {
     }
 
     #[test]
-    fn older_images_of_a_container_stay_in_the_cache_behind_the_new_one() {
-        let image = |container: &str, path: &str| pb::ResolvedImage {
-            container: container.to_owned(),
-            path: path.to_owned(),
-            ..pb::ResolvedImage::default()
-        };
-        let mut all = vec![image("a", "0"), image("b", "0")];
-        for number in 1..20 {
-            all = with_new(vec![image("a", &number.to_string())], all);
-        }
-        assert_eq!(all.first(), Some(&image("a", "19")));
-        assert!(all.contains(&image("b", "0")));
-        assert_eq!(all.len(), KEPT_IMAGES + 1);
-        let again = with_new(vec![image("a", "18")], all);
-        assert_eq!((&*again[0].path, &*again[1].path), ("18", "19"));
-        assert_eq!(again.len(), KEPT_IMAGES + 1);
-    }
-
-    #[test]
     fn a_job_of_an_older_version_says_why_the_container_does_not_run() {
         let old = pb::Report {
             capabilities: Vec::new(),
             ..report(&[])
         };
         let mut adding = Adding::default();
-        let shown =
-            |adding: &Adding, report| adding.statuses(&pod(report), &spec()).remove(0).state;
+        let shown = |adding: &Adding, report| {
+            adding
+                .statuses(&Pod::that_reports(report), &spec())
+                .remove(0)
+                .state
+        };
         match shown(&adding, Some(old)) {
             Some(State::Terminated(ended)) => {
                 assert!(ended.message.contains("1.2.3"), "{ended:?}");

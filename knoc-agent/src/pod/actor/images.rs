@@ -8,7 +8,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use knoc_contract::capability;
-use knoc_proto::{ids::PodUid, pb};
+use knoc_proto::{error::chain, ids::PodUid, pb};
 use tokio::task::JoinSet;
 use tonic::Request;
 
@@ -77,9 +77,15 @@ impl<'a> Next<'a> {
 }
 
 impl Updates {
-    /// What the task has done, once it has; pending if there is none.
+    /// What the task has done, once it has; `None` if there is none. A task that was aborted does not count.
     pub(super) async fn next(&mut self) -> Option<Step> {
-        reach::next(&mut self.task).await
+        loop {
+            match self.task.join_next().await? {
+                Ok(step) => return Some(step),
+                Err(error) if error.is_cancelled() => {}
+                Err(error) => tracing::error!(error = chain(&error), "a task of an image"),
+            }
+        }
     }
 
     /// Gives up: the pod is not to start anything any more.
@@ -201,14 +207,7 @@ pub(super) fn name_images(job: &mut pb::JobFile) {
 fn is_outdated(report: &pb::Report, container: &pb::Container) -> bool {
     let mut all = report.init_containers.iter().chain(&report.containers);
     let status = all.find(|status| status.name == container.name);
-    status.is_some_and(|status| {
-        let next = if status.next_image.is_empty() {
-            &status.image
-        } else {
-            &status.next_image
-        };
-        *next != container.image
-    })
+    status.is_some_and(|status| status.image_of_next_start() != container.image)
 }
 
 /// Whether the shim serves `UpdateImage`.
@@ -363,23 +362,7 @@ async fn tell(site: &Site, uid: &PodUid, image: Option<pb::ResolvedImage>) -> Re
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::pod::state::{Facts, Timeouts};
-
-    fn pod(report: Option<pb::Report>) -> Pod {
-        let second = Duration::from_secs(1);
-        let facts = Facts {
-            uid: PodUid::try_from("u").unwrap(),
-            grace: second,
-            deadline: None,
-            timeouts: Timeouts::each(second),
-        };
-        let mut pod = Pod::new(facts, jiff::Timestamp::UNIX_EPOCH);
-        pod.report = report;
-        pod
-    }
 
     fn spec(image: &str) -> pb::PodSpec {
         pb::PodSpec {
@@ -414,7 +397,7 @@ mod tests {
     }
 
     fn due(updates: &Updates, report: Option<pb::Report>, image: &str) -> &'static str {
-        match updates.due(&pod(report), &spec(image)) {
+        match updates.due(&Pod::that_reports(report), &spec(image)) {
             None => "nothing",
             Some(Next::Find(_)) => "find",
             Some(Next::Tell(_)) => "tell",
@@ -474,22 +457,6 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_in_the_queue_shows_the_image_with_which_it_would_start() {
-        let mut updates = Updates::default();
-        updates.staged([&resolved("a")]);
-        let shown = |reported: Option<pb::Report>| {
-            let mut observed = pb::PodObserved {
-                containers: report("b", "").containers,
-                ..pb::PodObserved::default()
-            };
-            updates.show(&pod(reported), &mut observed);
-            observed.containers.remove(0).image
-        };
-        assert_eq!(shown(None), "a");
-        assert_eq!(shown(Some(report("b", ""))), "b", "the shim knows it");
-    }
-
-    #[test]
     fn a_container_whose_image_cannot_be_used_holds_up_no_other() {
         let mut updates = Updates::default();
         let mut spec = spec("b");
@@ -504,17 +471,17 @@ mod tests {
         };
         updates.staged([&resolved("a"), &resolved_other("a")]);
         let next = |updates: &Updates| {
-            let next = updates.due(&pod(None), &spec);
+            let next = updates.due(&Pod::that_reports(None), &spec);
             next.map_or_else(String::new, |next| next.container().name.clone())
         };
         assert_eq!(next(&updates), "main");
         assert!(updates.fails("main", "no"));
         assert_eq!(next(&updates), "other");
-        assert!(updates.looks_for_image(&pod(None), &spec));
+        assert!(updates.looks_for_image(&Pod::that_reports(None), &spec));
         updates.staged([&resolved_other("b")]);
         assert_eq!(next(&updates), "main", "it is tried again");
         updates.staged([&resolved("b")]);
-        assert!(!updates.looks_for_image(&pod(None), &spec));
+        assert!(!updates.looks_for_image(&Pod::that_reports(None), &spec));
     }
 
     #[test]
@@ -545,7 +512,7 @@ mod tests {
                 containers: vec![status],
                 ..pb::PodObserved::default()
             };
-            updates.show(&pod(report), &mut observed);
+            updates.show(&Pod::that_reports(report), &mut observed);
             observed.containers[0].image.clone()
         };
         assert_eq!(shown(&updates, None), "b", "nothing is staged yet");

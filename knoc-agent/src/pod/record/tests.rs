@@ -1,20 +1,9 @@
 //! Tests of records from agents before placements, one for each state, as those agents wrote them.
 
 use super::*;
-use crate::pod::state::Timeouts;
 
 fn at(time: &str) -> Timestamp {
     format!("2027-01-15T{time}Z").parse().unwrap()
-}
-
-fn facts() -> Facts {
-    let second = Duration::from_secs(1);
-    Facts {
-        uid: PodUid::try_from("u").unwrap(),
-        grace: second,
-        deadline: None,
-        timeouts: Timeouts::each(second),
-    }
 }
 
 fn own_job() -> Placement {
@@ -61,12 +50,12 @@ fn restored(json: &str) -> Pod {
         ("c", 3)
     );
     let over = record.is_over();
-    let pod = record.restore(facts(), None);
+    let pod = record.restore(Facts::of_u(), None);
     let rewritten = Record::of(&pod, "c", 3);
     assert_eq!(rewritten.is_over(), over);
     let rewritten = serde_json::to_string(&rewritten).unwrap();
     let rewritten: Record = serde_json::from_str(&rewritten).unwrap();
-    assert_eq!(rewritten.restore(facts(), None), pod);
+    assert_eq!(rewritten.restore(Facts::of_u(), None), pod);
     pod
 }
 
@@ -167,7 +156,7 @@ fn the_previous_version_still_finds_the_job() {
 fn a_phase_with_a_job_but_without_a_placement_starts_a_search() {
     let json = old!("running").replace("\"job\": \"1\"", "\"job\": null");
     let record: Record = serde_json::from_str(&json).unwrap();
-    let pod = record.restore(facts(), None);
+    let pod = record.restore(Facts::of_u(), None);
     let looking = BeforeJob::Submitting { look: None };
     assert_eq!(pod.state, State::BeforeJob(looking));
 }

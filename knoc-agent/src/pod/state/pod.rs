@@ -47,6 +47,30 @@ pub struct Facts {
     pub timeouts: Timeouts,
 }
 
+#[cfg(test)]
+impl Facts {
+    /// Those of a pod `u` in tests; each time is a second.
+    pub(crate) fn of_u() -> Self {
+        let second = Duration::from_secs(1);
+        Self {
+            uid: PodUid::try_from("u").unwrap(),
+            grace: second,
+            deadline: None,
+            timeouts: Timeouts::each(second),
+        }
+    }
+}
+
+#[cfg(test)]
+impl Pod {
+    /// A pod `u` in tests, of which its shim has reported this.
+    pub(crate) fn that_reports(report: Option<knoc_proto::pb::Report>) -> Self {
+        let mut pod = Self::new(Facts::of_u(), jiff::Timestamp::UNIX_EPOCH);
+        pod.report = report;
+        pod
+    }
+}
+
 /// One pod: the state, and what was seen of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pod {

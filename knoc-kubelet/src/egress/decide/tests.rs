@@ -13,6 +13,10 @@ fn at(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
+fn ranges() -> Vec<Range> {
+    vec!["10.96.0.0/12".parse().unwrap()]
+}
+
 fn tcp(
     table: &Table,
     list: &[&str],
@@ -21,11 +25,14 @@ fn tcp(
     uid: &str,
     random: u64,
 ) -> Result<Dial, Refusal> {
-    let nodes = nodes.iter().map(|text| text.parse().unwrap()).collect();
+    let around = Surroundings {
+        service_ranges: ranges(),
+        nodes: nodes.iter().map(|text| text.parse().unwrap()).collect(),
+    };
     decide(
         table,
         &allow(list),
-        &nodes,
+        &around,
         (at(to), EgressProtocol::Tcp),
         (uid, random),
     )
@@ -140,6 +147,50 @@ fn addresses_of_nodes_need_the_services_name_and_others_are_never_dialled() {
 }
 
 #[test]
+fn an_endpoint_that_is_the_address_of_another_service_is_never_dialled() {
+    let other = json!({"metadata": {"namespace": "b", "name": "vault"},
+        "spec": {"clusterIP": "10.96.0.7", "ports": [{"port": 8080}]}});
+    let try_it = |list: &str, endpoints: &serde_json::Value, to: &str| {
+        let slices = [slice_of("one", "web", endpoints)];
+        tcp(
+            &table(&[web(), other.clone()], &slices),
+            &[list],
+            &[],
+            to,
+            "u",
+            0,
+        )
+    };
+    for (list, address) in [
+        ("a/*", "10.96.0.7"),
+        ("a/web", "10.96.0.7"),
+        // No Service has it yet.
+        ("a/web", "10.111.255.255"),
+        ("a/web", "::ffff:10.96.0.7"),
+    ] {
+        let endpoints = json!([{"addresses": [address]}]);
+        let refused = try_it(list, &endpoints, "10.96.0.5:80").unwrap_err();
+        assert!(
+            matches!(
+                refused,
+                Refusal::Never {
+                    what: "addresses of Services",
+                    ..
+                }
+            ),
+            "{list} {address}: {refused}"
+        );
+    }
+    // Nor by that address itself, and the endpoints beside it are.
+    let both = json!([{"addresses": ["10.96.0.9"]}, {"addresses": ["10.1.0.1"]}]);
+    try_it("*/*", &both, "10.96.0.9:8080").unwrap_err();
+    for _ in 0..4 {
+        let dial = try_it("a/*", &both, "10.96.0.5:80").unwrap();
+        assert_eq!(dial.endpoint, at("10.1.0.1:8080"));
+    }
+}
+
+#[test]
 fn the_api_server_is_dialled_wherever_it_is() {
     let api = json!({"metadata": {"namespace": "default", "name": "kubernetes"},
         "spec": {"clusterIP": "10.96.0.1", "ports": [{"name": "https", "port": 443}]}});
@@ -170,7 +221,7 @@ fn dns() -> serde_json::Value {
 fn the_network_has_the_ranges_the_ports_and_the_addresses_that_pods_need() {
     let table = table(&[web(), dns()], &[]);
     let around = Surroundings {
-        service_ranges: vec!["10.96.0.0/12".to_owned()],
+        service_ranges: ranges(),
         nodes: HashSet::new(),
     };
     let seen = |list: &[&str], dns: Option<&str>| {

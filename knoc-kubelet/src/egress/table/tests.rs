@@ -87,6 +87,23 @@ fn an_address_of_a_service_leads_to_its_ready_endpoints() {
 }
 
 #[test]
+fn the_ipv4_address_of_a_service_is_taken_in_whichever_order_they_are() {
+    let service = json!({"metadata": {"namespace": "a", "name": "dual"}, "spec": {"clusterIP": "fd00::5",
+        "clusterIPs": ["fd00::5", "10.96.0.5"], "ports": [{"name": "dns", "port": 53, "protocol": "UDP"}]}});
+    let table = table(&[service], &[]);
+    let address = |suits: fn(IpAddr) -> bool| {
+        let found = table.address(&Name::new("a", "dual"), "dns", suits);
+        found.map(|(address, port)| (address.to_string(), port))
+    };
+    assert_eq!(address(|_| true), Some(("10.96.0.5".to_owned(), 53)));
+    assert_eq!(
+        address(|address| address.is_ipv6()),
+        Some(("fd00::5".to_owned(), 53))
+    );
+    assert_eq!(address(|_| false), None);
+}
+
+#[test]
 fn endpoints_that_leave_serve_until_others_are_ready() {
     let leaving = json!([{"addresses": ["10.1.0.4"], "conditions": {"ready": false, "serving": true, "terminating": true}},
         {"addresses": ["10.1.0.5"], "conditions": {"ready": false, "serving": false, "terminating": true}}]);

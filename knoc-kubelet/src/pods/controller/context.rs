@@ -114,10 +114,7 @@ impl Context {
 
     /// Does the agent announce this capability?
     pub(super) fn agent_knows(&self, capability: &str) -> bool {
-        match &*self.site.link.borrow() {
-            Link::Up { info, .. } => info.capabilities.iter().any(|known| known == capability),
-            Link::Down { .. } => false,
-        }
+        self.site.link.borrow().serves(capability)
     }
 
     /// What a container without a limit may use: the total of the node.

@@ -130,11 +130,11 @@ impl Worker<'_> {
 
     /// These ephemeral containers wait for what their variables refer to. The pod runs without them.
     fn ephemeral_waits(&mut self, pod: &Pod, lacking: &[Lacking]) {
-        let messages: Vec<_> = lacking.iter().flat_map(|one| &one.messages).collect();
+        let messages = lacking.iter().flat_map(|one| &one.messages);
+        let messages: Vec<_> = messages.map(String::as_str).collect();
         if messages.is_empty() {
             return;
         }
-        let messages: Vec<_> = messages.into_iter().map(String::as_str).collect();
         let message = messages.join("; ");
         self.record_once(pod, "Failed", &format!("Error: {message}"));
         self.hold("CreateContainerConfigError", &message);

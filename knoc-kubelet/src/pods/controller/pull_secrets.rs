@@ -114,14 +114,13 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
         let image = |name: &str| {
             let status = statuses().find(|one| one.name == name)?;
             // The job has that one already, even if the container never starts again.
-            let next = Some(&status.next_image).filter(|next| !next.is_empty());
-            Some(next.unwrap_or(&status.image))
+            Some(status.image_of_next_start())
         };
         containers
             .map(|container| (image(&container.name), &container.image))
             .any(|(known, wanted)| {
                 // A container of which nothing is known yet has no image.
-                known.is_some_and(|known| !known.is_empty()) && known != wanted.as_ref()
+                known.is_some_and(|known| !known.is_empty()) && known != wanted.as_deref()
             })
     };
     match observed.phase() {

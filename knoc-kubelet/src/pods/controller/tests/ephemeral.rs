@@ -19,6 +19,15 @@ impl Kubelet {
         all.map(|one| one.name).collect()
     }
 
+    /// Two containers are added, of which one lacks what its variables refer to; waits until the other one was sent.
+    async fn debug(&mut self) {
+        self.apply(debugged);
+        self.wait("the other container", |kubelet| {
+            kubelet.called("EnsurePod") == 2
+        })
+        .await;
+    }
+
     fn runs_ephemeral(&self, name: &str) {
         self.agent.change(UID, |pod| {
             let mut all = pod.ephemeral_containers.iter_mut();
@@ -32,12 +41,7 @@ impl Kubelet {
 async fn an_ephemeral_container_that_lacks_something_holds_back_nothing_else() {
     let mut kubelet = Kubelet::start().await;
     kubelet.running().await;
-    kubelet.apply(debugged);
-    kubelet
-        .wait("the other container", |kubelet| {
-            kubelet.called("EnsurePod") == 2
-        })
-        .await;
+    kubelet.debug().await;
     assert_eq!(kubelet.ephemeral(), ["look"]);
     assert_eq!(kubelet.agent.spec().generation, 2);
     assert_eq!(kubelet.agent.spec().active_deadline_seconds, 600);
@@ -80,12 +84,7 @@ async fn an_ephemeral_container_that_lacks_something_holds_back_nothing_else() {
 async fn an_ephemeral_container_that_the_agent_could_not_take_is_sent_again() {
     let mut kubelet = Kubelet::start().await;
     kubelet.running().await;
-    kubelet.apply(debugged);
-    kubelet
-        .wait("the other container", |kubelet| {
-            kubelet.called("EnsurePod") == 2
-        })
-        .await;
+    kubelet.debug().await;
     kubelet
         .agent
         .refuse(knoc_proto::reason::ErrorReason::Internal);
@@ -110,12 +109,7 @@ async fn a_container_that_lacks_something_has_no_pull_secrets_read_for_it() {
     kubelet.api.pull_secret("login", r#"{"auths": {}}"#);
     kubelet.apply(|pod| pod["spec"]["imagePullSecrets"] = json!([{"name": "login"}]));
     kubelet.running().await;
-    kubelet.apply(debugged);
-    kubelet
-        .wait("the other container", |kubelet| {
-            kubelet.called("EnsurePod") == 2
-        })
-        .await;
+    kubelet.debug().await;
     kubelet.runs_ephemeral("look");
     kubelet.round("Running").await;
     // The agent asks for the values: they are made and sent without the credentials.
