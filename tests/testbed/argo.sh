@@ -13,6 +13,7 @@ module=github.com/argoproj/argo-workflows/v4
 store_version=v1.2.0
 store_module=github.com/johannesboyne/gofakes3
 bin=$tools/argo
+sources=$bin/sources
 images=$HPC_PREFIX/shared/images/argo
 layout=/images/argo/layout # as the nodes see it
 pidfile=$run/argo-controller.pid
@@ -21,6 +22,18 @@ kubeconfig=$run/argo.kubeconfig
 store=10.78.0.2:9000 # on the node ctl
 site_file=$agent_home_here/.config/knoc/agent.toml
 
+# The sources of Argo Workflows. Modules have no symbolic links, and in Argo's repository some files of argoexec for Linux are links to
+# those for macOS: go install does not build argoexec, and Go replaces no file of a module. So they are copied, and the links made again.
+unpack() {
+    local file linux
+    rm -rf --one-file-system "${sources:?}"
+    cp -r "$(go mod download -json $module@$version | jq -r .Dir)" "$sources"
+    chmod -R u+w "$sources"
+    for file in "$sources"/workflow/executor/osspecific/*_darwin.go; do
+        linux=${file%_darwin.go}_linux.go
+        [ -e "$linux" ] || ln -s "${file##*/}" "$linux"
+    done
+}
 # Builds the three programs, unless they have these versions.
 build() {
     local versions="$version $store_version"
@@ -28,10 +41,10 @@ build() {
     [ "$(cat "$bin/.built" 2>/dev/null)" != "$versions" ] || return 0
     say "building Argo Workflows $version and gofakes3 $store_version (about 8 minutes, once)"
     mkdir -p "$bin"
-    export CGO_ENABLED=0 GOBIN=$bin
-    go_build "Argo Workflows" install -ldflags "-s -w -X $module.version=$version" \
-        $module/cmd/workflow-controller@$version $module/cmd/argoexec@$version
-    go_build gofakes3 install -ldflags "-s -w" $store_module/cmd/gofakes3@$store_version
+    unpack
+    export CGO_ENABLED=0
+    (cd "$sources" && go_build "Argo Workflows" build -ldflags "-s -w -X $module.version=$version" -o "$bin/" ./cmd/workflow-controller ./cmd/argoexec)
+    GOBIN=$bin go_build gofakes3 install -ldflags "-s -w" $store_module/cmd/gofakes3@$store_version
     echo "$versions" >"$bin/.built"
 }
 
@@ -97,8 +110,7 @@ store_up() {
 apply() { kubectl apply "$@" >/dev/null; }
 # The objects of Argo's manifests without its Deployments, and its configuration. The definitions are those without schemas of templates.
 objects() {
-    local manifests roles
-    manifests=$(go mod download -json $module@$version | jq -r .Dir)/manifests
+    local manifests=$sources/manifests roles
     roles=$manifests/cluster-install-no-crds/workflow-controller-rbac
     apply --server-side --force-conflicts -k "$manifests/base/crds/minimal"
     kubectl create namespace argo --dry-run=client -o yaml | apply -f -
