@@ -1,5 +1,5 @@
 #!/bin/bash
-# Argo Workflows, unmodified, for tests/tests/l3_argo.rs (make argo): argo.sh up | down | running
+# Argo Workflows, unmodified, for tests/tests/l3_argo.rs (make argo): argo.sh build | up | down | running
 # The controller and argoexec are built from the Go module of Argo Workflows, and gofakes3, an S3-like store, from its own. The controller
 # is a process of this host with the ServiceAccount and the roles of Argo's own manifests, because the cluster of the test bed has no other
 # node for it. The store runs on the node ctl, keeps everything in memory and asks for no password; compute nodes reach it as they reach
@@ -181,6 +181,7 @@ up() {
 }
 
 case ${1:-} in
+build) build ;;
 up) up ;;
 down)
     stop "$pidfile"
