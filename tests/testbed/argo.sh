@@ -75,7 +75,7 @@ mpi_image() {
 }
 make_images() {
     local stamp
-    stamp=$(cat "$0" "$bin/.built" | sha256sum | cut -c1-16)
+    stamp=$({ declare -f executor_image mpi_image push; cat "$bin/.built"; } | sha256sum | cut -c1-16)
     [ "$(cat "$images/.stamp" 2>/dev/null)" != "$stamp" ] || return 0
     say "making the images of argoexec and of OpenMPI"
     apt_install mmdebstrap mmdebstrap
