@@ -107,7 +107,8 @@ fi
 # The other programs that levels 2 and 3 need are installed and built while the unit tests are compiled; a failure is reported when they
 # are needed.
 install_sshd &
-[ "$STACK" != full ] || { nice "$testbed/kube/setup.sh" metrics-server && nice "$testbed/interop.sh"; } &
+[ "$STACK" != full ] || { nice "$testbed/kube/setup.sh" metrics-server && nice "$testbed/interop.sh" \
+    && { [ -n "$given_kubeconfig" ] || nice "$testbed/argo.sh" build; }; } &
 suite unit --workspace --exclude knoc-tests
 suite unit -p knoc-tests --lib --bins $(tests_named 'tidy*.rs')
 wait

@@ -191,6 +191,26 @@ async fn parameters_and_artifacts_pass_from_step_to_step_through_the_store() -> 
     argo.finish().await
 }
 
+#[tokio::test]
+async fn a_step_in_the_network_of_its_node_reports_its_outputs() -> anyhow::Result<()> {
+    let argo = Argo::new("argo-host-network").await?;
+    let mut make = sh("make", "echo 42 >/tmp/answer");
+    make["outputs"] =
+        json!({"parameters": [{"name": "answer", "valueFrom": {"path": "/tmp/answer"}}]});
+    let spec = json!({"entrypoint": "make", "hostNetwork": true, "templates": [make]});
+    let name = argo.workflow("host", spec).await?;
+    let workflow = argo.phase(&name, "Succeeded", LIMIT).await?;
+    let made = nodes(&workflow).find(|node| node["templateName"] == "make");
+    let made = made.with_context(|| summary(&workflow))?;
+    let answer = &made["outputs"]["parameters"][0]["value"];
+    ensure!(answer == "42", "{answer}: {}", summary(&workflow));
+    for pod in argo.pods(&name).await? {
+        let network = pod.spec.and_then(|spec| spec.host_network);
+        ensure!(network == Some(true), "{network:?}");
+    }
+    argo.finish().await
+}
+
 /// The template with the volume of its workflow mounted at `/work`.
 fn mounted(mut template: Value) -> Value {
     template["container"]["volumeMounts"] = json!([{"name": "work", "mountPath": "/work"}]);
