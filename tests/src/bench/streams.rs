@@ -192,6 +192,7 @@ async fn talker(bed: &Bed, sizes: Sizes) -> anyhow::Result<String> {
     )
     .ok()
     .await?;
+    // The floor of a forwarded port reads the pod's own listener from the node, so the pod is in the node's network.
     // Only whole lines of 80 bytes, because the agent holds an unfinished line back until it ends.
     let line = "x".repeat(79);
     let script = format!(
@@ -202,6 +203,7 @@ async fn talker(bed: &Bed, sizes: Sizes) -> anyhow::Result<String> {
         // With less memory the node's disk would be measured: the pod's files in the page cache count as its memory.
         .memory("4Gi")
         .empty_dir("/data")
+        .spec("hostNetwork", true.into())
         .sh(&script);
     let uid = bed.world.create(&pod).await?;
     bed.world.wait_phase("stream", "Running", WRITTEN).await?;
