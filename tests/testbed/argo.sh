@@ -74,9 +74,9 @@ mpi_image() {
     push mpi4py mpi4py:1
 }
 make_images() {
-    local stamp
+    local stamp made=$HPC_PREFIX/shared/images/.argo.packed # down.sh --wipe removes it with the registry
     stamp=$({ declare -f executor_image mpi_image push; cat "$bin/.built"; } | sha256sum | cut -c1-16)
-    [ "$(cat "$images/.stamp" 2>/dev/null)" != "$stamp" ] || return 0
+    [ "$(cat "$made" 2>/dev/null)" != "$stamp" ] || return 0
     say "making the images of argoexec and of OpenMPI"
     apt_install mmdebstrap mmdebstrap
     ! alive "$store_pidfile" || stop "$store_pidfile"
@@ -85,8 +85,9 @@ make_images() {
     install -m 755 "$bin/gofakes3" "$images/gofakes3"
     executor_image
     mpi_image
+    rm -rf --one-file-system "$images/layout" "$images/mpi4py" "$images/argoexec" # the registry has them
     chmod -R a+rX "$images"
-    echo "$stamp" >"$images/.stamp"
+    echo "$stamp" >"$made"
 }
 
 # Lets pods write below /scratch/argo. sweep.sh and `down` remove it.
