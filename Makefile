@@ -78,6 +78,12 @@ links: prepare ## measures each way to the agent on its profile; writes the tabl
 sealed-secrets: prepare ## runs a kubelet with Secrets that sealed-secrets has created (docs/guide/links.md)
 	@$(TESTBED)/sealed-secrets.sh
 
+.PHONY: argo
+argo: up ## runs Argo Workflows: the examples in deploy/examples/argo, and 200 steps beside 200 plain pods (docs/guide/argo.md)
+	@trap '$(TESTBED)/argo.sh down' EXIT; $(TESTBED)/argo.sh up; eval "$$($(TESTBED)/env.sh)"; \
+	   cargo test -p knoc-tests --test l3_argo -- --test-threads=4 --skip two_hundred; \
+	   cargo test -p knoc-tests --test l3_argo -- --nocapture two_hundred
+
 .PHONY: ssh-transcript
 ssh-transcript: prepare ## goes from an SSH login to a pod's log, with times; writes docs/ssh-transcript.md
 	@$(TESTBED)/ssh-transcript.sh

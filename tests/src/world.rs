@@ -10,7 +10,7 @@ use kube::{
     Api, Client, ResourceExt as _,
     api::{DeleteParams, ListParams, LogParams, PostParams},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{PodBuilder, Run, stays, wait_for};
 
@@ -303,6 +303,13 @@ impl World {
         let uri = format!("/api/v1/nodes/{}/proxy/{path}", self.node);
         let request = http::Request::get(&uri).body(Vec::new())?;
         self.client.request_text(request).await.context(uri)
+    }
+
+    /// The object at that path of the API server, for kinds that the client library does not know.
+    pub async fn get_json(&self, path: &str) -> anyhow::Result<Value> {
+        let request = http::Request::get(path).body(Vec::new())?;
+        let answer = self.client.request::<Value>(request).await;
+        answer.with_context(|| path.to_owned())
     }
 
     /// The version of the API server, such as `v1.36.3`.

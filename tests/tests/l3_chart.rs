@@ -241,11 +241,12 @@ async fn the_chart_installs_and_grants_the_permissions_that_it_lists() -> anyhow
         }
     }
     for entry in std::fs::read_dir(deploy().join("examples"))? {
-        world
-            .kubectl(["apply", "--dry-run=server", "-f"])
-            .arg(entry?.path())
-            .ok()
-            .await?;
+        let path = entry?.path();
+        // The folder `argo` has workflows, which l3_argo runs: this API server does not know their kind.
+        if path.is_file() {
+            let apply = world.kubectl(["apply", "--dry-run=server", "-f"]);
+            apply.arg(path).ok().await?;
+        }
     }
     helm(["uninstall", "charttest", "--namespace", namespace])
         .ok()
