@@ -38,7 +38,9 @@ network and no privilege; B are those that need Services, pod addresses that oth
 test is a process of its own, several at once; those marked `[Serial]` or `[Disruptive]` run alone. A test passes if the suite says so. A test
 that fails has the first reason that its log gives. The time includes the removal of the test's namespace and the time that the other tests
 take from the machine. A run writes the rows of the tests that it ran, so rows can be from earlier runs and earlier versions of KNoC. The
-column podIP has the policy of the run: `none`, or `node` if pods have the address of their compute node as `status.podIP`.
+column podIP has the policy of the run: `none`, or `node` if pods have the address of their compute node as `status.podIP`. During a run one
+compute node takes jobs. The tests that create Endpoints and EndpointSlices need pods with different addresses: they run with
+`NODES=exclusive`, where each pod has a compute node of its own.
 ";
 
 impl Page {
@@ -70,11 +72,7 @@ impl Page {
 
     fn render(&self) -> anyhow::Result<String> {
         let mut text = HEAD.to_owned();
-        writeln!(
-            text,
-            "\nThe last run was on {}.",
-            self.date
-        )?;
+        writeln!(text, "\nThe last run was on {}.", self.date)?;
         for list in &self.lists {
             let rows = list.tests.iter();
             let rows = rows.filter_map(|test| Some((test, self.result(&list.name, test)?)));
@@ -95,7 +93,10 @@ impl Page {
                 let word = if row.passed { "passed" } else { "**failed**" };
                 let (seconds, policy, reason) = (row.seconds, cell(&row.policy), cell(&row.reason));
                 let test = cell(test);
-                writeln!(text, "| {word} | {seconds} | {policy} | {test} | {reason} |")?;
+                writeln!(
+                    text,
+                    "| {word} | {seconds} | {policy} | {test} | {reason} |"
+                )?;
             }
         }
         Ok(text)
@@ -254,7 +255,10 @@ mod tests {
         let text = page.render()?;
         let (a, b) = text.split_once("## List B").context("no list B")?;
         assert!(a.contains("| passed | 7 | node | [x] of a |"), "{text}");
-        assert!(b.contains("| **failed** | 7 | node | [x] of b | why |"), "{text}");
+        assert!(
+            b.contains("| **failed** | 7 | node | [x] of b | why |"),
+            "{text}"
+        );
         Ok(())
     }
 }
