@@ -106,8 +106,8 @@ interop: up ## tests every client against the kubelet's API; writes docs/interop
 	@eval "$$($(TESTBED)/env.sh)"; KNOC_INTEROP_PAGE=$(CURDIR)/docs/interop.md cargo test -p knoc-tests --test l3_interop -- --test-threads=4
 
 .PHONY: conformance
-conformance: up ## runs the upstream suite; writes docs/conformance.md: LIST=A|B|FILE, FOCUS='words|words', ONLY=new|failed, MINUTES=N
-	@$(TESTBED)/conformance/run.sh $(if $(FOCUS),--focus '$(FOCUS)') $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES)) \
+conformance: up ## runs the upstream suite; writes docs/conformance.md: LIST=A|B|FILE, FOCUS='words|words', ONLY=new|failed, MINUTES=N, NODES=exclusive
+	@NODES=$(NODES) $(TESTBED)/conformance/run.sh $(if $(FOCUS),--focus '$(FOCUS)') $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES)) \
 	   $(if $(SIDE),--side $(SIDE)) $(if $(LIMIT),--limit $(LIMIT)) $(or $(LIST),A)
 
 .PHONY: up

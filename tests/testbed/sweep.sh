@@ -19,6 +19,7 @@ afresh() {
     rm -f "$agent_home_here/.local/state/knoc/shim-route.json"
     # Of conformance/run.sh, argo.sh and l3_data.
     sed -i '/^privileged *=/d; /^host_paths *=/d; /^host_ports *=/d; /^nfs *=/d; /^# l3_data$/,$d' "$agent_home_here/.config/knoc/agent.toml"
+    "$testbed/conformance/nodes.sh" all
     "$testbed/agent.sh" up
     "$testbed/kubelet.sh" up
 }
