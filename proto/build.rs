@@ -15,6 +15,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "knoc/v1/egress.proto",
         "knoc/v1/agent.proto",
         "knoc/v1/shim.proto",
+        "knoc/v1/rank.proto",
     ];
     println!("cargo:rerun-if-changed=knoc/v1");
     let descriptors = protox::compile(files, ["."])?;

@@ -72,6 +72,17 @@ enum Command {
     /// Holds the PID namespace that the containers of a pod share.
     #[command(hide = true)]
     Hold,
+    /// Runs one rank of an MPI program; srun starts it on the node of the rank.
+    #[command(hide = true)]
+    Rank {
+        /// The job directory.
+        jobdir: PathBuf,
+        /// The attempt of the container.
+        attempt: u32,
+        /// Where the shim listens.
+        #[arg(required = true)]
+        addresses: Vec<String>,
+    },
     /// Starts a process in the namespaces of a running container.
     #[command(hide = true)]
     Enter {
@@ -152,6 +163,11 @@ fn main() -> ExitCode {
         Command::Contain => return knoc_shim::launch::contain::main(),
         Command::Network => return knoc_shim::launch::network::main(),
         Command::Hold => return knoc_shim::launch::hold::main(),
+        Command::Rank {
+            jobdir,
+            attempt,
+            addresses,
+        } => return knoc_shim::rank::main(&jobdir, attempt, &addresses),
         Command::Enter { arguments } => return knoc_shim::launch::enter::main(&arguments),
         Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Init(options) => {

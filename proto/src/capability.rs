@@ -53,8 +53,11 @@ pub const IMAGE_VOLUMES: &str = "image-volumes";
 /// The agent's shims read variables from files that containers write (`fileKeyRef`).
 pub const ENV_FILES: &str = "env-files";
 
+/// The agent runs pods of several ranks, which may be on several nodes.
+pub const MPI: &str = "mpi";
+
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 19] = [
+pub const OF_PODS: [&str; 20] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -74,6 +77,7 @@ pub const OF_PODS: [&str; 19] = [
     MAPPED_VOLUMES,
     IMAGE_VOLUMES,
     ENV_FILES,
+    MPI,
 ];
 
 /// The capabilities that this pod needs.
@@ -131,6 +135,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
                 .chain(&spec.ephemeral_containers)
                 .any(|container| container.env_files),
         ),
+        (MPI, spec.job.as_ref().is_some_and(|job| job.mpi.is_some())),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -221,6 +226,10 @@ mod tests {
             source: Some(source),
         };
         spec.volumes = sources.map(volume).into();
+        spec.job = Some(pb::JobRequest {
+            mpi: Some(pb::Mpi::default()),
+            ..pb::JobRequest::default()
+        });
         assert_eq!(needed(&spec), OF_PODS);
     }
 

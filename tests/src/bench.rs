@@ -27,6 +27,7 @@ mod load;
 mod machine;
 mod pods;
 pub mod relay;
+mod relayed;
 mod report;
 mod stats;
 mod streams;

@@ -385,15 +385,20 @@ async fn a_home_is_writable_and_a_command_that_comes_later_has_it_too() -> anyho
     let world = World::new("own-home").await?;
     let pod = PodBuilder::new("home").image(&places("1"));
     let uid = world
-        .running(&pod.sh("cat file && touch f ~/g && pwd; sleep 600"))
+        .running(&pod.sh("cat file && pwd && touch f ~/g; sleep 600"))
         .await?;
     let exec = world.exec(
         &uid,
         "main",
-        ["sh", "-c", "until [ -e ~/g ]; do :; done; echo $HOME; ls ~"],
+        [
+            "sh",
+            "-c",
+            "until [ -e ~/g ]; do sleep 0.1; done; echo $HOME; ls ~",
+        ],
     );
     let said = format!("{}\n", exec.ok().await?.text());
     same("an exec", &said, "/home/jovyan\nf\nfile\ng\n")?;
+    world.wait_log("home", "main", "\n/home/jovyan\n").await?;
     let log = world.logs("home", "main").await?;
     same("the program", &log, "in home/jovyan\n/home/jovyan\n")?;
     world.delete("home", Some(0)).await?;

@@ -25,12 +25,16 @@ pub const EPHEMERAL: &str = "ephemeral-containers";
 /// The shim serves `UpdateImage`.
 pub const IMAGE_UPDATES: &str = "image-updates";
 
+/// The shim runs commands in the ranks of a container other than the first one.
+pub const EXEC_IN_RANKS: &str = "exec-in-ranks";
+
 /// All capabilities of this version's shim.
 pub const ALL: [&str; 9] = [
     ATTACH,
     EGRESS,
     ENV_FILES,
     EPHEMERAL,
+    EXEC_IN_RANKS,
     IMAGE_UPDATES,
     LOG_POSITIONS,
     PORT_FORWARD,

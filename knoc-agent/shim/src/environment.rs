@@ -86,6 +86,7 @@ pub(crate) fn launch_spec(
         user: facts.isolated.then(|| user(container, image)),
         passwd: None,
         settle: false,
+        descriptor: None,
     }
 }
 

@@ -24,10 +24,14 @@ use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Notify;
 
-use super::proc;
+use super::{proc, ranks::node};
 
-const MEMORY: &str = "/dev/shm";
+/// The node's file system in memory.
+pub(crate) const MEMORY: &str = "/dev/shm";
 const DEFAULT: &str = "/tmp";
+
+/// In the name of a folder that the ranks of a pod on one node share, in place of the host.
+const RANKS: &str = "ranks";
 
 /// ramfs: a file system in memory like tmpfs, but without a size limit.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
@@ -183,6 +187,13 @@ impl Scratch {
     }
 }
 
+/// The name of the folder in memory that the ranks of this attempt share on a node. `pin` is that of the pod's key, which no
+/// other user knows.
+pub(crate) fn of_ranks(pin: &str, attempt: u32) -> String {
+    let pin: String = pin.chars().take(32).collect();
+    format!("{PREFIX}-{RANKS}-{pin}-{attempt}")
+}
+
 /// The folder, in the folder in memory, that only the shim writes to.
 const SECRETS: &str = "secrets";
 
@@ -322,7 +333,12 @@ fn sweep(base: &Path, host: &str, until: Instant) -> bool {
             continue;
         };
         let mut parts = id.split('-').skip(1);
-        if parts.next() != Some(host) {
+        let whose = parts.next();
+        if whose == Some(RANKS) {
+            // One that ranks use, or that belongs to somebody else, stays.
+            node::remove_unused(&entry.path(), until).ok();
+        }
+        if whose != Some(host) {
             continue;
         }
         let pid = parts.next().and_then(|pid| pid.parse().ok());

@@ -11,11 +11,11 @@ const PODS: usize = 4096;
 
 /// What was told.
 #[derive(Debug, Default)]
-pub(super) struct Told(HashMap<PodUid, HashSet<String>>);
+pub(crate) struct Told(HashMap<PodUid, HashSet<String>>);
 
 impl Told {
     /// Is this news for the pod?
-    pub(super) fn is_news(&mut self, uid: &PodUid, text: &str) -> bool {
+    pub(crate) fn is_news(&mut self, uid: &PodUid, text: &str) -> bool {
         if self.0.len() >= PODS && !self.0.contains_key(uid) {
             self.0.clear();
         }

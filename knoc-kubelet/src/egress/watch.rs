@@ -328,6 +328,30 @@ impl Cluster {
     }
 }
 
+/// Watches those objects of a kind that `config` selects. It has no end.
+pub(crate) async fn follow_some<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    what: &str,
+    mut take: impl FnMut(watcher::Event<K>),
+) where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let events = watcher(api, config).default_backoff();
+    let mut events = std::pin::pin!(events);
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(event) => take(event),
+            Err(error) => {
+                tracing::warn!(
+                    error = chain(&error),
+                    "the watch of {what} failed, it is restarted"
+                );
+            }
+        }
+    }
+}
+
 /// PURE: has the API server said that the kubelet may not read this?
 fn is_denied(error: &watcher::Error) -> bool {
     let (watcher::Error::InitialListFailed(kube::Error::Api(status))
@@ -359,70 +383,21 @@ fn cidrs(listed: Vec<ServiceCIDR>) -> Vec<Range> {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn addresses_of_nodes_and_ranges_are_read_and_names_left_out() {
-        let node = json!({"metadata": {"name": "n"}, "status": {"addresses": [{"type": "InternalIP", "address": "10.2.0.1"},
-            {"type": "Hostname", "address": "n"}, {"type": "InternalIP", "address": "::ffff:10.2.0.2"}]}});
-        let (name, found) = addresses(&serde_json::from_value(node).unwrap()).unwrap();
-        assert_eq!(name, "n");
-        assert_eq!(
-            found,
-            ["10.2.0.1", "10.2.0.2"].map(|text| text.parse::<IpAddr>().unwrap())
-        );
-        let range = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12", "fd00::/108", "?"]}});
-        let range = serde_json::from_value(range).unwrap();
-        assert_eq!(
-            cidrs(vec![range, ServiceCIDR::default()]),
-            ["10.96.0.0/12", "fd00::/108"].map(|text| text.parse::<Range>().unwrap())
-        );
-    }
-
-    #[test]
-    fn what_the_kubelet_may_not_read_is_known_until_it_may() {
-        let api = |code: u16| {
-            let status = kube::core::Status {
-                code,
-                ..kube::core::Status::default()
-            };
-            kube::Error::Api(Box::new(status))
-        };
-        assert!(is_denied(&watcher::Error::InitialListFailed(api(403))));
-        assert!(is_denied(&watcher::Error::WatchStartFailed(api(403))));
-        assert!(!is_denied(&watcher::Error::InitialListFailed(api(500))));
-        assert!(!is_denied(&watcher::Error::NoResourceVersion));
-        let cluster = Cluster::new();
-        let changes = cluster.subscribe();
-        assert!(!cluster.is_denied() && cluster.troubles().is_empty());
-        for _ in 0..2 {
-            cluster.set_denied(Part::Slices, true);
-            cluster.set_denied(Part::Nodes, true);
-        }
-        assert!(cluster.is_denied() && changes.has_changed().unwrap());
-        let troubles = cluster.troubles();
-        assert_eq!(troubles.len(), 2, "{troubles:?}");
-        assert!(troubles[0].contains("list and watch endpointslices"));
-        cluster.set_denied(Part::Slices, false);
-        cluster.set_denied(Part::Nodes, false);
-        assert!(!cluster.is_denied() && cluster.troubles().is_empty());
-    }
-
-    #[test]
-    fn nothing_is_decided_before_everything_was_read() {
-        let cluster = Cluster::new();
-        for part in [Part::Services, Part::Slices, Part::Nodes] {
-            cluster.change(|state| {
-                state.read.insert(part);
-            });
-            assert!(cluster.look(|_| ()).is_none());
-        }
+impl Cluster {
+    /// A cluster of which everything was read.
+    pub(super) fn of(table: Table, around: Surroundings) -> Self {
+        let cluster = Self::new();
+        let read = [Part::Services, Part::Slices, Part::Nodes, Part::Ranges].into();
         cluster.change(|state| {
-            state.read.insert(Part::Ranges);
+            *state = State {
+                table,
+                around,
+                read,
+            };
         });
-        assert!(cluster.look(|_| ()).is_some());
+        cluster
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,8 @@ use knoc_proto::pb;
 use super::{
     carried::{PodSpec, ResourceRequirements},
     container::shape_resources,
+    mpi,
+    options::split,
 };
 
 /// The CPU of a pod that sets none.
@@ -79,16 +81,7 @@ pub(super) fn request(
             0
         })
     });
-    let ntasks = text("ntasks").map_or(1, |value| {
-        value
-            .parse()
-            .ok()
-            .filter(|number| *number >= 1)
-            .unwrap_or_else(|| {
-                wrong("knoc.io/ntasks", &value, "a number from 1");
-                1
-            })
-    });
+    let ranks = mpi::asked(annotations, &mut wrong);
     let flags = flags(annotations, &mut wrong);
     let (cpu_millis, memory_bytes, ephemeral_storage_bytes) = totals(containers, whole);
     pb::JobRequest {
@@ -98,8 +91,8 @@ pub(super) fn request(
         constraint: text("constraint").unwrap_or_default(),
         reservation: text("reservation").unwrap_or_default(),
         time_minutes,
-        nodes: 1,
-        ntasks,
+        nodes: ranks.nodes,
+        ntasks: ranks.ntasks,
         // The agent, not the kubelet, maps extended resources to `--gres`, because the mapping is in the site file.
         gres: text("gres").unwrap_or_default(),
         exclusive: text("exclusive").as_deref() == Some("true"),
@@ -110,6 +103,7 @@ pub(super) fn request(
         memory_bytes,
         ephemeral_storage_bytes,
         nice: 0,
+        mpi: ranks.mpi,
     }
 }
 
@@ -123,7 +117,7 @@ fn flags(
         let Some(value) = annotations.get(*name) else {
             continue;
         };
-        match split_options(value) {
+        match split(value) {
             Some(options) => flags.extend(options),
             None => wrong(name, value, "a list of options (a quote is not closed)"),
         }
@@ -252,29 +246,6 @@ fn number(text: &str) -> Option<i64> {
         .flatten()
 }
 
-/// Splits a text at blanks; single and double quotes and backslashes protect them. No shell is involved: the parts
-/// become elements of an argv. `None` if a quote is not closed.
-fn split_options(text: &str) -> Option<Vec<String>> {
-    let mut options = Vec::new();
-    let mut word: Option<String> = None;
-    let mut quote: Option<char> = None;
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        match (quote, c) {
-            (Some(open), c) if c == open => quote = None,
-            (None, '\'' | '"') => {
-                quote = Some(c);
-                word.get_or_insert_default();
-            }
-            (None | Some('"'), '\\') => word.get_or_insert_default().push(chars.next()?),
-            (None, c) if c.is_whitespace() => options.extend(word.take()),
-            (_, c) => word.get_or_insert_default().push(c),
-        }
-    }
-    options.extend(word);
-    quote.is_none().then_some(options)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -394,19 +365,5 @@ mod tests {
             }),
             ..pb::Container::default()
         }
-    }
-
-    #[test]
-    fn quoted_options_are_split_as_written() {
-        let split = |text: &str| split_options(text).map(|options| options.join("|"));
-        assert_eq!(split("--a=1  --b='x y'").as_deref(), Some("--a=1|--b=x y"));
-        assert_eq!(
-            split(r#"--c="q \" r" \ z"#).as_deref(),
-            Some(r#"--c=q " r| z"#)
-        );
-        assert_eq!(split("''").as_deref(), Some(""));
-        assert_eq!(split_options("  "), Some(vec![]));
-        assert_eq!(split_options("'open"), None);
-        assert_eq!(split_options("end\\"), None);
     }
 }

@@ -18,7 +18,9 @@ mod grace;
 mod image_root;
 mod job;
 mod keyring;
+mod mpi;
 mod network;
+mod options;
 mod probe;
 pub mod quantity;
 mod trust;
@@ -29,7 +31,7 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{self as core, ConfigMap, Pod, Secret};
-use knoc_proto::{names, pb};
+use knoc_proto::{names, pb, pod::Ranks};
 
 use carried::{Container, DnsConfig, DnsOption, HostAlias, PodSpec};
 use volume::Source;
@@ -147,13 +149,21 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let name = meta.name.clone().unwrap_or_default();
     let containers = container::of_pod(pod, spec, &mut problems);
     let volumes = spec.volumes.iter().flatten();
-    let volumes = volumes
+    let volumes: Vec<_> = volumes
         .filter_map(|volume| volume::shape(volume, &mut problems))
         .collect();
     let whole = job::Whole::of(spec, &mut problems);
     let both = (&*containers.init, &*containers.regular);
     let job = job::request(pod, both, &whole, &mut problems);
     let network = network::mode(pod, spec, &mut problems);
+    let ranks = Ranks {
+        job: Some(&job),
+        containers: &containers.regular,
+        volumes: &volumes,
+        shares_processes: *spec.share_process_namespace == Some(true),
+        network,
+    };
+    problems.extend(ranks.problems());
     if !problems.is_empty() {
         return Err(problems);
     }

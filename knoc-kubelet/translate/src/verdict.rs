@@ -306,6 +306,9 @@ the pod asks it (`dnsPolicy`) and reaches it, else it is the compute node's; wit
 
 ## Containers
 
+**Order.** Containers start in the order of the list, as on any node: each once the program of the one before it runs (and its `postStart`
+hook has ended), or could not be started.
+
 **Sidecars** are init containers with `restartPolicy: Always`. They start in the order of the list; what comes after one starts once it
 has started (its `startupProbe` has passed, if it has one). They are restarted whenever they end, do not keep a pod from completing, and
 are stopped one after the other in reverse order, each with what is left of the grace period, after the containers have ended. Their

@@ -232,6 +232,7 @@ fn typed(target: &Target, mut object: Value) -> Value {
             "configmaps" => "ConfigMap",
             "serviceaccounts" => "ServiceAccount",
             "endpointslices" => "EndpointSlice",
+            "networkpolicies" => "NetworkPolicy",
             "replicasets" => "ReplicaSet",
             "priorityclasses" => "PriorityClass",
             "runtimeclasses" => "RuntimeClass",

@@ -171,6 +171,29 @@ async fn what_a_login_node_lacks_is_named_with_its_cure() -> anyhow::Result<()> 
 }
 
 #[tokio::test]
+async fn a_relayed_pod_that_has_an_address_is_named() -> anyhow::Result<()> {
+    let far = Far::new()?;
+    let version = r#"{"clientVersion": {"gitVersion": "v1.36.1"}, "serverVersion": {"gitVersion": "v1.36.0"}}"#;
+    far.program(
+        "near/kubectl",
+        &format!(
+            "#!/bin/sh\ncase \"$*\" in\nversion*) echo '{version}' ;;\n*endpointslices*) echo knoc-a; echo knoc-b; echo knoc-a ;;\n\
+             *spec.nodeName=knoc-a*) echo 'team/old 10.1.2.3' ;;\n*spec.nodeName=knoc-b*) echo 'team/web ' ;;\n*) echo yes ;;\nesac\n"
+        ),
+    )?;
+    far.program("near/helm", "#!/bin/sh\necho v3.22.0\n")?;
+    let findings = examine(preflight(&far, &[])?).await?;
+    let twice = find(&findings, "cluster: relayed pods of knoc-a")?;
+    ensure!(
+        !twice.ok && twice.detail.contains("team/old") && twice.cure.contains("node.podIP"),
+        "{twice:#?}"
+    );
+    let once = find(&findings, "cluster: relayed pods of knoc-b")?;
+    ensure!(once.ok, "{once:#?}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_machine_with_nothing_to_check_says_where_to_go() -> anyhow::Result<()> {
     let far = Far::new()?;
     let findings = examine(preflight(&far, &[])?).await?;

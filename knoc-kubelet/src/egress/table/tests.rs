@@ -222,3 +222,23 @@ fn five_thousand_services_are_found_by_their_addresses() {
     assert_eq!(target.service.to_string(), "a/s1025");
     assert_eq!(table.ports(false, |_| true).tcp.len(), 5000);
 }
+
+#[test]
+fn the_address_of_an_endpoint_that_has_gone_leads_nowhere() {
+    let endpoints = |addresses: &[&str]| {
+        let all = addresses
+            .iter()
+            .map(|address| json!({"addresses": [address]}));
+        slice_of("one", "web", &all.collect::<Vec<_>>().into())
+    };
+    let mut table = table(&[web()], &[endpoints(&["10.1.0.1", "10.1.0.2"])]);
+    assert_eq!(found(&table, "10.1.0.2:8080"), ["10.1.0.2:8080"]);
+    // Another pod may have the address by now.
+    let (name, slice) = read(&endpoints(&["10.1.0.1"])).unwrap();
+    assert!(table.set_slice(name, slice));
+    assert!(found(&table, "10.1.0.2:8080").is_empty());
+    // After a new list.
+    table.set_slices(vec![read(&endpoints(&["10.1.0.3"])).unwrap()]);
+    assert!(found(&table, "10.1.0.1:8080").is_empty());
+    assert_eq!(found(&table, "10.1.0.3:8080"), ["10.1.0.3:8080"]);
+}

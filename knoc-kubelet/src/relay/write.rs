@@ -1,0 +1,122 @@
+//! Writes EndpointSlices. The watch says what the API server has, so nothing is read before a write.
+
+use std::{collections::HashSet, net::IpAddr, time::Duration};
+
+use futures::{StreamExt as _, stream};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use knoc_proto::error::chain;
+use kube::{
+    Api, Client,
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions},
+};
+
+use super::slice::{self, Change};
+use crate::egress::table::Name;
+
+/// How many writes are in flight at a time.
+const AT_ONCE: usize = 8;
+/// The deadline of a write.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// No write begins after this time, so that an API server that does not answer cannot stop the rounds for long.
+const ROUND: Duration = Duration::from_secs(15);
+/// The most slices that are deleted when the kubelet stops. As many are published.
+const MOST: u32 = 4096;
+
+/// Makes these changes. Returns the names of those that were made.
+pub(super) async fn all(client: &Client, changes: Vec<Change>) -> HashSet<Name> {
+    let writes = stream::iter(changes).take_until(tokio::time::sleep(ROUND));
+    let writes = writes.map(|change| one(client.clone(), change));
+    let mut writes = std::pin::pin!(writes.buffer_unordered(AT_ONCE));
+    let (mut done, mut failed, mut last) = (HashSet::new(), 0, None);
+    while let Some(written) = writes.next().await {
+        match written {
+            Ok(name) => drop(done.insert(name)),
+            Err(error) => {
+                failed += 1;
+                last = Some(error);
+            }
+        }
+    }
+    if let Some(error) = last {
+        tracing::warn!(
+            failed,
+            error = chain(&error),
+            "EndpointSlices of relayed pods could not be written, trying again later"
+        );
+    }
+    done
+}
+
+/// Why a slice was not written.
+#[derive(Debug, thiserror::Error)]
+enum WriteError {
+    #[error("write EndpointSlice {name}")]
+    Api { name: Name, source: kube::Error },
+    #[error(
+        "write EndpointSlice {name}: no answer from the API server within {} s",
+        DEADLINE.as_secs()
+    )]
+    Late { name: Name },
+}
+
+async fn one(client: Client, change: Change) -> Result<Name, WriteError> {
+    let name = change.name().clone();
+    let api: Api<EndpointSlice> = Api::namespaced(client, &name.namespace);
+    let written = async {
+        match change {
+            Change::Create(_, slice) => api.create(&PostParams::default(), &slice).await.map(drop),
+            Change::Replace(name, slice) => {
+                let params = PatchParams::default();
+                let patch = Patch::Merge(&slice);
+                api.patch(&name.name, &params, &patch).await.map(drop)
+            }
+            Change::Delete(name, meta) => {
+                let params = DeleteParams {
+                    preconditions: Some(Preconditions {
+                        resource_version: meta.resource_version,
+                        uid: meta.uid,
+                    }),
+                    ..DeleteParams::default()
+                };
+                api.delete(&name.name, &params).await.map(drop)
+            }
+        }
+    };
+    match tokio::time::timeout(DEADLINE, written).await {
+        Ok(Ok(())) => Ok(name),
+        // It exists already, is gone, or was changed in the meantime: the watch brings its present state, and a round follows.
+        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
+            tracing::debug!(%name, %status.message, "an EndpointSlice was changed in the meantime");
+            Ok(name)
+        }
+        Ok(Err(source)) => Err(WriteError::Api { name, source }),
+        Err(_) => Err(WriteError::Late { name }),
+    }
+}
+
+/// Deletes the slices of the node that lead to this address, so that clients are refused instead of waiting for an address that
+/// nobody has. Those of a newer kubelet of the node lead elsewhere.
+pub(super) async fn withdraw(client: &Client, node: &str, address: IpAddr) {
+    let api: Api<EndpointSlice> = Api::all(client.clone());
+    let own = ListParams::default()
+        .labels(&slice::of_node(node))
+        .limit(MOST);
+    let listed = match api.list(&own).await {
+        Ok(listed) => listed.items,
+        Err(error) => {
+            tracing::warn!(
+                error = chain(&error),
+                "the EndpointSlices of relayed pods could not be deleted: their clients time out until the kubelet is back"
+            );
+            return;
+        }
+    };
+    let ours = listed
+        .into_iter()
+        .filter(|one| slice::is_own(one, node) && slice::is_at(one, address));
+    let changes = ours.filter_map(|one| {
+        let name = crate::egress::table::slice_name(&one)?;
+        Some(Change::Delete(name, one.metadata))
+    });
+    all(client, changes.collect()).await;
+}
