@@ -29,7 +29,7 @@ pub const IMAGE_UPDATES: &str = "image-updates";
 pub const EXEC_IN_RANKS: &str = "exec-in-ranks";
 
 /// All capabilities of this version's shim.
-pub const ALL: [&str; 9] = [
+pub const ALL: [&str; 10] = [
     ATTACH,
     EGRESS,
     ENV_FILES,
