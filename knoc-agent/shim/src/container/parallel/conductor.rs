@@ -490,7 +490,7 @@ mod tests {
                 value: Some(value),
             }],
         };
-        let read = env("main", Value::Literal(b"read".to_vec().into()));
+        let read = env("main", Value::Literal(b"read".into()));
         let side = env("side", Value::Template("s".to_owned()));
         let values = pb::PodValues {
             revision: 7,
