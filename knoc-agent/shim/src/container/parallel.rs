@@ -34,7 +34,7 @@ use super::{
         ranks::step::{self, Step},
         role::{ContainerSpec, Role},
     },
-    Attempt, AttemptError, Done, environment_of, log,
+    Attempt, AttemptError, Done, log,
 };
 
 /// PURE: whether srun starts this container.
@@ -54,8 +54,7 @@ fn cannot_run(message: String) -> AttemptError {
 pub(super) async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
     let container = &attempt.spec.container;
     let config = attempt.spec.image.config.clone().unwrap_or_default();
-    let values = environment_of(pod, attempt).await?;
-    let spec = environment::launch_spec(container, &config, &values, &pod.facts);
+    let spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
     if spec.argv.is_empty() {
         return Err(AttemptError::NoCommand);
     }
@@ -68,8 +67,7 @@ pub(super) async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, A
     let argv = argv(pod, attempt, &incoming)?;
     let keeper = hub::open(false, false, None, None);
     let hub = keeper.hub();
-    let program = (spec, Arc::clone(&hub));
-    let conductor = Conductor::new(pod, attempt, &values, &pair, program)?;
+    let conductor = Conductor::new(pod, attempt, &pair, (spec, Arc::clone(&hub)))?;
     let started = spawn(pod, &argv);
     let (mut srun, sources) =
         started.map_err(|error| cannot_run(format!("start {}: {error}", pod.job.srun)))?;

@@ -121,17 +121,13 @@ impl<'a> Conductor<'a> {
     pub(super) fn new(
         pod: &Pod,
         attempt: &'a Attempt,
-        environment: &pb::PodValues,
         pair: &KeyPair,
         program: (LaunchSpec, Arc<Hub>),
     ) -> Result<Self, AttemptError> {
         let start = pb::RankStart {
             container: Some(attempt.spec.container.clone()),
             image: Some(attempt.spec.image.clone()),
-            values: Some(with_environment(
-                pb::PodValues::clone(&attempt.values),
-                environment,
-            )),
+            values: Some(pb::PodValues::clone(&attempt.values)),
         };
         let start = frame_of(to_rank::Message::Start(start));
         let start = start.ok_or_else(|| {
@@ -430,15 +426,6 @@ impl<'a> Conductor<'a> {
     }
 }
 
-/// PURE: the values, with `own` as the environment of the container of the ranks. Its variables that come from files have been
-/// read: the files are on the node of the shim only.
-fn with_environment(mut values: pb::PodValues, own: &pb::PodValues) -> pb::PodValues {
-    let is_own = |env: &pb::ContainerEnv| own.env.iter().any(|one| one.container == env.container);
-    values.env.retain(|env| !is_own(env));
-    values.env.extend(own.env.iter().cloned());
-    values
-}
-
 /// PURE: the message with its length in front; `None` if it is too long.
 fn frame_of(message: to_rank::Message) -> Option<Bytes> {
     let message = pb::ToRank {
@@ -470,8 +457,6 @@ async fn due(next: Option<(Instant, Next)>) -> Next {
 
 #[cfg(test)]
 mod tests {
-    use knoc_proto::pb::env_var::Value;
-
     use super::*;
 
     #[test]
@@ -479,33 +464,6 @@ mod tests {
         assert_eq!(named(&[1, 3]), "1, 3");
         let many: Vec<usize> = (0..1024).collect();
         assert!(named(&many).ends_with("14, 15 and 1008 more"));
-    }
-
-    #[test]
-    fn ranks_get_the_values_of_variables_from_files_and_all_else_of_the_pod() {
-        let env = |container: &str, value| pb::ContainerEnv {
-            container: container.to_owned(),
-            vars: vec![pb::EnvVar {
-                name: "A".to_owned(),
-                value: Some(value),
-            }],
-        };
-        let read = env("main", Value::Literal(b"read".into()));
-        let side = env("side", Value::Template("s".to_owned()));
-        let values = pb::PodValues {
-            revision: 7,
-            env: vec![
-                env("main", Value::File(pb::FileKey::default())),
-                side.clone(),
-            ],
-            ..pb::PodValues::default()
-        };
-        let own = pb::PodValues {
-            env: vec![read.clone()],
-            ..pb::PodValues::default()
-        };
-        let values = with_environment(values, &own);
-        assert_eq!((values.revision, values.env), (7, vec![side, read]));
     }
 
     #[tokio::test(start_paused = true)]
