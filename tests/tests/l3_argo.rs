@@ -150,7 +150,7 @@ async fn parameters_and_artifacts_pass_from_step_to_step_through_the_store() -> 
         "make",
         "echo 42 >/tmp/answer; mkdir /tmp/set; echo one >/tmp/set/1; echo two >/tmp/set/2; echo text >/tmp/file",
     );
-    make["outputs"] = json!({
+    step["outputs"] = json!({
         "parameters": [{"name": "answer", "valueFrom": {"path": "/tmp/answer"}}],
         "artifacts": [{"name": "set", "path": "/tmp/set"}, {"name": "file", "path": "/tmp/file", "archive": {"none": {}}}],
     });
@@ -194,10 +194,10 @@ async fn parameters_and_artifacts_pass_from_step_to_step_through_the_store() -> 
 #[tokio::test]
 async fn a_step_in_the_network_of_its_node_reports_its_outputs() -> anyhow::Result<()> {
     let argo = Argo::new("argo-host-network").await?;
-    let mut make = sh("make", "echo 42 >/tmp/answer");
-    make["outputs"] =
+    let mut step = sh("make", "echo 42 >/tmp/answer");
+    step["outputs"] =
         json!({"parameters": [{"name": "answer", "valueFrom": {"path": "/tmp/answer"}}]});
-    let spec = json!({"entrypoint": "make", "hostNetwork": true, "templates": [make]});
+    let spec = json!({"entrypoint": "make", "hostNetwork": true, "templates": [step]});
     let name = argo.workflow("host", spec).await?;
     let workflow = argo.phase(&name, "Succeeded", LIMIT).await?;
     let made = nodes(&workflow).find(|node| node["templateName"] == "make");
@@ -298,8 +298,8 @@ fn until_term(name: &str) -> Value {
 /// each container.
 async fn shut_down(strategy: &str, handled: usize) -> anyhow::Result<()> {
     let argo = Argo::new(&format!("argo-{}", strategy.to_lowercase())).await?;
-    let handler = sh("handler", "echo after the stop");
-    let spec = json!({"entrypoint": "endless", "onExit": "handler", "templates": [until_term("endless"), handler]});
+    let last = sh("handler", "echo after the stop");
+    let spec = json!({"entrypoint": "endless", "onExit": "handler", "templates": [until_term("endless"), last]});
     let name = argo.workflow("endless", spec).await?;
     let pod = argo.only_pod(&name, "Running").await?.name_any();
     wait_for("the program's first line", LIMIT, async || {

@@ -212,7 +212,8 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
     image().await?;
     let world = World::new("egress-dns").await?;
     allow_listing(&world).await?;
-    let web = format!("web.{}.svc.cluster.local", world.namespace);
+    let domain = format!("{}.svc.cluster.local", world.namespace);
+    let web = format!("web.{domain}");
     let api = "kubernetes.default.svc.cluster.local".to_owned();
     let names = vec![
         (web.clone(), Ipv4Addr::new(10, 96, 77, 77)),
@@ -233,15 +234,10 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
             .ok()
             .await?
             .text();
-        ensure!(file.contains(&format!("nameserver {address}\n")), "{file}");
-        ensure!(
-            file.contains(&format!(
-                "search {}.svc.cluster.local svc.cluster.local cluster.local",
-                world.namespace
-            )),
-            "{file}"
-        );
-        ensure!(file.contains("ndots:5"), "{file}");
+        let own = format!("search {domain} svc.cluster.local");
+        for wanted in [&format!("nameserver {address}\n"), &*own, "ndots:5"] {
+            ensure!(file.contains(wanted), "{wanted}: {file}");
+        }
         Ok(uid)
     })
     .await?;
@@ -256,11 +252,7 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
-    let missing = inside(&format!(
-        "nslookup no-such-name.{}.svc.cluster.local",
-        world.namespace
-    ))
-    .await?;
+    let missing = inside(&format!("nslookup no-such-name.{domain}")).await?;
     ensure!(missing.code != 0, "{missing}");
     // Through the search domains.
     let listed = inside(&format!(

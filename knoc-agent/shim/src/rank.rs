@@ -138,7 +138,13 @@ async fn run(path: &Path, attempt: u32, addresses: &[String]) -> anyhow::Result<
     let (sender, orders) = mpsc::channel(ORDERS);
     tasks.spawn(listen(reader, sender));
     let streams = Streams::new(way);
-    let ended = run_program((jobdir, start), orders, streams, (&mut writer, &mut tasks)).await;
+    let ended = Box::pin(run_program(
+        (jobdir, start),
+        orders,
+        streams,
+        (&mut writer, &mut tasks),
+    ))
+    .await;
     let end = match &ended {
         Ok(ended) => end_of(ended),
         Err(error) => pb::RankEnded {

@@ -163,7 +163,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CtlError> {
         Command::PortForward(command) => Box::pin(command.run(global)).await,
         Command::Cp(command) => Box::pin(command.run(global)).await,
         Command::Top(command) => Box::pin(command.run(global)).await,
-        Command::Script(command) => command.run(global).await,
+        Command::Script(command) => Box::pin(command.run(global)).await,
         Command::Delete(command) => command.run(global).await,
         Command::Doctor(command) => Box::pin(command.run(global)).await,
         Command::Agent(command) => Box::pin(command.run(global)).await,

@@ -34,6 +34,7 @@ fn connections(port: u16) -> Connections {
         link: channel::Sender::new(Link::never()).subscribe(),
         store: Store::default(),
         events: Events::channel().0,
+        node: "n".to_owned(),
         described: Described::default(),
     };
     Connections::new(setup, cluster)

@@ -393,6 +393,7 @@ impl Cluster {
                 table,
                 around,
                 read,
+                denied: BTreeSet::new(),
             };
         });
         cluster

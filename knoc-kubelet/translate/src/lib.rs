@@ -167,7 +167,6 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     if !problems.is_empty() {
         return Err(problems);
     }
-    let labels = meta.labels.clone().unwrap_or_default();
     let mut annotations = meta.annotations.clone().unwrap_or_default();
     annotations.retain(|name, _| !NOT_SENT.contains(&name.as_str()));
     Ok(pb::PodSpec {

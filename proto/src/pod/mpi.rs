@@ -86,6 +86,11 @@ impl<'a> Ranks<'a> {
                 "ranks are not probed yet",
             ),
             (
+                "env",
+                container.env_files,
+                "variables from files (fileKeyRef) are read from an emptyDir, which is a folder of one node",
+            ),
+            (
                 "lifecycle",
                 container.post_start.is_some() || container.pre_stop.is_some(),
                 "ranks have no hooks yet",

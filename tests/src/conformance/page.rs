@@ -71,22 +71,22 @@ impl Page {
     }
 
     fn render(&self) -> anyhow::Result<String> {
-        let mut text = HEAD.to_owned();
-        writeln!(text, "\nThe last run was on {}.", self.date)?;
+        let mut page = HEAD.to_owned();
+        writeln!(page, "\nThe last run was on {}.", self.date)?;
         for list in &self.lists {
             let rows = list.tests.iter();
             let rows = rows.filter_map(|test| Some((test, self.result(&list.name, test)?)));
             let rows: Vec<_> = rows.collect();
             let passed = rows.iter().filter(|(_, row)| row.passed).count();
             writeln!(
-                text,
+                page,
                 "\n## List {}\n\n{passed} of {} tests passed, {} have not run.\n",
                 list.name,
                 list.tests.len(),
                 list.tests.len() - rows.len()
             )?;
             writeln!(
-                text,
+                page,
                 "| result | seconds | podIP | test | reason |\n|---|---|---|---|---|"
             )?;
             for (test, row) in rows {
@@ -94,12 +94,12 @@ impl Page {
                 let (seconds, policy, reason) = (row.seconds, cell(&row.policy), cell(&row.reason));
                 let test = cell(test);
                 writeln!(
-                    text,
+                    page,
                     "| {word} | {seconds} | {policy} | {test} | {reason} |"
                 )?;
             }
         }
-        Ok(text)
+        Ok(page)
     }
 }
 

@@ -8,8 +8,8 @@ use tokio::sync::oneshot;
 
 use super::{
     super::{attach::hub, environment, measure, passwd, pod::Pod, ranks::step, signals},
-    Attempt, AttemptError, Done, Ended, Program, by_kernel, complete, ended, launch, launched,
-    message, prepare, spent, up, with_signal,
+    Attempt, AttemptError, Done, Ended, Program, by_kernel, complete, ended, environment_of,
+    launch, launched, message, prepare, spent, up, with_signal,
 };
 
 /// What the rank has from Slurm.
@@ -42,7 +42,8 @@ async fn try_run(
 ) -> Result<Done, AttemptError> {
     let container = &attempt.spec.container;
     let config = attempt.spec.image.config.clone().unwrap_or_default();
-    let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
+    let values = environment_of(pod, attempt).await?;
+    let mut spec = environment::launch_spec(container, &config, &values, &pod.facts);
     if spec.argv.is_empty() {
         return Err(AttemptError::NoCommand);
     }
@@ -52,7 +53,7 @@ async fn try_run(
         spec.descriptor = Some(step::PMI_FD.as_bytes().to_vec());
         descriptors.push(pmi);
     }
-    let mut folders = prepare(pod, attempt).await?;
+    let mut folders = prepare(pod, attempt, values).await?;
     complete(&mut spec, &folders);
     let kills_before = pod.oom.unclaimed();
     let mut up = up::bring_up(pod, attempt, &folders, container).await?;
