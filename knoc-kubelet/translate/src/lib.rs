@@ -169,6 +169,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     }
     let mut annotations = meta.annotations.clone().unwrap_or_default();
     annotations.retain(|name, _| !NOT_SENT.contains(&name.as_str()));
+    let labels = meta.labels.clone().unwrap_or_default();
     Ok(pb::PodSpec {
         uid: meta.uid.clone().unwrap_or_default(),
         namespace: meta.namespace.as_deref().unwrap_or("default").to_owned(),
