@@ -45,7 +45,7 @@ enum Command {
     Serve(Serve),
     /// Connects standard input and output to the running agent, for a link over SSH.
     Connect(Connect),
-    /// Tells how the site lets the agent be kept running, or sets one of these ways up
+    /// Lists the ways in which this site lets the agent be kept running, or sets one of them up
     RunMode(run_mode::cli::Options),
     /// Answers `knocctl agent` over SSH: a request as JSON on standard input
     #[command(hide = true)]

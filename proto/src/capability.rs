@@ -186,7 +186,10 @@ mod tests {
         spec.subdomain = "web".to_owned();
         spec.containers[0].host_ports = vec![pb::HostPort::default()];
         spec.set_network(pb::NetworkMode::Private);
-        spec.resolver = Some(pb::Resolver::default());
+        spec.resolver = Some(pb::Resolver {
+            only_own: true,
+            ..pb::Resolver::default()
+        });
         spec.init_containers[0].run_as_non_root = true;
         spec.init_containers[0].privileged = true;
         spec.image_pull_secrets = vec!["s".to_owned()];
