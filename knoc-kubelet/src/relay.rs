@@ -108,8 +108,6 @@ struct Relay {
     refused: mpsc::Receiver<RefusedConnection>,
     told: Told,
     retries: Retries,
-    /// Whether the ports of an earlier process are known, which must rest first.
-    began: bool,
 }
 
 impl Relay {
@@ -124,7 +122,6 @@ impl Relay {
             refused,
             told: Told::default(),
             retries: Retries::default(),
-            began: false,
         }
     }
 
@@ -170,7 +167,7 @@ impl Relay {
         if !*self.setup.services.subscribe().borrow() {
             return None;
         }
-        self.rest_earlier_ports()?;
+        self.rest_named_ports()?;
         let plan = self.plan()?;
         let refused = plan.refused.iter();
         let mut refused: Vec<_> = refused
@@ -206,19 +203,16 @@ impl Relay {
         }
     }
 
-    /// Before the first port is given out, lets those rest that slices of an earlier process name at our address. `None` until
-    /// the policies and slices were read.
-    fn rest_earlier_ports(&mut self) -> Option<()> {
+    /// Lets the ports rest that slices name at our address and no pod has any more, so that nobody's clients reach another pod. `None`
+    /// until the policies and slices were read.
+    fn rest_named_ports(&mut self) -> Option<()> {
         let address = self.setup.address;
-        let earlier = self.cluster.look(|_, slices| {
-            let slices = slices.values().filter(|_| !self.began);
+        let named = self.cluster.look(|_, slices| {
+            let slices = slices.values();
             let ports = slices.flat_map(|one| slice::ports_at(one, address));
-            ports.collect::<Vec<_>>()
+            ports.collect::<HashSet<_>>()
         })?;
-        self.began = true;
-        for port in earlier {
-            self.ports.rest(port, Instant::now());
-        }
+        self.ports.rest(&named, Instant::now());
         Some(())
     }
 
