@@ -246,6 +246,10 @@ pub(super) fn changes(
         let (name, slice) = (name.clone(), slice.clone());
         match stored.get(&name) {
             None => Some(Change::Create(name, slice)),
+            // This cannot be changed. Once the watch says that the slice is gone, it is created.
+            Some(stored) if stored.address_type != slice.address_type => {
+                Some(Change::Delete(name, stored.metadata.clone()))
+            }
             Some(stored) if same(&slice, stored) => None,
             Some(_) => Some(Change::Replace(name, slice)),
         }
@@ -427,6 +431,10 @@ mod tests {
             matches!(changed.as_slice(), [Change::Replace(..)]),
             "{changed:?}"
         );
+        let mut odd = stored.clone();
+        odd.get_mut(&name).unwrap().address_type = "FQDN".to_owned();
+        let odd = changes(&all, &odd);
+        assert!(matches!(odd.as_slice(), [Change::Delete(..)]), "{odd:?}");
         let gone = changes(&BTreeMap::new(), &stored);
         let [Change::Delete(deleted, meta)] = gone.as_slice() else {
             panic!("{gone:?}");

@@ -61,6 +61,7 @@ enum WriteError {
 
 async fn one(client: Client, change: Change) -> Result<Name, WriteError> {
     let name = change.name().clone();
+    let is_new = matches!(change, Change::Create(..));
     let api: Api<EndpointSlice> = Api::namespaced(client, &name.namespace);
     let written = async {
         match change {
@@ -84,8 +85,9 @@ async fn one(client: Client, change: Change) -> Result<Name, WriteError> {
     };
     match tokio::time::timeout(DEADLINE, written).await {
         Ok(Ok(())) => Ok(name),
-        // It exists already, is gone, or was changed in the meantime: the watch brings its present state, and a round follows.
-        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
+        // It is gone, or was changed in the meantime: the watch brings its present state, and a round follows. But if the name of
+        // a new slice is taken, the other slice may not be ours, and the watch never brings it.
+        Ok(Err(kube::Error::Api(status))) if !is_new && matches!(status.code, 404 | 409) => {
             tracing::debug!(%name, %status.message, "an EndpointSlice was changed in the meantime");
             Ok(name)
         }
@@ -119,4 +121,40 @@ pub(super) async fn withdraw(client: &Client, node: &str, address: IpAddr) {
         Some(Change::Delete(name, one.metadata))
     });
     all(client, changes.collect()).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{Request, Response};
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+    use kube::client::Body;
+    use serde_json::json;
+    use tower_test::mock;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_name_that_is_taken_is_tried_again_and_a_slice_that_has_changed_is_not() {
+        let (service, mut requests) = mock::pair::<Request<Body>, Response<Body>>();
+        let client = Client::new(service, "default");
+        let conflicts = async {
+            while let Some((_, send)) = requests.next_request().await {
+                let status =
+                    json!({"status": "Failure", "code": 409, "message": "m", "reason": "r"});
+                let body = Body::from(status.to_string().into_bytes());
+                send.send_response(Response::builder().status(409).body(body).unwrap());
+            }
+        };
+        let name = |name: &str| Name::new("team", name);
+        let changes = vec![
+            Change::Create(name("new"), EndpointSlice::default()),
+            Change::Replace(name("changed"), EndpointSlice::default()),
+            Change::Delete(name("gone"), ObjectMeta::default()),
+        ];
+        let done = tokio::select! {
+            done = all(&client, changes) => done,
+            () = conflicts => panic!("the client is gone"),
+        };
+        assert_eq!(done, HashSet::from([name("changed"), name("gone")]));
+    }
 }
