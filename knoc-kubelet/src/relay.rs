@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Each round computes all slices from what is known, and writes those that differ from the stored ones. A port is opened before
-//! the slice that names it is written, and closed after the slice was deleted. The slices are written as the ServiceAccount.
+//! the slice that names it is written, and closed after the slice was deleted, or before if a NetworkPolicy selects the pod. The slices are
+//! written as the ServiceAccount.
 //!
 //! A pod that waits for its job, or whose job has ended, is in no slice and has no port, so its clients are refused at once. A
 //! connection that does not reach its pod is reset.
@@ -179,8 +180,12 @@ impl Relay {
         for (uid, why) in refused {
             self.tell(&uid, &why);
         }
+        // A policy applies even if the API server does not delete the slices soon.
+        let isolated = plan.isolated();
+        self.close(|key| !isolated.contains(&key.uid));
         self.write(&plan).await;
-        self.close(&plan);
+        let wanted = plan.ports();
+        self.close(|key| wanted.contains(key));
         [again, self.retries.next()].into_iter().flatten().min()
     }
 
@@ -280,18 +285,9 @@ impl Relay {
         changes.unwrap_or_default()
     }
 
-    /// Closes the ports that nothing leads to any more.
-    fn close(&mut self, plan: &Plan) {
-        let endpoints = plan.endpoints.iter();
-        let wanted: HashSet<PodPort> = endpoints
-            .flat_map(|endpoint| {
-                endpoint.ports.iter().map(|port| PodPort {
-                    uid: endpoint.uid.clone(),
-                    number: port.number,
-                })
-            })
-            .collect();
-        for key in self.listeners.retain(|key| wanted.contains(key)) {
+    /// Closes all ports but those that are wanted.
+    fn close(&mut self, wanted: impl Fn(&PodPort) -> bool) {
+        for key in self.listeners.retain(wanted) {
             self.ports.release(&key, Instant::now());
         }
     }

@@ -2,7 +2,7 @@
 //! why a Service does not lead to a pod that it selects.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt,
 };
 
@@ -67,6 +67,27 @@ pub(super) struct Plan {
     pub(super) endpoints: Vec<Endpoint>,
     /// Only of pods that run: there are no Events for a pod that waits.
     pub(super) refused: Vec<(PodUid, Refusal)>,
+}
+
+impl Plan {
+    /// The ports of pods to which Services lead.
+    pub(super) fn ports(&self) -> HashSet<PodPort> {
+        let endpoints = self.endpoints.iter();
+        let ports = endpoints.flat_map(|endpoint| {
+            endpoint.ports.iter().map(|port| PodPort {
+                uid: endpoint.uid.clone(),
+                number: port.number,
+            })
+        });
+        ports.collect()
+    }
+
+    /// The pods that a NetworkPolicy closes.
+    pub(super) fn isolated(&self) -> HashSet<&PodUid> {
+        let refused = self.refused.iter();
+        let isolated = refused.filter(|(_, why)| matches!(why, Refusal::Policy { .. }));
+        isolated.map(|(uid, _)| uid).collect()
+    }
 }
 
 /// Why a Service does not lead to a pod.
