@@ -369,6 +369,10 @@ fn what_is_relayed_and_what_contradicts_it() {
             ("KNOC_RELAY_ADDRESS", "fe80::1"),
             "`fe80::1` cannot be the address of an endpoint",
         ),
+        (
+            ("KNOC_RELAY_ADDRESS", "fd00::7"),
+            "`fd00::7` is an IPv6 address, and the kubelet listens on IPv4 only",
+        ),
         (("KNOC_RELAY_ALLOW", "Team"), "is not `NAMESPACE/SERVICE`"),
     ] {
         let error = load(GOOD, &[on, variable]).unwrap_err();
