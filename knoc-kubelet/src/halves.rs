@@ -36,7 +36,7 @@ pub(crate) enum Broken {
 
 /// What happens once the peer of the socket takes no more bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Deaf {
+pub(crate) enum OnWriteError {
     /// The other direction goes on, and what the pod sends is read and dropped.
     Drain,
     /// The connection ends: otherwise a program that sends without end would never notice.
@@ -58,7 +58,7 @@ pub(crate) fn reset(stream: TcpStream) {
 pub(crate) async fn to_socket<M: prost::Message + Default>(
     mut output: Messages<M>,
     mut guard: ResetUnlessEnded,
-    deaf: Deaf,
+    on_error: OnWriteError,
     part: impl Fn(M) -> Option<Part>,
 ) -> Result<(), Broken> {
     let mut reads = true;
@@ -68,11 +68,11 @@ pub(crate) async fn to_socket<M: prost::Message + Default>(
         let Some(next) = next else { break };
         match (part(next), guard.writer()) {
             (Some(Part::Data(data)), Some(writer)) if reads => {
-                match (writer.write_all(&data).await, deaf) {
+                match (writer.write_all(&data).await, on_error) {
                     (Ok(()), _) => {}
                     // The peer reads no more, but what it sends still matters.
-                    (Err(_), Deaf::Drain) => reads = false,
-                    (Err(error), Deaf::Break) => return Err(Broken::Socket(error)),
+                    (Err(_), OnWriteError::Drain) => reads = false,
+                    (Err(error), OnWriteError::Break) => return Err(Broken::Socket(error)),
                 }
             }
             (Some(Part::Closed), _) => {

@@ -47,7 +47,7 @@ use self::{
     plan::{Plan, PodPort, Refusal},
     ports::Ports,
     retries::Retries,
-    slice::{Change, Place},
+    slice::{Change, Publisher},
     watch::Cluster,
 };
 use crate::{
@@ -271,13 +271,13 @@ impl Relay {
 
     fn changes(&self, plan: &Plan) -> Vec<Change> {
         let ports = self.listeners.ports();
-        let place = Place {
+        let publisher = Publisher {
             node: &self.setup.node,
             address: self.setup.address,
         };
         let slices = plan.endpoints.iter();
         let wanted: BTreeMap<_, _> = slices
-            .filter_map(|endpoint| slice::slice(endpoint, &place, &ports))
+            .filter_map(|endpoint| slice::slice(endpoint, &publisher, &ports))
             .collect();
         let changes = self
             .cluster

@@ -116,7 +116,7 @@ impl Listeners {
             .cloned()
             .collect();
         for key in &over {
-            tracing::debug!(%key, "relaying no more");
+            tracing::debug!(%key, "no longer relaying");
             self.open.remove(key);
         }
         let pods: HashSet<_> = self.open.keys().map(|key| &key.uid).collect();
