@@ -236,6 +236,14 @@ fn a_user_who_creates_many_services_does_not_fill_the_node() {
     let services = many(2);
     let full = plan(&views, services.iter(), &allow, &Policies::default());
     assert_eq!(full.endpoints.len(), OF_NODE);
+    let mut names = full
+        .endpoints
+        .iter()
+        .map(|endpoint| &*endpoint.service.name);
+    assert!(
+        names.all(|name| name == "web-0000"),
+        "each pod has one before any has two"
+    );
     let why = full.refused[0].1.to_string();
     assert!(
         why.contains("4096 relayed endpoints, which is the limit"),
