@@ -183,29 +183,33 @@ impl Relay {
         // A policy applies even if the API server does not delete the slices soon.
         let isolated = plan.isolated();
         self.close(|key| !isolated.contains(&key.uid));
-        self.write(&plan).await;
+        let soon = (!self.write(&plan).await).then(Instant::now);
         let wanted = plan.ports();
         self.close(|key| wanted.contains(key));
-        [again, self.retries.next()].into_iter().flatten().min()
+        [again, soon, self.retries.next()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
-    /// Writes the slices that differ, apart from those whose last write has just failed.
-    async fn write(&mut self, plan: &Plan) {
+    /// Writes the slices that differ, apart from those whose last write has just failed. Whether there was time for all of them.
+    async fn write(&mut self, plan: &Plan) -> bool {
         let mut changes = self.changes(plan);
         let now = Instant::now();
         let pending = changes.iter().map(|change| change.name().clone());
         self.retries.keep(&pending.collect());
         changes.retain(|change| self.retries.is_due(change.name(), now));
-        let names: Vec<_> = changes.iter().map(|change| change.name().clone()).collect();
+        let count = changes.len();
         let written = write::all(&self.client, changes).await;
-        for name in names {
-            if written.contains(&name) {
-                self.retries.succeeded(&name);
-            } else {
-                let jitter = rand::random_range(0.5..1.5);
-                self.retries.failed(name, Instant::now(), jitter);
-            }
+        let all_tried = written.done.len() + written.failed.len() == count;
+        for name in &written.done {
+            self.retries.succeeded(name);
         }
+        for name in written.failed {
+            let jitter = rand::random_range(0.5..1.5);
+            self.retries.failed(name, Instant::now(), jitter);
+        }
+        all_tried
     }
 
     /// Lets the ports rest that slices name at our address and no pod has any more, so that nobody's clients reach another pod. `None`
