@@ -33,6 +33,7 @@ use std::{
 };
 
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::ObjectReference;
 use knoc_proto::ids::PodUid;
 use kube::Client;
 use tokio::{
@@ -53,10 +54,10 @@ use self::{
 use crate::{
     agent::Agent,
     config::RelayConfig,
-    egress::told::Told,
+    egress::told::{Told, Troubles},
     pods::{
         Services, Store,
-        events::{Events, Note, about_pod},
+        events::{Events, Note, about_node, about_pod},
     },
 };
 
@@ -108,6 +109,7 @@ struct Relay {
     /// Connections that were refused, and why.
     refused: mpsc::Receiver<RefusedConnection>,
     told: Told,
+    troubles: Troubles,
     retries: Retries,
 }
 
@@ -122,6 +124,7 @@ impl Relay {
             cluster,
             refused,
             told: Told::default(),
+            troubles: Troubles::default(),
             retries: Retries::default(),
         }
     }
@@ -165,6 +168,7 @@ impl Relay {
     /// Opens and closes ports and writes slices, as the pods, Services and policies now demand. Returns when to run again without
     /// a change.
     async fn round(&mut self) -> Option<Instant> {
+        self.tell_node();
         if !*self.setup.services.subscribe().borrow() {
             return None;
         }
@@ -303,16 +307,28 @@ impl Relay {
         };
         if self.told.is_news(uid, text) {
             tracing::info!(%uid, "{text}");
-            self.setup.events.record(Note {
-                object: about_pod(&view.pod, ""),
-                warning: true,
-                reason: "RelayRefused".to_owned(),
-                message: text.to_owned(),
-                at: Timestamp::now(),
-                salt: 0,
-                times: 1,
-            });
+            self.warn(about_pod(&view.pod, ""), "RelayRefused", text.to_owned());
         }
+    }
+
+    /// Tells the node what keeps Services from its pods, as far as that is news.
+    fn tell_node(&mut self) {
+        for text in self.troubles.news(self.cluster.troubles()) {
+            tracing::warn!("{text}");
+            self.warn(about_node(&self.setup.node), "RelayUnavailable", text);
+        }
+    }
+
+    fn warn(&self, object: ObjectReference, reason: &str, message: String) {
+        self.setup.events.record(Note {
+            object,
+            warning: true,
+            reason: reason.to_owned(),
+            message,
+            at: Timestamp::now(),
+            salt: 0,
+            times: 1,
+        });
     }
 }
 
