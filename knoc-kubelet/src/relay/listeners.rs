@@ -302,6 +302,6 @@ mod tests {
         assert!(full.contains("each pod gets at most 8"), "{full}");
         assert_eq!(all_of(&third).len(), SHARE);
         drop(of_one);
-        other.permits().unwrap();
+        let _permits = other.permits().unwrap();
     }
 }
