@@ -187,11 +187,11 @@ impl Scratch {
     }
 }
 
-/// The name of the folder in memory that the ranks of this attempt share on a node. `pin` is that of the pod's key, which no
-/// other user knows.
-pub(crate) fn of_ranks(pin: &str, attempt: u32) -> String {
-    let pin: String = pin.chars().take(32).collect();
-    format!("{PREFIX}-{RANKS}-{pin}-{attempt}")
+/// The name of the folder in memory that the ranks of this attempt share on a node. It comes from the pod's private key, so
+/// that no other user can take the name first: whoever connects to the shim's port learns the public key.
+pub(crate) fn of_ranks(key: &str, attempt: u32) -> String {
+    let tag = tag::<16>(format!("{RANKS} {attempt} {key}").as_bytes());
+    format!("{PREFIX}-{RANKS}-{tag}")
 }
 
 /// The folder, in the folder in memory, that only the shim writes to.
@@ -314,10 +314,15 @@ fn subfolder(parent: &Path, name: &str) -> Result<PathBuf, FileError> {
 
 /// A short form of a host's name: sockets lie in the folder, and their paths are limited to 107 bytes.
 fn host_tag(name: &str) -> String {
-    let digest = Sha256::digest(name.as_bytes());
+    tag::<4>(name.as_bytes())
+}
+
+/// The first bytes of a digest, in hexadecimal digits.
+fn tag<const BYTES: usize>(text: &[u8]) -> String {
+    let digest = Sha256::digest(text);
     let bytes: Vec<String> = digest
         .iter()
-        .take(4)
+        .take(BYTES)
         .map(|byte| format!("{byte:02x}"))
         .collect();
     bytes.concat()
@@ -382,6 +387,15 @@ mod tests {
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_mins(5)
+    }
+
+    #[test]
+    fn the_folder_of_ranks_has_a_name_that_only_the_private_key_tells() {
+        let name = of_ranks("the key", 0);
+        assert_eq!(name, of_ranks("the key", 0));
+        assert!(name != of_ranks("the key", 1) && name != of_ranks("another key", 0));
+        let tag = name.rsplit('-').next().unwrap_or_default();
+        assert!(tag.len() == 32 && name.contains("-ranks-"), "{name}");
     }
 
     #[test]

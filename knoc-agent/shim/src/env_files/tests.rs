@@ -5,7 +5,8 @@ use knoc_proto::error::chain;
 use super::*;
 use crate::scratch::{Fallback, Scratch};
 
-fn volumes() -> (tempfile::TempDir, Volumes, PathBuf) {
+/// Volumes in a folder, which exist as long as the first two values.
+fn volumes() -> (tempfile::TempDir, Scratch, Volumes, PathBuf) {
     let base = tempfile::tempdir().unwrap();
     let scratch = Scratch::create(base.path().to_str().unwrap(), Fallback::Error).unwrap();
     let volume = |name: &str, source| pb::Volume {
@@ -18,7 +19,7 @@ fn volumes() -> (tempfile::TempDir, Volumes, PathBuf) {
     ];
     let volumes = Volumes::create(&shape, &scratch, &pb::HostPathPolicy::default(), &[]).unwrap();
     let folder = volumes.folder("v").unwrap().to_owned();
-    (base, volumes, folder)
+    (base, scratch, volumes, folder)
 }
 
 fn file(volume: &str, path: &str, key: &str, optional: bool) -> Value {
@@ -72,7 +73,7 @@ fn get(volumes: &Volumes, value: Value) -> Result<String, String> {
 
 #[test]
 fn a_variable_has_its_value_from_the_file_and_others_may_refer_to_it() {
-    let (_base, volumes, folder) = volumes();
+    let (_base, _scratch, volumes, folder) = volumes();
     fs::create_dir(folder.join("sub")).unwrap();
     fs::write(folder.join("sub/config.env"), "ADDRESS='here'\n").unwrap();
     let of = |key: &str, optional| get(&volumes, file("v", "sub//config.env", key, optional));
@@ -87,7 +88,7 @@ fn a_variable_has_its_value_from_the_file_and_others_may_refer_to_it() {
 
 #[test]
 fn what_is_missing_malformed_or_no_file_of_an_empty_dir_is_said() {
-    let (_base, volumes, folder) = volumes();
+    let (_base, _scratch, volumes, folder) = volumes();
     let optional = get(&volumes, file("v", "none", "A", true)).unwrap();
     assert_eq!(optional, "B=$(A)");
     let missing = get(&volumes, file("v", "none", "A", false)).unwrap_err();
@@ -112,7 +113,7 @@ fn what_is_missing_malformed_or_no_file_of_an_empty_dir_is_said() {
 
 #[test]
 fn no_link_leads_out_of_the_volume_and_no_pipe_is_waited_for() {
-    let (base, volumes, folder) = volumes();
+    let (base, _scratch, volumes, folder) = volumes();
     let secret = base.path().join("secret");
     fs::write(&secret, "A='secret'").unwrap();
     symlink(&secret, folder.join("link")).unwrap();
