@@ -172,7 +172,7 @@ async fn run_program(
     (writer, tasks): (&mut (impl AsyncWrite + Unpin), &mut JoinSet<()>),
 ) -> anyhow::Result<Ended> {
     let number = streams.way().attempt;
-    let name = scratch::of_ranks(streams.way().pair.spki(), number);
+    let name = scratch::of_ranks(streams.way().pair.key_pem(), number, &node_name());
     let joining = move || NodeFolder::join(Path::new(scratch::MEMORY), &name);
     let folder = tokio::task::spawn_blocking(joining).await?;
     let folder = folder.context("create the /dev/shm that the ranks on this node share")?;

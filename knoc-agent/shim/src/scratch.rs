@@ -187,11 +187,15 @@ impl Scratch {
     }
 }
 
-/// The name of the folder in memory that the ranks of this attempt share on a node. `pin` is that of the pod's key, which no
-/// other user knows.
-pub(crate) fn of_ranks(pin: &str, attempt: u32) -> String {
-    let pin: String = pin.chars().take(32).collect();
-    format!("{PREFIX}-{RANKS}-{pin}-{attempt}")
+/// The name of the folder in memory that the ranks of this attempt share on `node`. It is derived from the pod's private key, so
+/// no other user can create it before the ranks do: everybody who connects to the shim learns the public key, and everybody on
+/// a node sees the names of earlier attempts.
+pub(crate) fn of_ranks(private_key: &str, attempt: u32, node: &str) -> String {
+    let digest = Sha256::new()
+        .chain_update(format!("{RANKS} {attempt} {node}\n"))
+        .chain_update(private_key)
+        .finalize();
+    format!("{PREFIX}-{RANKS}-{}", hex(digest.iter().take(16)))
 }
 
 /// The folder, in the folder in memory, that only the shim writes to.
@@ -314,13 +318,12 @@ fn subfolder(parent: &Path, name: &str) -> Result<PathBuf, FileError> {
 
 /// A short form of a host's name: sockets lie in the folder, and their paths are limited to 107 bytes.
 fn host_tag(name: &str) -> String {
-    let digest = Sha256::digest(name.as_bytes());
-    let bytes: Vec<String> = digest
-        .iter()
-        .take(4)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    bytes.concat()
+    hex(Sha256::digest(name.as_bytes()).iter().take(4))
+}
+
+fn hex<'a>(bytes: impl Iterator<Item = &'a u8>) -> String {
+    let digits: Vec<String> = bytes.map(|byte| format!("{byte:02x}")).collect();
+    digits.concat()
 }
 
 /// Removes what killed shims of this user left on this host. Returns `false` if the time was not sufficient. What cannot
@@ -336,7 +339,10 @@ fn sweep(base: &Path, host: &str, until: Instant) -> bool {
         let whose = parts.next();
         if whose == Some(RANKS) {
             // One that ranks use, or that belongs to somebody else, stays.
-            node::remove_unused(&entry.path(), until).ok();
+            let removed = node::remove_unused(&entry.path(), until);
+            if removed.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut) {
+                return false;
+            }
         }
         if whose != Some(host) {
             continue;
@@ -427,6 +433,29 @@ mod tests {
         let secrets = scratch.secrets("v").unwrap();
         drop(scratch);
         assert!(!folder.exists() && !memory.exists() && !secrets.exists());
+    }
+
+    #[test]
+    fn nobody_else_can_name_the_folder_of_ranks_and_a_leftover_is_swept() {
+        let name = of_ranks("private", 1, "c1");
+        assert_eq!(name, of_ranks("private", 1, "c1"));
+        for other in [
+            of_ranks("another", 1, "c1"),
+            of_ranks("private", 2, "c1"),
+            of_ranks("private", 1, "c2"),
+        ] {
+            assert_ne!(name, other);
+        }
+        let base = tempfile::tempdir().unwrap();
+        let folder = node::NodeFolder::join(base.path(), &name).unwrap();
+        nest(&folder.memory().unwrap(), 3);
+        let host = host_tag(&node_name());
+        assert!(sweep(base.path(), &host, soon()));
+        assert!(base.path().join(&name).exists(), "a rank uses it");
+        drop(folder);
+        assert!(!sweep(base.path(), &host, Instant::now()));
+        assert!(sweep(base.path(), &host, soon()));
+        assert!(!base.path().join(&name).exists());
     }
 
     /// Neither the restart of a container nor other containers wait for the removal.
