@@ -20,6 +20,7 @@ use std::{
 use knoc_contract::{
     host::node_name, host_paths::SHIM_FOLDERS as PREFIX, jobdir::atomic::FileError, tree, walk,
 };
+use knoc_link::pki::hexadecimal;
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Notify;
@@ -195,7 +196,8 @@ pub(crate) fn of_ranks(private_key: &str, attempt: u32, node: &str) -> String {
         .chain_update(format!("{RANKS} {attempt} {node}\n"))
         .chain_update(private_key)
         .finalize();
-    format!("{PREFIX}-{RANKS}-{}", hex(digest.iter().take(16)))
+    let digits = hexadecimal(digest.get(..16).unwrap_or_default());
+    format!("{PREFIX}-{RANKS}-{digits}")
 }
 
 /// The folder, in the folder in memory, that only the shim writes to.
@@ -318,12 +320,8 @@ fn subfolder(parent: &Path, name: &str) -> Result<PathBuf, FileError> {
 
 /// A short form of a host's name: sockets lie in the folder, and their paths are limited to 107 bytes.
 fn host_tag(name: &str) -> String {
-    hex(Sha256::digest(name.as_bytes()).iter().take(4))
-}
-
-fn hex<'a>(bytes: impl Iterator<Item = &'a u8>) -> String {
-    let digits: Vec<String> = bytes.map(|byte| format!("{byte:02x}")).collect();
-    digits.concat()
+    let digest = Sha256::digest(name.as_bytes());
+    hexadecimal(digest.get(..4).unwrap_or_default())
 }
 
 /// Removes what killed shims of this user left on this host. Returns `false` if the time was not sufficient. What cannot
