@@ -4,9 +4,10 @@
 //! It is the parent of the container, so that Slurm's binding, its accounting and its limits for the rank hold for the
 //! program. [`super::ranks`] describes the protocol.
 //!
-//! Tasks, all owned by [`run`]: the reaper ([`super::children`]), one that reads the shim's messages, and one for each
-//! command beside the program ([`streams`]). If the connection is lost, the program is killed: nobody would hear of its end,
-//! and the shim has counted the rank as lost.
+//! Tasks, all owned by [`run`]: the reaper ([`super::children`]), one that reads the shim's messages, one for each
+//! command beside the program ([`streams`]), and in one helper on each node one that removes what killed helpers have left
+//! there. If the connection is lost, the program is killed: nobody would hear of its end, and the shim has counted the rank
+//! as lost.
 
 mod streams;
 
@@ -56,7 +57,7 @@ use super::{
         step, wire,
     },
     role::{ContainerSpec, RestartRule, Role, SlotId},
-    scratch::{self, LAST_REMOVAL},
+    scratch::{self, Cleaner, LAST_REMOVAL},
 };
 
 /// Threads for file work that may take long or hang.
@@ -177,13 +178,26 @@ async fn run_program(
     let folder = tokio::task::spawn_blocking(joining).await?;
     let folder = folder.context("create the /dev/shm that the ranks on this node share")?;
     let ended = match prepare(jobdir, start, number, &folder) {
-        Ok(prepared) => prepared.run(orders, streams, writer, tasks).await,
+        Ok(prepared) => {
+            if cleans(|name| std::env::var(name).ok()) {
+                let cleaner = Cleaner::of(&prepared.pod.scratch);
+                tasks.spawn(scratch::keep_clean(cleaner));
+            }
+            prepared.run(orders, streams, writer, tasks).await
+        }
         Err(error) => Err(error),
     };
     let until = std::time::Instant::now() + LAST_REMOVAL;
     let leaving = tokio::task::spawn_blocking(move || folder.leave(until));
     tokio::time::timeout(LAST_REMOVAL, leaving).await.ok();
     ended
+}
+
+/// PURE: whether this helper removes what killed helpers have left on its node: one on each node does. On the first node the
+/// shim does. `variable` finds a variable of Slurm.
+fn cleans(variable: impl Fn(&str) -> Option<String>) -> bool {
+    let first_of_node = variable("SLURM_LOCALID").as_deref() == Some("0");
+    first_of_node && variable("SLURM_NODEID").is_some_and(|node| node != "0")
 }
 
 /// Keeps Slurm's signals from ending the helper before its program, as long as what it returns exists.
@@ -476,6 +490,21 @@ mod tests {
         assert_eq!(in_order(&given, Some("c1; id")), given);
         assert_eq!(in_order(&given, None), given);
         assert!(in_order(&[], Some("10.0.0.1")).is_empty());
+    }
+
+    #[test]
+    fn one_helper_on_each_node_without_the_shim_removes_leftovers() {
+        let given = |node: Option<&str>, on_node: Option<&str>| {
+            cleans(|name| match name {
+                "SLURM_NODEID" => node.map(str::to_owned),
+                "SLURM_LOCALID" => on_node.map(str::to_owned),
+                other => panic!("{other}"),
+            })
+        };
+        assert!(given(Some("1"), Some("0")) && given(Some("12"), Some("0")));
+        assert!(!given(Some("0"), Some("0")), "the shim is there");
+        assert!(!given(Some("1"), Some("1")), "another one does it");
+        assert!(!given(None, Some("0")) && !given(Some("1"), None) && !given(None, None));
     }
 
     #[test]
