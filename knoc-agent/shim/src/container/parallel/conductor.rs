@@ -344,7 +344,7 @@ impl<'a> Conductor<'a> {
         }
     }
 
-    /// Rank 0 runs on this node, so exec and attach reach it like any other container.
+    /// Rank 0 runs on this node: its state is that of the container, whose processes are those of its PID namespace.
     async fn first_runs(&mut self, pid: u32) {
         if self.table.first_host() != node_name() {
             // Its pid means another process here.
