@@ -388,7 +388,7 @@ impl Prepared {
         tasks.spawn(self.pod.children.clone().reap(Children::signal()?));
         let pod = Arc::new(self.pod);
         let abort = CancellationToken::new();
-        // Nothing is asked for that an event would tell: no probes, no hooks, and the log is the shim's.
+        // A rank has neither probes nor hooks, and the shim writes its log, so nobody reads the events.
         let (events, _events) = mpsc::channel(1);
         let attempt = Attempt {
             spec: Arc::new(self.spec),

@@ -228,7 +228,7 @@ impl<'a> Conductor<'a> {
         let connection = match accepted {
             Ok(connection) => connection,
             Err(error) => {
-                tracing::warn!(%error, "the port for the helpers of ranks");
+                tracing::warn!(%error, "accept the connection of a rank's helper");
                 return;
             }
         };
