@@ -139,45 +139,55 @@ async fn run(path: &Path, attempt: u32, addresses: &[String]) -> anyhow::Result<
     let (sender, orders) = mpsc::channel(ORDERS);
     tasks.spawn(listen(reader, sender));
     let streams = Streams::new(way);
-    let ended = Box::pin(run_program(
+    let ran = Box::pin(run_program(
         (jobdir, start),
         orders,
         streams,
         (&mut writer, &mut tasks),
     ))
     .await;
-    let end = match &ended {
-        Ok(ended) => end_of(ended),
-        Err(error) => pb::RankEnded {
-            exit_code: CANNOT_START.into(),
-            reason: "CreateContainerError".to_owned(),
-            message: cut(&format!("{error:#}")),
-            ..pb::RankEnded::default()
-        },
+    let code = match ran {
+        Ok(code) => code,
+        Err(error) => {
+            let end = pb::RankEnded {
+                exit_code: CANNOT_START.into(),
+                reason: "CreateContainerError".to_owned(),
+                message: cut(&format!("{error:#}")),
+                ..pb::RankEnded::default()
+            };
+            tell_end(&mut writer, end).await
+        }
     };
-    let code = u8::try_from(end.exit_code).unwrap_or(CANNOT_START);
-    let last = async {
-        say(&mut writer, from_rank::Message::Ended(end)).await?;
-        writer.shutdown().await
-    };
-    // If the shim is gone, it has counted the rank as lost.
-    tokio::time::timeout(LAST_MESSAGE, last).await.ok();
+    // Until now the shim knows by the connection that the helper still removes what the rank wrote.
+    tokio::time::timeout(LAST_MESSAGE, writer.shutdown())
+        .await
+        .ok();
     Ok(code)
 }
 
-/// Runs the program to its end, in a container with the folder that the ranks on this node share.
+/// Tells the shim how the rank ended. Returns the exit code of the helper.
+async fn tell_end(writer: &mut (impl AsyncWrite + Unpin), end: pb::RankEnded) -> u8 {
+    let code = u8::try_from(end.exit_code).unwrap_or(CANNOT_START);
+    let saying = say(writer, from_rank::Message::Ended(end));
+    // If the shim is gone, it has counted the rank as lost.
+    tokio::time::timeout(LAST_MESSAGE, saying).await.ok();
+    code
+}
+
+/// Runs the program to its end, in a container with the folder that the ranks on this node share. Returns the exit code of
+/// the helper, once the shim was told how the program ended.
 async fn run_program(
     (jobdir, start): (JobDir, pb::RankStart),
     orders: mpsc::Receiver<Order>,
     streams: Streams,
     (writer, tasks): (&mut (impl AsyncWrite + Unpin), &mut JoinSet<()>),
-) -> anyhow::Result<Ended> {
+) -> anyhow::Result<u8> {
     let number = streams.way().attempt;
     let name = scratch::of_ranks(streams.way().pair.key_pem(), number, &node_name());
     let joining = move || NodeFolder::join(Path::new(scratch::MEMORY), &name);
     let folder = tokio::task::spawn_blocking(joining).await?;
     let folder = folder.context("create the /dev/shm that the ranks on this node share")?;
-    let ended = match prepare(jobdir, start, number, &folder) {
+    let ran = match prepare(jobdir, start, number, &folder) {
         Ok(prepared) => {
             if cleans(|name| std::env::var(name).ok()) {
                 let cleaner = Cleaner::of(&prepared.pod.scratch);
@@ -190,7 +200,7 @@ async fn run_program(
     let until = std::time::Instant::now() + LAST_REMOVAL;
     let leaving = tokio::task::spawn_blocking(move || folder.leave(until));
     tokio::time::timeout(LAST_REMOVAL, leaving).await.ok();
-    ended
+    ran
 }
 
 /// PURE: whether this helper removes what killed helpers have left on its node: one on each node does. On the first node the
@@ -375,14 +385,15 @@ fn inherited(number: &str) -> io::Result<OwnedFd> {
 }
 
 impl Prepared {
-    /// Runs the program to its end, and tells the shim when it has started.
+    /// Runs the program to its end, and tells the shim when it has started and how it has ended. Returns the exit code of the
+    /// helper.
     async fn run(
         self,
         mut orders: mpsc::Receiver<Order>,
         mut streams: Streams,
         writer: &mut (impl AsyncWrite + Unpin),
         tasks: &mut JoinSet<()>,
-    ) -> anyhow::Result<Ended> {
+    ) -> anyhow::Result<u8> {
         // Orphans of a program without a PID namespace become children of the helper.
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).ok();
         tasks.spawn(self.pod.children.clone().reap(Children::signal()?));
@@ -431,9 +442,11 @@ impl Prepared {
                 }
             }
         };
+        // Of several ranks that fail, the first one counts, however long the removal of what it wrote takes.
+        let code = tell_end(writer, end_of(&ended)).await;
         streams.finish().await;
         super::remove_folders(pod).await;
-        Ok(ended)
+        Ok(code)
     }
 }
 
@@ -521,6 +534,24 @@ mod tests {
             assert!(inherited(number).is_err(), "{number}");
         }
         assert!(inherited("1").is_ok());
+    }
+
+    #[tokio::test]
+    async fn the_shim_is_told_how_the_rank_ended_and_the_connection_stays() {
+        let (mut ours, mut theirs) = tokio::io::duplex(4096);
+        for (given, expected) in [(0, 0), (137, 137), (-1, CANNOT_START), (256, CANNOT_START)] {
+            let end = pb::RankEnded {
+                exit_code: given,
+                ..pb::RankEnded::default()
+            };
+            assert_eq!(tell_end(&mut ours, end.clone()).await, expected);
+            let told = wire::read::<pb::FromRank>(&mut theirs, wire::FROM_RANK).await;
+            let told = told.unwrap().and_then(|told| told.message);
+            assert_eq!(told, Some(from_rank::Message::Ended(end)));
+        }
+        drop(theirs);
+        let end = pb::RankEnded::default();
+        assert_eq!(tell_end(&mut ours, end).await, 0, "the shim is gone");
     }
 
     #[tokio::test]
