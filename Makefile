@@ -81,7 +81,7 @@ sealed-secrets: prepare ## runs a kubelet with Secrets that sealed-secrets has c
 .PHONY: argo
 argo: up ## runs Argo Workflows: the examples in deploy/examples/argo, and 200 steps beside 200 plain pods (docs/guide/argo.md)
 	@trap '$(TESTBED)/argo.sh down' EXIT; $(TESTBED)/argo.sh up; eval "$$($(TESTBED)/env.sh)"; \
-	   cargo test -p knoc-tests --test l3_argo -- --test-threads=4 --skip two_hundred; \
+	   cargo test -p knoc-tests --test l3_argo -- --test-threads=2 --skip two_hundred; \
 	   cargo test -p knoc-tests --test l3_argo -- --nocapture two_hundred
 
 .PHONY: ssh-transcript

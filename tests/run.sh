@@ -107,14 +107,14 @@ fi
 # The other programs that levels 2 and 3 need are installed and built while the unit tests are compiled; a failure is reported when they
 # are needed.
 install_sshd &
-[ "$STACK" != full ] || { nice "$testbed/kube/setup.sh" metrics-server && nice "$testbed/interop.sh" \
-    && { [ -n "$given_kubeconfig" ] || nice "$testbed/argo.sh" build; }; } &
+[ "$STACK" != full ] || { nice "$testbed/kube/setup.sh" metrics-server && nice "$testbed/interop.sh"; } &
 suite unit --workspace --exclude knoc-tests
 suite unit -p knoc-tests --lib --bins $(tests_named 'tidy*.rs')
 wait
 l2
 
 # Faults (nodes that go down, processes that are killed) would affect other tests, so these tests run alone, one after the other.
+# l3_argo is not among them: it needs Argo Workflows, which make argo builds and starts (ADR 0064).
 faults=$(tests_named 'l3_faults*.rs l3_crash*.rs l3_cut*.rs')
 others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash\|l3_cut\|l3_two_logins\|l3_argo')
 own_ca='l3_access.rs l3_identity.rs l3_metrics.rs'
@@ -136,16 +136,6 @@ else
         others=$(grep -v 'l3_access\|l3_identity\|l3_metrics' <<<"$others")
     fi
     suite L3 -p knoc-tests $others -- --test-threads=8
-    # Argo Workflows needs another policy of the site, and its workflows are many pods. The workflow of 200 steps is behind `make argo`.
-    if [ -n "$given_kubeconfig" ]; then
-        skip L3 "KUBECONFIG was given: Argo Workflows is installed only in a cluster of the test bed" -p knoc-tests --test l3_argo
-    elif "$testbed/argo.sh" up; then
-        suite L3 -p knoc-tests --test l3_argo -- --test-threads=4 --skip two_hundred
-        "$testbed/argo.sh" down
-    else
-        echo "test result: FAILED. 0 passed; 1 failed; 0 ignored" >>"$results/L3"
-        reasons+=("Argo Workflows did not start, see above")
-    fi
     [ -z "$faults" ] || suite L3 -p knoc-tests $faults -- --test-threads=1
     # The core suites once more with a kubelet that is a node: NodeRestriction limits it, and its certificates come from the cluster.
     core='l3_access.rs l3_pods.rs l3_kubectl.rs l3_delete.rs'

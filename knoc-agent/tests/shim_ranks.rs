@@ -20,9 +20,12 @@ use harness::{
     streams::{command, exec, message, stop},
     terminated,
 };
-use knoc_link::pinned::{self, KeyPair};
+use knoc_link::{
+    bulk::{self, RawClient},
+    pinned::{self, KeyPair},
+};
 use knoc_proto::{
-    pb::{self, ExecStart, OutcomeKind, exec_input::Input},
+    pb::{self, ExecStart, OutcomeKind, exec_input::Input, shim_client::ShimClient},
     reason::ErrorReason,
 };
 use nix::{sys::signal::Signal, unistd::Pid};
@@ -279,7 +282,9 @@ async fn commands_run_in_every_rank_with_their_input_and_exit_code() {
 async fn a_client_that_disconnects_ends_its_command_in_another_rank() {
     let (mut job, folder, mut agent) = linked(2, SLEEPER).await;
     job.start();
-    let mut shim = agent.shim().await;
+    let channel = agent.channel().await;
+    // As the agent calls a shim: dropping the answer cancels the call.
+    let mut shim = ShimClient::new(RawClient::new(channel.clone()));
     job.until(running).await;
     logged(&job, "ready", 2).await;
     let (sender, inputs) = mpsc::channel(1);
@@ -291,7 +296,8 @@ async fn a_client_that_disconnects_ends_its_command_in_another_rank() {
         ..in_rank(1, &["sh", "-c", &script])
     };
     sender.send(message(Input::Start(start))).await.unwrap();
-    let output = shim.exec(ReceiverStream::new(inputs)).await.unwrap();
+    let inputs = bulk::request(ReceiverStream::new(inputs));
+    let output = shim.exec(inputs).await.unwrap();
     let pid = line(&file).await.parse().unwrap();
     let flood = async {
         loop {
@@ -308,7 +314,7 @@ async fn a_client_that_disconnects_ends_its_command_in_another_rank() {
     );
     drop((output, sender));
     wait_until_gone(pid).await;
-    stop(&mut shim).await;
+    stop(&mut ShimClient::new(channel)).await;
     assert_eq!(job.code().await, 0, "{}", job.state_words());
 }
 
@@ -354,7 +360,7 @@ async fn whoever_lacks_the_pods_key_gets_nothing_and_the_ranks_go_on() {
 async fn a_helper_that_is_killed_ends_its_program_and_the_other_ranks() {
     let (mut job, folder) = job(
         2,
-        "echo $$ >\"$HERE/program-$SLURM_PROCID\"; exec sleep 600",
+        "echo $$$$ >\"$HERE/program-$SLURM_PROCID\"; exec sleep 600",
     )
     .await;
     job.set_env("main", vec![("HERE", folder.to_str().unwrap().into())]);

@@ -36,7 +36,7 @@ pub(crate) enum Broken {
 
 /// What happens once the peer of the socket takes no more bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Deaf {
+pub(crate) enum OnWriteError {
     /// The other direction goes on, and what the pod sends is read and dropped.
     Drain,
     /// The connection ends: otherwise a program that sends without end would never notice.
@@ -58,7 +58,7 @@ pub(crate) fn reset(stream: TcpStream) {
 pub(crate) async fn to_socket<M: prost::Message + Default>(
     mut output: Messages<M>,
     mut guard: ResetUnlessEnded,
-    deaf: Deaf,
+    on_error: OnWriteError,
     part: impl Fn(M) -> Option<Part>,
 ) -> Result<(), Broken> {
     let mut reads = true;
@@ -68,11 +68,11 @@ pub(crate) async fn to_socket<M: prost::Message + Default>(
         let Some(next) = next else { break };
         match (part(next), guard.writer()) {
             (Some(Part::Data(data)), Some(writer)) if reads => {
-                match (writer.write_all(&data).await, deaf) {
+                match (writer.write_all(&data).await, on_error) {
                     (Ok(()), _) => {}
                     // The peer reads no more, but what it sends still matters.
-                    (Err(_), Deaf::Drain) => reads = false,
-                    (Err(error), Deaf::Break) => return Err(Broken::Socket(error)),
+                    (Err(_), OnWriteError::Drain) => reads = false,
+                    (Err(error), OnWriteError::Break) => return Err(Broken::Socket(error)),
                 }
             }
             (Some(Part::Closed), _) => {
@@ -117,9 +117,23 @@ pub(crate) async fn from_socket<M>(
     }
 }
 
-/// Waits until the connection breaks. After the peer's half-close nobody reads from the socket any more, so that otherwise neither
-/// a reset nor a peer that no longer answers keepalive would be noticed while the pod sends nothing.
-pub(crate) async fn broken(reader: &OwnedReadHalf) -> Broken {
+/// Copies like [`from_socket`] until the connection breaks, which is noticed even while the pod takes no more data, and after the peer's
+/// half-close. For peers whose last bytes do not matter once they have reset the connection.
+pub(crate) async fn until_broken<M>(
+    reader: &OwnedReadHalf,
+    input: &mpsc::Sender<M>,
+    message: impl Fn(Part) -> M,
+) -> Broken {
+    tokio::select! {
+        biased;
+        Err(error) = from_socket(reader, input, message) => error,
+        error = broken(reader) => error,
+    }
+}
+
+/// Waits until the connection breaks. While nobody reads from the socket, neither a reset nor a peer that no longer answers keepalive
+/// would be noticed otherwise.
+async fn broken(reader: &OwnedReadHalf) -> Broken {
     match reader.ready(Interest::ERROR).await {
         Ok(_) => Broken::Socket(io::ErrorKind::ConnectionReset.into()),
         Err(error) => Broken::Socket(error),
@@ -192,5 +206,27 @@ mod tests {
         drop(client);
         let waited = timeout(Duration::from_secs(10), broken(&reader)).await;
         assert!(matches!(waited, Ok(Broken::Socket(_))), "{waited:?}");
+    }
+
+    #[tokio::test]
+    async fn a_reset_is_noticed_while_nobody_takes_the_data() {
+        let (mut client, server) = pair().await;
+        let (reader, _guard) = split(server);
+        // A second message finds no room.
+        let (input, _messages) = mpsc::channel(1);
+        let queue = &input;
+        let resets = async move {
+            let data = BytesMut::zeroed(3 * CHUNK);
+            client.write_all(&data).await.unwrap();
+            while queue.capacity() > 0 {
+                tokio::task::yield_now().await;
+            }
+            knoc_link::reset::at_the_end(&client);
+            drop(client);
+        };
+        let copies = until_broken(&reader, queue, |part| part);
+        let both = async { tokio::join!(copies, resets).0 };
+        let broken = timeout(Duration::from_secs(10), both).await;
+        assert!(matches!(broken, Ok(Broken::Socket(_))), "{broken:?}");
     }
 }

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Each round computes all slices from what is known, and writes those that differ from the stored ones. A port is opened before
-//! the slice that names it is written, and closed after the slice was deleted. The slices are written as the ServiceAccount.
+//! the slice that names it is written, and closed after the slice was deleted, or before if a NetworkPolicy selects the pod. The slices are
+//! written as the ServiceAccount.
 //!
 //! A pod that waits for its job, or whose job has ended, is in no slice and has no port, so its clients are refused at once. A
 //! connection that does not reach its pod is reset.
@@ -32,6 +33,7 @@ use std::{
 };
 
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::ObjectReference;
 use knoc_proto::ids::PodUid;
 use kube::Client;
 use tokio::{
@@ -46,16 +48,16 @@ use self::{
     plan::{Plan, PodPort, Refusal},
     ports::Ports,
     retries::Retries,
-    slice::{Change, Place},
+    slice::{Change, Publisher},
     watch::Cluster,
 };
 use crate::{
     agent::Agent,
     config::RelayConfig,
-    egress::told::Told,
+    egress::told::{Told, Troubles},
     pods::{
         Services, Store,
-        events::{Events, Note, about_pod},
+        events::{Events, Note, about_node, about_pod},
     },
 };
 
@@ -107,9 +109,8 @@ struct Relay {
     /// Connections that were refused, and why.
     refused: mpsc::Receiver<RefusedConnection>,
     told: Told,
+    troubles: Troubles,
     retries: Retries,
-    /// Whether the ports of an earlier process are known, which must rest first.
-    began: bool,
 }
 
 impl Relay {
@@ -123,8 +124,8 @@ impl Relay {
             cluster,
             refused,
             told: Told::default(),
+            troubles: Troubles::default(),
             retries: Retries::default(),
-            began: false,
         }
     }
 
@@ -167,10 +168,11 @@ impl Relay {
     /// Opens and closes ports and writes slices, as the pods, Services and policies now demand. Returns when to run again without
     /// a change.
     async fn round(&mut self) -> Option<Instant> {
+        self.tell_node();
         if !*self.setup.services.subscribe().borrow() {
             return None;
         }
-        self.rest_earlier_ports()?;
+        self.rest_named_ports()?;
         let plan = self.plan()?;
         let refused = plan.refused.iter();
         let mut refused: Vec<_> = refused
@@ -182,43 +184,48 @@ impl Relay {
         for (uid, why) in refused {
             self.tell(&uid, &why);
         }
-        self.write(&plan).await;
-        self.close(&plan);
-        [again, self.retries.next()].into_iter().flatten().min()
+        // A policy applies even if the API server does not delete the slices soon.
+        let isolated = plan.isolated();
+        self.close(|key| !isolated.contains(&key.uid));
+        let soon = (!self.write(&plan).await).then(Instant::now);
+        let wanted = plan.ports();
+        self.close(|key| wanted.contains(key));
+        [again, soon, self.retries.next()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
-    /// Writes the slices that differ, apart from those whose last write has just failed.
-    async fn write(&mut self, plan: &Plan) {
+    /// Writes the slices that differ, apart from those whose last write has just failed. Whether there was time for all of them.
+    async fn write(&mut self, plan: &Plan) -> bool {
         let mut changes = self.changes(plan);
         let now = Instant::now();
         let pending = changes.iter().map(|change| change.name().clone());
         self.retries.keep(&pending.collect());
         changes.retain(|change| self.retries.is_due(change.name(), now));
-        let names: Vec<_> = changes.iter().map(|change| change.name().clone()).collect();
+        let count = changes.len();
         let written = write::all(&self.client, changes).await;
-        for name in names {
-            if written.contains(&name) {
-                self.retries.succeeded(&name);
-            } else {
-                let jitter = rand::random_range(0.5..1.5);
-                self.retries.failed(name, Instant::now(), jitter);
-            }
+        let all_tried = written.done.len() + written.failed.len() == count;
+        for name in &written.done {
+            self.retries.succeeded(name);
         }
+        for name in written.failed {
+            let jitter = rand::random_range(0.5..1.5);
+            self.retries.failed(name, Instant::now(), jitter);
+        }
+        all_tried
     }
 
-    /// Before the first port is given out, lets those rest that slices of an earlier process name at our address. `None` until
-    /// the policies and slices were read.
-    fn rest_earlier_ports(&mut self) -> Option<()> {
+    /// Lets the ports rest that slices name at our address and no pod has any more, so that nobody's clients reach another pod. `None`
+    /// until the policies and slices were read.
+    fn rest_named_ports(&mut self) -> Option<()> {
         let address = self.setup.address;
-        let earlier = self.cluster.look(|_, slices| {
-            let slices = slices.values().filter(|_| !self.began);
+        let named = self.cluster.look(|_, slices| {
+            let slices = slices.values();
             let ports = slices.flat_map(|one| slice::ports_at(one, address));
-            ports.collect::<Vec<_>>()
+            ports.collect::<HashSet<_>>()
         })?;
-        self.began = true;
-        for port in earlier {
-            self.ports.rest(port, Instant::now());
-        }
+        self.ports.rest(&named, Instant::now());
         Some(())
     }
 
@@ -272,13 +279,13 @@ impl Relay {
 
     fn changes(&self, plan: &Plan) -> Vec<Change> {
         let ports = self.listeners.ports();
-        let place = Place {
+        let publisher = Publisher {
             node: &self.setup.node,
             address: self.setup.address,
         };
         let slices = plan.endpoints.iter();
         let wanted: BTreeMap<_, _> = slices
-            .filter_map(|endpoint| slice::slice(endpoint, &place, &ports))
+            .filter_map(|endpoint| slice::slice(endpoint, &publisher, &ports))
             .collect();
         let changes = self
             .cluster
@@ -286,18 +293,9 @@ impl Relay {
         changes.unwrap_or_default()
     }
 
-    /// Closes the ports that nothing leads to any more.
-    fn close(&mut self, plan: &Plan) {
-        let endpoints = plan.endpoints.iter();
-        let wanted: HashSet<PodPort> = endpoints
-            .flat_map(|endpoint| {
-                endpoint.ports.iter().map(|port| PodPort {
-                    uid: endpoint.uid.clone(),
-                    number: port.number,
-                })
-            })
-            .collect();
-        for key in self.listeners.retain(|key| wanted.contains(key)) {
+    /// Closes all ports but those that are wanted.
+    fn close(&mut self, wanted: impl Fn(&PodPort) -> bool) {
+        for key in self.listeners.retain(wanted) {
             self.ports.release(&key, Instant::now());
         }
     }
@@ -309,16 +307,28 @@ impl Relay {
         };
         if self.told.is_news(uid, text) {
             tracing::info!(%uid, "{text}");
-            self.setup.events.record(Note {
-                object: about_pod(&view.pod, ""),
-                warning: true,
-                reason: "RelayRefused".to_owned(),
-                message: text.to_owned(),
-                at: Timestamp::now(),
-                salt: 0,
-                times: 1,
-            });
+            self.warn(about_pod(&view.pod, ""), "RelayRefused", text.to_owned());
         }
+    }
+
+    /// Tells the node what keeps Services from its pods, as far as that is news.
+    fn tell_node(&mut self) {
+        for text in self.troubles.news(self.cluster.troubles()) {
+            tracing::warn!("{text}");
+            self.warn(about_node(&self.setup.node), "RelayUnavailable", text);
+        }
+    }
+
+    fn warn(&self, object: ObjectReference, reason: &str, message: String) {
+        self.setup.events.record(Note {
+            object,
+            warning: true,
+            reason: reason.to_owned(),
+            message,
+            at: Timestamp::now(),
+            salt: 0,
+            times: 1,
+        });
     }
 }
 

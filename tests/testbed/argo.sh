@@ -162,8 +162,7 @@ account() { # the kubeconfig of Argo's own ServiceAccount
 controller_up() {
     if ! alive "$pidfile"; then
         account
-        # By default the controller looks at a workflow once in ten seconds at most: most of the time of the tests would be that.
-        start "$pidfile" "$log/argo-controller.log" env -i PATH="$PATH" HOME="$run" LEADER_ELECTION_DISABLE=true DEFAULT_REQUEUE_TIME=1s \
+        start "$pidfile" "$log/argo-controller.log" env -i PATH="$PATH" HOME="$run" LEADER_ELECTION_DISABLE=true \
             "$bin/workflow-controller" --kubeconfig="$kubeconfig" --namespace=argo --qps=50 --burst=100 \
             --executor-image="$registry/library/argoexec:$version" --executor-image-pull-policy=IfNotPresent
     fi

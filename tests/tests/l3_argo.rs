@@ -150,7 +150,7 @@ async fn parameters_and_artifacts_pass_from_step_to_step_through_the_store() -> 
         "make",
         "echo 42 >/tmp/answer; mkdir /tmp/set; echo one >/tmp/set/1; echo two >/tmp/set/2; echo text >/tmp/file",
     );
-    step["outputs"] = json!({
+    make["outputs"] = json!({
         "parameters": [{"name": "answer", "valueFrom": {"path": "/tmp/answer"}}],
         "artifacts": [{"name": "set", "path": "/tmp/set"}, {"name": "file", "path": "/tmp/file", "archive": {"none": {}}}],
     });

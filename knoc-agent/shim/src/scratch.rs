@@ -188,16 +188,12 @@ impl Scratch {
     }
 }
 
-/// The name of the folder in memory that the ranks of this attempt share on `node`. It is derived from the pod's private key, so
-/// no other user can create it before the ranks do: everybody who connects to the shim learns the public key, and everybody on
-/// a node sees the names of earlier attempts.
-pub(crate) fn of_ranks(private_key: &str, attempt: u32, node: &str) -> String {
-    let digest = Sha256::new()
-        .chain_update(format!("{RANKS} {attempt} {node}\n"))
-        .chain_update(private_key)
-        .finalize();
-    let digits = hexadecimal(digest.get(..16).unwrap_or_default());
-    format!("{PREFIX}-{RANKS}-{digits}")
+/// The name of the folder in memory that the ranks of this attempt share on `node`. It comes from the pod's private key, so that
+/// no other user can take the name first: whoever connects to the shim's port learns the public key, and whoever is on a
+/// node sees the names there.
+pub(crate) fn of_ranks(key: &str, attempt: u32, node: &str) -> String {
+    let tag = tag::<16>(format!("{RANKS} {attempt} {node} {key}").as_bytes());
+    format!("{PREFIX}-{RANKS}-{tag}")
 }
 
 /// The folder, in the folder in memory, that only the shim writes to.
@@ -320,8 +316,13 @@ fn subfolder(parent: &Path, name: &str) -> Result<PathBuf, FileError> {
 
 /// A short form of a host's name: sockets lie in the folder, and their paths are limited to 107 bytes.
 fn host_tag(name: &str) -> String {
-    let digest = Sha256::digest(name.as_bytes());
-    hexadecimal(digest.get(..4).unwrap_or_default())
+    tag::<4>(name.as_bytes())
+}
+
+/// The first bytes of a digest, in hexadecimal digits.
+fn tag<const BYTES: usize>(text: &[u8]) -> String {
+    let digest = Sha256::digest(text);
+    hexadecimal(digest.get(..BYTES).unwrap_or_default())
 }
 
 /// Removes what killed shims of this user left on this host. Returns `false` if the time was not sufficient. What cannot

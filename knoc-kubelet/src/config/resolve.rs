@@ -337,6 +337,12 @@ impl Resolver<'_> {
                 "`{address}` cannot be the address of an endpoint: set it to one at which the cluster's nodes reach the kubelet"
             );
             self.wrong("relay.address", what);
+        } else if let Some(address) = address.filter(|it| it.is_ipv6() && listens.is_ipv4()) {
+            let what = format!(
+                "`{address}` is an IPv6 address, and the kubelet listens on IPv4 only: set server.listen to `[::]:PORT`, or relay.address to \
+                 an IPv4 address"
+            );
+            self.wrong("relay.address", what);
         }
         let allow = allow.map_err(|wrong| self.wrong("relay.allow", wrong.join("; ")));
         let ports = self.relayed_ports(agent);

@@ -332,6 +332,9 @@ fn the_charts_values_are_the_defaults() {
 #[test]
 fn what_is_relayed_and_what_contradicts_it() {
     assert_eq!(load(GOOD, &[]).unwrap().relay, None, "it is off by default");
+    // The kubelet still deletes the slices that it has written.
+    let nothing = load(&format!("{GOOD}relay:\n  allow: []\n"), &[]).unwrap();
+    assert!(!nothing.relay.unwrap().allow.permits("team", "a"));
     let on = ("KNOC_RELAY_ALLOW", "team/*,other/web");
     let relay = load(GOOD, &[on, ("KNOC_RELAY_ADDRESS", "10.0.0.7")]).unwrap();
     let relay = relay.relay.unwrap();
@@ -365,6 +368,10 @@ fn what_is_relayed_and_what_contradicts_it() {
         (
             ("KNOC_RELAY_ADDRESS", "fe80::1"),
             "`fe80::1` cannot be the address of an endpoint",
+        ),
+        (
+            ("KNOC_RELAY_ADDRESS", "fd00::7"),
+            "`fd00::7` is an IPv6 address, and the kubelet listens on IPv4 only",
         ),
         (("KNOC_RELAY_ALLOW", "Team"), "is not `NAMESPACE/SERVICE`"),
     ] {

@@ -27,7 +27,7 @@ use tonic::Status;
 use super::decide::{DNS, Dial};
 use crate::{
     agent::Agent,
-    halves::{self, Deaf, Part},
+    halves::{self, OnWriteError, Part},
     server::prepare,
 };
 
@@ -164,7 +164,7 @@ async fn take(agent: &Agent, connection: &Connection) -> Result<(ToPod, FromPod)
 /// Copies both ways. If either breaks, both the endpoint's connection and the pod's are reset.
 async fn tcp(stream: TcpStream, input: ToPod, output: FromPod) {
     let (reader, guard) = halves::split(stream);
-    let to_cluster = halves::to_socket(output, guard, Deaf::Drain, part);
+    let to_cluster = halves::to_socket(output, guard, OnWriteError::Drain, part);
     // The input ends with this direction.
     let from_cluster = async move {
         let wrap = |part: Part| match part {

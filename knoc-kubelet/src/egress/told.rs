@@ -26,11 +26,11 @@ impl Told {
 
 /// What the node was told of that still holds.
 #[derive(Debug, Default)]
-pub(super) struct Troubles(HashSet<String>);
+pub(crate) struct Troubles(HashSet<String>);
 
 impl Troubles {
     /// Those that the node was not told of. One that was gone is told again.
-    pub(super) fn news(&mut self, now: Vec<String>) -> Vec<String> {
+    pub(crate) fn news(&mut self, now: Vec<String>) -> Vec<String> {
         let news = now.iter().filter(|one| !self.0.contains(*one));
         let news = news.cloned().collect();
         self.0 = now.into_iter().collect();

@@ -298,42 +298,23 @@ impl Cluster {
     }
 
     /// Watches all objects of a kind. It has no end.
-    async fn follow<K>(&self, api: Api<K>, part: Part, mut take: impl FnMut(watcher::Event<K>))
+    async fn follow<K>(&self, api: Api<K>, part: Part, take: impl FnMut(watcher::Event<K>))
     where
         K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
     {
-        let events = watcher(api, watcher::Config::default()).default_backoff();
-        let mut events = std::pin::pin!(events);
-        while let Some(event) = events.next().await {
-            match event {
-                Ok(event) => {
-                    // `Init` comes before anything was read.
-                    if !matches!(event, watcher::Event::Init) {
-                        self.set_denied(part, false);
-                    }
-                    take(event);
-                }
-                Err(error) => {
-                    if is_denied(&error) {
-                        self.set_denied(part, true);
-                    }
-                    tracing::warn!(
-                        error = chain(&error),
-                        "a watch failed, it is restarted ({})",
-                        part.permission()
-                    );
-                }
-            }
-        }
+        let all = watcher::Config::default();
+        let denied = |denied| self.set_denied(part, denied);
+        follow_some(api, all, part.permission(), take, denied).await;
     }
 }
 
-/// Watches those objects of a kind that `config` selects. It has no end.
+/// Watches those objects of a kind that `config` selects, and says whether the API server denies it. It has no end.
 pub(crate) async fn follow_some<K>(
     api: Api<K>,
     config: watcher::Config,
     what: &str,
     mut take: impl FnMut(watcher::Event<K>),
+    mut set_denied: impl FnMut(bool),
 ) where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
 {
@@ -341,11 +322,20 @@ pub(crate) async fn follow_some<K>(
     let mut events = std::pin::pin!(events);
     while let Some(event) = events.next().await {
         match event {
-            Ok(event) => take(event),
+            Ok(event) => {
+                // `Init` comes before anything was read.
+                if !matches!(event, watcher::Event::Init) {
+                    set_denied(false);
+                }
+                take(event);
+            }
             Err(error) => {
+                if is_denied(&error) {
+                    set_denied(true);
+                }
                 tracing::warn!(
                     error = chain(&error),
-                    "the watch of {what} failed, it is restarted"
+                    "a watch failed, it is restarted ({what})"
                 );
             }
         }

@@ -12,7 +12,7 @@ use tonic::Status;
 use super::plan::PodPort;
 use crate::{
     agent::Agent,
-    halves::{self, Deaf, Part},
+    halves::{self, OnWriteError, Part},
     server::prepare,
 };
 
@@ -35,13 +35,8 @@ pub(super) async fn run(agent: &Agent, stream: TcpStream, to: &PodPort) -> Resul
         Part::Data(data) => message(Input::Data(data)),
         Part::Closed => message(Input::Closed(true)),
     };
-    let to_client = halves::to_socket(output, guard, Deaf::Break, part);
-    let from_client = async {
-        match halves::from_socket(&reader, &input, wrap).await {
-            Ok(()) => halves::broken(&reader).await,
-            Err(broken) => broken,
-        }
-    };
+    let to_client = halves::to_socket(output, guard, OnWriteError::Break, part);
+    let from_client = halves::until_broken(&reader, &input, wrap);
     // The call ends when both directions have ended. If the client's connection breaks, the call is dropped before its input:
     // the end of the input would be the end of the data.
     let ended = tokio::select! {

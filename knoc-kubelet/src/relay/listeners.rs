@@ -30,6 +30,10 @@ use crate::{agent::Agent, halves};
 const OF_ALL: usize = 256;
 /// The most connections to one pod, so that its clients do not keep out those of all others.
 const OF_ONE: usize = 224;
+/// Once no more than this is free for all pods, a pod that has its share gets no more, so that the clients of two pods do not keep
+/// out those of all others.
+const RESERVED: usize = OF_ALL - OF_ONE;
+const SHARE: usize = 8;
 /// The pause after an error of the system, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -112,7 +116,7 @@ impl Listeners {
             .cloned()
             .collect();
         for key in &over {
-            tracing::debug!(%key, "relaying no more");
+            tracing::debug!(%key, "no longer relaying");
             self.open.remove(key);
         }
         let pods: HashSet<_> = self.open.keys().map(|key| &key.uid).collect();
@@ -187,6 +191,13 @@ impl Relayed {
     }
 
     fn permits(&self) -> Result<Permits, String> {
+        let of_pod = OF_ONE.saturating_sub(self.of_one.available_permits());
+        if of_pod >= SHARE && self.shared.of_all.available_permits() <= RESERVED {
+            let most = OF_ALL - RESERVED;
+            return Err(format!(
+                "the pods of this node have {most} relayed connections or more, and then each pod gets at most {SHARE}"
+            ));
+        }
         let of_one = Arc::clone(&self.of_one).try_acquire_owned();
         let of_one = of_one
             .map_err(|_| format!("the pod has {OF_ONE} relayed connections, which is the limit"))?;
@@ -268,5 +279,29 @@ mod tests {
         let (uid, text) = refused.recv().await.unwrap();
         assert_eq!(uid.as_str(), "u-1");
         assert!(text.contains("256 relayed connections"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn the_clients_of_two_pods_leave_room_for_those_of_others() {
+        let (listeners, _refused) = listeners();
+        let pod = |number| Relayed {
+            shared: listeners.shared.clone(),
+            of_one: Arc::new(Semaphore::new(OF_ONE)),
+            to: key(number),
+        };
+        let (one, other, third) = (pod(1), pod(2), pod(3));
+        let all_of = |pod: &Relayed| {
+            let permits = std::iter::from_fn(|| pod.permits().ok());
+            permits.collect::<Vec<_>>()
+        };
+        let of_one = all_of(&one);
+        assert_eq!(of_one.len(), OF_ONE);
+        let of_other = all_of(&other);
+        assert_eq!(of_other.len(), SHARE);
+        let full = other.permits().unwrap_err();
+        assert!(full.contains("each pod gets at most 8"), "{full}");
+        assert_eq!(all_of(&third).len(), SHARE);
+        drop(of_one);
+        let _permits = other.permits().unwrap();
     }
 }

@@ -2,7 +2,7 @@
 //! why a Service does not lead to a pod that it selects.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt,
 };
 
@@ -63,10 +63,32 @@ pub(super) struct Conditions {
 /// Where the Services lead.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Plan {
-    /// Sorted by pod and Service.
+    /// Those of the first Service of each pod, then those of the second ones, and so on: no pod takes the endpoints or ports of others
+    /// by many Services.
     pub(super) endpoints: Vec<Endpoint>,
     /// Only of pods that run: there are no Events for a pod that waits.
     pub(super) refused: Vec<(PodUid, Refusal)>,
+}
+
+impl Plan {
+    /// The ports of pods to which Services lead.
+    pub(super) fn ports(&self) -> HashSet<PodPort> {
+        let endpoints = self.endpoints.iter();
+        let ports = endpoints.flat_map(|endpoint| {
+            endpoint.ports.iter().map(|port| PodPort {
+                uid: endpoint.uid.clone(),
+                number: port.number,
+            })
+        });
+        ports.collect()
+    }
+
+    /// The pods that a NetworkPolicy closes.
+    pub(super) fn isolated(&self) -> HashSet<&PodUid> {
+        let refused = self.refused.iter();
+        let isolated = refused.filter(|(_, why)| matches!(why, Refusal::Policy { .. }));
+        isolated.map(|(uid, _)| uid).collect()
+    }
 }
 
 /// Why a Service does not lead to a pod.
@@ -172,30 +194,53 @@ pub(super) fn plan<'a>(
     policies: &Policies,
 ) -> Plan {
     let services = Services::of(services, allow);
+    let reached = pods.iter().filter(|view| is_reached(view));
+    let mut selected: Vec<_> = reached
+        .filter_map(|view| Selected::of(view, &services, policies))
+        .collect();
     let mut plan = Plan::default();
-    for view in pods.iter().filter(|view| is_reached(view)) {
-        let meta = &view.pod.metadata;
-        let Some((namespace, labels)) = meta.namespace.as_deref().zip(meta.labels.as_ref()) else {
-            continue;
-        };
-        let policy = policies.isolating(namespace, labels);
-        let mut selecting: Vec<_> = services.of_pod(namespace, labels).collect();
-        selecting.sort_by(|one, other| one.name.cmp(&other.name));
-        for (count, service) in selecting.into_iter().enumerate() {
-            let name = || service.name.clone();
+    for count in 0..=SERVICES {
+        selected.retain(|pod| {
+            let Some(service) = pod.services.get(count) else {
+                return false;
+            };
+            let name = service.name.clone();
             let refusal = match plan.endpoints.len() {
-                _ if count >= SERVICES => Refusal::TooManyServices { service: name() },
-                OF_NODE.. => Refusal::NodeFull { service: name() },
+                _ if count >= SERVICES => Refusal::TooManyServices { service: name },
+                OF_NODE.. => Refusal::NodeFull { service: name },
                 _ => {
-                    add(&mut plan, view, service, policy);
-                    continue;
+                    add(&mut plan, pod.view, service, pod.policy);
+                    return true;
                 }
             };
-            plan.refused.push((view.uid.clone(), refusal));
-            break;
-        }
+            plan.refused.push((pod.view.uid.clone(), refusal));
+            false
+        });
     }
     plan
+}
+
+/// A pod that Services select.
+struct Selected<'a> {
+    view: &'a PodView,
+    /// The first NetworkPolicy that closes it.
+    policy: Option<&'a str>,
+    /// Sorted by name.
+    services: Vec<&'a Selecting<'a>>,
+}
+
+impl<'a> Selected<'a> {
+    fn of(view: &'a PodView, services: &'a Services<'a>, policies: &'a Policies) -> Option<Self> {
+        let meta = &view.pod.metadata;
+        let (namespace, labels) = meta.namespace.as_deref().zip(meta.labels.as_ref())?;
+        let mut selecting: Vec<_> = services.of_pod(namespace, labels).collect();
+        selecting.sort_by(|one, other| one.name.cmp(&other.name));
+        Some(Self {
+            view,
+            policy: policies.isolating(namespace, labels),
+            services: selecting,
+        })
+    }
 }
 
 /// Is there a job in which the containers of the pod run? A pod that waits, is requeued or has ended is not an endpoint.

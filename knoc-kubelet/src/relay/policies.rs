@@ -3,8 +3,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::{
+    api::networking::v1::NetworkPolicy, apimachinery::pkg::apis::meta::v1::LabelSelector,
+};
 use kube::core::{Selector, SelectorExt as _};
+
+/// The most labels and values of a selector that is remembered: whoever may create policies could fill the memory with large ones.
+const LABELS: usize = 256;
 
 /// The policies that restrict who may connect to pods, by namespace and name.
 #[derive(Debug, Clone, Default)]
@@ -60,9 +65,18 @@ fn restricts(policy: &NetworkPolicy) -> Option<Selector> {
     let is_ingress =
         types.is_none_or(|types| types.is_empty() || types.iter().any(|it| it == "Ingress"));
     let selector = spec.and_then(|spec| spec.pod_selector.clone());
-    // No selector selects all pods; so does one that this version does not understand, to be on the safe side.
+    // No selector selects all pods; so does one that is too large or that this version does not understand, to be on the safe side.
+    let selector = selector.filter(|selector| size(selector) <= LABELS);
     let selector = selector.and_then(|selector| Selector::try_from(selector).ok());
     is_ingress.then(|| selector.unwrap_or_default())
+}
+
+/// How many labels and values the selector has.
+fn size(selector: &LabelSelector) -> usize {
+    let labels = selector.match_labels.iter().flatten().count();
+    let expressions = selector.match_expressions.iter().flatten();
+    let values = expressions.map(|one| 1 + one.values.iter().flatten().count());
+    labels + values.sum::<usize>()
 }
 
 #[cfg(test)]
@@ -112,6 +126,24 @@ mod tests {
         assert_eq!(policies.isolating("team", &web), Some("all"));
         policies.remove(&all);
         assert_eq!(policies.isolating("team", &web), None);
+    }
+
+    #[test]
+    fn a_selector_that_is_too_large_selects_every_pod() {
+        let selects = |values: usize| {
+            let values: Vec<_> = (0..values).map(|number| format!("v{number}")).collect();
+            let expression = json!({"key": "a", "operator": "In", "values": values});
+            let mut policies = Policies::default();
+            policies.set(&policy(
+                "large",
+                &json!({"podSelector": {"matchExpressions": [expression]}}),
+            ));
+            policies
+                .isolating("team", &labels(&[("a", "v0")]))
+                .is_some()
+                && policies.isolating("team", &labels(&[])).is_some()
+        };
+        assert!(!selects(LABELS - 1) && selects(LABELS));
     }
 
     #[test]

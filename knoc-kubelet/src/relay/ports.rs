@@ -5,10 +5,10 @@
 //! ```
 //!
 //! A port that was given back rests for a while: proxies of the cluster may still send the clients of one pod there, and must not
-//! lead them to another pod.
+//! lead them to another pod. It rests longer if an EndpointSlice still names it, because the slice could not be deleted yet.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     ops::RangeInclusive,
     time::Duration,
 };
@@ -66,12 +66,16 @@ impl Ports {
         }
     }
 
-    /// Lets a port rest that was in use before this process started.
-    pub(super) fn rest(&mut self, port: u16, now: Instant) {
-        if let Some(at) = self.free.iter().position(|free| *free == port) {
-            self.free.remove(at);
-            self.resting.push_back((port, now + REST));
-        }
+    /// Lets the ports rest that slices name and no pod has: those of an earlier process, and those of slices that could not be
+    /// deleted yet.
+    pub(super) fn rest(&mut self, named: &HashSet<u16>, now: Instant) {
+        let resting = self.resting.iter().map(|(port, _)| *port);
+        let idle = resting.chain(self.free.iter().copied());
+        let again: Vec<u16> = idle.filter(|port| named.contains(port)).collect();
+        self.resting.retain(|(port, _)| !named.contains(port));
+        self.free.retain(|port| !named.contains(port));
+        let again = again.into_iter().map(|port| (port, now + REST));
+        self.resting.extend(again);
     }
 }
 
@@ -115,12 +119,26 @@ mod tests {
     fn ports_of_an_earlier_process_rest() {
         let now = Instant::now();
         let mut ports = Ports::new(10..=11);
-        ports.rest(10, now);
-        ports.rest(10, now);
-        ports.rest(99, now);
+        ports.rest(&HashSet::from([10, 99]), now);
         assert_eq!(ports.assign(&of("a", 80), now), Some(11));
         assert_eq!(ports.assign(&of("b", 80), now), None);
         assert_eq!(ports.assign(&of("b", 80), now + REST), Some(10));
         assert_eq!(ports.assign(&of("c", 80), now + REST), None);
+    }
+
+    #[test]
+    fn a_port_that_a_slice_still_names_does_not_become_another_pods() {
+        let now = Instant::now();
+        let mut ports = Ports::new(10..=11);
+        assert_eq!(ports.assign(&of("a", 80), now), Some(10));
+        assert_eq!(ports.assign(&of("b", 80), now), Some(11));
+        ports.release(&of("a", 80), now);
+        // The slice was not deleted within the minute.
+        let later = now + REST;
+        ports.rest(&HashSet::from([10, 11]), later);
+        assert_eq!(ports.assign(&of("c", 80), later), None);
+        assert_eq!(ports.assign(&of("b", 80), later), Some(11), "it keeps it");
+        ports.rest(&HashSet::new(), later);
+        assert_eq!(ports.assign(&of("c", 80), later + REST), Some(10));
     }
 }

@@ -53,9 +53,9 @@ pub(super) fn is_own(slice: &EndpointSlice, node: &str) -> bool {
     has(MANAGED_BY, MANAGER) && has(OF_NODE, node)
 }
 
-/// Where the relayed ports are.
+/// The kubelet that publishes relayed ports.
 #[derive(Debug, Clone)]
-pub(super) struct Place<'a> {
+pub(super) struct Publisher<'a> {
     /// The name of the node.
     pub(super) node: &'a str,
     /// The address at which the cluster reaches the kubelet.
@@ -66,7 +66,7 @@ pub(super) struct Place<'a> {
 /// port is left.
 pub(super) fn slice(
     endpoint: &Endpoint,
-    place: &Place<'_>,
+    publisher: &Publisher<'_>,
     ports: &HashMap<PodPort, u16>,
 ) -> Option<(Name, EndpointSlice)> {
     let number = |number| {
@@ -85,11 +85,11 @@ pub(super) fn slice(
     if relayed.is_empty() {
         return None;
     }
-    let name = name(endpoint, place);
+    let name = name(endpoint, publisher);
     let slice = EndpointSlice {
-        address_type: family(place.address).to_owned(),
-        endpoints: Some(vec![kube_endpoint(endpoint, place)]),
-        metadata: metadata(endpoint, place, &name),
+        address_type: family(publisher.address).to_owned(),
+        endpoints: Some(vec![kube_endpoint(endpoint, publisher)]),
+        metadata: metadata(endpoint, publisher, &name),
         ports: Some(relayed),
     };
     Some((name, slice))
@@ -100,24 +100,29 @@ fn family(address: IpAddr) -> &'static str {
 }
 
 /// The type of addresses cannot be changed, so it is part of the name.
-fn name(endpoint: &Endpoint, place: &Place<'_>) -> Name {
+fn name(endpoint: &Endpoint, publisher: &Publisher<'_>) -> Name {
     let mut hasher = DefaultHasher::new();
-    (place.node, endpoint.uid.as_str(), family(place.address)).hash(&mut hasher);
+    (
+        publisher.node,
+        endpoint.uid.as_str(),
+        family(publisher.address),
+    )
+        .hash(&mut hasher);
     Name {
         namespace: endpoint.service.namespace.clone(),
         name: format!("{}-knoc-{:016x}", endpoint.service.name, hasher.finish()).into(),
     }
 }
 
-fn kube_endpoint(endpoint: &Endpoint, place: &Place<'_>) -> KubeEndpoint {
+fn kube_endpoint(endpoint: &Endpoint, publisher: &Publisher<'_>) -> KubeEndpoint {
     KubeEndpoint {
-        addresses: vec![place.address.to_string()],
+        addresses: vec![publisher.address.to_string()],
         conditions: Some(EndpointConditions {
             ready: Some(endpoint.conditions.ready),
             serving: Some(endpoint.conditions.serving),
             terminating: Some(endpoint.conditions.terminating),
         }),
-        node_name: Some(place.node.to_owned()),
+        node_name: Some(publisher.node.to_owned()),
         target_ref: Some(ObjectReference {
             kind: Some("Pod".to_owned()),
             namespace: Some(endpoint.service.namespace.to_string()),
@@ -129,11 +134,11 @@ fn kube_endpoint(endpoint: &Endpoint, place: &Place<'_>) -> KubeEndpoint {
     }
 }
 
-fn metadata(endpoint: &Endpoint, place: &Place<'_>, name: &Name) -> ObjectMeta {
+fn metadata(endpoint: &Endpoint, publisher: &Publisher<'_>, name: &Name) -> ObjectMeta {
     let labels = [
         (OF_SERVICE, endpoint.service.name.to_string()),
         (MANAGED_BY, MANAGER.to_owned()),
-        (OF_NODE, place.node.to_owned()),
+        (OF_NODE, publisher.node.to_owned()),
     ];
     ObjectMeta {
         namespace: Some(name.namespace.to_string()),
@@ -246,6 +251,10 @@ pub(super) fn changes(
         let (name, slice) = (name.clone(), slice.clone());
         match stored.get(&name) {
             None => Some(Change::Create(name, slice)),
+            // This cannot be changed. Once the watch says that the slice is gone, it is created.
+            Some(stored) if stored.address_type != slice.address_type => {
+                Some(Change::Delete(name, stored.metadata.clone()))
+            }
             Some(stored) if same(&slice, stored) => None,
             Some(_) => Some(Change::Replace(name, slice)),
         }
@@ -295,8 +304,8 @@ mod tests {
         }
     }
 
-    fn place(address: &str) -> Place<'static> {
-        Place {
+    fn publisher(address: &str) -> Publisher<'static> {
+        Publisher {
             node: "knoc-a",
             address: address.parse().unwrap(),
         }
@@ -320,7 +329,7 @@ mod tests {
     fn a_slice_has_the_kubelets_address_and_the_pods_relayed_ports() {
         let (name, slice) = slice(
             &endpoint(true),
-            &place("10.0.0.7"),
+            &publisher("10.0.0.7"),
             &relayed(&[(80, 11_000)]),
         )
         .unwrap();
@@ -346,11 +355,11 @@ mod tests {
         );
         assert!(is_own(&slice, "knoc-a") && !is_own(&slice, "knoc-b"));
         assert!(!is_own(&EndpointSlice::default(), "knoc-a"));
-        let none = super::slice(&endpoint(true), &place("10.0.0.7"), &HashMap::new());
+        let none = super::slice(&endpoint(true), &publisher("10.0.0.7"), &HashMap::new());
         assert!(none.is_none(), "no port is relayed");
         let (other, slice) = super::slice(
             &endpoint(true),
-            &place("fd00::7"),
+            &publisher("fd00::7"),
             &relayed(&[(81, 11_001)]),
         )
         .unwrap();
@@ -364,7 +373,7 @@ mod tests {
     #[test]
     fn what_others_wrote_into_a_slice_is_not_remembered_and_differs() {
         let ports = relayed(&[(80, 11_000)]);
-        let (name, wanted) = slice(&endpoint(true), &place("10.0.0.7"), &ports).unwrap();
+        let (name, wanted) = slice(&endpoint(true), &publisher("10.0.0.7"), &ports).unwrap();
         let all = BTreeMap::from([(name.clone(), wanted.clone())]);
         let changed = |stored: &EndpointSlice| {
             let stored = remembered(stored.clone(), "knoc-a").unwrap();
@@ -408,7 +417,7 @@ mod tests {
     #[test]
     fn only_what_differs_is_written() {
         let ports = relayed(&[(80, 11_000)]);
-        let at = place("10.0.0.7");
+        let at = publisher("10.0.0.7");
         let (name, wanted) = slice(&endpoint(true), &at, &ports).unwrap();
         let all = BTreeMap::from([(name.clone(), wanted.clone())]);
         assert_eq!(
@@ -427,6 +436,10 @@ mod tests {
             matches!(changed.as_slice(), [Change::Replace(..)]),
             "{changed:?}"
         );
+        let mut odd = stored.clone();
+        odd.get_mut(&name).unwrap().address_type = "FQDN".to_owned();
+        let odd = changes(&all, &odd);
+        assert!(matches!(odd.as_slice(), [Change::Delete(..)]), "{odd:?}");
         let gone = changes(&BTreeMap::new(), &stored);
         let [Change::Delete(deleted, meta)] = gone.as_slice() else {
             panic!("{gone:?}");

@@ -3,7 +3,7 @@
 //! Both are read as the ServiceAccount: a node's own identity may not.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, PoisonError, RwLock},
 };
 
@@ -25,12 +25,18 @@ use crate::egress::{
 /// deleted.
 const MOST_SLICES: usize = 16_384;
 
+/// What is read, as RBAC calls it.
+const POLICIES: &str = "networkpolicies";
+const SLICES: &str = "endpointslices";
+
 /// What is known of the cluster.
 #[derive(Debug, Default)]
 pub(super) struct State {
     /// None until they were read.
     policies: Option<Policies>,
     slices: Option<HashMap<Name, EndpointSlice>>,
+    /// What the API server did not let the kubelet read when it was tried last.
+    denied: BTreeSet<&'static str>,
 }
 
 /// A handle to what is known; clones share it.
@@ -63,6 +69,34 @@ impl Cluster {
         self.changed.send_replace(());
     }
 
+    /// Notes whether the objects may be read; only the task that reads them calls this.
+    fn set_denied(&self, what: &'static str, denied: bool) {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let known = state.denied.contains(what);
+        drop(state);
+        if known != denied {
+            self.change(|state| {
+                if denied {
+                    state.denied.insert(what);
+                } else {
+                    state.denied.remove(what);
+                }
+            });
+        }
+    }
+
+    /// What keeps Services from pods, each in a sentence that never changes, for administrators of the cluster.
+    pub(super) fn troubles(&self) -> Vec<String> {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let denied = state.denied.iter().map(|what| {
+            format!(
+                "Services do not lead to pods, or not as they are now: the kubelet's ServiceAccount may not list and watch {what}; upgrade the \
+                 chart together with the kubelet, or set `relay.allow` to `off`"
+            )
+        });
+        denied.collect()
+    }
+
     /// Watches until `shutdown`.
     pub(super) async fn run(self, client: Client, node: String, shutdown: CancellationToken) {
         let both = async {
@@ -81,7 +115,7 @@ impl Cluster {
     async fn policies(&self, api: Api<NetworkPolicy>) {
         let mut listed = Policies::default();
         let all = watcher::Config::default();
-        follow_some(api, all, "NetworkPolicies", |event| match event {
+        let take = |event: watcher::Event<NetworkPolicy>| match event {
             watcher::Event::Init => listed = Policies::default(),
             watcher::Event::InitApply(policy) => listed.set(&policy),
             watcher::Event::InitDone => {
@@ -94,35 +128,32 @@ impl Cluster {
             watcher::Event::Delete(policy) => self.change(|state| {
                 state.policies.get_or_insert_default().remove(&policy);
             }),
-        })
-        .await;
+        };
+        let denied = |denied| self.set_denied(POLICIES, denied);
+        follow_some(api, all, POLICIES, take, denied).await;
     }
 
     async fn slices(&self, api: Api<EndpointSlice>, node: &str) {
         let mut listed = HashMap::new();
         let own = watcher::Config::default().labels(&of_node(node));
-        follow_some(
-            api,
-            own,
-            "EndpointSlices of this node",
-            |event| match event {
-                watcher::Event::Init => listed.clear(),
-                watcher::Event::InitApply(slice) => store(&mut listed, slice, node),
-                watcher::Event::InitDone => {
-                    let listed = std::mem::take(&mut listed);
-                    self.change(|state| state.slices = Some(listed));
+        let take = |event: watcher::Event<EndpointSlice>| match event {
+            watcher::Event::Init => listed.clear(),
+            watcher::Event::InitApply(slice) => store(&mut listed, slice, node),
+            watcher::Event::InitDone => {
+                let listed = std::mem::take(&mut listed);
+                self.change(|state| state.slices = Some(listed));
+            }
+            watcher::Event::Apply(slice) => self.change(|state| {
+                store(state.slices.get_or_insert_default(), slice, node);
+            }),
+            watcher::Event::Delete(slice) => self.change(|state| {
+                if let Some(name) = slice_name(&slice) {
+                    state.slices.get_or_insert_default().remove(&name);
                 }
-                watcher::Event::Apply(slice) => self.change(|state| {
-                    store(state.slices.get_or_insert_default(), slice, node);
-                }),
-                watcher::Event::Delete(slice) => self.change(|state| {
-                    if let Some(name) = slice_name(&slice) {
-                        state.slices.get_or_insert_default().remove(&name);
-                    }
-                }),
-            },
-        )
-        .await;
+            }),
+        };
+        let denied = |denied| self.set_denied(SLICES, denied);
+        follow_some(api, own, SLICES, take, denied).await;
     }
 }
 
@@ -150,5 +181,23 @@ mod tests {
         );
         cluster.change(|state| state.policies = Some(Policies::default()));
         assert!(cluster.look(|_, _| ()).is_some());
+    }
+
+    #[test]
+    fn what_the_kubelet_may_not_read_is_told_until_it_may() {
+        let cluster = Cluster::default();
+        let changes = cluster.subscribe();
+        cluster.set_denied(SLICES, false);
+        assert!(cluster.troubles().is_empty() && !changes.has_changed().unwrap());
+        cluster.set_denied(POLICIES, true);
+        cluster.set_denied(POLICIES, true);
+        let troubles = cluster.troubles();
+        assert!(
+            troubles.len() == 1 && troubles[0].contains("may not list and watch networkpolicies"),
+            "{troubles:?}"
+        );
+        assert!(changes.has_changed().unwrap(), "a round follows");
+        cluster.set_denied(POLICIES, false);
+        assert!(cluster.troubles().is_empty());
     }
 }

@@ -22,29 +22,40 @@ const ROUND: Duration = Duration::from_secs(15);
 /// The most slices that are deleted when the kubelet stops. As many are published.
 const MOST: u32 = 4096;
 
-/// Makes these changes. Returns the names of those that were made.
-pub(super) async fn all(client: &Client, changes: Vec<Change>) -> HashSet<Name> {
+/// The slices whose writes were tried. Those that are missing were not: the time of the round was over.
+#[derive(Debug, Default)]
+pub(super) struct Written {
+    pub(super) done: HashSet<Name>,
+    pub(super) failed: HashSet<Name>,
+}
+
+/// Makes these changes.
+pub(super) async fn all(client: &Client, changes: Vec<Change>) -> Written {
     let writes = stream::iter(changes).take_until(tokio::time::sleep(ROUND));
-    let writes = writes.map(|change| one(client.clone(), change));
+    let writes = writes.map(|change| {
+        let name = change.name().clone();
+        let written = one(client.clone(), change);
+        async move { (name, written.await) }
+    });
     let mut writes = std::pin::pin!(writes.buffer_unordered(AT_ONCE));
-    let (mut done, mut failed, mut last) = (HashSet::new(), 0, None);
-    while let Some(written) = writes.next().await {
+    let (mut all, mut last) = (Written::default(), None);
+    while let Some((name, written)) = writes.next().await {
         match written {
-            Ok(name) => drop(done.insert(name)),
+            Ok(()) => drop(all.done.insert(name)),
             Err(error) => {
-                failed += 1;
+                all.failed.insert(name);
                 last = Some(error);
             }
         }
     }
     if let Some(error) = last {
         tracing::warn!(
-            failed,
+            failed = all.failed.len(),
             error = chain(&error),
             "EndpointSlices of relayed pods could not be written, trying again later"
         );
     }
-    done
+    all
 }
 
 /// Why a slice was not written.
@@ -59,8 +70,9 @@ enum WriteError {
     Late { name: Name },
 }
 
-async fn one(client: Client, change: Change) -> Result<Name, WriteError> {
+async fn one(client: Client, change: Change) -> Result<(), WriteError> {
     let name = change.name().clone();
+    let is_new = matches!(change, Change::Create(..));
     let api: Api<EndpointSlice> = Api::namespaced(client, &name.namespace);
     let written = async {
         match change {
@@ -83,11 +95,12 @@ async fn one(client: Client, change: Change) -> Result<Name, WriteError> {
         }
     };
     match tokio::time::timeout(DEADLINE, written).await {
-        Ok(Ok(())) => Ok(name),
-        // It exists already, is gone, or was changed in the meantime: the watch brings its present state, and a round follows.
-        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
+        Ok(Ok(())) => Ok(()),
+        // It is gone, or was changed in the meantime: the watch brings its present state, and a round follows. But if the name of
+        // a new slice is taken, the other slice may not be ours, and the watch never brings it.
+        Ok(Err(kube::Error::Api(status))) if !is_new && matches!(status.code, 404 | 409) => {
             tracing::debug!(%name, %status.message, "an EndpointSlice was changed in the meantime");
-            Ok(name)
+            Ok(())
         }
         Ok(Err(source)) => Err(WriteError::Api { name, source }),
         Err(_) => Err(WriteError::Late { name }),
@@ -119,4 +132,56 @@ pub(super) async fn withdraw(client: &Client, node: &str, address: IpAddr) {
         Some(Change::Delete(name, one.metadata))
     });
     all(client, changes.collect()).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{Request, Response};
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+    use kube::client::Body;
+    use serde_json::json;
+    use tower_test::mock;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_name_that_is_taken_is_tried_again_and_a_slice_that_has_changed_is_not() {
+        let (service, mut requests) = mock::pair::<Request<Body>, Response<Body>>();
+        let client = Client::new(service, "default");
+        let conflicts = async {
+            while let Some((_, send)) = requests.next_request().await {
+                let status =
+                    json!({"status": "Failure", "code": 409, "message": "m", "reason": "r"});
+                let body = Body::from(status.to_string().into_bytes());
+                send.send_response(Response::builder().status(409).body(body).unwrap());
+            }
+        };
+        let name = |name: &str| Name::new("team", name);
+        let changes = vec![
+            Change::Create(name("new"), EndpointSlice::default()),
+            Change::Replace(name("changed"), EndpointSlice::default()),
+            Change::Delete(name("gone"), ObjectMeta::default()),
+        ];
+        let written = tokio::select! {
+            written = all(&client, changes) => written,
+            () = conflicts => panic!("the client is gone"),
+        };
+        assert_eq!(written.done, [name("changed"), name("gone")].into());
+        assert_eq!(written.failed, [name("new")].into());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_not_tried_has_not_failed() {
+        let (service, _requests) = mock::pair::<Request<Body>, Response<Body>>();
+        let client = Client::new(service, "default");
+        let names = (0..4 * AT_ONCE).map(|number| Name::new("team", &number.to_string()));
+        let changes = names.map(|name| Change::Create(name, EndpointSlice::default()));
+        let written = all(&client, changes.collect()).await;
+        assert!(written.done.is_empty());
+        assert_eq!(
+            written.failed.len(),
+            2 * AT_ONCE,
+            "until the round was over"
+        );
+    }
 }

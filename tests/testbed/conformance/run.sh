@@ -4,7 +4,7 @@
 # they need only on SELinux hosts: the site allows them, without the privileges. Some mount folders below /tmp of the node, and one has a
 # host port: the site allows those too. The Kubernetes node offers no more than the compute nodes have, and of these one takes jobs, or
 # with NODES=exclusive each job gets one (nodes.sh). Pods have the address of their compute node as status.podIP, unless KNOC_NODE_POD_IP says
-# otherwise, so that Services have endpoints.
+# otherwise, so that Services have endpoints; the relay, which needs pods without an address, is then off.
 . "$(dirname "$0")/../lib.sh"
 . "$testbed/stack.sh"
 [ "$STACK" = full ] || die "the conformance suite needs STACK=full (STACK=$STACK: $why)"
@@ -23,7 +23,9 @@ policy() { # policy LINE…: replaces these settings of the policy; the agent re
 trap 'policy; kubelet -u KNOC_NODE_POD_IP; "$testbed/conformance/nodes.sh" all' EXIT
 policy 'privileged = "unprivileged"' 'host_paths = [{ path = "/tmp", writable = true }]' 'host_ports = ["21017"]'
 "$testbed/conformance/nodes.sh" "${NODES:-one}"
-kubelet KNOC_NODE_TAINT=false KNOC_NODE_QUEUE_FACTOR=1 KNOC_NODE_POD_IP="${KNOC_NODE_POD_IP:-node}"
+pod_ip=${KNOC_NODE_POD_IP:-node} relay=off
+[ "$pod_ip" != none ] || relay= # that of the bed
+kubelet KNOC_NODE_TAINT=false KNOC_NODE_QUEUE_FACTOR=1 KNOC_NODE_POD_IP="$pod_ip" KNOC_RELAY_ALLOW=$relay
 # The chart's own pod can run on no node of the bed, and tests of the scheduler wait until no pod is pending. The next start of the kubelet
 # installs the chart again.
 kubectl scale deployment --namespace $namespace --all --replicas=0 >/dev/null

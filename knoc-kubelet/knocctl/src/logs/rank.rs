@@ -108,10 +108,10 @@ mod tests {
     #[test]
     fn a_long_line_without_a_label_needs_no_memory() {
         let mut rank = OneRank::new(0);
-        assert!(rank.take(&vec![b'1'; 1 << 16]).is_empty());
+        assert!(rank.take(&b"1".repeat(1 << 16)).is_empty());
         assert_eq!(rank.state, State::Foreign);
         let mut rank = OneRank::new(0);
-        assert!(rank.take(&vec![b' '; 1 << 16]).is_empty());
+        assert!(rank.take(&b" ".repeat(1 << 16)).is_empty());
         assert_eq!(rank.state, State::Foreign);
     }
 }

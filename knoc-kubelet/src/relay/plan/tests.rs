@@ -69,6 +69,8 @@ fn a_service_leads_to_the_ports_that_it_names() {
         .map(|port| (port.name.as_deref().unwrap_or_default(), port.number))
         .collect();
     assert_eq!(ports, [("http", 8080), ("same", 8081), ("side", 15_000)]);
+    assert_eq!(plan.ports().len(), 3);
+    assert!(plan.isolated().is_empty());
     assert_eq!(endpoint.service.to_string(), "team/web");
     assert_eq!(endpoint.pod, "web-0");
     let ready = Conditions {
@@ -201,7 +203,8 @@ fn a_pod_that_a_network_policy_selects_is_not_relayed_to() {
         json!({"metadata": {"namespace": "team", "name": "deny"}, "spec": {"podSelector": {}}});
     policies.set(&serde_json::from_value(policy).unwrap());
     let plan = planned(&view, &[web()], &policies);
-    assert!(plan.endpoints.is_empty());
+    assert!(plan.endpoints.is_empty() && plan.ports().is_empty());
+    assert_eq!(plan.isolated(), [&view.uid].into());
     let said: Vec<_> = plan
         .refused
         .iter()
@@ -233,6 +236,14 @@ fn a_user_who_creates_many_services_does_not_fill_the_node() {
     let services = many(2);
     let full = plan(&views, services.iter(), &allow, &Policies::default());
     assert_eq!(full.endpoints.len(), OF_NODE);
+    let mut names = full
+        .endpoints
+        .iter()
+        .map(|endpoint| &*endpoint.service.name);
+    assert!(
+        names.all(|name| name == "web-0000"),
+        "each pod has one before any has two"
+    );
     let why = full.refused[0].1.to_string();
     assert!(
         why.contains("4096 relayed endpoints, which is the limit"),
