@@ -249,8 +249,10 @@ async fn commands_run_in_every_rank_with_their_input_and_exit_code() {
         (ran.text(), ran.stderr.as_slice(), ran.code()),
         ("in 1\n", &b"err\n"[..], 5)
     );
-    let ran = exec(&mut shim, in_rank(0, &["echo", "rank 0"]), b"").await;
-    assert_eq!((ran.text(), ran.code()), ("rank 0\n", 0));
+    // Rank 0, as for kubectl exec: it has its own variables, too.
+    let script = "echo in $SLURM_PROCID";
+    let ran = exec(&mut shim, in_rank(0, &["sh", "-c", script]), b"").await;
+    assert_eq!((ran.text(), ran.code()), ("in 0\n", 0));
     let missing = exec(&mut shim, in_rank(1, &["no-such-program"]), b"").await;
     assert_eq!(missing.code(), 127);
     let start = message(Input::Start(in_rank(2, &["true"])));

@@ -18,6 +18,10 @@ use super::{nofollow, volumes::Volumes};
 /// The largest file. The kernel gives a program no larger environment by default.
 const LARGEST: usize = 1 << 20;
 
+/// What the values of one container may have together. The kernel gives no program more than this (execve(2)), and many
+/// variables may name one large value.
+const TOGETHER: usize = 6 << 20;
+
 /// Why a variable cannot be set.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum EnvFileError {
@@ -36,6 +40,10 @@ pub(crate) enum EnvFileError {
         path: String,
         key: String,
     },
+    #[error(
+        "the variables from files have more than {TOGETHER} bytes together; no program can be started with them"
+    )]
+    TooMuch,
 }
 
 /// What is wrong with a file.
@@ -70,13 +78,17 @@ pub(crate) fn resolve(
 ) -> Result<pb::PodValues, EnvFileError> {
     let mut all = values.env.iter().chain(&values.ephemeral_env);
     let own = all.find(|env| env.container == container.name);
-    let mut vars = Vec::new();
+    let (mut vars, mut together) = (Vec::new(), 0_usize);
     for var in own.map_or(&[][..], |env| &env.vars) {
         let Some(Value::File(file)) = &var.value else {
             vars.push(var.clone());
             continue;
         };
         if let Some(value) = value_of(file, volumes)? {
+            together = together.saturating_add(value.len());
+            if together > TOGETHER {
+                return Err(EnvFileError::TooMuch);
+            }
             vars.push(pb::EnvVar {
                 name: var.name.clone(),
                 value: Some(Value::Literal(value.into())),
@@ -131,11 +143,12 @@ fn read(file: &pb::FileKey, volumes: &Volumes) -> Result<Vec<u8>, Unread> {
 fn read_below(root: &Path, path: &str) -> Result<Vec<u8>, ReadError> {
     let path = paths::of_file(path)?;
     let found = walk::inside(root, Path::new(&path), false)?;
-    let size = usize::try_from(found.stat.st_size).unwrap_or(usize::MAX);
-    if size > LARGEST {
+    // One byte more than allowed tells that a file is too large, also if it grows meanwhile.
+    let text = nofollow::read_end_in(&found.fd, Path::new(""), LARGEST + 1)?;
+    if text.len() > LARGEST {
         return Err(ReadError::Large);
     }
-    Ok(nofollow::read_end_in(&found.fd, Path::new(""), LARGEST)?)
+    Ok(text)
 }
 
 #[cfg(test)]

@@ -4,9 +4,10 @@
 //! It is the parent of the container, so that Slurm's binding, its accounting and its limits for the rank hold for the
 //! program. [`super::ranks`] describes the protocol.
 //!
-//! Tasks, all owned by [`run`]: the reaper ([`super::children`]), one that reads the shim's messages, and one for each
-//! command beside the program ([`streams`]). If the connection is lost, the program is killed: nobody would hear of its end,
-//! and the shim has counted the rank as lost.
+//! Tasks, all owned by [`run`]: the reaper ([`super::children`]), one that reads the shim's messages, one for each
+//! command beside the program ([`streams`]), and in one helper on each node one that removes what killed helpers have left
+//! there. If the connection is lost, the program is killed: nobody would hear of its end, and the shim has counted the rank
+//! as lost.
 
 mod streams;
 
@@ -56,7 +57,7 @@ use super::{
         step, wire,
     },
     role::{ContainerSpec, RestartRule, Role, SlotId},
-    scratch::{self, LAST_REMOVAL},
+    scratch::{self, Cleaner, LAST_REMOVAL},
 };
 
 /// Threads for file work that may take long or hang.
@@ -138,52 +139,75 @@ async fn run(path: &Path, attempt: u32, addresses: &[String]) -> anyhow::Result<
     let (sender, orders) = mpsc::channel(ORDERS);
     tasks.spawn(listen(reader, sender));
     let streams = Streams::new(way);
-    let ended = Box::pin(run_program(
+    let ran = Box::pin(run_program(
         (jobdir, start),
         orders,
         streams,
         (&mut writer, &mut tasks),
     ))
     .await;
-    let end = match &ended {
-        Ok(ended) => end_of(ended),
-        Err(error) => pb::RankEnded {
-            exit_code: CANNOT_START.into(),
-            reason: "CreateContainerError".to_owned(),
-            message: cut(&format!("{error:#}")),
-            ..pb::RankEnded::default()
-        },
+    let code = match ran {
+        Ok(code) => code,
+        Err(error) => {
+            let end = pb::RankEnded {
+                exit_code: CANNOT_START.into(),
+                reason: "CreateContainerError".to_owned(),
+                message: cut(&format!("{error:#}")),
+                ..pb::RankEnded::default()
+            };
+            tell_end(&mut writer, end).await
+        }
     };
-    let code = u8::try_from(end.exit_code).unwrap_or(CANNOT_START);
-    let last = async {
-        say(&mut writer, from_rank::Message::Ended(end)).await?;
-        writer.shutdown().await
-    };
-    // If the shim is gone, it has counted the rank as lost.
-    tokio::time::timeout(LAST_MESSAGE, last).await.ok();
+    // Until now the shim knows by the connection that the helper still removes what the rank wrote.
+    tokio::time::timeout(LAST_MESSAGE, writer.shutdown())
+        .await
+        .ok();
     Ok(code)
 }
 
-/// Runs the program to its end, in a container with the folder that the ranks on this node share.
+/// Tells the shim how the rank ended. Returns the exit code of the helper.
+async fn tell_end(writer: &mut (impl AsyncWrite + Unpin), end: pb::RankEnded) -> u8 {
+    let code = u8::try_from(end.exit_code).unwrap_or(CANNOT_START);
+    let saying = say(writer, from_rank::Message::Ended(end));
+    // If the shim is gone, it has counted the rank as lost.
+    tokio::time::timeout(LAST_MESSAGE, saying).await.ok();
+    code
+}
+
+/// Runs the program to its end, in a container with the folder that the ranks on this node share. Returns the exit code of
+/// the helper, once the shim was told how the program ended.
 async fn run_program(
     (jobdir, start): (JobDir, pb::RankStart),
     orders: mpsc::Receiver<Order>,
     streams: Streams,
     (writer, tasks): (&mut (impl AsyncWrite + Unpin), &mut JoinSet<()>),
-) -> anyhow::Result<Ended> {
+) -> anyhow::Result<u8> {
     let number = streams.way().attempt;
-    let name = scratch::of_ranks(streams.way().pair.key_pem(), number);
+    let name = scratch::of_ranks(streams.way().pair.key_pem(), number, &node_name());
     let joining = move || NodeFolder::join(Path::new(scratch::MEMORY), &name);
     let folder = tokio::task::spawn_blocking(joining).await?;
     let folder = folder.context("create the /dev/shm that the ranks on this node share")?;
-    let ended = match prepare(jobdir, start, number, &folder) {
-        Ok(prepared) => prepared.run(orders, streams, writer, tasks).await,
+    let ran = match prepare(jobdir, start, number, &folder) {
+        Ok(prepared) => {
+            if cleans(|name| std::env::var(name).ok()) {
+                let cleaner = Cleaner::of(&prepared.pod.scratch);
+                tasks.spawn(scratch::keep_clean(cleaner));
+            }
+            prepared.run(orders, streams, writer, tasks).await
+        }
         Err(error) => Err(error),
     };
     let until = std::time::Instant::now() + LAST_REMOVAL;
     let leaving = tokio::task::spawn_blocking(move || folder.leave(until));
     tokio::time::timeout(LAST_REMOVAL, leaving).await.ok();
-    ended
+    ran
+}
+
+/// PURE: whether this helper removes what killed helpers have left on its node: one on each node does. On the first node the
+/// shim does. `variable` finds a variable of Slurm.
+fn cleans(variable: impl Fn(&str) -> Option<String>) -> bool {
+    let first_of_node = variable("SLURM_LOCALID").as_deref() == Some("0");
+    first_of_node && variable("SLURM_NODEID").is_some_and(|node| node != "0")
 }
 
 /// Keeps Slurm's signals from ending the helper before its program, as long as what it returns exists.
@@ -361,20 +385,21 @@ fn inherited(number: &str) -> io::Result<OwnedFd> {
 }
 
 impl Prepared {
-    /// Runs the program to its end, and tells the shim when it has started.
+    /// Runs the program to its end, and tells the shim when it has started and how it has ended. Returns the exit code of the
+    /// helper.
     async fn run(
         self,
         mut orders: mpsc::Receiver<Order>,
         mut streams: Streams,
         writer: &mut (impl AsyncWrite + Unpin),
         tasks: &mut JoinSet<()>,
-    ) -> anyhow::Result<Ended> {
+    ) -> anyhow::Result<u8> {
         // Orphans of a program without a PID namespace become children of the helper.
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).ok();
         tasks.spawn(self.pod.children.clone().reap(Children::signal()?));
         let pod = Arc::new(self.pod);
         let abort = CancellationToken::new();
-        // Nothing is asked for that an event would tell: no probes, no hooks, and the log is the shim's.
+        // A rank has neither probes nor hooks, and the shim writes its log, so nobody reads the events.
         let (events, _events) = mpsc::channel(1);
         let attempt = Attempt {
             spec: Arc::new(self.spec),
@@ -417,9 +442,11 @@ impl Prepared {
                 }
             }
         };
+        // Of several ranks that fail, the first one counts, however long the removal of what it wrote takes.
+        let code = tell_end(writer, end_of(&ended)).await;
         streams.finish().await;
         super::remove_folders(pod).await;
-        Ok(ended)
+        Ok(code)
     }
 }
 
@@ -479,6 +506,21 @@ mod tests {
     }
 
     #[test]
+    fn one_helper_on_each_node_without_the_shim_removes_leftovers() {
+        let given = |node: Option<&str>, on_node: Option<&str>| {
+            cleans(|name| match name {
+                "SLURM_NODEID" => node.map(str::to_owned),
+                "SLURM_LOCALID" => on_node.map(str::to_owned),
+                other => panic!("{other}"),
+            })
+        };
+        assert!(given(Some("1"), Some("0")) && given(Some("12"), Some("0")));
+        assert!(!given(Some("0"), Some("0")), "the shim is there");
+        assert!(!given(Some("1"), Some("1")), "another one does it");
+        assert!(!given(None, Some("0")) && !given(Some("1"), None) && !given(None, None));
+    }
+
+    #[test]
     fn a_long_message_is_cut_between_characters() {
         let long = "ä".repeat(MESSAGE);
         let cut = cut(&long);
@@ -492,6 +534,24 @@ mod tests {
             assert!(inherited(number).is_err(), "{number}");
         }
         assert!(inherited("1").is_ok());
+    }
+
+    #[tokio::test]
+    async fn the_shim_is_told_how_the_rank_ended_and_the_connection_stays() {
+        let (mut ours, mut theirs) = tokio::io::duplex(4096);
+        for (given, expected) in [(0, 0), (137, 137), (-1, CANNOT_START), (256, CANNOT_START)] {
+            let end = pb::RankEnded {
+                exit_code: given,
+                ..pb::RankEnded::default()
+            };
+            assert_eq!(tell_end(&mut ours, end.clone()).await, expected);
+            let told = wire::read::<pb::FromRank>(&mut theirs, wire::FROM_RANK).await;
+            let told = told.unwrap().and_then(|told| told.message);
+            assert_eq!(told, Some(from_rank::Message::Ended(end)));
+        }
+        drop(theirs);
+        let end = pb::RankEnded::default();
+        assert_eq!(tell_end(&mut ours, end).await, 0, "the shim is gone");
     }
 
     #[tokio::test]

@@ -16,7 +16,7 @@
 //!     └─ ◄─── standard output and error, labelled, by srun     the helper exits with the code
 //! ```
 //!
-//! A command beside the program of a rank (`knocctl exec --rank`) has a connection of its own, which the helper opens when
+//! A command beside the program of a rank (`kubectl exec` for rank 0, `knocctl exec --rank` for any) has a connection of its own, which the helper opens when
 //! the shim asks for it. Over that, the messages of `Exec` go as they are.
 //!
 //! No value of a pod is in the argv or the environment of srun, and none crosses the network but inside of TLS. The key
@@ -26,7 +26,7 @@
 //! - [`step`]: PURE, the argv of srun, and which of Slurm's variables a rank sees.
 //! - [`wire`]: messages with their length in front.
 //! - [`peer`]: the shim's side of one connection.
-//! - [`command`]: the shim's side of a command in another rank.
+//! - [`command`]: the shim's side of a command in a rank.
 //! - [`node`]: what the ranks on one node share.
 
 pub(crate) mod command;

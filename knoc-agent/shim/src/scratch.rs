@@ -20,6 +20,7 @@ use std::{
 use knoc_contract::{
     host::node_name, host_paths::SHIM_FOLDERS as PREFIX, jobdir::atomic::FileError, tree, walk,
 };
+use knoc_link::pki::hexadecimal;
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Notify;
@@ -187,10 +188,11 @@ impl Scratch {
     }
 }
 
-/// The name of the folder in memory that the ranks of this attempt share on a node. It comes from the pod's private key, so
-/// that no other user can take the name first: whoever connects to the shim's port learns the public key.
-pub(crate) fn of_ranks(key: &str, attempt: u32) -> String {
-    let tag = tag::<16>(format!("{RANKS} {attempt} {key}").as_bytes());
+/// The name of the folder in memory that the ranks of this attempt share on `node`. It comes from the pod's private key, so that
+/// no other user can take the name first: whoever connects to the shim's port learns the public key, and whoever is on a
+/// node sees the names there.
+pub(crate) fn of_ranks(key: &str, attempt: u32, node: &str) -> String {
+    let tag = tag::<16>(format!("{RANKS} {attempt} {node} {key}").as_bytes());
     format!("{PREFIX}-{RANKS}-{tag}")
 }
 
@@ -320,12 +322,7 @@ fn host_tag(name: &str) -> String {
 /// The first bytes of a digest, in hexadecimal digits.
 fn tag<const BYTES: usize>(text: &[u8]) -> String {
     let digest = Sha256::digest(text);
-    let bytes: Vec<String> = digest
-        .iter()
-        .take(BYTES)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    bytes.concat()
+    hexadecimal(digest.get(..BYTES).unwrap_or_default())
 }
 
 /// Removes what killed shims of this user left on this host. Returns `false` if the time was not sufficient. What cannot
@@ -341,7 +338,10 @@ fn sweep(base: &Path, host: &str, until: Instant) -> bool {
         let whose = parts.next();
         if whose == Some(RANKS) {
             // One that ranks use, or that belongs to somebody else, stays.
-            node::remove_unused(&entry.path(), until).ok();
+            let removed = node::remove_unused(&entry.path(), until);
+            if removed.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut) {
+                return false;
+            }
         }
         if whose != Some(host) {
             continue;
@@ -390,15 +390,6 @@ mod tests {
     }
 
     #[test]
-    fn the_folder_of_ranks_has_a_name_that_only_the_private_key_tells() {
-        let name = of_ranks("the key", 0);
-        assert_eq!(name, of_ranks("the key", 0));
-        assert!(name != of_ranks("the key", 1) && name != of_ranks("another key", 0));
-        let tag = name.rsplit('-').next().unwrap_or_default();
-        assert!(tag.len() == 32 && name.contains("-ranks-"), "{name}");
-    }
-
-    #[test]
     fn a_folder_that_others_can_replace_is_not_used() {
         let base = tempfile::tempdir().unwrap();
         let shared = base.path().join("shared");
@@ -441,6 +432,29 @@ mod tests {
         let secrets = scratch.secrets("v").unwrap();
         drop(scratch);
         assert!(!folder.exists() && !memory.exists() && !secrets.exists());
+    }
+
+    #[test]
+    fn nobody_else_can_name_the_folder_of_ranks_and_a_leftover_is_swept() {
+        let name = of_ranks("private", 1, "c1");
+        assert_eq!(name, of_ranks("private", 1, "c1"));
+        for other in [
+            of_ranks("another", 1, "c1"),
+            of_ranks("private", 2, "c1"),
+            of_ranks("private", 1, "c2"),
+        ] {
+            assert_ne!(name, other);
+        }
+        let base = tempfile::tempdir().unwrap();
+        let folder = node::NodeFolder::join(base.path(), &name).unwrap();
+        nest(&folder.memory().unwrap(), 3);
+        let host = host_tag(&node_name());
+        assert!(sweep(base.path(), &host, soon()));
+        assert!(base.path().join(&name).exists(), "a rank uses it");
+        drop(folder);
+        assert!(!sweep(base.path(), &host, Instant::now()));
+        assert!(sweep(base.path(), &host, soon()));
+        assert!(!base.path().join(&name).exists());
     }
 
     /// Neither the restart of a container nor other containers wait for the removal.

@@ -161,7 +161,7 @@ impl Service {
 
 type Stream<T> = ReceiverStream<Result<T, Status>>;
 
-/// A connection to the helper of a rank other than the first.
+/// A connection to the helper of a rank, which runs a command with the environment of the rank and in its cgroup.
 async fn in_rank(name: &str, program: &Program, rank: u32) -> Result<Opened, Status> {
     let Some(ranks) = &program.ranks else {
         let message =
@@ -313,7 +313,7 @@ impl Shim for Service {
                 ErrorReason::Overloaded.status(message)
             })?;
         let (output, stream) = mpsc::channel(OUTPUTS);
-        if start.rank > 0 {
+        if start.rank > 0 || program.ranks.is_some() {
             let opened = in_rank(&name, &program, start.rank).await?;
             self.streams.spawn(async move {
                 command::carry(opened, start, input, output).await;

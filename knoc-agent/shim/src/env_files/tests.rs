@@ -107,8 +107,40 @@ fn what_is_missing_malformed_or_no_file_of_an_empty_dir_is_said() {
     fs::write(folder.join("large"), large).unwrap();
     let large = get(&volumes, file("v", "large", "A", true)).unwrap_err();
     assert!(large.contains("larger than"), "{large}");
+    fs::write(folder.join("full"), vec![b'#'; LARGEST]).unwrap();
+    let full = get(&volumes, file("v", "full", "A", true)).unwrap();
+    assert_eq!(full, "B=$(A)", "its last byte belongs to a comment");
     get(&volumes, file("v", ".", "A", true)).unwrap_err();
     get(&volumes, file("v", "../x", "A", true)).unwrap_err();
+}
+
+#[test]
+fn many_variables_with_one_large_value_are_refused_before_they_fill_the_memory() {
+    let (_base, _scratch, volumes, folder) = volumes();
+    let value = vec![b'x'; LARGEST - "A=''".len()];
+    fs::write(folder.join("f"), [&b"A='"[..], &value, b"'"].concat()).unwrap();
+    let container = pb::Container {
+        name: "main".to_owned(),
+        ..pb::Container::default()
+    };
+    let of = |count: usize| {
+        let var = |number: usize| pb::EnvVar {
+            name: format!("V{number}"),
+            value: Some(file("v", "f", "A", false)),
+        };
+        let values = pb::PodValues {
+            env: vec![pb::ContainerEnv {
+                container: "main".to_owned(),
+                vars: (0..count).map(var).collect(),
+            }],
+            ..pb::PodValues::default()
+        };
+        resolve(&container, &values, &volumes).map_err(|error| chain(&error))
+    };
+    let few = of(TOGETHER / LARGEST).unwrap();
+    assert_eq!(few.env[0].vars.len(), TOGETHER / LARGEST);
+    let many = of(TOGETHER / LARGEST + 1).unwrap_err();
+    assert!(many.contains("together"), "{many}");
 }
 
 #[test]

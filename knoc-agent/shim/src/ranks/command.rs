@@ -1,4 +1,4 @@
-//! The shim's side of a command that runs beside the program of another rank: asks the rank's helper for a connection, and
+//! The shim's side of a command that runs beside the program of a rank: asks the rank's helper for a connection, and
 //! copies the messages of the client and the command between the link and that connection, with their back-pressure.
 //!
 //! If the client disconnects, the helper is told over its own connection ([`pb::to_rank::Message::EndStream`]), because it

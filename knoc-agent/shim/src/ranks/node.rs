@@ -2,7 +2,8 @@
 //!
 //! Nobody on the node outlives all ranks, so nobody owns the folder. Whoever comes first creates it; each holds a shared
 //! lock on it; whoever can turn that into an exclusive one is the last, and removes it. The kernel releases the locks of a
-//! killed helper, and then the next helper or shim of the account on this node removes the folder ([`remove_unused`]).
+//! killed helper, and then the next shim of the account on this node, or the first helper of ranks there, removes the folder
+//! ([`remove_unused`]).
 //! All functions block on file work.
 
 use std::{

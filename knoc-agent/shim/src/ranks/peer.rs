@@ -90,9 +90,7 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
             events.send(Told::Stream(joined)).await.ok();
         }
         None => {
-            tracing::warn!(
-                "a helper of another attempt, or none, has connected in place of a rank"
-            );
+            tracing::warn!("closed a connection that did not come from a helper of this attempt");
         }
     }
 }

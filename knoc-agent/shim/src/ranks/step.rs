@@ -47,7 +47,9 @@ const SEEN: &[&str] = &[
 const NOT_GIVEN: &[&str] = &[
     "SLURM_BCAST",
     "SLURM_CONTAINER",
+    "SLURM_CONTAINER_ID",
     "SLURM_EPILOG",
+    "SLURM_EXTERNAL_LAUNCHER",
     "SLURM_HOSTFILE",
     "SLURM_PROLOG",
     "SLURM_STDERRMODE",
@@ -269,6 +271,7 @@ mod tests {
             ("HOME", "/home/u"),
             ("LD_PRELOAD", "/x.so"),
             ("SLURM_TASK_PROLOG", "/bin/program"),
+            ("SLURM_CONTAINER_ID", "from `sbatch --container-id`"),
             ("SLURM_STDOUTMODE", "/tmp/file"),
         ];
         let seen = of_rank(pairs(&all));

@@ -32,7 +32,7 @@ use super::{
             ranks::{
                 command::{Open, Opened, Ranks},
                 peer::{self, Usage, Whose},
-                table::{Effect, Table},
+                table::{Effect, Input, Table},
                 wire,
             },
             signals::{self, Identity},
@@ -52,6 +52,10 @@ const OTHERS: Duration = Duration::from_secs(10);
 
 /// How long killed ranks may take to end, and then srun.
 const AFTER_KILL: Duration = Duration::from_secs(10);
+
+/// How long helpers may take to remove what their ranks wrote, unless the pod is killed; each ends its connection when it is
+/// done. A helper bounds its removals by `LAST_REMOVAL` and twice that.
+const REMOVAL: Duration = Duration::from_secs(40);
 
 /// How long the last messages of the helpers may take after srun has ended.
 const LATE: Duration = Duration::from_secs(5);
@@ -175,10 +179,10 @@ impl<'a> Conductor<'a> {
         let (pid, mut exit, mut aborted) = (srun.pid, None, false);
         self.next_in(CONNECT, Next::Missing);
         loop {
-            // Once srun has ended without a helper, none comes.
-            let none_came = self.lines.iter().all(Option::is_none);
+            // Once srun has ended and no helper is connected, none comes.
+            let none_left = self.lines.iter().all(Option::is_none);
             if let Some(exit) = exit
-                && (none_came || self.table.is_over())
+                && (none_left || self.table.is_over())
             {
                 return exit;
             }
@@ -228,7 +232,7 @@ impl<'a> Conductor<'a> {
         let connection = match accepted {
             Ok(connection) => connection,
             Err(error) => {
-                tracing::warn!(%error, "the port for the helpers of ranks");
+                tracing::warn!(%error, "accept the connection of a rank's helper");
                 return;
             }
         };
@@ -311,6 +315,7 @@ impl<'a> Conductor<'a> {
             return;
         }
         self.account(event.used);
+        let lost = event.input == Input::Lost;
         match self.table.step(rank, event.input) {
             Effect::Nothing => {}
             Effect::Start => self.start(rank),
@@ -325,9 +330,14 @@ impl<'a> Conductor<'a> {
                 self.next_in(OTHERS, Next::KillRanks);
             }
         }
+        if let Some(line) = self.lines.get_mut(rank).filter(|_| lost) {
+            *line = None;
+        }
         if self.table.is_over() {
             // It ends by itself, unless something holds it.
-            self.next_in(AFTER_KILL, Next::EndSrun);
+            let gone = self.lines.iter().all(Option::is_none);
+            let hurry = gone || self.attempt.abort.is_cancelled();
+            self.next_in(time_to_end(hurry), Next::EndSrun);
         }
     }
 
@@ -344,7 +354,7 @@ impl<'a> Conductor<'a> {
         }
     }
 
-    /// Rank 0 runs on this node, so exec and attach reach it like any other container.
+    /// Rank 0 runs on this node: its state is that of the container, whose processes are those of its PID namespace.
     async fn first_runs(&mut self, pid: u32) {
         if self.table.first_host() != node_name() {
             // Its pid means another process here.
@@ -426,6 +436,11 @@ impl<'a> Conductor<'a> {
     }
 }
 
+/// PURE: how long srun may go on once all ranks have ended. `hurry`: no helper is connected any more, or the pod is killed.
+fn time_to_end(hurry: bool) -> Duration {
+    if hurry { AFTER_KILL } else { REMOVAL }
+}
+
 /// PURE: the message with its length in front; `None` if it is too long.
 fn frame_of(message: to_rank::Message) -> Option<Bytes> {
     let message = pb::ToRank {
@@ -464,6 +479,14 @@ mod tests {
         assert_eq!(named(&[1, 3]), "1, 3");
         let many: Vec<usize> = (0..1024).collect();
         assert!(named(&many).ends_with("14, 15 and 1008 more"));
+    }
+
+    #[test]
+    fn helpers_have_the_time_that_they_take_at_most_to_remove_what_ranks_wrote() {
+        use crate::scratch::LAST_REMOVAL;
+        // Of the container's folders, and of what the ranks on the node share.
+        assert!(time_to_end(false) > LAST_REMOVAL * 3);
+        assert!(time_to_end(true) < time_to_end(false));
     }
 
     #[tokio::test(start_paused = true)]

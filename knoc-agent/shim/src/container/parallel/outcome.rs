@@ -26,7 +26,7 @@ pub(super) struct Conducted {
     /// How srun ended.
     pub(super) srun: Exit,
     pub(super) table: Table,
-    /// The ranks whose helpers have connected.
+    /// The ranks whose helpers are still connected.
     pub(super) connected: Vec<usize>,
     /// Whether the program of rank 0 has run.
     pub(super) ran: bool,
