@@ -3,7 +3,7 @@
 # The controller and argoexec are built from the Go module of Argo Workflows, and gofakes3, an S3-like store, from its own. The controller
 # is a process of this host with the ServiceAccount and the roles of Argo's own manifests, because the cluster of the test bed has no other
 # node for it. The store runs on the node ctl, keeps everything in memory and asks for no password; compute nodes reach it as they reach
-# the store of a site. The image of argoexec and one with OpenMPI are in the registry. Pods can write below /scratch/argo of the nodes.
+# the store of a site. The image of argoexec is a file of the site, and one with OpenMPI is in the registry. Pods can write below /scratch/argo of the nodes.
 # Versions: v4.0.5 is the newest of Argo's releases that the Go module proxy serves (ADR 0064). Both programs listen only
 # while the tests need them.
 . "$(dirname "$0")/lib.sh"
@@ -52,13 +52,16 @@ node() { hpc exec login "$@"; }
 push() { # push NAME NAME:TAG: copies the image of the layout to the registry
     node skopeo copy -q --insecure-policy --dest-tls-verify=false "oci:$layout:$1" "docker://$registry/library/$2"
 }
-# As the image of upstream: argoexec in PATH, and a user that is not root. It has a shell, for those who look around in it.
+# As the image of upstream: argoexec in PATH, and a user that is not root. It has a shell, for those who look around in it. Pods take it from
+# a SIF file of the site, compressed with lz4: from the one that Apptainer makes of an image of a registry, argoexec starts three times as
+# slowly, and on a busy machine of two cores the controller then stops `wait` before it has begun (ADR 0064).
 executor_image() {
     install -D -m 755 "$bin/argoexec" "$images/argoexec/argoexec"
     node skopeo copy -q --insecure-policy oci:/images/busybox.oci:latest "oci:$layout:argoexec"
     node umoci insert --image "$layout:argoexec" /images/argo/argoexec/argoexec /bin/argoexec >/dev/null 2>&1
     node umoci config --image "$layout:argoexec" --clear=config.cmd --config.entrypoint argoexec --config.user 8737
-    push argoexec "argoexec:$version"
+    node skopeo copy -q --insecure-policy "oci:$layout:argoexec" docker-archive:/images/argo/argoexec/image.tar:argoexec:1
+    node apptainer -q build -F --mksquashfs-args '-comp lz4' /images/argo/argoexec.sif docker-archive:/images/argo/argoexec/image.tar
 }
 # OpenMPI and mpi4py of Debian, with the benchmarks of mpi4py.
 mpi_image() {
@@ -123,7 +126,8 @@ objects() {
     configuration | apply -f -
     kubectl wait --for=condition=Established crd/workflows.argoproj.io crd/workflowtaskresults.argoproj.io --timeout=30s >/dev/null
 }
-# The executor needs more memory than the bed's nodes give to a job that asks for none.
+# The executor needs more memory than the bed's nodes give to a job that asks for none. The image-root makes /argo/argoexec.sif a file below
+# /images; the example image-root.yaml has the same.
 configuration() {
     cat <<END
 apiVersion: v1
@@ -139,6 +143,10 @@ data:
     mainContainer:
       resources:
         limits: {memory: 256Mi}
+    workflowDefaults:
+      spec:
+        podMetadata:
+          annotations: {slurm-job.knoc.io/image-root: /images}
     artifactRepository:
       s3:
         endpoint: $store
@@ -164,7 +172,7 @@ controller_up() {
         account
         start "$pidfile" "$log/argo-controller.log" env -i PATH="$PATH" HOME="$run" LEADER_ELECTION_DISABLE=true \
             "$bin/workflow-controller" --kubeconfig="$kubeconfig" --namespace=argo --qps=50 --burst=100 \
-            --executor-image="$registry/library/argoexec:$version" --executor-image-pull-policy=IfNotPresent
+            --executor-image=/argo/argoexec.sif --executor-image-pull-policy=IfNotPresent
     fi
     wait_for 60 "the controller of Argo Workflows" curl -sSf -o /dev/null http://127.0.0.1:6060/healthz \
         || { tail -20 "$log/argo-controller.log" >&2; exit 1; }
