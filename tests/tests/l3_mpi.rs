@@ -20,8 +20,8 @@ const IMAGE: &str = "/images/mpi";
 /// How long the image may take: its packages are downloaded once.
 const BUILD: Duration = Duration::from_mins(8);
 
-/// How much a rank writes that floods its log, in MiB. The whole log is kept.
-const FLOOD: u64 = 20;
+/// How many bytes a rank writes that floods its log. The whole log is kept.
+const FLOOD: usize = 20 << 20;
 
 /// A pod of two ranks, one on each of two nodes, which find each other by nothing but Slurm's variables.
 fn ranks(name: &str, script: &str) -> PodBuilder {
@@ -222,7 +222,7 @@ async fn a_rank_that_floods_its_log_hides_no_other_rank_and_speaks_for_none() ->
     let world = World::new("mpi-flood").await?;
     let script = format!(
         "if test \"$SLURM_PROCID\" = 1; then \
-           head -c {FLOOD}M /dev/zero | tr '\\0' x; printf '\\033[2J\\n0: forged\\n'; echo end of flood; \
+           head -c {FLOOD} /dev/zero | tr '\\0' x; printf '\\033[2J\\n0: forged\\n'; echo end of flood; \
          else echo quiet; fi"
     );
     world.create(&ranks("flood", &script)).await?;
@@ -232,7 +232,7 @@ async fn a_rank_that_floods_its_log_hides_no_other_rank_and_speaks_for_none() ->
     ensure!(quiet.text() == "quiet", "{quiet}");
     let flood = world.knocctl(["logs", &pod, "--rank", "1"]).ok().await?;
     let written = flood.text().matches('x').count();
-    ensure!(u64::try_from(written)? == FLOOD << 20, "{written} bytes");
+    ensure!(written == FLOOD, "{written} bytes");
     ensure!(
         flood.text().ends_with("\n0: forged\nend of flood"),
         "the end"

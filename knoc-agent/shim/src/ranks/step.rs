@@ -69,6 +69,10 @@ pub(crate) const PMI_FD: &str = "PMI_FD";
 /// The variable with the folder in which the PMIx server of the node and its ranks meet.
 pub(crate) const PMIX_FOLDER: &str = "PMIX_SERVER_TMPDIR";
 
+/// How a rank gets its data from the PMIx server. The server offers files in shared memory, which lie in the `/tmp` of the
+/// node, where a container does not see them; a rank that is offered them fails in `MPI_Init`. `hash` sends the data.
+const PMIX_DATA: (&str, &str) = ("PMIX_MCA_gds", "hash");
+
 /// The step that runs the ranks.
 #[derive(Debug)]
 pub(crate) struct Step<'a> {
@@ -185,7 +189,8 @@ fn begins_with_one(name: &OsStr, prefixes: &[&str]) -> bool {
     prefixes.any(|prefix| bytes.starts_with(prefix.as_bytes()))
 }
 
-/// The environment `env` of a program (`NAME=value`) with the variables of its rank, which replace those of the pod.
+/// The environment `env` of a program (`NAME=value`) with the variables of its rank, which replace those of the pod. How it
+/// gets data from PMIx ([`PMIX_DATA`]), the pod or its image may say.
 pub(crate) fn with_rank(env: &mut Vec<Vec<u8>>, rank: &[(Vec<u8>, Vec<u8>)]) {
     let is = |entry: &[u8], name: &[u8]| {
         entry
@@ -198,6 +203,11 @@ pub(crate) fn with_rank(env: &mut Vec<Vec<u8>>, rank: &[(Vec<u8>, Vec<u8>)]) {
     });
     let own = rank.iter();
     env.extend(own.map(|(name, value)| [name.as_slice(), value.as_slice()].join(&b'=')));
+    let (name, value) = PMIX_DATA;
+    let has_pmix = rank.iter().any(|(name, _)| name == b"PMIX_RANK");
+    if has_pmix && !env.iter().any(|entry| is(entry, name.as_bytes())) {
+        env.push(format!("{name}={value}").into_bytes());
+    }
 }
 
 #[cfg(test)]
@@ -296,5 +306,22 @@ mod tests {
         with_rank(&mut env, &[(entry("SLURM_PROCID"), entry("2"))]);
         let wanted = ["SLURM_PROCID_X=1", "A=b", "SLURM_PROCID=2"].map(entry);
         assert_eq!(env, wanted);
+    }
+
+    #[test]
+    fn a_rank_of_pmix_asks_for_no_files_of_the_node_unless_the_pod_says_how() {
+        let entry = |text: &str| text.as_bytes().to_vec();
+        let with = |env: &[&str], rank: &str| {
+            let mut env: Vec<_> = env.iter().map(|text| entry(text)).collect();
+            with_rank(&mut env, &[(entry(rank), entry("2"))]);
+            env
+        };
+        assert_eq!(
+            with(&[], "PMIX_RANK"),
+            [entry("PMIX_RANK=2"), entry("PMIX_MCA_gds=hash")]
+        );
+        let own = with(&["PMIX_MCA_gds=shmem2"], "PMIX_RANK");
+        assert_eq!(own, [entry("PMIX_MCA_gds=shmem2"), entry("PMIX_RANK=2")]);
+        assert_eq!(with(&[], "PMI_RANK"), [entry("PMI_RANK=2")]);
     }
 }
