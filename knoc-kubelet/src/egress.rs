@@ -23,7 +23,6 @@ use std::{
     time::Duration,
 };
 
-use jiff::Timestamp;
 use knoc_proto::{
     error::chain,
     ids::PodUid,
@@ -351,15 +350,9 @@ impl Connections {
     fn tell_node(&mut self) {
         for message in self.troubles.news(self.cluster.troubles()) {
             tracing::warn!("{message}");
-            self.setup.events.record(Note {
-                object: about_node(&self.setup.node),
-                warning: true,
-                reason: "EgressUnavailable".to_owned(),
-                message,
-                at: Timestamp::now(),
-                salt: 0,
-                times: 1,
-            });
+            let object = about_node(&self.setup.node);
+            let note = Note::warning(object, "EgressUnavailable", message);
+            self.setup.events.record(note);
         }
     }
 
@@ -508,15 +501,8 @@ impl Connections {
         };
         if self.told.is_news(uid, what) {
             tracing::info!(%uid, "{message}");
-            self.setup.events.record(Note {
-                object: about_pod(&view.pod, ""),
-                warning: true,
-                reason: reason.to_owned(),
-                message,
-                at: Timestamp::now(),
-                salt: 0,
-                times: 1,
-            });
+            let note = Note::warning(about_pod(&view.pod, ""), reason, message);
+            self.setup.events.record(note);
         }
     }
 }

@@ -32,7 +32,6 @@ use std::{
     time::Duration,
 };
 
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
 use knoc_proto::ids::PodUid;
 use kube::Client;
@@ -320,15 +319,8 @@ impl Relay {
     }
 
     fn warn(&self, object: ObjectReference, reason: &str, message: String) {
-        self.setup.events.record(Note {
-            object,
-            warning: true,
-            reason: reason.to_owned(),
-            message,
-            at: Timestamp::now(),
-            salt: 0,
-            times: 1,
-        });
+        let note = Note::warning(object, reason, message);
+        self.setup.events.record(note);
     }
 }
 
