@@ -39,7 +39,7 @@ use self::{
 use super::{
     attach::hub::{self, Hub},
     children::Exit,
-    env_files::{self, EnvFileError},
+    env_files::{self, EnvFileError, Places},
     environment::{self, TerminationLog},
     fdio::{self, Stream},
     handshake::{self, HandshakeError, Launched},
@@ -448,7 +448,11 @@ async fn environment_of(
     let (pod, spec) = (Arc::clone(pod), Arc::clone(&attempt.spec));
     let values = Arc::clone(&attempt.values);
     let reading = tokio::task::spawn_blocking(move || {
-        env_files::resolve(&spec.container, &values, &pod.volumes)
+        let places = Places {
+            volumes: &pod.volumes,
+            network: &pod.network,
+        };
+        env_files::resolve(&spec.container, &values, places)
     });
     tokio::select! {
         biased;

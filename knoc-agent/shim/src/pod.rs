@@ -131,12 +131,14 @@ impl Pod {
             joins: self.runtime.isolates() && !self.mounting.by_name(),
             parallel: ranks || job.nodes > 1 || job.ntasks > 1,
         };
+        let memory = self.volumes.in_memory(job.memory_bytes);
         let tools = Tools {
             children: &self.children,
             agent: &self.agent,
             users: &self.mounting.users,
             env: &self.job.runtime_env,
             ipv6: self.settings().network_ipv6,
+            memory: &memory,
         };
         let mut up = network::bring_up(&tools, wish).await?;
         if let Network::Private(private) = &up.network {
