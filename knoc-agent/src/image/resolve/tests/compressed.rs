@@ -6,6 +6,7 @@ use super::*;
 const PROGRAM: &str = r#"echo "$@" >>"$LOG"
 case "$1 $2" in
 "build --help") echo '@HELP@'; exit 0 ;;
+--version*) echo 'apptainer version 1.4.5'; exit 0 ;;
 build*) test -e "$FAIL" && { echo 'FATAL:   While performing build: no such compressor' >&2; exit 255; } ;;
 pull*) test -s "$FAIL" && { echo 'FATAL:   While making image: no space left' >&2; exit 255; } ;;
 esac
