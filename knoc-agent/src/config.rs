@@ -10,6 +10,7 @@ pub mod dial_out;
 mod egress;
 mod host_paths;
 mod host_ports;
+mod images;
 mod limits;
 mod listen;
 mod mapped;
@@ -29,6 +30,7 @@ use std::{
 pub use self::{
     binds::SiteBind,
     host_paths::HostPath,
+    images::{Compression, ImageSettings},
     limits::Limits,
     mapped::{Csi, Nfs},
 };
@@ -117,6 +119,9 @@ pub struct Config {
     /// The defaults for jobs whose pod requests nothing else.
     #[serde(default)]
     pub job: JobDefaults,
+    /// How images from registries are kept.
+    #[serde(default)]
+    pub images: ImageSettings,
     /// Rates, limits and timeouts.
     #[serde(default)]
     pub limits: Limits,

@@ -135,6 +135,8 @@ pub(crate) enum News {
     },
     /// Log lines were lost. Counts all that this attempt has lost so far.
     Lost(Losses),
+    /// The runtime could not mount the image because of this compression, and has unpacked it.
+    Unpacked(&'static str),
     /// The postStart hook has ended.
     PostStarted { succeeded: bool },
     /// The preStop hook has ended.

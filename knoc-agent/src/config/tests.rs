@@ -17,6 +17,9 @@ fn a_site_name_is_enough() {
     assert_eq!(config.limits.report_grace, Duration::from_secs(90));
     assert_eq!(config.listen.kubelet.unwrap().port(), 10350);
     assert_eq!(config.scheduler, SchedulerKind::Slurm);
+    assert_eq!(config.images.compression, Compression::Auto);
+    let config = parse("site = 'trixie'\n[images]\ncompression = 'lz4'").unwrap();
+    assert_eq!(config.images.compression, Compression::Lz4);
 }
 
 #[test]
@@ -51,6 +54,13 @@ fn mistakes_name_line_and_allowed_values() {
             &[
                 "agent.toml:3: policy.egress",
                 "\"kubernetes\" is not `NAMESPACE/SERVICE`",
+            ],
+        ),
+        (
+            "site = 'x'\n[images]\ncompression = 'xz'",
+            &[
+                "agent.toml:3: images.compression",
+                "`auto`, `gzip`, `zstd`, `lz4`",
             ],
         ),
         ("site = 'a b'", &["agent.toml:1: site", "DNS label", "' '"]),

@@ -265,6 +265,14 @@ registries = []
 # IPv6 addresses.
 # network_ipv6 = false  # default
 
+# How images from registries are kept.
+[images]
+# How their files are compressed when they are converted to SIF files: gzip, which every runtime writes and reads; zstd, which is
+# written ten times as fast and from which programs start faster; lz4, from which they start fastest, in larger files; auto is zstd if
+# the runtime can write it (Apptainer from 1.4 on) and no compute node has been unable to read it, else gzip. Images that are in the
+# cache stay as they are.
+# compression = "auto"  # default
+
 [limits]
 # Submissions: the sustained rate per second, the burst after an idle period, and the number of concurrent sbatch calls.
 # sbatch_rate = 50.0  # default

@@ -265,6 +265,8 @@ impl Actor {
                 let reported = matches!(event, Event::Report(_));
                 if let Event::Report(report) = &event {
                     self.site.shim_steps.reported(&self.uid, report);
+                    let unmounted = &report.unmounted_compressions;
+                    self.site.images.unread(&report.hostname, unmounted);
                 }
                 let pod = self.apply(pod, event).await;
                 self.push_values(&pod, reported);
