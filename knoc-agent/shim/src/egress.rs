@@ -10,6 +10,8 @@
 //!                           └─ tcp, udp ◄─── take ◄═ EgressStream ══ agent, kubelet
 //! ```
 //!
+//! Questions to the cluster's DNS share one such flow, and their answers are kept ([`dns`]).
+//!
 //! In the node's network there is no edge, and only the API server is reached, at a port of the loopback interface
 //! ([`host`]).
 //!
@@ -17,6 +19,8 @@
 //! link, connections wait for a new one as long as they would wait for an answer.
 
 mod api;
+mod datagram;
+mod dns;
 pub(crate) mod gate;
 pub(crate) mod host;
 pub(crate) mod ports;
@@ -25,7 +29,11 @@ mod tcp;
 mod udp;
 mod waiting;
 
-use std::{net::SocketAddrV4, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddrV4,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use knoc_link::bulk::Messages;
 use knoc_proto::{
@@ -38,12 +46,16 @@ use tonic::{Status, Streaming};
 use self::waiting::Waiting;
 pub(crate) use self::{
     api::ApiServer,
+    dns::NodeNames,
     table::{Table, TableError},
 };
 use crate::launch::network::protocol::Kind;
 
 /// How long a connection waits until it is taken.
 const PATIENCE: Duration = Duration::from_secs(knoc_proto::egress::PATIENCE);
+
+/// The port of DNS.
+const DNS: u16 = 53;
 
 /// The stream of what containers send.
 pub(crate) type Output = mpsc::Sender<Result<pb::EgressOutput, Status>>;
@@ -66,6 +78,8 @@ pub(crate) struct Egress {
     waiting: watch::Sender<Waiting>,
     /// The number of the newest call of `WatchEgress`.
     watch: watch::Sender<u64>,
+    /// The names that the resolvers of the compute node answer.
+    node_names: OnceLock<NodeNames>,
 }
 
 impl Egress {
@@ -84,6 +98,20 @@ impl Egress {
         };
         self.table.send_if_modified(changed);
         Ok(())
+    }
+
+    /// Sets which names the resolvers of the compute node answer, once.
+    pub(crate) fn set_node_names(&self, names: NodeNames) {
+        self.node_names.set(names).ok();
+    }
+
+    fn node_names(&self) -> Option<&NodeNames> {
+        self.node_names.get()
+    }
+
+    /// Whether this is the cluster's DNS.
+    fn is_dns(&self, target: SocketAddrV4) -> bool {
+        target.port() == DNS && self.table.borrow().dns == Some(*target.ip())
     }
 
     /// The present network.

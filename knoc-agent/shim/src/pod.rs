@@ -22,7 +22,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use super::{
     cgroup::JobCgroup,
     children::Children,
-    egress::Egress,
+    egress::{Egress, NodeNames},
     environment::Facts,
     gpus,
     mounts::Mounting,
@@ -159,6 +159,10 @@ impl Pod {
                 "the pod does not reach the cluster, because compute nodes do not reach the agent"
             );
             return None;
+        }
+        let suffixes = self.settings().node_dns_suffixes;
+        if !suffixes.is_empty() {
+            self.egress.set_node_names(NodeNames::find(&suffixes));
         }
         if let Err(error) = self.egress.replace(network) {
             return Some(error.to_string());

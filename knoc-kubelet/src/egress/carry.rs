@@ -41,6 +41,8 @@ const IDLE: Duration = Duration::from_mins(1);
 const IDLE_DNS: Duration = Duration::from_secs(10);
 /// Messages that may wait for the agent; then the endpoint is not read.
 const QUEUE: usize = 4;
+/// The same for answers of DNS, since a flow has the questions of all containers of a pod. They are short.
+const QUEUE_DNS: usize = 64;
 /// The largest datagram.
 const DATAGRAM: usize = 65_535;
 
@@ -121,9 +123,17 @@ async fn udp_socket(endpoint: SocketAddr) -> io::Result<UdpSocket> {
 type ToPod = mpsc::Sender<pb::EgressInput>;
 type FromPod = Messages<pb::EgressOutput>;
 
+/// PURE: how many messages may wait for the agent.
+fn queue_length(connection: &Connection) -> usize {
+    match connection.protocol {
+        EgressProtocol::Udp if connection.dial.port == DNS => QUEUE_DNS,
+        EgressProtocol::Udp | EgressProtocol::Tcp | EgressProtocol::Unspecified => QUEUE,
+    }
+}
+
 /// Takes the pod's connection.
 async fn take(agent: &Agent, connection: &Connection) -> Result<(ToPod, FromPod), Failed> {
-    let (queue, input) = mpsc::channel(QUEUE);
+    let (queue, input) = mpsc::channel(queue_length(connection));
     let start = Input::Start(pb::EgressStart {
         uid: connection.uid.to_string(),
         id: connection.id,

@@ -10,13 +10,18 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use tokio::{
     net::TcpStream,
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
 };
 use tokio_util::task::TaskTracker;
 
-use super::{Egress, tcp};
+use super::{
+    Egress,
+    dns::{self, NodeNames},
+    tcp,
+};
 use crate::supervisor::Command;
 
 /// How many connections the containers of a pod may have open to the cluster at once.
@@ -62,7 +67,11 @@ impl Gate {
         let Some(slot) = self.slot() else { return };
         let egress = Arc::clone(&self.egress);
         self.tasks.spawn(async move {
-            tcp::serve(stream, target, &egress).await;
+            if egress.is_dns(target) && egress.node_names().is_some_and(NodeNames::are_any) {
+                dns::stream::serve(stream, target, &egress).await;
+            } else {
+                tcp::serve(stream, target, Bytes::new(), &egress).await;
+            }
             drop(slot);
         });
     }

@@ -19,6 +19,8 @@ use tonic::{
 use super::{gate::Gate, *};
 use crate::{launch::network::protocol::Range, supervisor::Command};
 
+mod names;
+
 const SOON: Duration = Duration::from_secs(30);
 
 /// Addresses of the loopback interface, as if they were those of a cluster.
