@@ -55,6 +55,7 @@ use crate::{
     agent::Agent,
     config::RelayConfig,
     egress::told::{Told, Troubles},
+    metrics::traffic::Direction,
     pods::{
         Services, Store,
         events::{Events, Note, about_node, about_pod},
@@ -89,6 +90,8 @@ pub struct Setup {
     pub services: Services,
     /// Where refusals are told.
     pub events: Events,
+    /// Counts the connections.
+    pub traffic: Direction,
 }
 
 /// Starts the tasks. `client` is that of the ServiceAccount.
@@ -118,7 +121,7 @@ impl Relay {
         let (refuse, refused) = mpsc::channel(REFUSALS);
         Self {
             ports: Ports::new(setup.config.ports.clone()),
-            listeners: Listeners::new(setup.agent.clone(), refuse),
+            listeners: Listeners::new(setup.agent.clone(), setup.traffic.clone(), refuse),
             setup,
             client,
             cluster,

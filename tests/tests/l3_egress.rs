@@ -166,6 +166,13 @@ async fn a_service_that_nobody_allowed_is_refused_with_one_event() -> anyhow::Re
         refused[0].contains(&expected) && refused[0].contains("egress.allow"),
         "{refused:?}"
     );
+    // Others see how many there were, and why.
+    let path = format!("/api/v1/nodes/{}/proxy/metrics", world.node);
+    let metrics = world.kubectl(["get", "--raw", &path]).ok().await?.text();
+    let series = "knoc_connections_refused_total{direction=\"egress\",reason=\"not_listed\"} ";
+    let count = metrics.lines().find_map(|line| line.strip_prefix(series));
+    let count: u64 = count.context(metrics.clone())?.parse()?;
+    ensure!(count > 3, "{count}");
     world.finish().await
 }
 
