@@ -15,6 +15,9 @@
 //! In the node's network there is no edge, and only the API server is reached, at a port of the loopback interface
 //! ([`host`]).
 //!
+//! If compute nodes cannot reach the agent, job steps carry links on demand, and a container's connection is no demand: while there
+//! is no link it is reset at once, and an Event says so.
+//!
 //! The [`Table`] is a level: whoever calls `WatchEgress` replaces it, and the listeners follow while the pod runs. Without a
 //! link, connections wait for a new one as long as they would wait for an answer.
 
@@ -31,7 +34,10 @@ mod waiting;
 
 use std::{
     net::SocketAddrV4,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -80,12 +86,21 @@ pub(crate) struct Egress {
     watch: watch::Sender<u64>,
     /// The names that the resolvers of the compute node answer.
     node_names: OnceLock<NodeNames>,
+    /// Compute nodes are known not to reach the agent.
+    isolated: AtomicBool,
+    /// How many calls of `WatchEgress` are followed.
+    calls: AtomicUsize,
+    /// Containers keep the resolvers of their node, whatever the cluster has.
+    without_dns: AtomicBool,
 }
 
 impl Egress {
     /// Replaces the network.
     pub(crate) fn replace(&self, network: &pb::EgressNetwork) -> Result<(), TableError> {
-        let table = Table::parse(network)?;
+        let mut table = Table::parse(network)?;
+        if self.without_dns.load(Ordering::Relaxed) {
+            table.dns = None;
+        }
         let changed = |old: &mut Arc<Table>| {
             let changes = **old != table;
             if changes {
@@ -98,6 +113,28 @@ impl Egress {
         };
         self.table.send_if_modified(changed);
         Ok(())
+    }
+
+    /// Whether compute nodes are known not to reach the agent, so that nobody follows connections unless a job step carries
+    /// the link.
+    pub(crate) fn set_isolated(&self, isolated: bool) {
+        self.isolated.store(isolated, Ordering::Relaxed);
+    }
+
+    /// Lets containers keep the resolvers of their node from now on, since names have to resolve at any time.
+    pub(crate) fn keep_resolvers(&self) {
+        self.without_dns.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether nobody will take a connection: there is no link, and none will come because a container connects.
+    fn is_cut_off(&self) -> bool {
+        self.isolated.load(Ordering::Relaxed) && self.calls.load(Ordering::Relaxed) == 0
+    }
+
+    /// Counts a call of `WatchEgress`, until the result is dropped.
+    fn followed(&self) -> Followed<'_> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        Followed(self)
     }
 
     /// Sets which names the resolvers of the compute node answer, once.
@@ -121,6 +158,9 @@ impl Egress {
 
     /// Announces a connection, and waits until it is taken. `None` if it was refused or nobody took it.
     async fn announce(&self, kind: Kind, target: SocketAddrV4) -> Option<Taken> {
+        if self.is_cut_off() {
+            return None;
+        }
         let (taker, stream) = oneshot::channel();
         let mut id = 0;
         self.waiting
@@ -195,6 +235,7 @@ impl Egress {
         mut calls: Streaming<pb::EgressControl>,
         attempts: Attempts,
     ) {
+        let _followed = self.followed();
         let mut newest = self.watch.subscribe();
         let mut waiting = self.waiting.subscribe();
         let mut announced = 0;
@@ -230,6 +271,15 @@ impl Egress {
                 return;
             }
         }
+    }
+}
+
+/// A call of `WatchEgress` that is followed.
+struct Followed<'a>(&'a Egress);
+
+impl Drop for Followed<'_> {
+    fn drop(&mut self) {
+        self.0.calls.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

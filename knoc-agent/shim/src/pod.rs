@@ -153,12 +153,9 @@ impl Pod {
         let network = self.job.egress.as_ref();
         // Without ranges the cluster's administrators have turned it off.
         let network = network.filter(|network| !network.ranges.is_empty())?;
+        self.egress.set_isolated(isolated);
         if isolated {
-            // Without the cluster's network, containers ask the resolvers of the node, which answer.
-            tracing::info!(
-                "the pod does not reach the cluster, because compute nodes do not reach the agent"
-            );
-            return None;
+            self.egress.keep_resolvers();
         }
         let suffixes = self.settings().node_dns_suffixes;
         if !suffixes.is_empty() {

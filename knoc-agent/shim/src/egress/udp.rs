@@ -127,6 +127,9 @@ impl Port {
     }
 
     fn begin(&mut self, key: Key, data: Bytes) {
+        if !self.gate.has_way() {
+            return;
+        }
         if self.flows.len() >= FLOWS
             && let Some(oldest) = oldest(&self.flows)
             && let Some(flow) = self.flows.remove(&oldest)
