@@ -1,6 +1,9 @@
 //! Questions of containers to the cluster's DNS: the test is container, agent, kubelet and every server.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::{
+    collections::BTreeSet,
+    net::{Ipv4Addr, SocketAddr},
+};
 
 use super::{
     super::{
@@ -109,6 +112,34 @@ async fn containers_share_a_flow_and_an_answer_is_given_again_without_the_link()
     container.ask(&samples::question(8, "other.ns"));
     let other = asked(&mut call).await;
     assert!(other.ends_with(&samples::question(8, "other.ns")[2..]));
+}
+
+#[tokio::test]
+async fn a_thousand_names_cost_one_flow() {
+    let container = Container::new().await;
+    container.ask(&samples::question(0, "first"));
+    let flow = attempt(&container.egress, 0).await;
+    let mut call = take(&container.egress, &flow).await;
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        loop {
+            let answer = samples::found(&asked(&mut call).await, 20, ADDRESS);
+            call.send(Input::Data(answer.into())).await;
+        }
+    });
+    container.answer().await;
+    for round in 0..50 {
+        let ids = round * 20..(round + 1) * 20;
+        for id in ids.clone() {
+            container.ask(&samples::question(id, &format!("n{id}.ns")));
+        }
+        let mut answered = BTreeSet::new();
+        for _ in ids.clone() {
+            answered.extend(message::id(&container.answer().await));
+        }
+        assert!(answered.into_iter().eq(ids), "round {round}");
+    }
+    assert_eq!(container.newest(flow.id), None);
 }
 
 #[tokio::test]
