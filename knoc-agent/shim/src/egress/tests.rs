@@ -231,10 +231,10 @@ async fn a_connection_that_nobody_will_take_is_reset_at_once_and_one_note_says_s
         assert!(is_reset(&mut client).await);
     }
     let note = orders.recv().await.unwrap();
-    let Command::Note { reason, message } = note else {
+    let Command::Note { reason, message } = &note else {
         panic!("{note:?}");
     };
-    assert_eq!(reason, "EgressRefused");
+    assert_eq!(*reason, "EgressRefused");
     assert!(message.contains("listen.shim_addresses"), "{message}");
     orders.try_recv().unwrap_err();
     assert_eq!(gate.egress.waiting.borrow().after(0), None);
