@@ -193,7 +193,7 @@ async fn tcp(stream: TcpStream, input: ToPod, output: FromPod, open: &Open) {
     let counted = |message| {
         let part = part(message);
         if let Some(Part::Data(data)) = &part {
-            open.from_pod(data.len());
+            open.add_from_pod(data.len());
         }
         part
     };
@@ -202,7 +202,7 @@ async fn tcp(stream: TcpStream, input: ToPod, output: FromPod, open: &Open) {
     let from_cluster = async move {
         let wrap = |part: Part| match part {
             Part::Data(data) => {
-                open.to_pod(data.len());
+                open.add_to_pod(data.len());
                 message(Input::Data(data))
             }
             Part::Closed => message(Input::Closed(true)),
@@ -235,7 +235,7 @@ async fn udp(
         tokio::select! {
             next = output.message() => match next {
                 Ok(Some(pb::EgressOutput { output: Some(Output::Data(data)) })) => {
-                    open.from_pod(data.len());
+                    open.add_from_pod(data.len());
                     // A datagram that cannot be sent is lost, like any other.
                     socket.send(&data).await.ok();
                 }
@@ -252,7 +252,7 @@ async fn udp(
                     Ok(count) => {
                         let data = Bytes::copy_from_slice(&buffer);
                         if input.try_send(message(Input::Data(data))).is_ok() {
-                            open.to_pod(count);
+                            open.add_to_pod(count);
                         }
                     }
                     // Also the answer that nobody listens there, after which others may.

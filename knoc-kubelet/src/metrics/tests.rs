@@ -16,8 +16,8 @@ fn full() -> (Metrics, Gauges) {
     }
     metrics.session("exec", "websocket/v5.channel.k8s.io".to_owned());
     let open = metrics.egress.made();
-    open.from_pod(100);
-    open.to_pod(2000);
+    open.add_from_pod(100);
+    open.add_to_pod(2000);
     std::mem::forget(open);
     drop(metrics.relay.made());
     metrics.egress.refused(traffic::Reason::NotListed);

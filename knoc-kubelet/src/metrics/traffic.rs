@@ -101,12 +101,12 @@ impl Drop for Open {
 
 impl Open {
     /// Counts bytes that were sent to the pod.
-    pub fn to_pod(&self, bytes: usize) {
+    pub fn add_to_pod(&self, bytes: usize) {
         add(&self.0.0.to_pod, bytes);
     }
 
     /// Counts bytes that came from the pod.
-    pub fn from_pod(&self, bytes: usize) {
+    pub fn add_from_pod(&self, bytes: usize) {
         add(&self.0.0.from_pod, bytes);
     }
 }
@@ -158,9 +158,9 @@ mod tests {
     fn connections_are_open_until_they_are_dropped_and_every_reason_counts_once() {
         let direction = Direction::default();
         let (one, other) = (direction.made(), direction.clone().made());
-        one.to_pod(3);
-        one.from_pod(5);
-        other.from_pod(7);
+        one.add_to_pod(3);
+        one.add_from_pod(5);
+        other.add_from_pod(7);
         drop(other);
         for reason in REASONS {
             direction.refused(reason);

@@ -40,7 +40,7 @@ pub(super) async fn run(
     let open = traffic.made();
     let wrap = |part: Part| match part {
         Part::Data(data) => {
-            open.to_pod(data.len());
+            open.add_to_pod(data.len());
             message(Input::Data(data))
         }
         Part::Closed => message(Input::Closed(true)),
@@ -48,7 +48,7 @@ pub(super) async fn run(
     let counted = |message| {
         let part = part(message);
         if let Some(Part::Data(data)) = &part {
-            open.from_pod(data.len());
+            open.add_from_pod(data.len());
         }
         part
     };
