@@ -85,13 +85,10 @@ async fn with_service(
 ) -> anyhow::Result<Egress> {
     let uid = bed.world.running(&pod("egress")).await?;
     let mut figures = Egress::default();
+    let server = format!("{address}:53");
     // The shim may learn of the ports of the Service after the pod has started.
     wait_for("the cluster's DNS", STEP, async || {
-        let ask = inside(
-            bed,
-            &uid,
-            ["names", &format!("{address}:53"), "ready.bench", "1"],
-        );
+        let ask = inside(bed, &uid, ["names", &server, "ready.bench", "1"]);
         ask.await.map(drop)
     })
     .await?;
@@ -271,11 +268,11 @@ async fn idle(bed: &Bed, address: &str) -> anyhow::Result<Idle> {
     let mut held = Vec::new();
     for (uid, count) in uids.iter().zip(HELD) {
         let program = format!("/{DIALER}");
-        let hold = bed.world.exec(uid, "main", [program.as_str()]);
-        let hold = hold.args(["hold", &service, &count.to_string()]);
-        let mut hold = Background::start(hold)?;
-        hold.expect(&format!("held {count}")).await?;
-        held.push(hold);
+        let dialer = bed.world.exec(uid, "main", [program.as_str()]);
+        let dialer = dialer.args(["hold", &service, &count.to_string()]);
+        let mut dialer = Background::start(dialer)?;
+        dialer.expect(&format!("held {count}")).await?;
+        held.push(dialer);
         figures.connections += count;
     }
     let before = Clock::read();

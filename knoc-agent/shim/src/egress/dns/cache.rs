@@ -158,7 +158,7 @@ mod tests {
         assert!(!has(&cache, "first", now) && has(&cache, "last", now));
         assert_eq!(cache.answers.len(), ANSWERS);
         // What is over goes at once, all of it.
-        let later = now + Duration::from_secs(60);
+        let later = now + Duration::from_mins(1);
         keep(&mut cache, "new", 20, later);
         assert_eq!(cache.answers.len(), 1);
         assert!(cache.bytes > 0 && cache.bytes < 200, "{}", cache.bytes);

@@ -63,10 +63,11 @@ impl Container {
 
 /// The next question at the server.
 async fn asked(call: &mut Call) -> Vec<u8> {
-    match call.next().await {
-        egress_output::Output::Data(data) => data.to_vec(),
-        other => panic!("{other:?}"),
-    }
+    let next = call.next().await;
+    let egress_output::Output::Data(data) = next else {
+        panic!("{next:?}");
+    };
+    data.to_vec()
 }
 
 #[tokio::test]
