@@ -377,6 +377,8 @@ pub struct JobDefaults {
     pub network: NetworkSetting,
     /// Whether a pod's own network reaches the node's IPv6 networks too. It then has the node's IPv6 addresses.
     pub network_ipv6: bool,
+    /// Names with one of these suffixes are asked at the compute node's resolvers instead of the cluster's DNS.
+    pub node_dns_suffixes: Vec<String>,
 }
 
 /// The containers' logs.

@@ -286,6 +286,7 @@ impl App {
             events: context.api.events.clone(),
             node: self.config.node.name.clone(),
             described: context.site.network.clone(),
+            traffic: context.process.metrics.egress.clone(),
         };
         egress::start(setup, client, context.api.services.clone(), tasks, shutdown);
     }
@@ -313,6 +314,7 @@ impl App {
             store: self.store.clone(),
             services: context.api.services.clone(),
             events: context.api.events.clone(),
+            traffic: context.process.metrics.relay.clone(),
         };
         relay::start(setup, client, tasks, shutdown);
     }

@@ -13,6 +13,7 @@
 
 mod carry;
 mod decide;
+mod refused;
 pub(crate) mod table;
 pub(crate) mod told;
 pub(crate) mod watch;
@@ -43,12 +44,14 @@ use tonic::{Status, Streaming};
 
 use self::{
     carry::{Connection, Failed},
+    refused::Refused,
     told::{Told, Troubles},
     watch::Cluster,
 };
 use crate::{
     agent::{Agent, Link},
     config::EgressConfig,
+    metrics::traffic::Direction,
     pods::{
         Services, Store,
         events::{Events, Note, about_node, about_pod},
@@ -124,6 +127,8 @@ pub struct Setup {
     pub node: String,
     /// Is told when the agent has the cluster's network.
     pub described: Described,
+    /// Counts the connections.
+    pub traffic: Direction,
 }
 
 /// Starts the tasks. `client` is that of the ServiceAccount.
@@ -215,27 +220,6 @@ struct Connections {
 struct Ended {
     id: u64,
     failed: Option<Failed>,
-}
-
-/// Why a connection is not opened.
-#[derive(Debug, thiserror::Error)]
-enum Refused {
-    #[error(transparent)]
-    Decided(#[from] decide::Refusal),
-    #[error("the pod has {OF_ONE} open connections to the cluster, which is the limit")]
-    ManyOfPod,
-    #[error(
-        "the pods of this node have {OF_ALL} open connections to the cluster, which is the limit"
-    )]
-    ManyOfNode,
-    #[error(
-        "the pods of this node have {CROWDED} open connections to the cluster or more, and then a pod gets no more than {SHARE}"
-    )]
-    Crowded,
-    #[error("the kubelet has not read the cluster's Services yet")]
-    NotRead,
-    #[error("the agent announced a connection to {0:?}")]
-    Malformed(String),
 }
 
 impl Connections {
@@ -384,7 +368,10 @@ impl Connections {
         };
         match self.decide(&uid, attempt) {
             Ok(connection) => self.carry(connection),
-            Err(refused) => self.refuse(&uid, attempt.id, &refused.to_string(), controls),
+            Err(refused) => {
+                self.setup.traffic.refused(refused.reason());
+                self.refuse(&uid, attempt.id, &refused.to_string(), controls);
+            }
         }
     }
 
@@ -421,8 +408,9 @@ impl Connections {
     fn carry(&mut self, connection: Connection) {
         let (agent, uid) = (self.setup.agent.clone(), connection.uid.clone());
         tracing::debug!(%uid, service = %connection.dial.service, endpoint = %connection.dial.endpoint, "a pod connects");
+        let traffic = self.setup.traffic.clone();
         let carry = async move {
-            let failed = carry::run(&agent, &connection).await.err();
+            let failed = carry::run(&agent, &connection, &traffic).await.err();
             Ended {
                 id: connection.id,
                 failed,
@@ -461,6 +449,7 @@ impl Connections {
         else {
             return;
         };
+        self.setup.traffic.refused(failed.reason());
         match &failed {
             Failed::Policy { .. } => self.refuse(&uid, id, &failed.to_string(), controls),
             Failed::Dial { service, port, .. } => {

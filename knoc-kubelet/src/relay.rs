@@ -54,6 +54,7 @@ use crate::{
     agent::Agent,
     config::RelayConfig,
     egress::told::{Told, Troubles},
+    metrics::traffic::Direction,
     pods::{
         Services, Store,
         events::{Events, Note, about_node, about_pod},
@@ -88,6 +89,8 @@ pub struct Setup {
     pub services: Services,
     /// Where refusals are told.
     pub events: Events,
+    /// Counts the connections.
+    pub traffic: Direction,
 }
 
 /// Starts the tasks. `client` is that of the ServiceAccount.
@@ -117,7 +120,7 @@ impl Relay {
         let (refuse, refused) = mpsc::channel(REFUSALS);
         Self {
             ports: Ports::new(setup.config.ports.clone()),
-            listeners: Listeners::new(setup.agent.clone(), refuse),
+            listeners: Listeners::new(setup.agent.clone(), setup.traffic.clone(), refuse),
             setup,
             client,
             cluster,

@@ -22,7 +22,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use super::{
     cgroup::JobCgroup,
     children::Children,
-    egress::Egress,
+    egress::{Egress, NodeNames},
     environment::Facts,
     gpus,
     mounts::Mounting,
@@ -155,12 +155,13 @@ impl Pod {
         let network = self.job.egress.as_ref();
         // Without ranges the cluster's administrators have turned it off.
         let network = network.filter(|network| !network.ranges.is_empty())?;
+        self.egress.set_isolated(isolated);
         if isolated {
-            // Without the cluster's network, containers ask the resolvers of the node, which answer.
-            tracing::info!(
-                "the pod does not reach the cluster, because compute nodes do not reach the agent"
-            );
-            return None;
+            self.egress.keep_resolvers();
+        }
+        let suffixes = self.settings().node_dns_suffixes;
+        if !suffixes.is_empty() {
+            self.egress.set_node_names(NodeNames::find(&suffixes));
         }
         if let Err(error) = self.egress.replace(network) {
             return Some(error.to_string());

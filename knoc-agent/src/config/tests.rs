@@ -63,6 +63,13 @@ fn mistakes_name_line_and_allowed_values() {
                 "`auto`, `gzip`, `zstd`, `lz4`",
             ],
         ),
+        (
+            "site = 'x'\n[job]\nnode_dns_suffixes = ['lan', '.Lan']",
+            &[
+                "agent.toml:3: job.node_dns_suffixes",
+                "\".Lan\" is not the end of a DNS name",
+            ],
+        ),
         ("site = 'a b'", &["agent.toml:1: site", "DNS label", "' '"]),
         ("site = 'My-Site'", &["site", "DNS label", "'M'"]),
         ("state_dir = '/x'", &["agent.toml: site: is missing"]),

@@ -264,6 +264,9 @@ registries = []
 # A network of a pod's own reaches the node's IPv4 networks only; with true its IPv6 networks too, and then the pod has the node's
 # IPv6 addresses.
 # network_ipv6 = false  # default
+# Pods in a network of their own ask the cluster's DNS for all names; names with one of these endings are asked at the compute
+# node's resolvers (its /etc/resolv.conf) instead.
+# node_dns_suffixes = ["hpc.example.org"]  # example
 
 # How images from registries are kept.
 [images]

@@ -450,6 +450,7 @@ pub(crate) fn job_file(
             log_max_pod_bytes: config.logs.max_pod_bytes,
             network: pb::NetworkMode::from(config.job.network).into(),
             network_ipv6: config.job.network_ipv6,
+            node_dns_suffixes: config.job.node_dns_suffixes.clone(),
         }),
         cluster_id,
         version: site.versions.own().to_owned(),

@@ -5,6 +5,7 @@ use knoc_proto::egress::AllowList;
 use serde_json::json;
 
 use super::{decide::Surroundings, *};
+use crate::metrics::traffic::Reason;
 
 /// A cluster whose API server is at that port of this host, and an agent that nobody reaches.
 fn connections(port: u16) -> Connections {
@@ -36,6 +37,7 @@ fn connections(port: u16) -> Connections {
         events: Events::channel().0,
         node: "n".to_owned(),
         described: Described::default(),
+        traffic: Direction::default(),
     };
     Connections::new(setup, cluster)
 }
@@ -82,6 +84,14 @@ async fn a_connection_that_is_not_made_is_refused_and_makes_room() {
     connections.take(&attempt(5, 443), &controls);
     assert_eq!(refused(&mut told), Some(5), "it has enough");
     assert!(connections.carried.is_empty());
+    let refused = connections.setup.traffic.counted().refused;
+    let expected = [
+        (Reason::Dial, 2),
+        (Reason::Limit, 1),
+        (Reason::Pod, 1),
+        (Reason::Unknown, 1),
+    ];
+    assert_eq!(refused, expected.into());
 }
 
 #[test]

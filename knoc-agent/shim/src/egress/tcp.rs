@@ -6,9 +6,10 @@
 use std::{
     io,
     net::{SocketAddr, SocketAddrV4},
+    time::Duration,
 };
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use knoc_link::{bulk::Messages, reset};
 use knoc_proto::{
     CHUNK,
@@ -16,16 +17,20 @@ use knoc_proto::{
     reason::ErrorReason,
 };
 use tokio::{
-    io::AsyncWriteExt as _,
+    io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
+    time::timeout,
 };
 use tonic::Status;
 
 use super::{Egress, Output, Taken};
 use crate::{forward::take, launch::network::protocol::Kind};
+
+/// How long a connection to a server of the compute node may last.
+const BESIDE: Duration = Duration::from_mins(1);
 
 /// A connection that is reset if it is dropped before it is [finished](Self::finish).
 #[derive(Debug)]
@@ -43,6 +48,23 @@ impl Guarded {
         self.0.local_addr()
     }
 
+    /// Reads what the container has sent, and appends it. Returns how much it was.
+    pub(super) async fn read(&mut self, buffer: &mut BytesMut) -> io::Result<usize> {
+        self.0.read_buf(buffer).await
+    }
+
+    /// Relays the connection to a server of the compute node, for a limited time. `head` was read from it already.
+    pub(super) async fn relay(mut self, mut server: TcpStream, head: &[u8]) {
+        let both = async {
+            server.write_all(head).await?;
+            copy_bidirectional(&mut self.0, &mut server).await
+        };
+        let ended = timeout(BESIDE, both).await;
+        if matches!(ended, Ok(Ok(_))) {
+            self.finish();
+        }
+    }
+
     /// Both directions have ended: what was sent is still delivered.
     fn finish(self) {
         // It fails only if the connection is gone.
@@ -50,20 +72,23 @@ impl Guarded {
     }
 }
 
-/// Announces the connection, and carries it once it is taken.
-pub(super) async fn serve(mut stream: Guarded, target: SocketAddrV4, egress: &Egress) {
+/// Announces the connection, and carries it once it is taken. `head` was read from it already.
+pub(super) async fn serve(mut stream: Guarded, target: SocketAddrV4, head: Bytes, egress: &Egress) {
     let Some(taken) = egress.announce(Kind::Tcp, target).await else {
         return;
     };
-    if carry(&mut stream.0, taken).await {
+    if carry(&mut stream.0, head, taken).await {
         stream.finish();
     }
 }
 
 /// Copies until both directions have ended, or until the call or the connection breaks. Returns whether both have ended.
-async fn carry(stream: &mut TcpStream, taken: Taken) -> bool {
+async fn carry(stream: &mut TcpStream, head: Bytes, taken: Taken) -> bool {
     let Taken { input, output } = taken;
     if !send(&output, egress_output::Output::Connected(true)).await {
+        return false;
+    }
+    if !head.is_empty() && !send(&output, egress_output::Output::Data(head)).await {
         return false;
     }
     let (reader, writer) = stream.split();
