@@ -8,6 +8,8 @@ given_stack=${STACK:-}
 . "$testbed/profile.sh"
 cd "$repository"
 export RUST_BACKTRACE=0 RUST_LIB_BACKTRACE=0 # the error already describes what was seen
+# Everything is compiled once. What cargo would keep for the next change of a file takes as much room as all binaries together.
+export CARGO_INCREMENTAL=0
 say "STACK=$STACK ($why), PROFILE=$PROFILE"
 results=$log/tests
 mkdir -p "$results"

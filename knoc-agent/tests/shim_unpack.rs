@@ -3,7 +3,7 @@
 
 mod harness;
 
-use std::{os::unix::fs::PermissionsExt as _, path::Path};
+use std::{os::unix::fs::PermissionsExt, path::Path};
 
 use harness::{Job, sh, terminated};
 use knoc_contract::jobdir::atomic;

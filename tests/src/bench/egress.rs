@@ -143,7 +143,7 @@ fn times(text: &str) -> anyhow::Result<Vec<f64>> {
 }
 
 /// Relays on compute node, login node and this host. Returns the processes, and the port on the compute node.
-async fn relays(bed: &Bed, to: SocketAddr, first: u16) -> anyhow::Result<(Vec<Child>, u16)> {
+fn relays(bed: &Bed, to: SocketAddr, first: u16) -> anyhow::Result<(Vec<Child>, u16)> {
     let log = bed.here(FOLDER).join("dialer.log");
     let mut processes = Vec::new();
     let mut to = to.to_string();
@@ -211,7 +211,7 @@ async fn first_bytes(
         ],
     );
     let service = service.ok().await?.text();
-    let (_relays, port) = relays(bed, api_server(bed).await?, PORT).await?;
+    let (_relays, port) = relays(bed, api_server(bed).await?, PORT)?;
     let floor = format!("127.0.0.1:{port}");
     let once = format!("first {floor} 1");
     wait_for("the relays", STEP, async || beside(bed, &once).await).await?;
@@ -236,7 +236,7 @@ async fn rates(
     figures: &mut Egress,
 ) -> anyhow::Result<()> {
     let sink = SocketAddr::new(servers::HOST.into(), ports.sink);
-    let (_relays, port) = relays(bed, sink, PORT + 10).await?;
+    let (_relays, port) = relays(bed, sink, PORT + 10)?;
     let (service, bytes) = (format!("{address}:53"), sizes.bytes.to_string());
     let floor = format!("127.0.0.1:{port}");
     let once = format!("send {floor} 1");

@@ -31,6 +31,13 @@ fn file(volume: &str, path: &str, key: &str, optional: bool) -> Value {
     })
 }
 
+fn in_host_network(volumes: &Volumes) -> Places<'_> {
+    Places {
+        volumes,
+        network: &Network::Host,
+    }
+}
+
 /// The variables that the container gets, as `NAME=value`.
 fn get(volumes: &Volumes, value: Value) -> Result<String, String> {
     let container = pb::Container {
@@ -58,11 +65,8 @@ fn get(volumes: &Volumes, value: Value) -> Result<String, String> {
         ],
         ..pb::PodValues::default()
     };
-    let places = Places {
-        volumes,
-        network: &Network::Host,
-    };
-    let resolved = resolve(&container, &values, places).map_err(|error| chain(&error))?;
+    let resolved =
+        resolve(&container, &values, in_host_network(volumes)).map_err(|error| chain(&error))?;
     let [own] = &resolved.env[..] else {
         panic!("{resolved:?}");
     };
@@ -139,7 +143,7 @@ fn many_variables_with_one_large_value_are_refused_before_they_fill_the_memory()
             }],
             ..pb::PodValues::default()
         };
-        resolve(&container, &values, &volumes).map_err(|error| chain(&error))
+        resolve(&container, &values, in_host_network(&volumes)).map_err(|error| chain(&error))
     };
     let few = of(TOGETHER / LARGEST).unwrap();
     assert_eq!(few.env[0].vars.len(), TOGETHER / LARGEST);
