@@ -50,8 +50,11 @@ pub const MAPPED_VOLUMES: &str = "mapped-volumes";
 /// The agent mounts images as volumes.
 pub const IMAGE_VOLUMES: &str = "image-volumes";
 
+/// The agent gives pods addresses of their own.
+pub const POD_ADDRESSES: &str = "pod-addresses";
+
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 18] = [
+pub const OF_PODS: [&str; 19] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -70,6 +73,7 @@ pub const OF_PODS: [&str; 18] = [
     HOST_PATHS,
     MAPPED_VOLUMES,
     IMAGE_VOLUMES,
+    POD_ADDRESSES,
 ];
 
 /// The capabilities that this pod needs.
@@ -121,6 +125,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         (HOST_PATHS, spec.volumes.iter().any(is_host_path)),
         (MAPPED_VOLUMES, spec.volumes.iter().any(is_mapped)),
         (IMAGE_VOLUMES, spec.volumes.iter().any(is_image)),
+        (POD_ADDRESSES, !spec.pod_range.is_empty()),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -207,6 +212,7 @@ mod tests {
             source: Some(source),
         };
         spec.volumes = sources.map(volume).into();
+        spec.pod_range = "10.200.0.0/16".to_owned();
         assert_eq!(needed(&spec), OF_PODS);
     }
 

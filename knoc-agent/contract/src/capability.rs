@@ -22,13 +22,17 @@ pub const EPHEMERAL: &str = "ephemeral-containers";
 /// The shim serves `UpdateImage`.
 pub const IMAGE_UPDATES: &str = "image-updates";
 
+/// The shim serves `JoinMesh`.
+pub const MESH: &str = "mesh";
+
 /// All capabilities of this version's shim.
-pub const ALL: [&str; 8] = [
+pub const ALL: [&str; 9] = [
     ATTACH,
     EGRESS,
     EPHEMERAL,
     IMAGE_UPDATES,
     LOG_POSITIONS,
+    MESH,
     PORT_FORWARD,
     STATS,
     STOP_SIGNAL,

@@ -53,6 +53,13 @@ fn mistakes_name_line_and_allowed_values() {
                 "\"kubernetes\" is not `NAMESPACE/SERVICE`",
             ],
         ),
+        (
+            "site = 'x'\n[policy]\npod_traffic = ['a:*', 'a/b']",
+            &[
+                "agent.toml:3: policy.pod_traffic",
+                "\"a/b\" is not `NAMESPACE:NAMESPACE`",
+            ],
+        ),
         ("site = 'a b'", &["agent.toml:1: site", "DNS label", "' '"]),
         ("site = 'My-Site'", &["site", "DNS label", "'M'"]),
         ("state_dir = '/x'", &["agent.toml: site: is missing"]),

@@ -62,6 +62,7 @@ mod tests {
 
     fn one(mode: NetworkMode, reason: &str) -> PodNetwork {
         PodNetwork {
+            address: String::new(),
             mode: mode.into(),
             reason: reason.to_owned(),
         }

@@ -171,6 +171,7 @@ async fn follow(
                     | Input::Ensure { .. }
                     | Input::Values { .. }
                     | Input::Delete { .. }
+                    | Input::Address { .. }
                     | Input::Forget { .. } => {}
                 },
                 () = &mut pause => break,

@@ -6,6 +6,7 @@
 //! the actor only performs. The record is written before any effect that follows `Persist`. A
 //! shim's final report is published at once, since the report itself is on disk already.
 
+mod address;
 mod create;
 mod credentials;
 mod effects;
@@ -160,6 +161,7 @@ impl NewActor {
         if !stop.is_cancelled() {
             site.shim_links.forget(&uid);
             site.shim_steps.forget(&uid);
+            site.mesh.take_back(&uid);
             site.board.remove(uid.as_str());
             // Closed before the end is announced: whoever learns of the end removes a handle that
             // nobody serves any more.
@@ -306,6 +308,7 @@ impl Actor {
                 drop(reply.send(self.saved().map(|()| self.observed(&pod))));
                 pod
             }
+            Input::Address { reply } => self.tell_address(pod, reply).await,
             Input::Forget { reply } => {
                 let pod = self.apply(pod, Event::Forget).await;
                 drop(reply.send(self.forgotten(&pod)));
@@ -405,6 +408,7 @@ impl Actor {
             self.show(&pod);
         }
         self.perform(&pod, effects).await;
+        self.take_address_back(&pod);
         if final_report {
             crash::point("agent.report.after");
         }

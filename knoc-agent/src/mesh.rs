@@ -1,0 +1,211 @@
+//! The mesh: the pods that have an address of their own, and what their shims are told about each other (ADR 0123).
+//!
+//! ```text
+//! pod's actor ── give, restore, take_back ──► addresses      recorded by the actor before anybody is told
+//! shim ═ JoinMesh ═► its endpoint ──────────► members
+//!                ◄── who has an address ────  members, as far as `[policy] pod_traffic` lets this pod know
+//! ```
+//!
+//! [`shim::follow`] serves one shim, as a part of the task that follows its link. The packets do not pass the agent.
+
+mod addresses;
+mod members;
+mod shim;
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use knoc_proto::{
+    ids::PodUid,
+    mesh::{NamespacePairs, PodRange},
+    pb,
+};
+use tokio::{sync::watch, time::Instant};
+
+use self::{
+    addresses::Addresses,
+    members::{Member, Members},
+};
+use crate::policy::Live;
+
+pub(crate) use self::{addresses::Exhausted, shim::Shim};
+
+/// A handle to the mesh; clones share it.
+#[derive(Debug, Clone)]
+pub struct Mesh(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    addresses: Mutex<Addresses>,
+    members: Mutex<Members>,
+    /// Grows with every change of `members`.
+    changes: watch::Sender<u64>,
+    /// The number of the newest link of a shim.
+    newest: AtomicU64,
+    policy: Live,
+}
+
+impl Mesh {
+    /// A mesh without pods. `seed` decides with which addresses it begins, and should be random.
+    #[must_use]
+    pub fn new(policy: Live, seed: u32) -> Self {
+        Self(Arc::new(Shared {
+            addresses: Mutex::new(Addresses::new(seed)),
+            members: Mutex::default(),
+            changes: watch::Sender::new(0),
+            newest: AtomicU64::new(0),
+            policy,
+        }))
+    }
+
+    /// The address of the pod, a new one of this range if it has none. The caller records it before it tells anybody.
+    pub(crate) fn give(&self, uid: &PodUid, range: PodRange) -> Result<Ipv4Addr, Exhausted> {
+        lock(&self.0.addresses).give(uid, range, Instant::now())
+    }
+
+    /// Takes up a pod whose record names this address. Returns false if another pod has it.
+    #[must_use]
+    pub(crate) fn restore(&self, uid: &PodUid, address: Ipv4Addr) -> bool {
+        lock(&self.0.addresses).restore(uid, address)
+    }
+
+    /// The job of the pod has ended, or the pod is forgotten: its address may be given to another pod after a while.
+    pub(crate) fn take_back(&self, uid: &PodUid) {
+        let address = lock(&self.0.addresses).take_back(uid, Instant::now());
+        if address.is_some_and(|address| lock(&self.0.members).remove(address)) {
+            self.changed();
+        }
+    }
+
+    /// Serves the shim of a pod until this is dropped.
+    pub(crate) async fn follow(&self, shim: Shim) {
+        shim::follow(self, shim).await;
+    }
+
+    /// The shim of a pod takes tunnels at `endpoint`, until the result is dropped.
+    fn register(&self, address: Ipv4Addr, pod: (&str, &str), endpoint: SocketAddr) -> Registered {
+        let (namespace, spki) = pod;
+        let number = self.0.newest.fetch_add(1, Ordering::Relaxed);
+        let member = Member {
+            namespace: namespace.to_owned(),
+            spki: spki.to_owned(),
+            number,
+            endpoint: Some(endpoint),
+        };
+        lock(&self.0.members).put(address, member);
+        self.changed();
+        Registered {
+            mesh: self.clone(),
+            address,
+            number,
+        }
+    }
+
+    /// Between which namespaces pods reach each other now.
+    fn permitted(&self) -> NamespacePairs {
+        self.0.policy.now().pod_traffic()
+    }
+
+    /// What a pod of the namespace `asker` may know about an address.
+    fn look(&self, permitted: &NamespacePairs, asker: &str, address: Ipv4Addr) -> pb::MeshMember {
+        let permits = |one: &str, other: &str| permitted.permits(one, other);
+        lock(&self.0.members).look(asker, address, permits)
+    }
+
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.0.changes.subscribe()
+    }
+
+    fn changed(&self) {
+        self.0.changes.send_modify(|count| *count += 1);
+    }
+}
+
+/// The place of one shim among the members.
+#[derive(Debug)]
+struct Registered {
+    mesh: Mesh,
+    address: Ipv4Addr,
+    number: u64,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        if lock(&self.mesh.0.members).away(self.address, self.number) {
+            self.mesh.changed();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use knoc_proto::pb::MeshMemberState as State;
+
+    use super::*;
+    use crate::config::Policy;
+
+    fn uid(name: &str) -> PodUid {
+        PodUid::try_from(name).unwrap()
+    }
+
+    fn mesh(pairs: &[&str]) -> Mesh {
+        let policy = Policy {
+            pod_traffic: pairs.iter().map(|&pair| pair.to_owned()).collect(),
+            ..Policy::default()
+        };
+        Mesh::new(Live::fixed(policy), 0)
+    }
+
+    fn look(mesh: &Mesh, asker: &str, address: Ipv4Addr) -> State {
+        mesh.look(&mesh.permitted(), asker, address).state()
+    }
+
+    #[test]
+    fn a_pod_is_present_while_its_shim_is_linked_and_gone_once_its_job_is() {
+        let mesh = mesh(&[]);
+        let mut changes = mesh.changes();
+        let range = "10.200.0.0/16".parse().unwrap();
+        let address = mesh.give(&uid("a"), range).unwrap();
+        let look = || look(&mesh, "shop", address);
+        assert_eq!(look(), State::Nobody);
+        let endpoint = "10.0.0.7:4001".parse().unwrap();
+        let older = mesh.register(address, ("shop", "key"), endpoint);
+        assert_eq!(look(), State::Present);
+        let newer = mesh.register(address, ("shop", "key"), endpoint);
+        drop(older);
+        assert_eq!(look(), State::Present);
+        changes.borrow_and_update();
+        drop(newer);
+        assert_eq!(look(), State::Away);
+        assert!(changes.has_changed().unwrap());
+        mesh.take_back(&uid("a"));
+        assert_eq!(look(), State::Nobody);
+        assert_ne!(mesh.give(&uid("b"), range), Ok(address));
+    }
+
+    #[test]
+    fn traffic_between_namespaces_needs_the_sites_permission() {
+        let address = Ipv4Addr::new(10, 200, 0, 7);
+        let endpoint = "10.0.0.7:4001".parse().unwrap();
+        for (pairs, expected) in [
+            (&[][..], State::Denied),
+            (&["shop:other"][..], State::Denied),
+            (&["team-*:shop"][..], State::Present),
+        ] {
+            let mesh = mesh(pairs);
+            let registered = mesh.register(address, ("shop", "key"), endpoint);
+            assert_eq!(look(&mesh, "team-a", address), expected, "{pairs:?}");
+            assert_eq!(look(&mesh, "shop", address), State::Present);
+            drop(registered);
+        }
+    }
+}

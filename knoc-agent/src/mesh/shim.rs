@@ -1,0 +1,359 @@
+//! One shim's end: gives its pod the address, takes up where it takes tunnels, and answers what it asks.
+//!
+//! It runs as a part of the task that follows the shim's link, and ends with it.
+
+use std::{collections::HashMap, net::Ipv4Addr, time::Duration};
+
+use knoc_link::bulk::RawClient;
+use knoc_proto::{
+    ids::PodUid,
+    mesh::{MAX_ASKED, endpoint},
+    pb::{self, mesh_control::Control, mesh_question::Question, shim_client::ShimClient},
+    reason::ErrorReason,
+    text::quote,
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, Interval, MissedTickBehavior, interval_at},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming, transport::Channel};
+
+use super::{Mesh, Registered};
+use crate::pod::input::Input;
+
+/// The client of a shim.
+type Client = ShimClient<RawClient<Channel>>;
+
+/// How many messages to a shim may wait. Further ones wait for the shim.
+const CONTROLS: usize = 64;
+/// How often it is looked whether the site has changed its mind.
+const POLICY: Duration = Duration::from_secs(10);
+/// How much of a wrong text an error shows.
+const SHOWN: usize = 80;
+/// The pause after the call has ended although the link is up, and before a pod without an address is tried again.
+const AGAIN: Duration = Duration::from_secs(30);
+
+/// What is known about a shim that may take part.
+#[derive(Debug)]
+pub(crate) struct Shim {
+    pub(crate) uid: PodUid,
+    pub(crate) namespace: String,
+    /// The pin of its key.
+    pub(crate) spki: String,
+    /// The pod's actor, which owns the address.
+    pub(crate) input: mpsc::Sender<Input>,
+    pub(crate) client: Client,
+}
+
+/// Follows the shim until this is dropped.
+pub(super) async fn follow(mesh: &Mesh, mut shim: Shim) {
+    loop {
+        if let Err(status) = session(mesh, &mut shim).await {
+            tracing::debug!(uid = %shim.uid, error = status.message(), "the shim's JoinMesh ended");
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// One call of `JoinMesh`.
+async fn session(mesh: &Mesh, shim: &mut Shim) -> Result<(), Status> {
+    let address = address(shim).await;
+    let given = address.as_ref().ok().copied();
+    let (controls, sent) = mpsc::channel(CONTROLS);
+    // The channel is empty.
+    controls.send(told(address)).await.ok();
+    let answer = shim.client.join_mesh(ReceiverStream::new(sent)).await?;
+    let mut session = Session {
+        mesh,
+        shim,
+        address: given,
+        controls,
+        asked: HashMap::new(),
+        registered: None,
+    };
+    session.serve(answer.into_inner()).await
+}
+
+/// Asks the pod's actor for the address, which is on disk once it answers.
+async fn address(shim: &Shim) -> Result<Ipv4Addr, String> {
+    let (reply, answer) = oneshot::channel();
+    let sent = shim.input.send(Input::Address { reply }).await;
+    let answer = match sent {
+        Ok(()) => answer.await,
+        Err(_) => return Err("the pod is being forgotten".to_owned()),
+    };
+    match answer {
+        Ok(given) => given.map_err(|error| error.message),
+        Err(_) => Err("the agent is stopping".to_owned()),
+    }
+}
+
+/// PURE: the message about the pod's own address.
+fn told(address: Result<Ipv4Addr, String>) -> pb::MeshControl {
+    let (address, why) = match address {
+        Ok(address) => (address.to_string(), String::new()),
+        Err(why) => (String::new(), why),
+    };
+    pb::MeshControl {
+        control: Some(Control::Address(pb::MeshAddress { address, why })),
+    }
+}
+
+struct Session<'a> {
+    mesh: &'a Mesh,
+    shim: &'a Shim,
+    /// The address of the pod, if it has one.
+    address: Option<Ipv4Addr>,
+    controls: mpsc::Sender<pb::MeshControl>,
+    /// What the shim was told last about each address that it asked for.
+    asked: HashMap<Ipv4Addr, pb::MeshMember>,
+    /// Its place among the members.
+    registered: Option<Registered>,
+}
+
+impl Session<'_> {
+    async fn serve(&mut self, mut questions: Streaming<pb::MeshQuestion>) -> Result<(), Status> {
+        let mut changes = self.mesh.changes();
+        let mut policy = every(POLICY);
+        let mut again = every(AGAIN);
+        loop {
+            tokio::select! {
+                question = questions.message() => match question? {
+                    Some(question) => self.answer(question).await?,
+                    None => return Ok(()),
+                },
+                changed = changes.changed() => match changed {
+                    Ok(()) => self.tell_changes().await?,
+                    Err(_) => return Ok(()),
+                },
+                _ = policy.tick() => self.tell_changes().await?,
+                _ = again.tick(), if self.address.is_none() => self.try_again().await?,
+            }
+        }
+    }
+
+    async fn answer(&mut self, question: pb::MeshQuestion) -> Result<(), Status> {
+        match question.question {
+            Some(Question::Endpoint(text)) => self.take_part(&text),
+            Some(Question::Ask(text)) => {
+                let address = parsed(&text)?;
+                if self.asked.len() >= MAX_ASKED && !self.asked.contains_key(&address) {
+                    let message = format!("a shim asks for at most {MAX_ASKED} addresses");
+                    return Err(ErrorReason::Overloaded.status(message));
+                }
+                let permitted = self.mesh.permitted();
+                let member = self.mesh.look(&permitted, &self.shim.namespace, address);
+                self.asked.insert(address, member.clone());
+                self.send(member).await
+            }
+            Some(Question::Forget(text)) => {
+                self.asked.remove(&parsed(&text)?);
+                Ok(())
+            }
+            // A question of a newer shim.
+            None => Ok(()),
+        }
+    }
+
+    fn take_part(&mut self, text: &str) -> Result<(), Status> {
+        let Some(address) = self.address else {
+            let message = "a pod without an address takes no tunnels";
+            return Err(ErrorReason::InvalidRequest.status(message));
+        };
+        let endpoint = endpoint(text).ok_or_else(|| {
+            let text = quote(text, SHOWN);
+            let message = format!("endpoint: {text} is not the address and port of a host");
+            ErrorReason::InvalidRequest.status(message)
+        })?;
+        let pod = (&*self.shim.namespace, &*self.shim.spki);
+        self.registered = Some(self.mesh.register(address, pod, endpoint));
+        Ok(())
+    }
+
+    /// Tells the shim what is different from what it was told last.
+    async fn tell_changes(&mut self) -> Result<(), Status> {
+        let mut news = Vec::new();
+        let permitted = self.mesh.permitted();
+        for (address, known) in &mut self.asked {
+            let now = self.mesh.look(&permitted, &self.shim.namespace, *address);
+            if *known != now {
+                known.clone_from(&now);
+                news.push(now);
+            }
+        }
+        for member in news {
+            self.send(member).await?;
+        }
+        Ok(())
+    }
+
+    /// The pod has no address: perhaps there is one now.
+    async fn try_again(&mut self) -> Result<(), Status> {
+        let address = address(self.shim).await;
+        self.address = address.as_ref().ok().copied();
+        self.control(told(address)).await
+    }
+
+    async fn send(&self, member: pb::MeshMember) -> Result<(), Status> {
+        let control = Some(Control::Member(member));
+        self.control(pb::MeshControl { control }).await
+    }
+
+    async fn control(&self, control: pb::MeshControl) -> Result<(), Status> {
+        let sent = self.controls.send(control).await;
+        sent.map_err(|_| ErrorReason::NotRunning.status("the shim has ended the call"))
+    }
+}
+
+/// Ticks that begin after the first pause.
+fn every(pause: Duration) -> Interval {
+    let mut ticks = interval_at(Instant::now() + pause, pause);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+/// PURE: the address that a question names.
+fn parsed(text: &str) -> Result<Ipv4Addr, Status> {
+    text.parse().map_err(|_| {
+        let text = quote(text, SHOWN);
+        let message = format!("{text} is not an IPv4 address");
+        ErrorReason::InvalidRequest.status(message)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use knoc_proto::pb::MeshMemberState as State;
+
+    use super::*;
+    use crate::{config::Policy, policy::Live};
+
+    const OWN: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 3);
+    const OTHER: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 7);
+
+    /// The shim of the pod `a` of the namespace `shop`.
+    fn shim() -> Shim {
+        let endpoint = tonic::transport::Endpoint::from_static("http://127.0.0.1:1");
+        Shim {
+            uid: PodUid::try_from("a").unwrap(),
+            namespace: "shop".to_owned(),
+            spki: "key-a".to_owned(),
+            input: mpsc::channel(1).0,
+            client: ShimClient::new(RawClient::new(endpoint.connect_lazy())),
+        }
+    }
+
+    fn session<'a>(
+        mesh: &'a Mesh,
+        shim: &'a Shim,
+        address: Option<Ipv4Addr>,
+    ) -> (Session<'a>, mpsc::Receiver<pb::MeshControl>) {
+        let (controls, sent) = mpsc::channel(CONTROLS);
+        let session = Session {
+            mesh,
+            shim,
+            address,
+            controls,
+            asked: HashMap::new(),
+            registered: None,
+        };
+        (session, sent)
+    }
+
+    fn ask(address: Ipv4Addr) -> pb::MeshQuestion {
+        pb::MeshQuestion {
+            question: Some(Question::Ask(address.to_string())),
+        }
+    }
+
+    fn endpoint(text: &str) -> pb::MeshQuestion {
+        pb::MeshQuestion {
+            question: Some(Question::Endpoint(text.to_owned())),
+        }
+    }
+
+    /// The state in the next message; `None` if there is none.
+    fn state(sent: &mut mpsc::Receiver<pb::MeshControl>) -> Option<State> {
+        match sent.try_recv().ok()?.control? {
+            Control::Member(member) => Some(member.state()),
+            Control::Address(_) => None,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_shim_is_told_once_and_then_of_every_change_until_it_forgets() {
+        let (mesh, shim) = (Mesh::new(Live::fixed(Policy::default()), 0), shim());
+        let (mut session, mut sent) = session(&mesh, &shim, Some(OWN));
+        session.answer(ask(OTHER)).await.unwrap();
+        assert_eq!(state(&mut sent), Some(State::Nobody));
+        session.tell_changes().await.unwrap();
+        assert_eq!(state(&mut sent), None);
+        let place = "10.0.0.7:4001".parse().unwrap();
+        let registered = mesh.register(OTHER, ("shop", "key-b"), place);
+        session.tell_changes().await.unwrap();
+        assert_eq!(state(&mut sent), Some(State::Present));
+        drop(registered);
+        session.tell_changes().await.unwrap();
+        assert_eq!(state(&mut sent), Some(State::Away));
+        let forget = pb::MeshQuestion {
+            question: Some(Question::Forget(OTHER.to_string())),
+        };
+        session.answer(forget).await.unwrap();
+        let _registered = mesh.register(OTHER, ("shop", "key-b"), place);
+        session.tell_changes().await.unwrap();
+        assert_eq!(state(&mut sent), None);
+    }
+
+    #[tokio::test]
+    async fn only_a_pod_with_an_address_takes_tunnels_and_only_at_a_port_of_a_host() {
+        let (mesh, shim) = (Mesh::new(Live::fixed(Policy::default()), 0), shim());
+        let (mut without, _sent) = session(&mesh, &shim, None);
+        let refused = without.answer(endpoint("10.0.0.7:4001")).await;
+        assert!(
+            refused
+                .unwrap_err()
+                .message()
+                .contains("without an address")
+        );
+        let (mut with, _sent) = session(&mesh, &shim, Some(OWN));
+        let refused = with.answer(endpoint("127.0.0.1:22")).await;
+        assert!(refused.unwrap_err().message().contains("127.0.0.1:22"));
+        with.answer(endpoint("10.0.0.7:4001")).await.unwrap();
+        let seen = mesh.look(&mesh.permitted(), "shop", OWN);
+        assert_eq!((seen.state(), &*seen.spki), (State::Present, "key-a"));
+        drop(with);
+        let seen = mesh.look(&mesh.permitted(), "shop", OWN);
+        assert_eq!(seen.state(), State::Away);
+    }
+
+    #[tokio::test]
+    async fn a_shim_asks_for_a_bounded_number_of_addresses() {
+        let (mesh, shim) = (Mesh::new(Live::fixed(Policy::default()), 0), shim());
+        let (mut session, mut sent) = session(&mesh, &shim, Some(OWN));
+        for number in 0..MAX_ASKED {
+            let number = u32::try_from(number).unwrap();
+            let address = Ipv4Addr::from_bits(OTHER.to_bits() + number);
+            session.answer(ask(address)).await.unwrap();
+            assert_eq!(state(&mut sent), Some(State::Nobody));
+        }
+        session.answer(ask(OTHER)).await.unwrap();
+        let refused = session.answer(ask(OWN)).await.unwrap_err();
+        assert_eq!(ErrorReason::of(&refused), Some(ErrorReason::Overloaded));
+        let wrong = pb::MeshQuestion {
+            question: Some(Question::Ask("web-0".to_owned())),
+        };
+        session.answer(wrong).await.unwrap_err();
+    }
+
+    #[test]
+    fn a_pod_learns_its_address_or_why_it_has_none() {
+        let of = |address| match told(address).control {
+            Some(Control::Address(told)) => (told.address, told.why),
+            Some(Control::Member(_)) | None => panic!("no address"),
+        };
+        assert_eq!(of(Ok(OWN)), ("10.200.0.3".to_owned(), String::new()));
+        let why = "no free address".to_owned();
+        assert_eq!(of(Err(why.clone())), (String::new(), why));
+    }
+}
