@@ -266,7 +266,7 @@ type Done = (Exit, String, Losses, bool, Counters);
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
     let container = &attempt.spec.container;
     let config = attempt.spec.image.config.clone().unwrap_or_default();
-    let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
+    let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts_now());
     if spec.argv.is_empty() {
         return Err(AttemptError::NoCommand);
     }

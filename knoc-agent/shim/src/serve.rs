@@ -39,7 +39,7 @@ const MAX_FORWARDS: usize = 256;
 /// How many messages of output may wait for a slow reader of exec, attach, port-forward or a connection to the cluster.
 const OUTPUTS: usize = 4;
 
-/// How many announcements of connections may be on their way. The others wait in order.
+/// How many announcements of connections, or questions about addresses, may be on their way. The others wait in order.
 const ATTEMPTS: usize = 16;
 
 /// The limits of streams into the pod.
@@ -383,6 +383,25 @@ impl Shim for Service {
         let (attempts, stream) = mpsc::channel(ATTEMPTS);
         self.streams
             .spawn(async move { egress.follow(watch, calls, attempts).await });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type JoinMeshStream = Stream<pb::MeshQuestion>;
+
+    async fn join_mesh(
+        &self,
+        request: Request<Streaming<pb::MeshControl>>,
+    ) -> Result<Response<Self::JoinMeshStream>, Status> {
+        if !self.pod.wants_address() {
+            let message = "the pod is not in a network of its own, or was accepted without the range of its address";
+            return Err(ErrorReason::InvalidRequest.status(message));
+        }
+        let mut calls = request.into_inner();
+        let mesh = Arc::clone(&self.pod.mesh);
+        let call = mesh.begin(&mut calls).await?;
+        let (questions, stream) = mpsc::channel(ATTEMPTS);
+        self.streams
+            .spawn(async move { mesh.follow(call, calls, questions).await });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 

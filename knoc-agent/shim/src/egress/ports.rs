@@ -22,7 +22,7 @@ use super::{
     udp,
 };
 use crate::{
-    launch::network::protocol::Kind,
+    launch::network::protocol::{Kind, Range},
     network::{Network, Private},
     pod::Pod,
 };
@@ -37,6 +37,8 @@ pub(crate) struct Ports {
     open: HashMap<(Kind, u16), AbortHandle>,
     tasks: JoinSet<()>,
     gate: Gate,
+    /// The addresses of the node's pods, if they have some of their own.
+    mesh: Option<Range>,
 }
 
 impl Ports {
@@ -53,6 +55,7 @@ impl Ports {
             open: HashMap::new(),
             tasks: JoinSet::new(),
             gate,
+            mesh: pod.mesh.range(),
         };
         ports.follow(&pod.egress.table()).await;
         Some(ports)
@@ -72,7 +75,7 @@ impl Ports {
 
     /// Makes routes and listeners those of the table. What fails is tried again with the next table.
     async fn follow(&mut self, table: &Table) {
-        if let Err(error) = self.private.lead(table.ranges.clone()).await {
+        if let Err(error) = self.private.lead(self.to_cluster(table)).await {
             let message = format!("the pod does not reach the cluster: {error}");
             self.gate.note("EgressUnavailable", message);
         }
@@ -98,6 +101,12 @@ impl Ports {
                 format!("the pod does not reach port {port} of the cluster's Services: {error}");
             self.gate.note("EgressUnavailable", message);
         }
+    }
+
+    /// What leads to the cluster: not the addresses of the node's own pods, to which the mesh leads.
+    fn to_cluster(&self, table: &Table) -> BTreeSet<Range> {
+        let ranges = table.ranges.iter().copied();
+        ranges.filter(|range| Some(*range) != self.mesh).collect()
     }
 
     async fn listen(&mut self, kind: Kind, port: u16) -> io::Result<AbortHandle> {

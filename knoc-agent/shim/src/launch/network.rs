@@ -12,13 +12,16 @@
 //!      ──Socket──────► ◄─Done── with a socket               any number of times
 //!      ──Lead────────► ◄─Done── after routes were changed    any number of times
 //!      ──EdgeSocket──► ◄─Done── with a socket of the edge    any number of times
+//!      ──Mesh────────► ◄─Done── with the packets of the mesh
 //! ```
 //!
-//! The [`edge`] is a second network namespace, in which the shim takes what the pod sends to the cluster.
+//! The [`edge`] is a second network namespace, in which the shim takes what the pod sends to the cluster. The interface of the
+//! [`mesh`] leads to other pods: the shim reads from its descriptor what the pod sends to them, and writes what they send.
 //!
 //! It ends with the shim's end of the socket pair, its standard input. Single-threaded, as `unshare(2)` requires.
 
 mod edge;
+mod mesh;
 mod netlink;
 pub(crate) mod protocol;
 mod range;
@@ -232,6 +235,13 @@ fn carry_out(
         Request::EdgeSocket(kind) => {
             let edge = edge.as_ref().ok_or(NetworkError::NoEdge)?;
             Ok((Answer::Done, Some(edge.socket(kind)?)))
+        }
+        Request::Mesh { address, range } => {
+            let made = mesh::create(address, range);
+            let made = made.map_err(NetworkError::on(
+                "create the interface that leads to other pods",
+            ))?;
+            Ok((Answer::Done, Some(made)))
         }
     }
 }

@@ -96,6 +96,15 @@ impl Holder {
         self.ask(Request::Lead(ranges)).await.map(drop)
     }
 
+    /// The interface of the mesh, with this address of the pod; the result has the packets that go over it.
+    pub(super) async fn mesh(
+        self: &Arc<Self>,
+        address: Ipv4Addr,
+        range: Range,
+    ) -> io::Result<OwnedFd> {
+        self.ask_for_one(Request::Mesh { address, range }).await
+    }
+
     /// Whether the pod has a way to other networks.
     pub(super) async fn is_routed(self: &Arc<Self>) -> io::Result<bool> {
         Ok(self.ask(Request::IsRouted).await?.0 == Answer::Routed(true))

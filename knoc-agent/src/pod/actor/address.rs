@@ -76,7 +76,11 @@ impl Actor {
 mod tests {
     use std::sync::Arc;
 
-    use knoc_proto::ids::PodUid;
+    use jiff::Timestamp;
+    use knoc_proto::{
+        ids::{JobId, PodUid},
+        pod::PodSpec,
+    };
     use tokio::sync::{mpsc, watch};
 
     use super::*;
@@ -89,8 +93,6 @@ mod tests {
             state::{Facts, JobStage},
         },
     };
-    use jiff::Timestamp;
-    use knoc_proto::{ids::JobId, pod::PodSpec};
 
     /// The actor of a pod with a job, whose node has this range.
     fn actor(fake: &Fake, name: &str, range: &str) -> (Actor, Pod) {
