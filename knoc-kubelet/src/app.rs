@@ -24,7 +24,7 @@ use crate::{
         watch::AgentWatch,
     },
     certs::StartError,
-    config::{Config, IdentityConfig},
+    config::{Config, IdentityConfig, settings::PodIpPolicy},
     egress,
     leader::{Leader, LeaderError},
     metrics::Metrics,
@@ -315,7 +315,12 @@ impl App {
             pods: config.pods,
             queue_factor: config.queue_factor,
             cluster_domain: config.cluster_domain.clone(),
-            pod_ip_of_node: config.pod_ip_of_node,
+            pod_ip: match config.pod_ip {
+                PodIpPolicy::None => node::PodIp::None,
+                PodIpPolicy::Node => node::PodIp::Node,
+                PodIpPolicy::Own => node::PodIp::Own,
+            },
+            pod_range: config.pod_range,
             taint: config.taint,
             websockets: self.config.server.websockets,
         }

@@ -39,7 +39,10 @@ fn a_pod_gets_its_address_once() {
     mesh.obey(address("10.200.0.3", "")).unwrap();
     mesh.obey(address("", "the agent has lost it")).unwrap();
     let refused = mesh.obey(address("10.200.0.4", "")).unwrap_err();
-    assert!(refused.message().contains("10.200.0.3 already"), "{refused}");
+    assert!(
+        refused.message().contains("10.200.0.3 already"),
+        "{refused}"
+    );
     assert_eq!(given(), Given::Address(OWN));
     let without = Mesh::of(&pb::PodSpec::default());
     without.obey(address("10.200.0.3", "")).unwrap_err();

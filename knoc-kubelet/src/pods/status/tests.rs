@@ -92,7 +92,7 @@ fn compute(pod: &Pod, observed: Option<&pb::PodObserved>) -> PodStatus {
         rejection: None,
         refused: &[],
         unreachable: false,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: pod.metadata.generation,
         now: at(1000),
     };
@@ -152,7 +152,7 @@ fn a_process_that_knows_nothing_changes_nothing() {
             rejection: None,
             refused: &[],
             unreachable: false,
-            pod_ip_of_node: false,
+            pod_ip: PodIp::None,
             judged: Some(2),
             now: at(now),
         };
@@ -204,7 +204,7 @@ fn a_pod_has_the_nodes_address_only_if_the_policy_says_so() {
     let mut observed = observed(PodPhase::Running, vec![container("a", running())]);
     observed.host_ip = "10.0.0.7".to_owned();
     let pod = pod("Never", false, &json!({"phase": "Pending"}));
-    let of = |pod_ip_of_node: bool, observed: Option<&pb::PodObserved>| {
+    let of = |pod_ip: PodIp, observed: Option<&pb::PodObserved>| {
         let input = Input {
             pod: &pod,
             observed,
@@ -212,7 +212,7 @@ fn a_pod_has_the_nodes_address_only_if_the_policy_says_so() {
             rejection: None,
             refused: &[],
             unreachable: false,
-            pod_ip_of_node,
+            pod_ip,
             judged: pod.metadata.generation,
             now: at(1000),
         };
@@ -224,10 +224,56 @@ fn a_pod_has_the_nodes_address_only_if_the_policy_says_so() {
         )
     };
     let node = "10.0.0.7".to_owned();
-    assert_eq!(of(true, Some(&observed)), (Some(node.clone()), vec![node]));
-    assert_eq!(of(false, Some(&observed)), (None, Vec::new()));
+    let both = (Some(node.clone()), vec![node]);
+    assert_eq!(of(PodIp::Node, Some(&observed)), both);
+    assert_eq!(of(PodIp::None, Some(&observed)), (None, Vec::new()));
     // It is not known yet where the pod runs.
-    assert_eq!(of(true, None), (None, Vec::new()));
+    assert_eq!(of(PodIp::Node, None), (None, Vec::new()));
+    assert_eq!(of(PodIp::Own, None), (None, Vec::new()));
+    // In the node's network a pod listens on the node's address.
+    let network = |mode: pb::NetworkMode, address: &str| {
+        Some(pb::PodNetwork {
+            mode: mode.into(),
+            address: address.to_owned(),
+            ..pb::PodNetwork::default()
+        })
+    };
+    observed.network = network(pb::NetworkMode::Host, "");
+    assert_eq!(of(PodIp::Own, Some(&observed)), both);
+    observed.network = network(pb::NetworkMode::Private, "");
+    assert_eq!(of(PodIp::Own, Some(&observed)), (None, Vec::new()));
+    observed.network = network(pb::NetworkMode::Private, "10.200.0.7");
+    let own = "10.200.0.7".to_owned();
+    let own = (Some(own.clone()), vec![own]);
+    assert_eq!(of(PodIp::Own, Some(&observed)), own);
+    assert_eq!(of(PodIp::None, Some(&observed)), (None, Vec::new()));
+    observed.network = network(pb::NetworkMode::Private, "not an address");
+    assert_eq!(of(PodIp::Own, Some(&observed)), (None, Vec::new()));
+}
+
+#[test]
+fn a_pods_own_address_stays_while_it_is_not_known() {
+    let address = |pod: &Pod| {
+        let input = Input {
+            pod,
+            observed: None,
+            hold: None,
+            rejection: None,
+            refused: &[],
+            unreachable: true,
+            pod_ip: PodIp::Own,
+            judged: pod.metadata.generation,
+            now: at(1000),
+        };
+        status(&input).unwrap().pod_ip
+    };
+    let with = |pod_ip: &str| {
+        let status = json!({"phase": "Running", "hostIP": "10.0.0.7", "podIP": pod_ip});
+        pod("Never", false, &status)
+    };
+    assert_eq!(address(&with("10.200.0.7")).as_deref(), Some("10.200.0.7"));
+    // That of the node is from an earlier policy.
+    assert_eq!(address(&with("10.0.0.7")), None);
 }
 
 type Case = (
@@ -377,7 +423,7 @@ fn a_terminal_phase_is_never_left() {
         rejection: None,
         refused: &[],
         unreachable: false,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: pod.metadata.generation,
         now: at(1),
     };
@@ -398,7 +444,7 @@ fn a_rejected_pod_fails_with_its_whole_message() {
         rejection: Some(&rejection),
         refused: &[],
         unreachable: false,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: pod.metadata.generation,
         now: at(1),
     };
@@ -421,7 +467,7 @@ fn a_missing_config_map_is_shown_by_the_containers() {
         rejection: None,
         refused: &[],
         unreachable: false,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: pod.metadata.generation,
         now: at(1),
     };
@@ -453,7 +499,7 @@ fn a_cut_link_only_takes_readiness() {
         rejection: None,
         refused: &[],
         unreachable: true,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: pod.metadata.generation,
         now: at(1000),
     };
@@ -484,7 +530,7 @@ fn a_generation_counts_once_it_was_judged_whether_it_is_taken_over_or_not() {
             rejection: None,
             refused: &[],
             unreachable: judged.is_none(),
-            pod_ip_of_node: false,
+            pod_ip: PodIp::None,
             judged,
             now: at(1000),
         };
@@ -543,7 +589,7 @@ fn messages_are_shown_safely_and_bounded_and_a_programs_own_stays() {
         rejection: Some(&rejection),
         refused: &[],
         unreachable: false,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: None,
         now: Timestamp::UNIX_EPOCH,
     };

@@ -23,7 +23,7 @@ fn said(pod: &Pod, ephemeral: Option<State>, change: fn(&mut Input<'_>)) -> Cont
         rejection: None,
         refused: &[],
         unreachable: false,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: pod.metadata.generation,
         now: at(100),
     };
