@@ -1,7 +1,8 @@
 #!/bin/bash
 # The kubelet of the full stack, on the host, with the chart's ServiceAccount: kubelet.sh up | down | kill (-9) | running
 # KNOC_IDENTITY=node: runs as system:node:NAME, and this script approves the first certificate; KNOC_SERVING=csr: uses a serving
-# certificate of the cluster's signer. KNOC_NODE_TAINT=false: the node is without its taint.
+# certificate of the cluster's signer. KNOC_NODE_TAINT=false: the node is without its taint. KNOC_NODE_POD_IP=own with KNOC_NODE_POD_RANGE: pods have
+# addresses of their own.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 . "$testbed/profile.sh"
@@ -84,7 +85,8 @@ launch() {
         "${link_settings[@]}" KNOC_AGENT_SITE=$site \
         KNOC_AGENT_CA="$state/agent-ca.crt" KNOC_AGENT_CERT="$state/agent-tls.crt" KNOC_AGENT_KEY="$state/agent-tls.key" \
         KNOC_KUBERNETES_KUBECONFIG="$state/kubeconfig" KNOC_KUBERNETES_NAMESPACE=$namespace KNOC_KUBERNETES_IDENTITY=testbed \
-        KNOC_NODE_NAME=$node KNOC_NODE_TAINT="${KNOC_NODE_TAINT:-true}" KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys "${settings[@]}" \
+        KNOC_NODE_NAME=$node KNOC_NODE_TAINT="${KNOC_NODE_TAINT:-true}" \
+        KNOC_NODE_POD_IP="${KNOC_NODE_POD_IP:-none}" KNOC_NODE_POD_RANGE="${KNOC_NODE_POD_RANGE:-}" KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys "${settings[@]}" \
         "$KNOC_BIN/knoc-kubelet"
 }
 up() {
