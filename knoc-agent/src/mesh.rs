@@ -6,13 +6,16 @@
 //!                ◄── who has an address ────  members, as far as `[policy] pod_traffic` lets this pod know
 //! ```
 //!
-//! [`shim::follow`] serves one shim, as a part of the task that follows its link. The packets do not pass the agent.
+//! [`shim::follow`] serves one shim, as a part of the task that follows its link. The packets do not pass the agent, unless compute
+//! nodes do not reach each other ([`carry`]).
 
 mod addresses;
+mod carry;
 mod members;
 mod shim;
 
 use std::{
+    collections::HashMap,
     net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -20,12 +23,14 @@ use std::{
     },
 };
 
+use knoc_link::bulk::RawClient;
 use knoc_proto::{
     ids::PodUid,
     mesh::{NamespacePairs, PodRange},
-    pb,
+    pb::{self, shim_client::ShimClient},
 };
 use tokio::{sync::watch, time::Instant};
+use tonic::transport::Channel;
 
 use self::{
     addresses::Addresses,
@@ -35,6 +40,9 @@ use crate::policy::Live;
 
 pub(crate) use self::{addresses::Exhausted, shim::Shim};
 
+/// The client of a shim.
+type Client = ShimClient<RawClient<Channel>>;
+
 /// A handle to the mesh; clones share it.
 #[derive(Debug, Clone)]
 pub struct Mesh(Arc<Shared>);
@@ -43,6 +51,8 @@ pub struct Mesh(Arc<Shared>);
 struct Shared {
     addresses: Mutex<Addresses>,
     members: Mutex<Members>,
+    /// The shims that are present, each with the number of its link.
+    clients: Mutex<HashMap<Ipv4Addr, (u64, Client)>>,
     /// Grows with every change of `members`.
     changes: watch::Sender<u64>,
     /// The number of the newest link of a shim.
@@ -57,6 +67,7 @@ impl Mesh {
         Self(Arc::new(Shared {
             addresses: Mutex::new(Addresses::new(seed)),
             members: Mutex::default(),
+            clients: Mutex::default(),
             changes: watch::Sender::new(0),
             newest: AtomicU64::new(0),
             policy,
@@ -106,6 +117,17 @@ impl Mesh {
         }
     }
 
+    /// Tunnels to the shim with this place may be carried over this link.
+    fn lend(&self, place: &Registered, client: Client) {
+        lock(&self.0.clients).insert(place.address, (place.number, client));
+    }
+
+    /// The shim of the pod with this address, if it has a link.
+    fn client(&self, address: Ipv4Addr) -> Option<Client> {
+        let clients = lock(&self.0.clients);
+        clients.get(&address).map(|(_, client)| client.clone())
+    }
+
     /// Between which namespaces pods reach each other now.
     fn permitted(&self) -> NamespacePairs {
         self.0.policy.now().pod_traffic()
@@ -136,6 +158,12 @@ struct Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
+        let mut clients = lock(&self.mesh.0.clients);
+        let own = |(number, _): &(u64, Client)| *number == self.number;
+        if clients.get(&self.address).is_some_and(own) {
+            clients.remove(&self.address);
+        }
+        drop(clients);
         if lock(&self.mesh.0.members).away(self.address, self.number) {
             self.mesh.changed();
         }

@@ -3,7 +3,7 @@
 //! ```text
 //!   container ─kernel─► pods0 ─► router ─► lane ══ tunnel: TLS ══► the shim of the other pod
 //!             ◄─kernel─ pods0 ◄─────────── inbound ◄══ tunnel ════
-//!                                │ who has this address?
+//!                                │ who has this address? carry a tunnel there, if its node is not reached
 //!                                └─► Mesh ═ JoinMesh ═ agent
 //! ```
 //!
@@ -14,6 +14,7 @@
 //! The shim decides nothing about who may reach whom: it sends to those, and takes from those, that the agent names. What it
 //! checks is that a packet is what it should be: from the pod whose key the tunnel has, for this pod.
 
+pub(crate) mod carried;
 mod inbound;
 mod interface;
 mod lane;
@@ -38,7 +39,10 @@ use knoc_proto::{
 use tokio::sync::{mpsc, watch};
 use tonic::{Status, Streaming};
 
-use self::members::Members;
+use self::{
+    carried::{Tunnel, Waiting},
+    members::Members,
+};
 use crate::launch::network::protocol::Range;
 
 /// How long packets and tunnels wait until the agent has said who has an address.
@@ -70,6 +74,10 @@ pub(crate) struct Mesh {
     /// Where tunnels are taken, once the pod has its address.
     endpoint: watch::Sender<Option<SocketAddr>>,
     members: watch::Sender<Members>,
+    /// The lanes that wait for a tunnel that the agent carries.
+    waiting: watch::Sender<Waiting>,
+    /// Takes tunnels that the agent carries from other shims, once the pod has its address.
+    arrivals: watch::Sender<Option<mpsc::Sender<Tunnel>>>,
     /// The number of the newest call of `JoinMesh`.
     newest: watch::Sender<u64>,
 }
@@ -125,18 +133,19 @@ impl Mesh {
             Given::Address(address)
         };
         let mut other = None;
-        self.given.send_if_modified(|known| match (&*known, &given) {
-            (Given::Address(own), Given::Address(new)) => {
-                other = (own != new).then_some(*own);
-                false
-            }
-            // Programs have it already.
-            (Given::Address(_), Given::Unknown | Given::Nothing(_)) => false,
-            (Given::Unknown | Given::Nothing(_), _) => {
-                known.clone_from(&given);
-                true
-            }
-        });
+        self.given
+            .send_if_modified(|known| match (&*known, &given) {
+                (Given::Address(own), Given::Address(new)) => {
+                    other = (own != new).then_some(*own);
+                    false
+                }
+                // Programs have it already.
+                (Given::Address(_), Given::Unknown | Given::Nothing(_)) => false,
+                (Given::Unknown | Given::Nothing(_), _) => {
+                    known.clone_from(&given);
+                    true
+                }
+            });
         match other {
             None => Ok(()),
             Some(own) => Err(format!(
@@ -174,10 +183,13 @@ impl Mesh {
         let mut newest = self.newest.subscribe();
         let mut members = self.members.subscribe();
         let mut endpoint = self.endpoint.subscribe();
+        let mut waiting = self.waiting.subscribe();
         let mut told = Told::default();
         loop {
             let here = *endpoint.borrow_and_update();
+            told.follow(&waiting.borrow_and_update());
             let next = told.next(here, &members.borrow_and_update());
+            let next = next.or_else(|| waiting.borrow().next(&told.carried));
             let result = tokio::select! {
                 biased;
                 () = questions.closed() => return,
@@ -202,6 +214,10 @@ impl Mesh {
                     Err(_) => return,
                 },
                 changed = endpoint.changed() => match changed {
+                    Ok(()) => Ok(()),
+                    Err(_) => return,
+                },
+                changed = waiting.changed() => match changed {
                     Ok(()) => Ok(()),
                     Err(_) => return,
                 },
@@ -250,6 +266,8 @@ impl Drop for Wanted {
 struct Told {
     endpoint: Option<SocketAddr>,
     asked: BTreeSet<Ipv4Addr>,
+    /// Where the agent was asked to carry tunnels to, for lanes that still wait.
+    carried: BTreeSet<Ipv4Addr>,
 }
 
 impl Told {
@@ -265,6 +283,7 @@ impl Told {
         match question {
             Question::Endpoint(_) => self.endpoint = endpoint,
             Question::Ask(text) => self.asked.extend(address(text)),
+            Question::Carry(text) => self.carried.extend(address(text)),
             Question::Forget(text) => {
                 if let Some(address) = address(text) {
                     self.asked.remove(&address);

@@ -23,7 +23,7 @@ use super::{
     directory::{Directory, Entry},
     egress,
     exec::{self, Session},
-    forward, measure,
+    forward, measure, mesh,
     network::Network,
     pod::Pod,
     proc,
@@ -397,11 +397,25 @@ impl Shim for Service {
             return Err(ErrorReason::InvalidRequest.status(message));
         }
         let mut calls = request.into_inner();
-        let mesh = Arc::clone(&self.pod.mesh);
-        let call = mesh.begin(&mut calls).await?;
+        let members = Arc::clone(&self.pod.mesh);
+        let call = members.begin(&mut calls).await?;
         let (questions, stream) = mpsc::channel(ATTEMPTS);
         self.streams
-            .spawn(async move { mesh.follow(call, calls, questions).await });
+            .spawn(async move { members.follow(call, calls, questions).await });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type MeshStreamStream = Stream<pb::MeshBytes>;
+
+    async fn mesh_stream(
+        &self,
+        request: Request<Streaming<pb::MeshBytes>>,
+    ) -> Result<Response<Self::MeshStreamStream>, Status> {
+        let mut calls = request.into_inner();
+        let tunnel = self.pod.mesh.take_carried(&mut calls).await?;
+        let (output, stream) = mpsc::channel(OUTPUTS);
+        self.streams
+            .spawn(mesh::carried::copy(tunnel, calls, output));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 

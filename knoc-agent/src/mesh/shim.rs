@@ -4,31 +4,30 @@
 
 use std::{collections::HashMap, net::Ipv4Addr, time::Duration};
 
-use knoc_link::bulk::RawClient;
 use knoc_proto::{
     ids::PodUid,
     mesh::{MAX_ASKED, endpoint},
-    pb::{self, mesh_control::Control, mesh_question::Question, shim_client::ShimClient},
+    pb::{self, MeshMemberState, mesh_control::Control, mesh_question::Question},
     reason::ErrorReason,
     text::quote,
 };
 use tokio::{
     sync::{mpsc, oneshot},
+    task::JoinSet,
     time::{Instant, Interval, MissedTickBehavior, interval_at},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming, transport::Channel};
+use tonic::{Status, Streaming};
 
-use super::{Mesh, Registered};
+use super::{Client, Mesh, Registered, carry::carry};
 use crate::pod::input::Input;
-
-/// The client of a shim.
-type Client = ShimClient<RawClient<Channel>>;
 
 /// How many messages to a shim may wait. Further ones wait for the shim.
 const CONTROLS: usize = 64;
 /// How often it is looked whether the site has changed its mind.
 const POLICY: Duration = Duration::from_secs(10);
+/// How many tunnels are carried for one shim that asks: each takes streams of two links.
+const CARRIED: usize = 32;
 /// How much of a wrong text an error shows.
 const SHOWN: usize = 80;
 /// The pause after the call has ended although the link is up, and before a pod without an address is tried again.
@@ -71,6 +70,7 @@ async fn session(mesh: &Mesh, shim: &mut Shim) -> Result<(), Status> {
         controls,
         asked: HashMap::new(),
         registered: None,
+        tunnels: JoinSet::new(),
     };
     session.serve(answer.into_inner()).await
 }
@@ -110,6 +110,8 @@ struct Session<'a> {
     asked: HashMap<Ipv4Addr, pb::MeshMember>,
     /// Its place among the members.
     registered: Option<Registered>,
+    /// The tunnels that are carried for it.
+    tunnels: JoinSet<()>,
 }
 
 impl Session<'_> {
@@ -127,6 +129,7 @@ impl Session<'_> {
                     Ok(()) => self.tell_changes().await?,
                     Err(_) => return Ok(()),
                 },
+                Some(_) = self.tunnels.join_next() => {}
                 _ = policy.tick() => self.tell_changes().await?,
                 _ = again.tick(), if self.address.is_none() => self.try_again().await?,
             }
@@ -151,6 +154,10 @@ impl Session<'_> {
                 self.asked.remove(&parsed(&text)?);
                 Ok(())
             }
+            Some(Question::Carry(text)) => {
+                self.carry(parsed(&text)?);
+                Ok(())
+            }
             // A question of a newer shim.
             None => Ok(()),
         }
@@ -167,8 +174,30 @@ impl Session<'_> {
             ErrorReason::InvalidRequest.status(message)
         })?;
         let pod = (&*self.shim.namespace, &*self.shim.spki);
-        self.registered = Some(self.mesh.register(address, pod, endpoint));
+        let registered = self.mesh.register(address, pod, endpoint);
+        self.mesh.lend(&registered, self.shim.client.clone());
+        self.registered = Some(registered);
         Ok(())
+    }
+
+    /// Carries a tunnel to another pod, if this one may reach it and both shims have a link. Otherwise the shim waits in vain, and
+    /// asks again.
+    fn carry(&mut self, address: Ipv4Addr) {
+        let permitted = self.mesh.permitted();
+        let member = self.mesh.look(&permitted, &self.shim.namespace, address);
+        let present = member.state() == MeshMemberState::Present;
+        let takes_part = self.registered.is_some() && self.tunnels.len() < CARRIED;
+        let to = self.mesh.client(address);
+        let Some(to) = to.filter(|_| present && takes_part) else {
+            tracing::debug!(uid = %self.shim.uid, %address, "a tunnel is not carried");
+            return;
+        };
+        let (uid, from) = (self.shim.uid.clone(), self.shim.client.clone());
+        self.tunnels.spawn(async move {
+            if let Err(status) = carry(from, to, address).await {
+                tracing::debug!(%uid, %address, error = status.message(), "a tunnel that is carried has ended");
+            }
+        });
     }
 
     /// Tells the shim what is different from what it was told last.
@@ -224,7 +253,8 @@ fn parsed(text: &str) -> Result<Ipv4Addr, Status> {
 
 #[cfg(test)]
 mod tests {
-    use knoc_proto::pb::MeshMemberState as State;
+    use knoc_link::bulk::RawClient;
+    use knoc_proto::pb::{MeshMemberState as State, shim_client::ShimClient};
 
     use super::*;
     use crate::{config::Policy, policy::Live};
@@ -257,6 +287,7 @@ mod tests {
             controls,
             asked: HashMap::new(),
             registered: None,
+            tunnels: JoinSet::new(),
         };
         (session, sent)
     }
@@ -355,5 +386,29 @@ mod tests {
         assert_eq!(of(Ok(OWN)), ("10.200.0.3".to_owned(), String::new()));
         let why = "no free address".to_owned();
         assert_eq!(of(Err(why.clone())), (String::new(), why));
+    }
+
+    #[tokio::test]
+    async fn a_tunnel_is_carried_only_to_a_pod_that_may_be_reached_and_is_there() {
+        let (mesh, shim) = (Mesh::new(Live::fixed(Policy::default()), 0), shim());
+        let (mut session, _sent) = session(&mesh, &shim, Some(OWN));
+        session.answer(endpoint("10.0.0.3:4001")).await.unwrap();
+        let carry = || pb::MeshQuestion {
+            question: Some(Question::Carry(OTHER.to_string())),
+        };
+        session.answer(carry()).await.unwrap();
+        assert_eq!(session.tunnels.len(), 0, "nobody has the address");
+        let place = "10.0.0.7:4001".parse().unwrap();
+        let stranger = mesh.register(OTHER, ("other", "key-b"), place);
+        mesh.lend(&stranger, shim.client.clone());
+        session.answer(carry()).await.unwrap();
+        assert_eq!(session.tunnels.len(), 0, "the site does not permit it");
+        let registered = mesh.register(OTHER, ("shop", "key-b"), place);
+        mesh.lend(&registered, shim.client.clone());
+        drop(stranger);
+        session.answer(carry()).await.unwrap();
+        assert_eq!(session.tunnels.len(), 1);
+        drop(registered);
+        assert!(mesh.client(OTHER).is_none());
     }
 }

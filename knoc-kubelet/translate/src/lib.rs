@@ -174,11 +174,12 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         active_deadline_seconds: spec.active_deadline_seconds.unwrap_or(0),
         hostname: hostname(spec, &name),
         subdomain: subdomain(spec),
-        // Set by the kubelet from its configuration.
+        // Set by the kubelet from its configuration, as `pod_range` is.
         cluster_domain: String::new(),
         set_hostname_as_fqdn: *spec.set_hostname_as_fqdn == Some(true),
         resolver: resolver(spec),
         network: network.into(),
+        pod_range: String::new(),
         name,
         volumes,
         job: Some(job),

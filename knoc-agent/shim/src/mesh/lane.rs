@@ -17,7 +17,7 @@
 use std::{net::Ipv4Addr, pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use knoc_link::pinned::KeyPair;
+use knoc_link::{Connection, pinned::KeyPair};
 use rand::RngExt as _;
 use tokio::{
     sync::{mpsc, watch},
@@ -55,6 +55,34 @@ pub(super) struct Lane {
     pub(super) notes: Arc<Notes>,
 }
 
+/// How the other shim is reached.
+#[derive(Debug)]
+struct Way {
+    /// Its node is not reached, and the agent has carried a tunnel there.
+    through_agent: bool,
+    /// Before the next try, if this one fails.
+    pause: Duration,
+}
+
+impl Default for Way {
+    fn default() -> Self {
+        Self {
+            through_agent: false,
+            pause: PAUSES[0],
+        }
+    }
+}
+
+impl Way {
+    /// The pause before the next try, which grows.
+    fn next_pause(&mut self) -> Duration {
+        let [_, longest] = PAUSES;
+        let pause = self.pause.mul_f64(rand::rng().random_range(0.5..1.5));
+        self.pause = (self.pause * 2).min(longest);
+        pause
+    }
+}
+
 /// What happens after a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Next {
@@ -66,7 +94,7 @@ impl Lane {
     /// Carries the packets of the queue until there are none for a while.
     pub(super) async fn run(self, mut queue: mpsc::Receiver<Bytes>) {
         let mut members = self.wanted.mesh.members.subscribe();
-        let mut pause = PAUSES[0];
+        let mut way = Way::default();
         loop {
             let state = members.borrow_and_update().state(self.target).cloned();
             let next = match state {
@@ -81,7 +109,7 @@ impl Lane {
                     self.refuse(&mut queue, &mut members, Reason::Prohibited)
                         .await
                 }
-                Some(State::Present(member)) => self.carry(&mut queue, &member, &mut pause).await,
+                Some(State::Present(member)) => self.carry(&mut queue, &member, &mut way).await,
             };
             if next == Next::End {
                 return;
@@ -137,7 +165,7 @@ impl Lane {
         &self,
         queue: &mut mpsc::Receiver<Bytes>,
         member: &Member,
-        pause: &mut Duration,
+        way: &mut Way,
     ) -> Next {
         let mut members = self.wanted.mesh.members.subscribe();
         let state = State::Present(member.clone());
@@ -147,11 +175,8 @@ impl Lane {
         });
         let began = Instant::now();
         let carrying = async {
-            let dialling = tunnel::dial(member.endpoint, &self.pair, &member.spki, self.own);
-            match Box::pin(dialling).await {
-                Ok(connection) => Ok(tunnel::send(connection, queue).await),
-                Err(why) => Err(why),
-            }
+            let connection = Box::pin(self.tunnel(member, way)).await?;
+            Ok::<_, String>(tunnel::send(connection, queue).await)
         };
         let carried = tokio::select! {
             biased;
@@ -161,16 +186,13 @@ impl Lane {
         match carried {
             Ok(Ended::Idle | Ended::Closed) => return Next::End,
             Ok(Ended::Broken) if began.elapsed() > WORKED => {
-                *pause = PAUSES[0];
+                way.pause = PAUSES[0];
                 return Next::Again;
             }
             Ok(Ended::Broken) => {}
             Err(why) => self.notes.unreachable(self.target, &why),
         }
-        let [_, longest] = PAUSES;
-        let now = pause.mul_f64(rand::rng().random_range(0.5..1.5));
-        *pause = (*pause * 2).min(longest);
-        let over = Instant::now() + now;
+        let over = Instant::now() + way.next_pause();
         loop {
             self.refuse_waiting(queue, Reason::HostUnreachable);
             let packet = tokio::select! {
@@ -184,6 +206,27 @@ impl Lane {
                 None => return Next::End,
             }
         }
+    }
+
+    /// A tunnel to the other shim: dialled, or through the agent if its node is not reached.
+    async fn tunnel(&self, member: &Member, way: &mut Way) -> Result<Connection, String> {
+        let direct = if way.through_agent {
+            "not tried again".to_owned()
+        } else {
+            let dialling = tunnel::dial(member.endpoint, &self.pair, &member.spki, self.own);
+            match dialling.await {
+                Ok(connection) => return Ok(connection),
+                Err(why) => why,
+            }
+        };
+        let both = |why: String| format!("{direct}; through the agent: {why}");
+        way.through_agent = false;
+        let carried = self.wanted.mesh.carry(self.target).await;
+        let carried = carried.map_err(both)?;
+        let keys = (&*self.pair, &*member.spki);
+        let made = tunnel::greet(carried, "the other shim", keys, self.own).await;
+        way.through_agent = made.is_ok();
+        made.map_err(both)
     }
 
     /// Answers the packets that wait.

@@ -25,13 +25,14 @@ use knoc_link::{
 };
 use knoc_proto::error::chain;
 use tokio::{
-    sync::{Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::JoinSet,
     time::{Instant, sleep, sleep_until},
 };
 
 use super::{
     Given, Mesh,
+    carried::Tunnel,
     inbound::Inbound,
     interface::{Interface, Room},
     lane::{Lane, QUEUE},
@@ -51,6 +52,8 @@ const WAIT: Duration = Duration::from_mins(1);
 const AGAIN: Duration = Duration::from_secs(30);
 /// How many tunnels may be open whose other end the agent has not named yet.
 const UNPROVEN: usize = 64;
+/// How many tunnels that the agent carries may wait to be taken.
+const ARRIVALS: usize = 16;
 /// How many packets are read before other work is done.
 const BATCH: usize = 64;
 
@@ -75,6 +78,8 @@ struct Up {
     own: Ipv4Addr,
     interface: Arc<Interface>,
     incoming: Incoming,
+    /// Tunnels that the agent carries from other shims.
+    carried: mpsc::Receiver<Tunnel>,
     pair: Arc<KeyPair>,
 }
 
@@ -173,10 +178,13 @@ impl Router {
         let interface = self.interface(own).await;
         let interface =
             interface.map_err(|error| format!("create the interface (/dev/net/tun): {error}"))?;
+        let (arrivals, carried) = mpsc::channel(ARRIVALS);
+        self.mesh.arrivals.send_replace(Some(arrivals));
         let up = Up {
             own,
             interface: Arc::new(interface),
             incoming,
+            carried,
             pair: Arc::new(pair),
         };
         Ok((up, endpoint))
@@ -242,6 +250,7 @@ impl Routes {
                 Some(accepted) = self.up.incoming.next() => if let Ok(connection) = accepted {
                     self.accept(connection);
                 },
+                Some(tunnel) = self.up.carried.recv() => self.accept_carried(tunnel),
                 ready = interface.readable() => {
                     let sent = ready.and_then(|()| self.send_all(&interface, &mut room));
                     if let Err(error) = sent {
@@ -323,18 +332,36 @@ impl Routes {
         }
     }
 
-    fn accept(&mut self, connection: Connection) {
-        let Ok(unproven) = Arc::clone(&self.unproven).try_acquire_owned() else {
-            // The shim of a pod dials again.
-            return;
-        };
+    /// Room for a tunnel whose other end is not known, and what takes its packets. If there is none, the shim dials again.
+    fn inbound(&self) -> Option<(Inbound, OwnedSemaphorePermit)> {
+        let unproven = Arc::clone(&self.unproven).try_acquire_owned().ok()?;
         let inbound = Inbound {
             mesh: Arc::clone(&self.mesh),
             own: self.up.own,
             interface: Arc::clone(&self.up.interface),
             notes: Arc::clone(&self.notes),
         };
-        self.tunnels.spawn(inbound.run(connection, unproven));
+        Some((inbound, unproven))
+    }
+
+    fn accept(&mut self, connection: Connection) {
+        if let Some((inbound, unproven)) = self.inbound() {
+            self.tunnels.spawn(inbound.run(connection, unproven));
+        }
+    }
+
+    /// Its handshake is still to come.
+    fn accept_carried(&mut self, tunnel: Tunnel) {
+        let Some((inbound, unproven)) = self.inbound() else {
+            return;
+        };
+        let pair = Arc::clone(&self.up.pair);
+        self.tunnels.spawn(async move {
+            let accepted = pinned::accept_over(tunnel, "another shim", &pair).await;
+            if let Ok(connection) = accepted {
+                inbound.run(connection, unproven).await;
+            }
+        });
     }
 }
 

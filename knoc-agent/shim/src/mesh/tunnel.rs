@@ -9,7 +9,7 @@ use std::{
 use bytes::{BufMut as _, Bytes, BytesMut};
 use knoc_link::{
     Connection, Origin,
-    carrier::Unverified,
+    carrier::{Io, Unverified},
     pinned::{self, KeyPair},
 };
 use knoc_proto::error::chain;
@@ -24,7 +24,7 @@ use tokio::{
 const GREETING: [u8; 8] = *b"KNOCMSH1";
 
 /// How long the connection to another node may take, without the TLS handshake, which has a limit of its own.
-const CONNECTING: Duration = Duration::from_secs(5);
+const CONNECTING: Duration = Duration::from_secs(3);
 /// After this time without an answer of the other node, the tunnel is lost. As with all links.
 const UNANSWERED: u32 = 40_000;
 /// How long a tunnel without packets stays open.
@@ -57,11 +57,25 @@ pub(super) async fn dial(
         io: stream,
         origin: Origin::Address(endpoint),
     };
-    let made = pinned::over(unverified, &endpoint.to_string(), pair, spki).await;
+    greet(unverified, &endpoint.to_string(), (pair, spki), own).await
+}
+
+/// Begins a tunnel over a stream of bytes to the shim with the key `spki`; `peer` names it in errors.
+pub(super) async fn greet(
+    unverified: Unverified<impl Io>,
+    peer: &str,
+    (pair, spki): (&KeyPair, &str),
+    own: Ipv4Addr,
+) -> Result<Connection, String> {
+    let made = pinned::over(unverified, peer, pair, spki).await;
     let mut connection = made.map_err(|error| chain(&error))?;
     let greeting = [&GREETING[..], &own.octets()].concat();
-    let greeted = connection.write_all(&greeting).await;
-    greeted.map_err(|error| format!("greet {endpoint}: {error}"))?;
+    let greeted = async {
+        connection.write_all(&greeting).await?;
+        connection.flush().await
+    };
+    let greeted = greeted.await;
+    greeted.map_err(|error| format!("greet {peer}: {error}"))?;
     Ok(connection)
 }
 

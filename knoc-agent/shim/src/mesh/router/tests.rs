@@ -57,10 +57,13 @@ async fn start(address: Ipv4Addr, tasks: &mut JoinSet<()>) -> Pod {
         spki: pair.spki().to_owned(),
         endpoint: incoming.local_addr().unwrap(),
     };
+    let (arrivals, carried) = mpsc::channel(ARRIVALS);
+    mesh.arrivals.send_replace(Some(arrivals));
     let up = Up {
         own: address,
         interface: Arc::new(Interface::new(theirs.into()).unwrap()),
         incoming,
+        carried,
         pair: Arc::new(pair),
     };
     let (commands, orders) = mpsc::channel(16);
@@ -138,6 +141,39 @@ async fn pods_exchange_packets_once_both_shims_know_the_other_key() {
         a.sends(&packet(A, B, &[number])).await;
         assert_eq!(b.receives().await, packet(A, B, &[number]));
     }
+}
+
+#[tokio::test]
+async fn the_agent_carries_a_tunnel_if_the_other_node_is_not_reached() {
+    let mut tasks = JoinSet::new();
+    let (a, b) = two(&mut tasks).await;
+    let there = packet(A, B, b"hello");
+    a.sends(&there).await;
+    // Nobody listens on port 1.
+    let unreached = Member {
+        endpoint: "127.0.0.1:1".parse().unwrap(),
+        ..b.member.clone()
+    };
+    a.learns(B, State::Present(unreached)).await;
+    let mut waiting = a.mesh.waiting.subscribe();
+    let asked = waiting.wait_for(|waiting| waiting.contains(B));
+    drop(timeout(SOON, asked).await.unwrap().unwrap());
+    let (one, other) = tokio::io::duplex(1 << 16);
+    let carried = |io| Tunnel {
+        io,
+        origin: knoc_link::Origin::Command,
+    };
+    assert!(a.mesh.give(&B.to_string(), carried(one)));
+    let arrivals = b.mesh.arrivals.borrow().clone().unwrap();
+    arrivals.send(carried(other)).await.unwrap();
+    b.learns_of(&a).await;
+    // The packet that waited may have been answered meanwhile.
+    let arrives = async {
+        while b.within(NOT_LATER).await.as_ref() != Some(&there) {
+            a.sends(&there).await;
+        }
+    };
+    timeout(SOON, arrives).await.expect("no packet arrives");
 }
 
 #[tokio::test]
