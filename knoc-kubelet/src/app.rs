@@ -278,6 +278,7 @@ impl App {
         let setup = egress::Setup {
             config,
             domain: self.config.node.cluster_domain.clone(),
+            unit: Arc::clone(&context.node),
             agent: self.agent.clone(),
             link: context.site.link.clone(),
             store: self.store.clone(),

@@ -6,6 +6,7 @@
 //!                                                           │  ◄──attempts────
 //!                                        decide (pure) ◄────┘
 //!                                           ├─► refusal, and one Event for each pod and reason
+//!                                           ├─► redirection to a pod of the node, which the shim reaches by itself
 //!                                           └─► carry: dial the endpoint ═EgressStream═► the pod
 //! ```
 //!
@@ -20,11 +21,13 @@ mod watch;
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
 use jiff::Timestamp;
 use knoc_proto::{
+    capability,
     error::chain,
     ids::PodUid,
     pb::{self, egress_control::Control},
@@ -50,6 +53,7 @@ use self::{
 use crate::{
     agent::{Agent, Link},
     config::EgressConfig,
+    node::unit::Unit,
     pods::{
         Services, Store,
         events::{Events, Note, about_pod},
@@ -113,6 +117,8 @@ pub struct Setup {
     pub config: EgressConfig,
     /// The DNS domain of the cluster.
     pub domain: String,
+    /// The node, whose pods may have addresses of their own.
+    pub unit: Arc<Unit>,
     /// The agent.
     pub agent: Agent,
     /// The state of the link to it.
@@ -366,22 +372,44 @@ impl Connections {
         let Ok(uid) = PodUid::try_from(attempt.uid.as_str()) else {
             return;
         };
+        if let Some(pod) = self.own_pod(&uid, attempt) {
+            tracing::debug!(%uid, %pod, "a pod connects to another one of the node");
+            let redirect = pb::EgressRedirect {
+                uid: uid.to_string(),
+                id: attempt.id,
+                address: pod.ip().to_string(),
+                port: pod.port().into(),
+            };
+            // If it does not fit, the connection ends at the shim's deadline.
+            controls.try_send(control(Control::Redirect(redirect))).ok();
+            return;
+        }
         match self.decide(&uid, attempt) {
             Ok(connection) => self.carry(connection),
             Err(refused) => self.refuse(&uid, attempt.id, &refused.to_string(), controls),
         }
     }
 
+    /// The pod of the node to which the connection leads, if it leads to one and the agent can have its shim reach it.
+    fn own_pod(&self, uid: &PodUid, attempt: &pb::EgressAttempt) -> Option<SocketAddr> {
+        let able = self.setup.link.borrow().serves(capability::POD_ADDRESSES);
+        if !able || attempt.protocol() != pb::EgressProtocol::Tcp {
+            return None;
+        }
+        let to = (target(attempt)?, attempt.protocol());
+        let (unit, random) = (&self.setup.unit, rand::random::<u64>());
+        let found = self.cluster.look(|state| {
+            let is_own = |address| unit.is_own_pod(address);
+            decide::own_pod(&state.table, to, (uid.as_str(), random), is_own)
+        });
+        found.flatten()
+    }
+
     fn decide(&self, uid: &PodUid, attempt: &pb::EgressAttempt) -> Result<Connection, Refused> {
         let of_pod = self.open.get(uid).copied().unwrap_or_default();
         has_room(self.carried.len(), of_pod)?;
         let malformed = || Refused::Malformed(attempt.address.clone());
-        let address: IpAddr = attempt.address.parse().map_err(|_| malformed())?;
-        let port = u16::try_from(attempt.port).map_err(|_| malformed())?;
-        let to = (
-            SocketAddr::new(address.to_canonical(), port),
-            attempt.protocol(),
-        );
+        let to = (target(attempt).ok_or_else(malformed)?, attempt.protocol());
         let allow = &self.setup.config.allow;
         let random = rand::random::<u64>();
         let decided = self.cluster.look(|state| {
@@ -479,6 +507,13 @@ impl Connections {
             });
         }
     }
+}
+
+/// PURE: what the pod has dialled; `None` if that cannot exist.
+fn target(attempt: &pb::EgressAttempt) -> Option<SocketAddr> {
+    let address: IpAddr = attempt.address.parse().ok()?;
+    let port = u16::try_from(attempt.port).ok()?;
+    Some(SocketAddr::new(address.to_canonical(), port))
 }
 
 /// PURE: may a pod that has `of_pod` of `all` open connections have one more?

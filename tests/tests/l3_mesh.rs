@@ -124,7 +124,7 @@ async fn check(world: &World) -> anyhow::Result<()> {
     );
     ensure!(nodes.0 != nodes.1, "both are on {}", nodes.0);
     connections(world, (&served, there), (&client, here)).await?;
-    endpoints(world, there).await?;
+    endpoints(world, &client, there).await?;
     namespaces(world, there).await?;
     restarted_agent(world, &client, there).await?;
     // A pod that is gone does not leave its clients waiting.
@@ -185,8 +185,9 @@ async fn connections(
     Ok(())
 }
 
-/// Kubernetes' own controllers publish the pod's address for a headless Service, from which cluster DNS has its names.
-async fn endpoints(world: &World, there: Ipv4Addr) -> anyhow::Result<()> {
+/// Kubernetes' own controllers publish the pod's address for a headless Service, from which cluster DNS has its names. A Service with
+/// an address leads to it, too.
+async fn endpoints(world: &World, client: &str, there: Ipv4Addr) -> anyhow::Result<()> {
     let label = world.kubectl(["label", "pod", "server", "app=web"]);
     label.ok().await?;
     let services: Api<Service> = world.api();
@@ -204,7 +205,18 @@ async fn endpoints(world: &World, there: Ipv4Addr) -> anyhow::Result<()> {
         ensure!(all.any(|one| *one == there.to_string()), "{found:?}");
         Ok(())
     })
-    .await
+    .await?;
+    let object = json!({"metadata": {"name": "front"}, "spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]}});
+    let service = serde_json::from_value(object)?;
+    let created = services.create(&PostParams::default(), &service).await?;
+    let address = created.spec.and_then(|spec| spec.cluster_ip);
+    let address: Ipv4Addr = address.unwrap_or_default().parse()?;
+    ensure!(gets(world, client, address, "name").await? == "server");
+    // It is the same pod that calls.
+    let caller = gets(world, client, address, "cgi-bin/caller").await?;
+    let own = self::address(world, "client").await?;
+    ensure!(caller.contains(&own.to_string()), "{caller}");
+    Ok(())
 }
 
 /// Between namespaces the site decides.

@@ -25,7 +25,11 @@ mod tcp;
 mod udp;
 mod waiting;
 
-use std::{net::SocketAddrV4, sync::Arc, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use knoc_link::bulk::Messages;
 use knoc_proto::{
@@ -40,7 +44,10 @@ pub(crate) use self::{
     api::ApiServer,
     table::{Table, TableError},
 };
-use crate::launch::network::protocol::Kind;
+use crate::{
+    launch::network::protocol::{Kind, Range},
+    network::Private,
+};
 
 /// How long a connection waits until it is taken.
 const PATIENCE: Duration = Duration::from_secs(knoc_proto::egress::PATIENCE);
@@ -58,6 +65,22 @@ pub(crate) struct Taken {
     pub(crate) output: Output,
 }
 
+/// What becomes of a connection that waits, if it is not refused.
+#[derive(Debug)]
+pub(crate) enum Settled {
+    /// The call carries it.
+    Taken(Taken),
+    /// It leads to a pod of the node, which is reached over the mesh.
+    Redirected(SocketAddrV4),
+}
+
+/// The pod's own network, from which other pods with addresses of this range are reached.
+#[derive(Debug)]
+struct Inside {
+    network: Arc<Private>,
+    range: Range,
+}
+
 /// What the listeners, the calls of the agent and the containers' files have in common.
 #[derive(Debug, Default)]
 pub(crate) struct Egress {
@@ -66,6 +89,8 @@ pub(crate) struct Egress {
     waiting: watch::Sender<Waiting>,
     /// The number of the newest call of `WatchEgress`.
     watch: watch::Sender<u64>,
+    /// Set if the node's pods have addresses of their own.
+    inside: OnceLock<Inside>,
 }
 
 impl Egress {
@@ -91,8 +116,18 @@ impl Egress {
         Arc::clone(&self.table.borrow())
     }
 
-    /// Announces a connection, and waits until it is taken. `None` if it was refused or nobody took it.
-    async fn announce(&self, kind: Kind, target: SocketAddrV4) -> Option<Taken> {
+    /// Connections may lead to other pods of the node, which are reached from the pod's own network.
+    pub(crate) fn leads_to_pods(&self, network: &Arc<Private>, range: Range) {
+        let inside = Inside {
+            network: Arc::clone(network),
+            range,
+        };
+        // It is called once.
+        self.inside.set(inside).ok();
+    }
+
+    /// Announces a connection, and waits until it is settled. `None` if it was refused or nobody took it.
+    async fn announce(&self, kind: Kind, target: SocketAddrV4) -> Option<Settled> {
         let (taker, stream) = oneshot::channel();
         let mut id = 0;
         self.waiting
@@ -104,7 +139,7 @@ impl Egress {
         stream.ok()?.ok()
     }
 
-    fn withdraw(&self, id: u64) -> Option<oneshot::Sender<Taken>> {
+    fn withdraw(&self, id: u64) -> Option<oneshot::Sender<Settled>> {
         let mut taker = None;
         self.waiting.send_if_modified(|waiting| {
             taker = waiting.remove(id);
@@ -117,7 +152,8 @@ impl Egress {
     /// Gives a connection to the call that takes it.
     pub(crate) fn take(&self, id: u64, stream: Taken) -> Result<(), Status> {
         let taker = self.withdraw(id);
-        let given = taker.is_some_and(|taker| taker.send(stream).is_ok());
+        let settled = Settled::Taken(stream);
+        let given = taker.is_some_and(|taker| taker.send(settled).is_ok());
         given.then_some(()).ok_or_else(|| {
             let message = format!(
                 "connection {id} does not wait: it was taken or refused before, or the container has given up"
@@ -136,9 +172,29 @@ impl Egress {
                 drop(self.withdraw(refusal.id));
                 Ok(())
             }
+            Some(Control::Redirect(redirect)) => self.redirect(&redirect),
             // A message that a newer agent knows.
             None => Ok(()),
         }
+    }
+
+    /// The connection leads to another pod, if its address can be one.
+    fn redirect(&self, redirect: &pb::EgressRedirect) -> Result<(), Status> {
+        let taker = self.withdraw(redirect.id);
+        let address: Option<Ipv4Addr> = redirect.address.parse().ok();
+        let port = u16::try_from(redirect.port).ok().filter(|port| *port > 0);
+        let inside = self.inside.get();
+        let is_pod = |address: &Ipv4Addr| inside.is_some_and(|it| it.range.contains(*address));
+        let Some((address, port)) = address.filter(is_pod).zip(port) else {
+            let message = "redirect: it is not the address and port of a pod of this node";
+            return Err(ErrorReason::InvalidRequest.status(message));
+        };
+        if let Some(taker) = taker {
+            let pod = SocketAddrV4::new(address, port);
+            // The container may have given up.
+            taker.send(Settled::Redirected(pod)).ok();
+        }
+        Ok(())
     }
 
     /// Takes the first message of `WatchEgress`; from now on, earlier calls end.

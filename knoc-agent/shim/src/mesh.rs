@@ -20,6 +20,7 @@ mod interface;
 mod lane;
 mod members;
 mod notes;
+mod overlap;
 mod packet;
 pub(crate) mod router;
 mod tunnel;

@@ -4,7 +4,10 @@
 //! [`super::start`] starts the tasks of a unit, which write the Node and its Lease. The workers of its pods ask the
 //! unit what the node allows, and what its pods have allocated.
 
-use std::sync::{Arc, MutexGuard};
+use std::{
+    net::IpAddr,
+    sync::{Arc, MutexGuard},
+};
 
 use k8s_openapi::api::core::v1::{Node, PodSpec};
 use knoc_proto::{mesh::PodRange, pb};
@@ -96,6 +99,15 @@ impl Unit {
     /// From which range pods get addresses of their own: that of the Node, else that of the configuration.
     fn pod_range(&self) -> Option<PodRange> {
         self.range.borrow().or(self.identity.pod_range)
+    }
+
+    /// Is this the address of a pod's own, at which nobody but pods of the node reach it?
+    pub(crate) fn is_own_pod(&self, address: IpAddr) -> bool {
+        let range = self.pod_range();
+        match (self.identity.pod_ip, range, address) {
+            (PodIp::Own, Some(range), IpAddr::V4(address)) => range.contains(address),
+            (PodIp::Own | PodIp::Node | PodIp::None, ..) => false,
+        }
     }
 
     /// Why the pod cannot be sent yet: it is to have an address, and it is not known of which range.
@@ -243,6 +255,11 @@ mod tests {
         assert_eq!(range(&own), "10.244.8.0/24");
         own.see_range(&node(&json!({"podCIDR": "fd00::/64"})));
         assert_eq!(range(&own), "10.200.0.0/16");
+        let is_own = |unit: &Unit, text: &str| unit.is_own_pod(text.parse().unwrap());
+        assert!(is_own(&own, "10.200.0.7") && !is_own(&own, "10.201.0.7"));
+        assert!(!is_own(&own, "::ffff:10.200.0.7"));
+        let of_node = unit(PodIp::Node, Some("10.200.0.0/16"));
+        assert!(!is_own(&of_node, "10.200.0.7"));
     }
 
     #[test]

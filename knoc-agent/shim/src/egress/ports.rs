@@ -50,6 +50,9 @@ impl Ports {
         if private.no_edge.is_some() {
             return None;
         }
+        if let Some(range) = pod.mesh.range() {
+            pod.egress.leads_to_pods(private, range);
+        }
         let mut ports = Self {
             private: Arc::clone(private),
             open: HashMap::new(),

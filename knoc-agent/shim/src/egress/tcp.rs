@@ -16,15 +16,16 @@ use knoc_proto::{
     reason::ErrorReason,
 };
 use tokio::{
-    io::AsyncWriteExt as _,
+    io::{AsyncWriteExt as _, copy_bidirectional},
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
+    time::timeout,
 };
 use tonic::Status;
 
-use super::{Egress, Output, Taken};
+use super::{Egress, Output, PATIENCE, Settled, Taken};
 use crate::{forward::take, launch::network::protocol::Kind};
 
 /// A connection that is reset if it is dropped before it is [finished](Self::finish).
@@ -52,12 +53,31 @@ impl Guarded {
 
 /// Announces the connection, and carries it once it is taken.
 pub(super) async fn serve(mut stream: Guarded, target: SocketAddrV4, egress: &Egress) {
-    let Some(taken) = egress.announce(Kind::Tcp, target).await else {
-        return;
+    let ended = match egress.announce(Kind::Tcp, target).await {
+        None => return,
+        Some(Settled::Taken(taken)) => carry(&mut stream.0, taken).await,
+        Some(Settled::Redirected(pod)) => relay(&mut stream.0, pod, egress).await,
     };
-    if carry(&mut stream.0, taken).await {
+    if ended {
         stream.finish();
     }
+}
+
+/// Copies between the connection and another pod of the node. Returns whether both directions have ended.
+async fn relay(stream: &mut TcpStream, pod: SocketAddrV4, egress: &Egress) -> bool {
+    let Some(inside) = egress.inside.get() else {
+        return false;
+    };
+    let connecting = inside.network.connect(pod.into());
+    let Ok(Ok(other)) = timeout(PATIENCE, connecting).await else {
+        return false;
+    };
+    let mut other = Guarded::new(other);
+    let ended = copy_bidirectional(stream, &mut other.0).await.is_ok();
+    if ended {
+        other.finish();
+    }
+    ended
 }
 
 /// Copies until both directions have ended, or until the call or the connection breaks. Returns whether both have ended.

@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use super::{
-    Egress, Taken,
+    Egress, Settled, Taken,
     gate::{Gate, PAUSE},
     tcp::send,
 };
@@ -184,7 +184,7 @@ struct Exchange {
 
 impl Exchange {
     async fn run(mut self, egress: Arc<Egress>) -> Key {
-        if let Some(taken) = egress.announce(Kind::Udp, self.key.1).await {
+        if let Some(Settled::Taken(taken)) = egress.announce(Kind::Udp, self.key.1).await {
             self.carry(taken).await;
         } else {
             let drained = async { while self.queue.recv().await.is_some() {} };

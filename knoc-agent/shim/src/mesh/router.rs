@@ -37,6 +37,7 @@ use super::{
     interface::{Interface, Room},
     lane::{Lane, QUEUE},
     notes::Notes,
+    overlap,
     packet::{Header, Reason, header, refusal},
 };
 use crate::{
@@ -59,6 +60,10 @@ const BATCH: usize = 64;
 
 /// The reason of Events about the address.
 const UNAVAILABLE: &str = "PodAddressUnavailable";
+/// The reason of the Event about networks of the node that are in the range.
+const OVERLAPS: &str = "PodRangeOverlaps";
+/// The node's IPv4 routes.
+const ROUTES: &str = "/proc/self/net/route";
 
 /// What the task needs.
 #[derive(Debug)]
@@ -116,6 +121,7 @@ impl Router {
         };
         self.mesh.endpoint.send_replace(Some(endpoint));
         self.tell(Command::Addressed(Some(own))).await;
+        self.tell_hidden().await;
         let notes = Arc::new(Notes::new(self.commands.clone()));
         let mesh = Arc::clone(&self.mesh);
         let error = Routes::new(mesh, self.range, up, notes).serve().await;
@@ -161,6 +167,25 @@ impl Router {
         ))
         .await;
         self.tell(Command::Addressed(None)).await;
+    }
+
+    /// Says which networks of the node the pod does not reach.
+    async fn tell_hidden(&self) {
+        let routes = std::fs::read_to_string(ROUTES).unwrap_or_default();
+        let hidden = overlap::hidden(self.range, &routes);
+        if hidden.is_empty() {
+            return;
+        }
+        let named: Vec<_> = hidden.iter().map(ToString::to_string).collect();
+        let message = format!(
+            "the range {} of the pods' own addresses has networks of the compute node in it, which the pod does not reach: {}; choose another \
+             range (spec.podCIDR of the Node, or node.podRange of the kubelet)",
+            self.range,
+            named.join(", ")
+        );
+        tracing::warn!("{message}");
+        let reason = OVERLAPS;
+        self.tell(Command::Note { reason, message }).await;
     }
 
     async fn bring_up(&self, own: Ipv4Addr) -> Result<(Up, SocketAddr), String> {

@@ -8,7 +8,7 @@ use knoc_proto::{mesh::PodRange, reason::ErrorReason};
 use super::Actor;
 use crate::pod::{
     input::{Reply, RequestError},
-    state::{Pod, State},
+    state::Pod,
 };
 
 impl Actor {
@@ -20,7 +20,7 @@ impl Actor {
         pod
     }
 
-    /// The address of a pod that has a job.
+    /// The address of a pod whose job runs.
     async fn give_address(&self, mut pod: Pod) -> (Pod, Result<Ipv4Addr, RequestError>) {
         if let Some(address) = pod.address {
             return (pod, Ok(address));
@@ -41,8 +41,9 @@ impl Actor {
 
     fn free_address(&self, pod: &Pod) -> Result<Ipv4Addr, RequestError> {
         let refused = |reason, message: String| Err(RequestError::new(reason, message));
-        if !matches!(pod.state, State::WithJob { .. }) {
-            let message = format!("pod {} has no job", self.uid);
+        // The shim may be there before sbatch has answered.
+        if pod.is_over() {
+            let message = format!("pod {} has ended", self.uid);
             return refused(ErrorReason::NotRunning, message);
         }
         // The shape of a pod that was accepted is right.
@@ -90,7 +91,7 @@ mod tests {
             actor::NewActor,
             input::Wanted,
             placement::Placement,
-            state::{Facts, JobStage},
+            state::{Facts, JobStage, State},
         },
     };
 
@@ -144,7 +145,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_pod_without_a_job_or_without_a_range_gets_none() {
+    async fn a_pod_that_has_ended_or_has_no_range_gets_none() {
         let fake = Fake::new("").await;
         let (one, mut pod) = actor(&fake, "a", "");
         let none = one.give_address(pod.clone()).await.1.unwrap_err();
