@@ -51,14 +51,14 @@ impl Notes {
 
     /// Whoever has dialled is not the pod with this address, or may not reach this one.
     pub(super) fn refused(&self, claimed: Ipv4Addr) {
-        self.line(format!(
+        self.line(&format!(
             "refused a tunnel of somebody who is not the pod at {claimed}, or who may not reach this pod"
         ));
     }
 
     /// The shim of the pod with this address sends what it should not.
     pub(super) fn wrong_packet(&self, from: Ipv4Addr) {
-        self.line(format!(
+        self.line(&format!(
             "ended a tunnel of the pod at {from}: it had a packet that is not from there for this pod"
         ));
     }
@@ -74,7 +74,7 @@ impl Notes {
         }
     }
 
-    fn line(&self, message: String) {
+    fn line(&self, message: &str) {
         if spend(&self.lines) {
             tracing::warn!("{message}");
         }
