@@ -32,6 +32,11 @@ fn judge(setting: NetworkSetting, networks: &[PodNetwork]) -> Finding {
     let mut text = format!(
         "job.network is {setting}; of the running pods, {own} have a network of their own and {of_node} are in the node's"
     );
+    let addressed = networks.iter().filter(|one| !one.address.is_empty());
+    match addressed.count() {
+        0 => {}
+        count => text += &format!("; {count} have addresses of their own"),
+    }
     if networks.is_empty() {
         text += "; what the compute nodes can do is known once a pod runs";
     }
