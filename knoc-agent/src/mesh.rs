@@ -27,7 +27,7 @@ use knoc_link::bulk::RawClient;
 use knoc_proto::{
     ids::PodUid,
     mesh::{NamespacePairs, PodRange},
-    pb::{self, shim_client::ShimClient},
+    pb::{self, MeshMemberState, shim_client::ShimClient},
 };
 use tokio::{sync::watch, time::Instant};
 use tonic::transport::Channel;
@@ -136,7 +136,13 @@ impl Mesh {
     /// What a pod of the namespace `asker` may know about an address.
     fn look(&self, permitted: &NamespacePairs, asker: &str, address: Ipv4Addr) -> pb::MeshMember {
         let permits = |one: &str, other: &str| permitted.permits(one, other);
-        lock(&self.0.members).look(asker, address, permits)
+        let mut member = lock(&self.0.members).look(asker, address, permits);
+        // After a restart shims come back one after the other.
+        let is_given = || lock(&self.0.addresses).is_given(address);
+        if member.state() == MeshMemberState::Nobody && is_given() {
+            member.set_state(MeshMemberState::Away);
+        }
+        member
     }
 
     fn changes(&self) -> watch::Receiver<u64> {
@@ -204,7 +210,7 @@ mod tests {
         let range = "10.200.0.0/16".parse().unwrap();
         let address = mesh.give(&uid("a"), range).unwrap();
         let look = || look(&mesh, "shop", address);
-        assert_eq!(look(), State::Nobody);
+        assert_eq!(look(), State::Away, "its shim has no link yet");
         let endpoint = "10.0.0.7:4001".parse().unwrap();
         let older = mesh.register(address, ("shop", "key"), endpoint);
         assert_eq!(look(), State::Present);

@@ -91,6 +91,11 @@ impl Addresses {
         }
     }
 
+    /// Does a pod have this address?
+    pub(super) fn is_given(&self, address: Ipv4Addr) -> bool {
+        self.used.contains_key(&address)
+    }
+
     /// Takes the address of the pod back. Returns it if the pod had one.
     pub(super) fn take_back(&mut self, uid: &PodUid, now: Instant) -> Option<Ipv4Addr> {
         let address = self.of_pod.remove(uid)?;
@@ -191,6 +196,7 @@ mod tests {
         let range = range("10.1.0.0/29");
         assert!(all.restore(&uid("a"), address("10.1.0.2")));
         assert!(all.restore(&uid("a"), address("10.1.0.2")));
+        assert!(all.is_given(address("10.1.0.2")) && !all.is_given(address("10.1.0.4")));
         assert!(!all.restore(&uid("b"), address("10.1.0.2")));
         // Six addresses: the seventh from the first one is the second.
         assert_eq!(all.give(&uid("b"), range, now), Ok(address("10.1.0.3")));

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! An address stays known as long as somebody uses it. While there is no link, what was learned stays as it is: tunnels go on
-//! without the agent.
+//! without the agent. For the same reason a member that is present does not become away.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -130,8 +130,12 @@ impl Members {
         let Some(entry) = self.0.get_mut(&address) else {
             return Ok(false);
         };
-        let changes = entry.state != state;
-        entry.state = state;
+        // While its shim has no link to the agent, the pod has the same key at the same place.
+        let stays = matches!((&entry.state, &state), (State::Present(_), State::Away));
+        let changes = entry.state != state && !stays;
+        if changes {
+            entry.state = state;
+        }
         Ok(changes)
     }
 
@@ -198,10 +202,13 @@ mod tests {
         assert_eq!(members.learn(&present), Ok(true));
         assert_eq!(members.learn(&present), Ok(false));
         assert!(members.has(ONE, &"a".repeat(PIN)) && !members.has(ONE, &"b".repeat(PIN)));
+        // Tunnels go on while the other shim has no link to the agent.
+        assert_eq!(members.learn(&told(ONE, MeshMemberState::Away)), Ok(false));
+        assert!(members.has(ONE, &"a".repeat(PIN)));
         for (state, known) in [
-            (MeshMemberState::Away, State::Away),
             (MeshMemberState::Denied, State::Denied),
             (MeshMemberState::Nobody, State::Nobody),
+            (MeshMemberState::Away, State::Away),
         ] {
             assert_eq!(members.learn(&told(ONE, state)), Ok(true));
             assert_eq!(members.state(ONE), Some(&known));

@@ -132,20 +132,18 @@ impl Router {
         .await;
     }
 
-    /// Waits for the pod's address. Containers wait, too, until it is clear that there is none soon.
+    /// Waits for the pod's address. Containers wait, too, for a while: one may become free, and the agent may be back soon.
     async fn address(&self) -> Ipv4Addr {
         let mut given = self.mesh.given.subscribe();
         let mut patience = pin!(sleep_until(Instant::now() + WAIT));
         let mut waits = true;
+        let mut why = format!("the agent has given it none within {} s", WAIT.as_secs());
         loop {
             let now = given.borrow_and_update().clone();
             match now {
                 Given::Address(own) => return own,
-                Given::Nothing(why) if waits => {
-                    waits = false;
-                    self.without(&why).await;
-                }
-                Given::Nothing(_) | Given::Unknown => {}
+                Given::Nothing(because) => why = because,
+                Given::Unknown => {}
             }
             tokio::select! {
                 biased;
@@ -153,8 +151,7 @@ impl Router {
                 _ = given.changed() => {}
                 () = &mut patience, if waits => {
                     waits = false;
-                    let seconds = WAIT.as_secs();
-                    self.without(&format!("the agent has given it none within {seconds} s")).await;
+                    self.without(&why).await;
                 }
             }
         }
