@@ -53,7 +53,7 @@ struct Shared {
     members: Mutex<Members>,
     /// The shims that are present, each with the number of its link.
     clients: Mutex<HashMap<Ipv4Addr, (u64, Client)>>,
-    /// Grows with every change of `members`.
+    /// Grows with every change of `members`, and of the ranges of `addresses`.
     changes: watch::Sender<u64>,
     /// The number of the newest link of a shim.
     newest: AtomicU64,
@@ -76,13 +76,27 @@ impl Mesh {
 
     /// The address of the pod, a new one of this range if it has none. The caller records it before it tells anybody.
     pub(crate) fn give(&self, uid: &PodUid, range: PodRange) -> Result<Ipv4Addr, Exhausted> {
-        lock(&self.0.addresses).give(uid, range, Instant::now())
+        let mut addresses = lock(&self.0.addresses);
+        let before = addresses.ranges().len();
+        let given = addresses.give(uid, range, Instant::now());
+        let is_new = addresses.ranges().len() > before;
+        drop(addresses);
+        if is_new {
+            self.changed();
+        }
+        given
     }
 
-    /// Takes up a pod whose record names this address. Returns false if another pod has it.
+    /// Takes up a pod of this range whose record names this address. Returns false if another pod has it.
     #[must_use]
-    pub(crate) fn restore(&self, uid: &PodUid, address: Ipv4Addr) -> bool {
-        lock(&self.0.addresses).restore(uid, address)
+    pub(crate) fn restore(&self, uid: &PodUid, address: Ipv4Addr, range: Option<PodRange>) -> bool {
+        lock(&self.0.addresses).restore(uid, address, range)
+    }
+
+    /// The ranges of all pods.
+    fn ranges(&self) -> Vec<String> {
+        let addresses = lock(&self.0.addresses);
+        addresses.ranges().iter().map(ToString::to_string).collect()
     }
 
     /// The job of the pod has ended, or the pod is forgotten: its address may be given to another pod after a while.

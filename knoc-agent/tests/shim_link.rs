@@ -461,7 +461,7 @@ async fn a_pod_in_the_nodes_network_has_no_address_of_its_own_and_starts_without
     job.until(running).await;
     let address = pb::MeshAddress {
         address: "10.200.0.3".to_owned(),
-        why: String::new(),
+        ..pb::MeshAddress::default()
     };
     let first = pb::MeshControl {
         control: Some(Control::Address(address)),

@@ -14,6 +14,8 @@ use crate::{
 
 /// The most addresses that a shim asks about at a time.
 pub const MAX_ASKED: usize = 1024;
+/// The most ranges of the pods of one agent.
+pub const MAX_RANGES: usize = 16;
 /// The most pairs of a list.
 pub const MAX_PAIRS: usize = 1024;
 

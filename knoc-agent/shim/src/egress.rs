@@ -44,10 +44,7 @@ pub(crate) use self::{
     api::ApiServer,
     table::{Table, TableError},
 };
-use crate::{
-    launch::network::protocol::{Kind, Range},
-    network::Private,
-};
+use crate::{launch::network::protocol::Kind, mesh::Mesh, network::Private};
 
 /// How long a connection waits until it is taken.
 const PATIENCE: Duration = Duration::from_secs(knoc_proto::egress::PATIENCE);
@@ -74,11 +71,11 @@ pub(crate) enum Settled {
     Redirected(SocketAddrV4),
 }
 
-/// The pod's own network, from which other pods with addresses of this range are reached.
+/// The pod's own network, from which other pods are reached.
 #[derive(Debug)]
 struct Inside {
     network: Arc<Private>,
-    range: Range,
+    mesh: Arc<Mesh>,
 }
 
 /// What the listeners, the calls of the agent and the containers' files have in common.
@@ -117,10 +114,10 @@ impl Egress {
     }
 
     /// Connections may lead to other pods of the node, which are reached from the pod's own network.
-    pub(crate) fn leads_to_pods(&self, network: &Arc<Private>, range: Range) {
+    pub(crate) fn leads_to_pods(&self, network: &Arc<Private>, mesh: &Arc<Mesh>) {
         let inside = Inside {
             network: Arc::clone(network),
-            range,
+            mesh: Arc::clone(mesh),
         };
         // It is called once.
         self.inside.set(inside).ok();
@@ -184,7 +181,7 @@ impl Egress {
         let address: Option<Ipv4Addr> = redirect.address.parse().ok();
         let port = u16::try_from(redirect.port).ok().filter(|port| *port > 0);
         let inside = self.inside.get();
-        let is_pod = |address: &Ipv4Addr| inside.is_some_and(|it| it.range.contains(*address));
+        let is_pod = |address: &Ipv4Addr| inside.is_some_and(|it| it.mesh.reaches(*address));
         let Some((address, port)) = address.filter(is_pod).zip(port) else {
             let message = "redirect: it is not the address and port of a pod of this node";
             return Err(ErrorReason::InvalidRequest.status(message));

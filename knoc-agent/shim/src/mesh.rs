@@ -33,6 +33,7 @@ use std::{
 };
 
 use knoc_proto::{
+    mesh::{MAX_RANGES, PodRange},
     pb::{self, mesh_control::Control, mesh_question::Question},
     reason::ErrorReason,
     text::quote,
@@ -71,6 +72,8 @@ enum Given {
 pub(crate) struct Mesh {
     /// The addresses of the node's pods; `None` if the pod is to have none of its own.
     range: Option<Range>,
+    /// The addresses of all pods that can be reached: those of the node, and those of other nodes of the agent.
+    ranges: watch::Sender<BTreeSet<Range>>,
     given: watch::Sender<Given>,
     /// Where tunnels are taken, once the pod has its address.
     endpoint: watch::Sender<Option<SocketAddr>>,
@@ -90,10 +93,41 @@ pub(crate) struct Call(u64);
 impl Mesh {
     /// The mesh as a pod with this shape sees it.
     pub(crate) fn of(spec: &pb::PodSpec) -> Arc<Self> {
+        Self::with(Range::parse(&spec.pod_range))
+    }
+
+    fn with(range: Option<Range>) -> Arc<Self> {
         Arc::new(Self {
-            range: Range::parse(&spec.pod_range),
+            range,
+            ranges: watch::Sender::new(range.into_iter().collect()),
             ..Self::default()
         })
+    }
+
+    /// Can a pod have this address?
+    pub(crate) fn reaches(&self, address: Ipv4Addr) -> bool {
+        self.ranges.borrow().iter().any(|one| one.contains(address))
+    }
+
+    /// Is every address of this range that of a pod?
+    pub(crate) fn covers(&self, range: Range) -> bool {
+        let covers = |one: &Range| one.prefix <= range.prefix && one.contains(range.first);
+        self.ranges.borrow().iter().any(covers)
+    }
+
+    /// Adds the ranges of other nodes. They never become fewer: their pods may still be there.
+    fn add_ranges(&self, told: &[String]) {
+        let right = told.iter().filter(|text| text.parse::<PodRange>().is_ok());
+        let new: Vec<Range> = right.filter_map(|text| Range::parse(text)).collect();
+        self.ranges.send_if_modified(|known| {
+            let before = known.len();
+            for range in new {
+                if known.len() < MAX_RANGES {
+                    known.insert(range);
+                }
+            }
+            known.len() > before
+        });
     }
 
     /// The addresses of the node's pods, if this one is to have one of them.
@@ -105,7 +139,10 @@ impl Mesh {
     fn obey(&self, control: pb::MeshControl) -> Result<(), Status> {
         let invalid = |why: String| ErrorReason::InvalidRequest.status(why);
         match control.control {
-            Some(Control::Address(told)) => self.take_address(&told).map_err(invalid),
+            Some(Control::Address(told)) => {
+                self.add_ranges(&told.ranges);
+                self.take_address(&told).map_err(invalid)
+            }
             Some(Control::Member(told)) => {
                 let mut learned = Ok(false);
                 self.members.send_if_modified(|members| {

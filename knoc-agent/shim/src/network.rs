@@ -130,6 +130,11 @@ impl Private {
         Ok(packets)
     }
 
+    /// Has these ranges lead to other pods, too.
+    pub(crate) async fn reach(&self, ranges: BTreeSet<Range>) -> io::Result<()> {
+        self.holder.reach(ranges).await
+    }
+
     /// The address at which other pods reach it, if it has one.
     pub(crate) fn own_address(&self) -> Option<Ipv4Addr> {
         self.own.get().copied()

@@ -6,12 +6,15 @@
 //! restart nobody knows which addresses forgotten pods had, and a random one is most likely none of them.
 
 use std::{
-    collections::{HashMap, VecDeque, hash_map::Entry},
+    collections::{BTreeSet, HashMap, VecDeque, hash_map::Entry},
     net::Ipv4Addr,
     time::Duration,
 };
 
-use knoc_proto::{ids::PodUid, mesh::PodRange};
+use knoc_proto::{
+    ids::PodUid,
+    mesh::{MAX_RANGES, PodRange},
+};
 use tokio::time::Instant;
 
 /// How long an address rests.
@@ -38,6 +41,8 @@ pub(super) struct Addresses {
     resting: VecDeque<(Instant, Ipv4Addr)>,
     /// The address of each range that was given last.
     last: HashMap<PodRange, Ipv4Addr>,
+    /// The ranges of all pods that had an address, which are few: one for each node.
+    ranges: BTreeSet<PodRange>,
     /// Decides where the order of a range begins.
     seed: u32,
 }
@@ -49,6 +54,7 @@ impl Addresses {
             of_pod: HashMap::new(),
             resting: VecDeque::new(),
             last: HashMap::new(),
+            ranges: BTreeSet::new(),
             seed,
         }
     }
@@ -73,14 +79,34 @@ impl Addresses {
                 resting: resting.count(),
             });
         };
+        self.note_range(range);
         self.last.insert(range, address);
         self.used.insert(address, uid.clone());
         self.of_pod.insert(uid.clone(), address);
         Ok(address)
     }
 
+    /// The ranges of which pods have addresses.
+    pub(super) fn ranges(&self) -> &BTreeSet<PodRange> {
+        &self.ranges
+    }
+
+    fn note_range(&mut self, range: PodRange) {
+        if self.ranges.len() < MAX_RANGES {
+            self.ranges.insert(range);
+        }
+    }
+
     /// Takes up a pod that had this address before the agent started. Returns false if another pod has it.
-    pub(super) fn restore(&mut self, uid: &PodUid, address: Ipv4Addr) -> bool {
+    pub(super) fn restore(
+        &mut self,
+        uid: &PodUid,
+        address: Ipv4Addr,
+        range: Option<PodRange>,
+    ) -> bool {
+        if let Some(range) = range {
+            self.note_range(range);
+        }
         match self.used.entry(address) {
             Entry::Occupied(owner) => owner.get() == uid,
             Entry::Vacant(free) => {
@@ -194,17 +220,18 @@ mod tests {
     fn what_was_recorded_is_not_given_again_and_the_order_begins_anywhere() {
         let (mut all, now) = (Addresses::new(7), Instant::now());
         let range = range("10.1.0.0/29");
-        assert!(all.restore(&uid("a"), address("10.1.0.2")));
-        assert!(all.restore(&uid("a"), address("10.1.0.2")));
+        assert!(all.restore(&uid("a"), address("10.1.0.2"), None));
+        assert!(all.restore(&uid("a"), address("10.1.0.2"), None));
         assert!(all.is_given(address("10.1.0.2")) && !all.is_given(address("10.1.0.4")));
-        assert!(!all.restore(&uid("b"), address("10.1.0.2")));
+        assert!(!all.restore(&uid("b"), address("10.1.0.2"), None));
         // Six addresses: the seventh from the first one is the second.
         assert_eq!(all.give(&uid("b"), range, now), Ok(address("10.1.0.3")));
         assert_eq!(all.give(&uid("a"), range, now), Ok(address("10.1.0.2")));
         // One that had ended before the restart rests from then on.
-        assert!(all.restore(&uid("c"), address("10.1.0.4")));
+        assert!(all.restore(&uid("c"), address("10.1.0.4"), Some(range)));
         all.take_back(&uid("c"), now);
         assert_eq!(all.give(&uid("d"), range, now), Ok(address("10.1.0.5")));
+        assert_eq!(all.ranges().len(), 1);
         let largest = super::tests::range("10.0.0.0/8");
         let far = Addresses::new(u32::MAX).give(&uid("e"), largest, now);
         assert!(largest.contains(far.unwrap()));

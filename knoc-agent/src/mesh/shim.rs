@@ -59,14 +59,16 @@ pub(super) async fn follow(mesh: &Mesh, mut shim: Shim) {
 async fn session(mesh: &Mesh, shim: &mut Shim) -> Result<(), Status> {
     let address = address(shim).await;
     let given = address.as_ref().ok().copied();
+    let ranges = mesh.ranges();
     let (controls, sent) = mpsc::channel(CONTROLS);
     // The channel is empty.
-    controls.send(told(address)).await.ok();
+    controls.send(told(address, ranges.clone())).await.ok();
     let answer = shim.client.join_mesh(ReceiverStream::new(sent)).await?;
     let mut session = Session {
         mesh,
         shim,
         address: given,
+        ranges,
         controls,
         asked: HashMap::new(),
         registered: None,
@@ -89,14 +91,18 @@ async fn address(shim: &Shim) -> Result<Ipv4Addr, String> {
     }
 }
 
-/// PURE: the message about the pod's own address.
-fn told(address: Result<Ipv4Addr, String>) -> pb::MeshControl {
+/// PURE: the message about the pod's own address, and the ranges of all pods.
+fn told(address: Result<Ipv4Addr, String>, ranges: Vec<String>) -> pb::MeshControl {
     let (address, why) = match address {
         Ok(address) => (address.to_string(), String::new()),
         Err(why) => (String::new(), why),
     };
     pb::MeshControl {
-        control: Some(Control::Address(pb::MeshAddress { address, why })),
+        control: Some(Control::Address(pb::MeshAddress {
+            address,
+            why,
+            ranges,
+        })),
     }
 }
 
@@ -105,6 +111,8 @@ struct Session<'a> {
     shim: &'a Shim,
     /// The address of the pod, if it has one.
     address: Option<Ipv4Addr>,
+    /// The ranges that the shim was told last.
+    ranges: Vec<String>,
     controls: mpsc::Sender<pb::MeshControl>,
     /// What the shim was told last about each address that it asked for.
     asked: HashMap<Ipv4Addr, pb::MeshMember>,
@@ -202,6 +210,11 @@ impl Session<'_> {
 
     /// Tells the shim what is different from what it was told last.
     async fn tell_changes(&mut self) -> Result<(), Status> {
+        let ranges = self.mesh.ranges();
+        if let Some(address) = self.address.filter(|_| ranges != self.ranges) {
+            self.ranges.clone_from(&ranges);
+            self.control(told(Ok(address), ranges)).await?;
+        }
         let mut news = Vec::new();
         let permitted = self.mesh.permitted();
         for (address, known) in &mut self.asked {
@@ -221,7 +234,8 @@ impl Session<'_> {
     async fn try_again(&mut self) -> Result<(), Status> {
         let address = address(self.shim).await;
         self.address = address.as_ref().ok().copied();
-        self.control(told(address)).await
+        self.ranges = self.mesh.ranges();
+        self.control(told(address, self.ranges.clone())).await
     }
 
     async fn send(&self, member: pb::MeshMember) -> Result<(), Status> {
@@ -284,6 +298,7 @@ mod tests {
             mesh,
             shim,
             address,
+            ranges: Vec::new(),
             controls,
             asked: HashMap::new(),
             registered: None,
@@ -379,7 +394,7 @@ mod tests {
 
     #[test]
     fn a_pod_learns_its_address_or_why_it_has_none() {
-        let of = |address| match told(address).control {
+        let of = |address| match told(address, Vec::new()).control {
             Some(Control::Address(told)) => (told.address, told.why),
             Some(Control::Member(_)) | None => panic!("no address"),
         };
@@ -410,5 +425,23 @@ mod tests {
         assert_eq!(session.tunnels.len(), 1);
         drop(registered);
         assert!(mesh.client(OTHER).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_shim_is_told_of_the_ranges_of_other_nodes() {
+        let (mesh, shim) = (Mesh::new(Live::fixed(Policy::default()), 0), shim());
+        let (mut session, mut sent) = session(&mesh, &shim, Some(OWN));
+        session.tell_changes().await.unwrap();
+        sent.try_recv().unwrap_err();
+        let uid = PodUid::try_from("b").unwrap();
+        mesh.give(&uid, "10.201.0.0/16".parse().unwrap()).unwrap();
+        session.tell_changes().await.unwrap();
+        let Some(Control::Address(told)) = sent.try_recv().unwrap().control else {
+            panic!("no address");
+        };
+        assert_eq!(told.address, OWN.to_string());
+        assert_eq!(told.ranges, ["10.201.0.0/16"]);
+        session.tell_changes().await.unwrap();
+        sent.try_recv().unwrap_err();
     }
 }

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     launch::network::protocol::{Kind, Range},
+    mesh::Mesh,
     network::{Network, Private},
     pod::Pod,
 };
@@ -37,8 +38,7 @@ pub(crate) struct Ports {
     open: HashMap<(Kind, u16), AbortHandle>,
     tasks: JoinSet<()>,
     gate: Gate,
-    /// The addresses of the node's pods, if they have some of their own.
-    mesh: Option<Range>,
+    mesh: Arc<Mesh>,
 }
 
 impl Ports {
@@ -50,15 +50,15 @@ impl Ports {
         if private.no_edge.is_some() {
             return None;
         }
-        if let Some(range) = pod.mesh.range() {
-            pod.egress.leads_to_pods(private, range);
+        if pod.mesh.range().is_some() {
+            pod.egress.leads_to_pods(private, &pod.mesh);
         }
         let mut ports = Self {
             private: Arc::clone(private),
             open: HashMap::new(),
             tasks: JoinSet::new(),
             gate,
-            mesh: pod.mesh.range(),
+            mesh: Arc::clone(&pod.mesh),
         };
         ports.follow(&pod.egress.table()).await;
         Some(ports)
@@ -109,7 +109,7 @@ impl Ports {
     /// What leads to the cluster: not the addresses of the node's own pods, to which the mesh leads.
     fn to_cluster(&self, table: &Table) -> BTreeSet<Range> {
         let ranges = table.ranges.iter().copied();
-        ranges.filter(|range| Some(*range) != self.mesh).collect()
+        ranges.filter(|range| !self.mesh.covers(*range)).collect()
     }
 
     async fn listen(&mut self, kind: Kind, port: u16) -> io::Result<AbortHandle> {

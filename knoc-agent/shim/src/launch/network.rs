@@ -243,6 +243,11 @@ fn carry_out(
             ))?;
             Ok((Answer::Done, Some(made)))
         }
+        Request::MeshRoutes(ranges) => {
+            let led = mesh::lead(&ranges);
+            led.map_err(NetworkError::on("add a route to other pods"))?;
+            Ok((Answer::Done, None))
+        }
     }
 }
 

@@ -67,8 +67,7 @@ impl Inbound {
             .await
             .ok()?
             .ok()?;
-        let range = self.mesh.range()?;
-        if from == self.own || !range.contains(from) {
+        if from == self.own || !self.mesh.reaches(from) {
             return None;
         }
         let wanted = self.mesh.want(from)?;

@@ -124,7 +124,10 @@ impl Router {
         self.tell_hidden().await;
         let notes = Arc::new(Notes::new(self.commands.clone()));
         let mesh = Arc::clone(&self.mesh);
-        let error = Routes::new(mesh, self.range, up, notes).serve().await;
+        let error = tokio::select! {
+            error = Routes::new(mesh, up, notes).serve() => error,
+            error = self.keep_routes() => error,
+        };
         self.mesh.endpoint.send_replace(None);
         self.note(format!(
             "the pod is not reached at {own} any more: its interface has failed: {error}"
@@ -164,6 +167,21 @@ impl Router {
         ))
         .await;
         self.tell(Command::Addressed(None)).await;
+    }
+
+    /// Has the addresses of other nodes' pods lead to the interface, too. Returns why it cannot.
+    async fn keep_routes(&self) -> io::Error {
+        let mut ranges = self.mesh.ranges.subscribe();
+        loop {
+            let now = ranges.borrow_and_update().clone();
+            if now.len() > 1
+                && let Err(error) = self.private.reach(now).await
+            {
+                return error;
+            }
+            // The sender is in `self.mesh`.
+            ranges.changed().await.ok();
+        }
     }
 
     /// Says which networks of the node the pod does not reach.
@@ -231,7 +249,6 @@ impl Router {
 /// Where packets go, and the tasks that carry them.
 struct Routes {
     mesh: Arc<Mesh>,
-    range: Range,
     up: Up,
     notes: Arc<Notes>,
     /// The queues of packets, each with the number of its lane.
@@ -244,10 +261,9 @@ struct Routes {
 }
 
 impl Routes {
-    fn new(mesh: Arc<Mesh>, range: Range, up: Up, notes: Arc<Notes>) -> Self {
+    fn new(mesh: Arc<Mesh>, up: Up, notes: Arc<Notes>) -> Self {
         Self {
             mesh,
-            range,
             up,
             notes,
             queues: HashMap::new(),
@@ -299,7 +315,7 @@ impl Routes {
         let Some(Header { source, target }) = header(packet) else {
             return;
         };
-        if source != self.up.own || target == self.up.own || !self.range.contains(target) {
+        if source != self.up.own || target == self.up.own || !self.mesh.reaches(target) {
             return;
         }
         let mut packet = Bytes::copy_from_slice(packet);

@@ -16,6 +16,7 @@ fn address(address: &str, why: &str) -> pb::MeshControl {
     let told = pb::MeshAddress {
         address: address.to_owned(),
         why: why.to_owned(),
+        ranges: Vec::new(),
     };
     pb::MeshControl {
         control: Some(Control::Address(told)),
@@ -96,4 +97,30 @@ fn whoever_uses_an_address_hears_of_every_change() {
     // A member without a key.
     mesh.obey(told(pb::MeshMemberState::Present)).unwrap_err();
     mesh.obey(pb::MeshControl::default()).unwrap();
+}
+
+#[test]
+fn pods_of_other_nodes_are_reached_once_the_agent_names_their_range() {
+    let mesh = mesh();
+    let other = Ipv4Addr::new(10, 201, 0, 7);
+    assert!(mesh.reaches(OTHER) && !mesh.reaches(other));
+    let mut ranges = mesh.ranges.subscribe();
+    let control = pb::MeshControl {
+        control: Some(Control::Address(pb::MeshAddress {
+            address: OWN.to_string(),
+            ranges: ["10.200.0.0/16", "10.201.0.0/16", "127.0.0.0/8", "x"]
+                .map(str::to_owned)
+                .into(),
+            ..pb::MeshAddress::default()
+        })),
+    };
+    mesh.obey(control.clone()).unwrap();
+    assert!(mesh.reaches(other) && !mesh.reaches(Ipv4Addr::LOCALHOST));
+    assert!(ranges.has_changed().unwrap());
+    ranges.borrow_and_update();
+    mesh.obey(control).unwrap();
+    assert!(!ranges.has_changed().unwrap());
+    let covers = |text: &str| mesh.covers(Range::parse(text).unwrap());
+    assert!(covers("10.201.0.0/16") && covers("10.200.7.0/24") && !covers("10.200.0.0/15"));
+    assert!(!Mesh::of(&pb::PodSpec::default()).reaches(OTHER));
 }

@@ -105,6 +105,11 @@ impl Holder {
         self.ask_for_one(Request::Mesh { address, range }).await
     }
 
+    /// Has these ranges lead over the interface of the mesh.
+    pub(super) async fn reach(self: &Arc<Self>, ranges: BTreeSet<Range>) -> io::Result<()> {
+        self.ask(Request::MeshRoutes(ranges)).await.map(drop)
+    }
+
     /// Whether the pod has a way to other networks.
     pub(super) async fn is_routed(self: &Arc<Self>) -> io::Result<bool> {
         Ok(self.ask(Request::IsRouted).await?.0 == Answer::Routed(true))

@@ -58,7 +58,8 @@ impl Actor {
     /// Takes up the address in the record of a pod that was restored.
     pub(super) fn take_up_address(&self, pod: &mut Pod) {
         let Some(address) = pod.address else { return };
-        if !self.site.mesh.restore(&self.uid, address) {
+        let range = self.spec.pod_range.parse().ok();
+        if !self.site.mesh.restore(&self.uid, address, range) {
             tracing::error!(uid = %self.uid, %address, "the records name the same address for two pods: this one gets another");
             pod.address = None;
         }

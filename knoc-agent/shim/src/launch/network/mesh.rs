@@ -3,7 +3,7 @@
 //! It is a TUN device: what the kernel sends over it is read from its descriptor, packet by packet, and what is written there has
 //! arrived. The device goes with its last descriptor, which the shim has.
 
-use std::{io, net::Ipv4Addr, os::fd::OwnedFd};
+use std::{collections::BTreeSet, io, net::Ipv4Addr, os::fd::OwnedFd};
 
 use nix::net::if_::if_nametoindex;
 
@@ -33,4 +33,17 @@ pub(super) fn create(address: Ipv4Addr, range: Range) -> io::Result<OwnedFd> {
         way: Way::Link,
     })?;
     Ok(packets)
+}
+
+/// Reaches these ranges over the interface, too.
+pub(super) fn lead(ranges: &BTreeSet<Range>) -> io::Result<()> {
+    let device = if_nametoindex(NAME)?;
+    for to in ranges {
+        netlink::add_route(Route {
+            to: *to,
+            device,
+            way: Way::Link,
+        })?;
+    }
+    Ok(())
 }

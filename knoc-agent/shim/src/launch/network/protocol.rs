@@ -33,6 +33,8 @@ pub(crate) enum Request {
     EdgeSocket(Kind),
     /// The interface of the mesh: the pod has this address on it, and what it sends to the range can be read from it. Sent once.
     Mesh { address: Ipv4Addr, range: Range },
+    /// What the pod sends to these ranges can be read from it, too.
+    MeshRoutes(BTreeSet<Range>),
 }
 
 /// The family of a socket.

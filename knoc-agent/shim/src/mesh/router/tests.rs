@@ -44,10 +44,7 @@ fn packet(source: Ipv4Addr, target: Ipv4Addr, content: &[u8]) -> Vec<u8> {
 /// Starts the routes of a pod.
 async fn start(address: Ipv4Addr, tasks: &mut JoinSet<()>) -> Pod {
     let range = Range::parse("10.200.0.0/16").unwrap();
-    let mesh = Arc::new(Mesh {
-        range: Some(range),
-        ..Mesh::default()
-    });
+    let mesh = Mesh::with(Some(range));
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     let pair = KeyPair::generate("shim").unwrap();
@@ -68,7 +65,7 @@ async fn start(address: Ipv4Addr, tasks: &mut JoinSet<()>) -> Pod {
     };
     let (commands, orders) = mpsc::channel(16);
     let notes = Arc::new(Notes::new(commands));
-    let routes = Routes::new(Arc::clone(&mesh), range, up, notes);
+    let routes = Routes::new(Arc::clone(&mesh), up, notes);
     tasks.spawn(async move {
         routes.serve().await;
     });
