@@ -470,7 +470,7 @@ async fn a_pod_in_the_nodes_network_has_no_address_of_its_own_and_starts_without
     let refused = refused.unwrap_err();
     assert_eq!(ErrorReason::of(&refused), Some(ErrorReason::InvalidRequest));
     let first = pb::MeshBytes {
-        bytes: Some(pb::mesh_bytes::Bytes::Carried(pb::MeshCarried::default())),
+        content: Some(pb::mesh_bytes::Content::Carried(pb::MeshCarried::default())),
     };
     let refused = shim.mesh_stream(tokio_stream::iter([first])).await;
     let refused = refused.unwrap_err();

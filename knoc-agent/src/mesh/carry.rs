@@ -5,7 +5,7 @@
 
 use std::net::Ipv4Addr;
 
-use knoc_proto::pb::{self, mesh_bytes::Bytes};
+use knoc_proto::pb::{self, mesh_bytes::Content};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
@@ -25,9 +25,9 @@ impl End {
     /// Opens it; `to` is the address that this shim asked for, or nothing.
     async fn open(client: &mut Client, to: String) -> Result<Self, Status> {
         let (output, sent) = mpsc::channel(WAITING);
-        let carried = Bytes::Carried(pb::MeshCarried { to });
+        let carried = Content::Carried(pb::MeshCarried { to });
         let first = pb::MeshBytes {
-            bytes: Some(carried),
+            content: Some(carried),
         };
         // The channel is empty.
         output.send(first).await.ok();
@@ -57,7 +57,7 @@ async fn copy(
 ) -> Result<(), Status> {
     while let Some(message) = input.message().await? {
         // The first message is the agent's alone.
-        let is_data = matches!(message.bytes, Some(Bytes::Data(_)));
+        let is_data = matches!(message.content, Some(Content::Data(_)));
         if is_data && output.send(message).await.is_err() {
             break;
         }

@@ -17,7 +17,7 @@ use bytes::BytesMut;
 use knoc_link::{Origin, carrier::Unverified};
 use knoc_proto::{
     CHUNK,
-    pb::{self, mesh_bytes::Bytes, mesh_question::Question},
+    pb::{self, mesh_bytes::Content, mesh_question::Question},
     reason::ErrorReason,
 };
 use tokio::{
@@ -78,7 +78,7 @@ impl Mesh {
         calls: &mut Streaming<pb::MeshBytes>,
     ) -> Result<DuplexStream, Status> {
         let first = calls.message().await?.unwrap_or_default();
-        let Some(Bytes::Carried(carried)) = first.bytes else {
+        let Some(Content::Carried(carried)) = first.content else {
             let message = "the first message of MeshStream is `carried`";
             return Err(ErrorReason::InvalidRequest.status(message));
         };
@@ -141,7 +141,7 @@ pub(crate) async fn copy(
     let (mut reader, mut writer) = tokio::io::split(tunnel);
     let to_tunnel = async {
         while let Ok(Some(message)) = calls.message().await {
-            if let Some(Bytes::Data(data)) = message.bytes
+            if let Some(Content::Data(data)) = message.content
                 && writer.write_all(&data).await.is_err()
             {
                 return;
@@ -156,8 +156,10 @@ pub(crate) async fn copy(
                 Ok(1..) => {}
                 Ok(0) | Err(_) => return,
             }
-            let data = Bytes::Data(buffer.split().freeze());
-            let message = pb::MeshBytes { bytes: Some(data) };
+            let data = Content::Data(buffer.split().freeze());
+            let message = pb::MeshBytes {
+                content: Some(data),
+            };
             if output.send(Ok(message)).await.is_err() {
                 return;
             }
