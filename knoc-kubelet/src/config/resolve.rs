@@ -334,10 +334,7 @@ impl Resolver<'_> {
     /// The range of the pods' own addresses, if there is one and it is right.
     fn pod_range(&mut self) -> Option<PodRange> {
         let node = &self.settings.node;
-        if node.pod_range.is_empty() {
-            return None;
-        }
-        let range = node.pod_range.parse::<PodRange>();
+        let range = node.pod_range.as_ref()?.parse::<PodRange>();
         if node.pod_ip != PodIpPolicy::Own {
             let what = "is of use with `node.podIP: own` only";
             self.wrong("node.podRange", what);

@@ -211,7 +211,7 @@ pub struct Node {
     pub pod_ip: PodIpPolicy,
     /// From which range pods get addresses of their own (`podIP: own`), such as `10.200.0.0/16`, if the Node has no
     /// `spec.podCIDR`.
-    pub pod_range: String,
+    pub pod_range: Option<String>,
 }
 
 /// What pods have as `status.podIP`, which Kubernetes' controllers publish as the endpoint of Services.
@@ -238,7 +238,7 @@ impl Default for Node {
             taint: true,
             cluster_domain: "cluster.local".to_owned(),
             pod_ip: PodIpPolicy::None,
-            pod_range: String::new(),
+            pod_range: None,
         }
     }
 }

@@ -301,7 +301,6 @@ fn the_charts_values_are_the_defaults() {
         "node.taint",
         "node.clusterDomain",
         "node.podIP",
-        "node.podRange",
         "server.websockets",
         "identity.kind",
         "log.level",
