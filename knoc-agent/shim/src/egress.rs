@@ -169,29 +169,29 @@ impl Egress {
                 drop(self.withdraw(refusal.id));
                 Ok(())
             }
-            Some(Control::Redirect(redirect)) => self.redirect(&redirect),
+            Some(Control::Redirect(redirect)) => {
+                self.redirect(&redirect);
+                Ok(())
+            }
             // A message that a newer agent knows.
             None => Ok(()),
         }
     }
 
-    /// The connection leads to another pod, if its address can be one.
-    fn redirect(&self, redirect: &pb::EgressRedirect) -> Result<(), Status> {
-        let taker = self.withdraw(redirect.id);
+    /// The connection leads to another pod. If its address cannot be one, or this pod has none itself, it is refused.
+    fn redirect(&self, redirect: &pb::EgressRedirect) {
+        let Some(taker) = self.withdraw(redirect.id) else {
+            return;
+        };
         let address: Option<Ipv4Addr> = redirect.address.parse().ok();
         let port = u16::try_from(redirect.port).ok().filter(|port| *port > 0);
         let inside = self.inside.get();
         let is_pod = |address: &Ipv4Addr| inside.is_some_and(|it| it.mesh.reaches(*address));
-        let Some((address, port)) = address.filter(is_pod).zip(port) else {
-            let message = "redirect: it is not the address and port of a pod of this node";
-            return Err(ErrorReason::InvalidRequest.status(message));
-        };
-        if let Some(taker) = taker {
+        if let Some((address, port)) = address.filter(is_pod).zip(port) {
             let pod = SocketAddrV4::new(address, port);
             // The container may have given up.
             taker.send(Settled::Redirected(pod)).ok();
         }
-        Ok(())
     }
 
     /// Takes the first message of `WatchEgress`; from now on, earlier calls end.
