@@ -14,6 +14,7 @@
 
 mod carry;
 mod decide;
+mod own_pod;
 mod table;
 mod told;
 mod watch;
@@ -27,7 +28,6 @@ use std::{
 
 use jiff::Timestamp;
 use knoc_proto::{
-    capability,
     error::chain,
     ids::PodUid,
     pb::{self, egress_control::Control},
@@ -372,37 +372,13 @@ impl Connections {
         let Ok(uid) = PodUid::try_from(attempt.uid.as_str()) else {
             return;
         };
-        if let Some(pod) = self.own_pod(&uid, attempt) {
-            tracing::debug!(%uid, %pod, "a pod connects to another one of the node");
-            let redirect = pb::EgressRedirect {
-                uid: uid.to_string(),
-                id: attempt.id,
-                address: pod.ip().to_string(),
-                port: pod.port().into(),
-            };
-            // If it does not fit, the connection ends at the shim's deadline.
-            controls.try_send(control(Control::Redirect(redirect))).ok();
+        if self.send_back(&uid, attempt, controls) {
             return;
         }
         match self.decide(&uid, attempt) {
             Ok(connection) => self.carry(connection),
             Err(refused) => self.refuse(&uid, attempt.id, &refused.to_string(), controls),
         }
-    }
-
-    /// The pod of the node to which the connection leads, if it leads to one and the agent can have its shim reach it.
-    fn own_pod(&self, uid: &PodUid, attempt: &pb::EgressAttempt) -> Option<SocketAddr> {
-        let able = self.setup.link.borrow().serves(capability::POD_ADDRESSES);
-        if !able || attempt.protocol() != pb::EgressProtocol::Tcp {
-            return None;
-        }
-        let to = (target(attempt)?, attempt.protocol());
-        let (unit, random) = (&self.setup.unit, rand::random::<u64>());
-        let found = self.cluster.look(|state| {
-            let is_own = |address| unit.is_own_pod(address);
-            decide::own_pod(&state.table, to, (uid.as_str(), random), is_own)
-        });
-        found.flatten()
     }
 
     fn decide(&self, uid: &PodUid, attempt: &pb::EgressAttempt) -> Result<Connection, Refused> {
