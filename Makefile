@@ -78,6 +78,12 @@ links: prepare ## measures each way to the agent on its profile; writes the tabl
 sealed-secrets: prepare ## runs a kubelet with Secrets that sealed-secrets has created (docs/guide/links.md)
 	@$(TESTBED)/sealed-secrets.sh
 
+.PHONY: argo
+argo: up ## runs Argo Workflows: the examples in deploy/examples/argo, and 200 steps beside 200 plain pods (docs/guide/argo.md)
+	@trap '$(TESTBED)/argo.sh down' EXIT; $(TESTBED)/argo.sh up; eval "$$($(TESTBED)/env.sh)"; \
+	   cargo test -p knoc-tests --test l3_argo -- --test-threads=2 --skip two_hundred; \
+	   cargo test -p knoc-tests --test l3_argo -- --nocapture two_hundred
+
 .PHONY: ssh-transcript
 ssh-transcript: prepare ## goes from an SSH login to a pod's log, with times; writes docs/ssh-transcript.md
 	@$(TESTBED)/ssh-transcript.sh
@@ -100,8 +106,8 @@ interop: up ## tests every client against the kubelet's API; writes docs/interop
 	@eval "$$($(TESTBED)/env.sh)"; KNOC_INTEROP_PAGE=$(CURDIR)/docs/interop.md cargo test -p knoc-tests --test l3_interop -- --test-threads=4
 
 .PHONY: conformance
-conformance: up ## runs the upstream suite; writes docs/conformance.md: LIST=A|B|FILE, FOCUS='words|words', ONLY=new|failed, MINUTES=N
-	@$(TESTBED)/conformance/run.sh $(if $(FOCUS),--focus '$(FOCUS)') $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES)) \
+conformance: up ## runs the upstream suite; writes docs/conformance.md: LIST=A|B|FILE, FOCUS='words|words', ONLY=new|failed, MINUTES=N, NODES=exclusive
+	@NODES=$(NODES) $(TESTBED)/conformance/run.sh $(if $(FOCUS),--focus '$(FOCUS)') $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES)) \
 	   $(if $(SIDE),--side $(SIDE)) $(if $(LIMIT),--limit $(LIMIT)) $(or $(LIST),A)
 
 .PHONY: up

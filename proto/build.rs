@@ -16,6 +16,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "knoc/v1/mesh.proto",
         "knoc/v1/agent.proto",
         "knoc/v1/shim.proto",
+        "knoc/v1/rank.proto",
     ];
     println!("cargo:rerun-if-changed=knoc/v1");
     let descriptors = protox::compile(files, ["."])?;

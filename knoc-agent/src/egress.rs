@@ -377,6 +377,48 @@ mod tests {
         assert_eq!(call.next().await, Some(attempt(1)));
     }
 
+    #[tokio::test]
+    async fn only_the_caller_takes_a_connection_and_nobody_is_told_of_it_again() {
+        let egress = Egress::default();
+        let call = || egress.call("n", Some(unix(1))).unwrap();
+        let announce = |id| egress.node("n").unwrap().announce(attempt(id)).unwrap();
+        let uid = PodUid::try_from("u").unwrap();
+        let first = call();
+        announce(1);
+        assert_eq!(first.next().await, Some(attempt(1)));
+        let others = [("n", Some(unix(2))), ("n", None), ("m", Some(unix(1)))];
+        for (node, peer) in others {
+            let denied = egress.settle(node, peer.as_ref(), (&uid, 1));
+            let reason = ErrorReason::of(&denied.unwrap_err());
+            assert_eq!(reason, Some(ErrorReason::LeadershipDenied));
+        }
+        let second = call();
+        assert_eq!(second.next().await, Some(attempt(1)), "it still waits");
+        egress.settle("n", Some(&unix(1)), (&uid, 1)).unwrap();
+        announce(2);
+        let third = call();
+        assert_eq!(third.next().await, Some(attempt(2)));
+        third.refuse(&pb::EgressRefusal {
+            uid: "u".to_owned(),
+            id: 2,
+        });
+        announce(3);
+        assert_eq!(call().next().await, Some(attempt(3)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_waits_is_told_of_a_connection() {
+        let egress = Egress::default();
+        let call = egress.call("n", Some(unix(1))).unwrap();
+        let late = async {
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+            egress.node("n").unwrap().announce(attempt(1)).unwrap();
+        };
+        let next = tokio::time::timeout(std::time::Duration::from_secs(2), call.next());
+        let (next, ()) = tokio::join!(next, late);
+        assert_eq!(next.unwrap(), Some(attempt(1)));
+    }
+
     #[test]
     fn a_refusal_reaches_the_newest_call_of_its_shim() {
         let egress = Egress::default();

@@ -326,7 +326,7 @@ impl Init<'_> {
              knoc-system -f {folder}/kubelet-bundle.yaml\n     and install the chart with \
              agent.site={site}, agent.address={host}:{port}\n\n{folder}/tls/ca.key is used to \
              renew the certificates before they expire after a year: leave it there, readable only by you. Without it \
-             you have to renew them by hand.\n",
+             they cannot be renewed, and the link ends after that year.\n",
         )
     }
 }

@@ -45,7 +45,7 @@ enum Command {
     Serve(Serve),
     /// Connects standard input and output to the running agent, for a link over SSH.
     Connect(Connect),
-    /// Tells how the site lets the agent be kept running, or sets one of these ways up
+    /// Lists the ways in which this site lets the agent be kept running, or sets one of them up
     RunMode(run_mode::cli::Options),
     /// Answers `knocctl agent` over SSH: a request as JSON on standard input
     #[command(hide = true)]
@@ -72,6 +72,17 @@ enum Command {
     /// Holds the PID namespace that the containers of a pod share.
     #[command(hide = true)]
     Hold,
+    /// Runs one rank of an MPI program; srun starts it on the node of the rank.
+    #[command(hide = true)]
+    Rank {
+        /// The job directory.
+        jobdir: PathBuf,
+        /// The attempt of the container.
+        attempt: u32,
+        /// Where the shim listens.
+        #[arg(required = true)]
+        addresses: Vec<String>,
+    },
     /// Starts a process in the namespaces of a running container.
     #[command(hide = true)]
     Enter {
@@ -152,6 +163,11 @@ fn main() -> ExitCode {
         Command::Contain => return knoc_shim::launch::contain::main(),
         Command::Network => return knoc_shim::launch::network::main(),
         Command::Hold => return knoc_shim::launch::hold::main(),
+        Command::Rank {
+            jobdir,
+            attempt,
+            addresses,
+        } => return knoc_shim::rank::main(&jobdir, attempt, &addresses),
         Command::Enter { arguments } => return knoc_shim::launch::enter::main(&arguments),
         Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Init(options) => {

@@ -255,6 +255,16 @@ impl Scheduler {
         }
     }
 
+    /// The absolute path of srun, with which a job starts the ranks of its pod; `None` if this
+    /// scheduler's jobs have none.
+    #[must_use]
+    pub fn srun(&self) -> Option<PathBuf> {
+        match self {
+            Self::Slurm(slurm) => Some(slurm.settings().find(&slurm.settings().srun)),
+            Self::Local(_) => None,
+        }
+    }
+
     /// Whether this text, of a command of [`Self::enter`] that failed, means that the site permits
     /// no such command.
     #[must_use]

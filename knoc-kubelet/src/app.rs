@@ -40,6 +40,7 @@ use crate::{
         watch::PodWatch,
         watch_orphans,
     },
+    relay,
     server::{Server, ServerError},
     stats::Stats,
 };
@@ -251,6 +252,7 @@ impl App {
         let agent_watch = AgentWatch::new(agent, store, queue.clone(), link_to, capacity_to);
         let (missing_to, missing) = watch::channel(0);
         let pod_watch = PodWatch::new(context.clone(), listed_to, missing_to);
+        self.relay(&context, own_account.clone(), tasks, shutdown);
         self.follow_egress(&context, own_account, tasks, shutdown);
         let token = || shutdown.clone();
         tasks.spawn(services.run(client.clone(), token()));
@@ -283,9 +285,37 @@ impl App {
             link: context.site.link.clone(),
             store: self.store.clone(),
             events: context.api.events.clone(),
+            node: self.config.node.name.clone(),
             described: context.site.network.clone(),
         };
         egress::start(setup, client, context.api.services.clone(), tasks, shutdown);
+    }
+
+    /// Starts the tasks that let Services lead to pods, if the configuration has any.
+    fn relay(
+        &self,
+        context: &Context,
+        client: Client,
+        tasks: &mut JoinSet<()>,
+        shutdown: &CancellationToken,
+    ) {
+        let Some(config) = self.config.relay.clone() else {
+            return;
+        };
+        // The node's address is one, or it was found as one.
+        let Some(address) = config.address.or_else(|| self.internal_ip.parse().ok()) else {
+            return;
+        };
+        let setup = relay::Setup {
+            config,
+            address,
+            node: self.config.node.name.clone(),
+            agent: self.agent.clone(),
+            store: self.store.clone(),
+            services: context.api.services.clone(),
+            events: context.api.events.clone(),
+        };
+        relay::start(setup, client, tasks, shutdown);
     }
 
     fn api_server(&self, client: Client, events: Events, services: Services) -> ApiServer {

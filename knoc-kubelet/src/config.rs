@@ -10,6 +10,7 @@ pub mod settings;
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
     path::{Path, PathBuf},
 };
 
@@ -45,6 +46,8 @@ pub struct Config {
     pub log: LogConfig,
     /// The Node object.
     pub node: NodeConfig,
+    /// Which Services lead to pods of the node; None if none does.
+    pub relay: Option<RelayConfig>,
     /// The kubelet's HTTPS API.
     pub server: ServerConfig,
     /// Every setting with its effective value, for `/configz`. Settings hold no secrets: they name the files that do.
@@ -92,6 +95,19 @@ pub struct EgressConfig {
     pub pod_ranges: Vec<Range>,
     /// The address of the cluster's DNS; None for that of `kube-system/kube-dns`.
     pub dns: Option<IpAddr>,
+}
+
+/// Which Services of the cluster lead to pods of the node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RelayConfig {
+    /// The Services.
+    pub allow: AllowList,
+    /// The ports of the kubelet for it.
+    pub ports: RangeInclusive<u16>,
+    /// The address on which the kubelet listens, that of its API.
+    pub listen: IpAddr,
+    /// The address at which the cluster reaches these ports; None for the node's.
+    pub address: Option<IpAddr>,
 }
 
 /// The PEM files of one side of a TLS connection.

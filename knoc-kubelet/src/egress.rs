@@ -5,7 +5,7 @@
 //! Services, EndpointSlices, Nodes, ServiceCIDRs ─watch─► Cluster ─network────► WatchEgress ──► agent ──► shims
 //!                                                           │  ◄──attempts────
 //!                                        decide (pure) ◄────┘
-//!                                           ├─► refusal, and one Event for each pod and reason
+//!                                           ├─► refusal, and one Event for each pod and reason; the same if no endpoint answers
 //!                                           ├─► redirection to a pod of the node, which the shim reaches by itself
 //!                                           └─► carry: dial the endpoint ═EgressStream═► the pod
 //! ```
@@ -15,9 +15,9 @@
 mod carry;
 mod decide;
 mod own_pod;
-mod table;
-mod told;
-mod watch;
+pub(crate) mod table;
+pub(crate) mod told;
+pub(crate) mod watch;
 
 use std::{
     collections::HashMap,
@@ -47,7 +47,7 @@ use tonic::{Status, Streaming};
 
 use self::{
     carry::{Connection, Failed},
-    told::Told,
+    told::{Told, Troubles},
     watch::Cluster,
 };
 use crate::{
@@ -56,16 +56,16 @@ use crate::{
     node::unit::Unit,
     pods::{
         Services, Store,
-        events::{Events, Note, about_pod},
+        events::{Events, Note, about_node, about_pod},
     },
 };
 
 /// The capability of agents that serve it.
 const CAPABILITY: &str = "egress";
 /// The most open connections of one pod.
-const OF_ONE: usize = 1024;
-/// The most open connections of all pods: the link has 2048 streams, and logs and commands need some.
-const OF_ALL: usize = 1536;
+const OF_ONE: usize = 768;
+/// The most open connections of all pods: the link has 2048 streams, and relayed connections, logs and commands need some.
+const OF_ALL: usize = 1280;
 /// From this number on, a pod that has its share gets no more, so that two pods cannot keep out all others.
 const CROWDED: usize = OF_ALL / 4 * 3;
 const SHARE: usize = 32;
@@ -125,8 +125,10 @@ pub struct Setup {
     pub link: channel::Receiver<Link>,
     /// The pods of the node.
     pub store: Store,
-    /// Where refusals are told.
+    /// Where refusals are told, and what keeps pods from the cluster.
     pub events: Events,
+    /// The name of the node.
+    pub node: String,
     /// Is told when the agent has the cluster's network.
     pub described: Described,
 }
@@ -212,6 +214,7 @@ struct Connections {
     /// How many connections each pod has.
     open: HashMap<PodUid, usize>,
     told: Told,
+    troubles: Troubles,
 }
 
 /// How a connection ended.
@@ -251,6 +254,7 @@ impl Connections {
             pods: HashMap::new(),
             open: HashMap::new(),
             told: Told::default(),
+            troubles: Troubles::default(),
         }
     }
 
@@ -305,6 +309,7 @@ impl Connections {
                 Ok(()) = changed.changed(), if due.is_none() => due = Some(Instant::now() + GATHER),
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     due = None;
+                    self.tell_node();
                     if let Some(newest) = self.network().filter(|newest| *newest != network) {
                         match controls.try_send(control(Control::Network(newest.clone()))) {
                             Ok(()) => network = newest,
@@ -329,20 +334,38 @@ impl Connections {
     }
 
     /// The network, once it is known.
-    async fn first_network(&self, changed: &mut channel::Receiver<()>) -> pb::EgressNetwork {
+    async fn first_network(&mut self, changed: &mut channel::Receiver<()>) -> pb::EgressNetwork {
         loop {
             changed.mark_unchanged();
             // Asked first, because the rest may be read meanwhile.
-            let is_read = self.cluster.look(|_| ()).is_some();
+            let is_vain = self.cluster.is_denied() || self.cluster.look(|_| ()).is_some();
             if let Some(network) = self.network() {
+                self.tell_node();
                 return network;
             }
-            if is_read {
-                // No range is known, so pods would wait for nothing.
+            if is_vain {
+                // No range is known or a permission is missing, so pods would wait for nothing.
                 self.setup.described.0.send_replace(None);
             }
+            self.tell_node();
             // It ends only with the process.
             changed.changed().await.ok();
+        }
+    }
+
+    /// Tells the node what keeps pods from the cluster, as far as that is news.
+    fn tell_node(&mut self) {
+        for message in self.troubles.news(self.cluster.troubles()) {
+            tracing::warn!("{message}");
+            self.setup.events.record(Note {
+                object: about_node(&self.setup.node),
+                warning: true,
+                reason: "EgressUnavailable".to_owned(),
+                message,
+                at: Timestamp::now(),
+                salt: 0,
+                times: 1,
+            });
         }
     }
 
@@ -449,9 +472,20 @@ impl Connections {
         else {
             return;
         };
-        match failed {
+        match &failed {
             Failed::Policy { .. } => self.refuse(&uid, id, &failed.to_string(), controls),
-            Failed::Dial { .. } | Failed::Pod { .. } => {
+            Failed::Dial { service, port, .. } => {
+                pass_refusal(&uid, id, controls);
+                // The endpoints of a Service that does not answer are one thing to tell.
+                let target = format!("dial {service} {port}");
+                let message = format!(
+                    "A connection to the cluster failed: {}. Does the endpoint listen, and may the kubelet's pod reach it \
+                     (NetworkPolicy)?",
+                    chain(&failed)
+                );
+                self.tell_pod(&uid, &target, "EgressFailed", message);
+            }
+            Failed::Pod { .. } => {
                 tracing::debug!(%uid, error = chain(&failed), "a connection of a pod was not made");
                 pass_refusal(&uid, id, controls);
             }
@@ -467,16 +501,22 @@ impl Connections {
         controls: &mpsc::Sender<pb::EgressControl>,
     ) {
         pass_refusal(uid, id, controls);
+        let message = format!("A connection to the cluster was refused: {why}");
+        self.tell_pod(uid, why, "EgressRefused", message);
+    }
+
+    /// Tells the pod about one of its connections, once for each `what`.
+    fn tell_pod(&mut self, uid: &PodUid, what: &str, reason: &str, message: String) {
         let Some(view) = self.setup.store.by_uid(uid) else {
             return;
         };
-        if self.told.is_news(uid, why) {
-            tracing::info!(%uid, "a connection of the pod to the cluster was refused: {why}");
+        if self.told.is_news(uid, what) {
+            tracing::info!(%uid, "{message}");
             self.setup.events.record(Note {
                 object: about_pod(&view.pod, ""),
                 warning: true,
-                reason: "EgressRefused".to_owned(),
-                message: format!("A connection to the cluster was refused: {why}"),
+                reason: reason.to_owned(),
+                message,
                 at: Timestamp::now(),
                 salt: 0,
                 times: 1,
@@ -528,18 +568,4 @@ fn control(control: Control) -> pb::EgressControl {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn two_pods_with_many_connections_leave_room_for_others() {
-        has_room(OF_ONE - 1, OF_ONE - 1).unwrap();
-        let full = has_room(OF_ONE, OF_ONE).unwrap_err();
-        assert!(matches!(full, Refused::ManyOfPod), "{full}");
-        let crowded = has_room(CROWDED, SHARE).unwrap_err();
-        assert!(matches!(crowded, Refused::Crowded), "{crowded}");
-        has_room(OF_ALL - 1, SHARE - 1).unwrap();
-        let full = has_room(OF_ALL, 0).unwrap_err();
-        assert!(matches!(full, Refused::ManyOfNode), "{full}");
-    }
-}
+mod tests;

@@ -15,7 +15,8 @@
 //! ```
 //!
 //! `app` is the composition root: it owns every task and joins it. Policy is in pure modules (`pods::{decide, status}`,
-//! `node::status`, `knoc_translate`); the tasks around them only carry it out. `certs` has one task for each of our own
+//! `node::status`, `knoc_translate`); the tasks around them only carry it out. `egress` and `relay` carry connections of pods to the
+//! cluster and of the cluster to pods. `certs` has one task for each of our own
 //! certificates, and `identity` the clients that use them. Nothing is kept on disk: after a restart both first lists
 //! have everything that the kubelet needs to know.
 #![forbid(unsafe_code)]
@@ -25,10 +26,12 @@ pub mod app;
 pub mod certs;
 pub mod config;
 pub mod egress;
+mod halves;
 pub mod identity;
 pub mod leader;
 pub mod metrics;
 pub mod node;
 pub mod pods;
+pub mod relay;
 pub mod server;
 pub mod stats;

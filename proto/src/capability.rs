@@ -53,8 +53,14 @@ pub const IMAGE_VOLUMES: &str = "image-volumes";
 /// The agent gives pods addresses of their own.
 pub const POD_ADDRESSES: &str = "pod-addresses";
 
+/// The agent's shims read variables from files that containers write (`fileKeyRef`).
+pub const ENV_FILES: &str = "env-files";
+
+/// The agent runs pods of several ranks, which may be on several nodes.
+pub const MPI: &str = "mpi";
+
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 19] = [
+pub const OF_PODS: [&str; 21] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -74,6 +80,8 @@ pub const OF_PODS: [&str; 19] = [
     MAPPED_VOLUMES,
     IMAGE_VOLUMES,
     POD_ADDRESSES,
+    ENV_FILES,
+    MPI,
 ];
 
 /// The capabilities that this pod needs.
@@ -126,6 +134,13 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         (MAPPED_VOLUMES, spec.volumes.iter().any(is_mapped)),
         (IMAGE_VOLUMES, spec.volumes.iter().any(is_image)),
         (POD_ADDRESSES, !spec.pod_range.is_empty()),
+        (
+            ENV_FILES,
+            containers()
+                .chain(&spec.ephemeral_containers)
+                .any(|container| container.env_files),
+        ),
+        (MPI, spec.job.as_ref().is_some_and(|job| job.mpi.is_some())),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -191,7 +206,10 @@ mod tests {
         spec.subdomain = "web".to_owned();
         spec.containers[0].host_ports = vec![pb::HostPort::default()];
         spec.set_network(pb::NetworkMode::Private);
-        spec.resolver = Some(pb::Resolver::default());
+        spec.resolver = Some(pb::Resolver {
+            only_own: true,
+            ..pb::Resolver::default()
+        });
         spec.init_containers[0].run_as_non_root = true;
         spec.init_containers[0].privileged = true;
         spec.image_pull_secrets = vec!["s".to_owned()];
@@ -202,6 +220,7 @@ mod tests {
         spec.ephemeral_containers = vec![pb::Container::default()];
         spec.share_process_namespace = true;
         spec.containers[0].stop_signal = "SIGINT".to_owned();
+        spec.containers[0].env_files = true;
         let sources = [
             pb::volume::Source::HostPath(pb::HostPath::default()),
             pb::volume::Source::Nfs(pb::NfsVolume::default()),
@@ -213,6 +232,10 @@ mod tests {
         };
         spec.volumes = sources.map(volume).into();
         spec.pod_range = "10.200.0.0/16".to_owned();
+        spec.job = Some(pb::JobRequest {
+            mpi: Some(pb::Mpi::default()),
+            ..pb::JobRequest::default()
+        });
         assert_eq!(needed(&spec), OF_PODS);
     }
 

@@ -68,6 +68,8 @@ pub fn pod_environment(vars: &[pb::EnvVar], runtime: &RuntimeFields) -> Vec<Vari
                 let field = RuntimeField::try_from(*field).unwrap_or(RuntimeField::Unspecified);
                 runtime.get(field).as_bytes().to_vec()
             }
+            // The shim has put a value in its place, unless it is optional and missing.
+            Some(env_var::Value::File(_)) => continue,
             None => Vec::new(),
         };
         known.set(var.name.as_bytes().to_vec(), value);

@@ -12,6 +12,7 @@ use crate::{
 };
 
 mod ephemeral;
+mod mpi;
 mod network;
 mod probe;
 mod restart;
@@ -19,6 +20,7 @@ mod stop;
 mod volume;
 
 pub use ephemeral::MAX_EPHEMERAL;
+pub use mpi::{MAX_RANKS, Ranks};
 pub use network::{Hostname, MAX_HOSTNAME};
 
 /// The folder in a container that holds KNoC's launcher and its socket.
@@ -149,6 +151,7 @@ impl TryFrom<pb::PodSpec> for PodSpec {
             check_container(&spec, container, &mut problems);
         }
         ephemeral::check(&spec, &mut problems);
+        problems.extend(Ranks::of(&spec).problems());
         match uid {
             Ok(uid) if problems.is_empty() => Ok(Self { uid, spec }),
             Ok(_) | Err(()) => Err(InvalidPod { problems }),
@@ -446,6 +449,21 @@ fn check_variable(container: &str, var: &pb::EnvVar, problems: &mut Vec<String>)
             if !known.is_ok_and(|field| field != pb::RuntimeField::Unspecified) {
                 problems.push(format!(
                     "container {container:?}: {name} refers to an unknown field"
+                ));
+            }
+            false
+        }
+        Some(pb::env_var::Value::File(file)) => {
+            if let Err(error) = paths::of_file(&file.path) {
+                let path = quote(&file.path, SHOWN);
+                problems.push(format!(
+                    "container {container:?}: {name} comes from the file {path}, which {error}"
+                ));
+            }
+            if let Err(why) = names::environment_variable(&file.key) {
+                let key = quote(&file.key, SHOWN);
+                problems.push(format!(
+                    "container {container:?}: {name} comes from the key {key}: {why}"
                 ));
             }
             false

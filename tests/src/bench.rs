@@ -27,6 +27,7 @@ mod load;
 mod machine;
 mod pods;
 pub mod relay;
+mod relayed;
 mod report;
 mod stats;
 mod streams;
@@ -97,11 +98,14 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
                 .await
                 .with_context(|| format!("{pods} pods"))?;
         }
+        say_batch(&batch)?;
         figures.batches.push(batch);
     }
     say("memory and RPCs at 50 running pods");
     figures.load = load::measure(&bed, 50, if quick { 15 } else { 60 }).await?;
-    figures.batches.push(many(&bed, quick).await?);
+    let batch = many(&bed, quick).await?;
+    say_batch(&batch)?;
+    figures.batches.push(batch);
     figures.after_many = load::memory();
     say("T4: exec");
     figures.exec = exec::measure(&bed, if quick { 30 } else { EXECS }).await?;
@@ -172,6 +176,14 @@ fn sizes(quick: bool) -> streams::Sizes {
             large: LARGE_BYTES,
         }
     }
+}
+
+/// Prints what was measured, so that a later failure does not lose it.
+fn say_batch(batch: &pods::Batch) -> anyhow::Result<()> {
+    let mut table = String::new();
+    report::pods(&mut table, batch)?;
+    say(&table);
+    Ok(())
 }
 
 /// Prints a line of progress.

@@ -235,7 +235,8 @@ async fn batch(
                 .logs
                 .join(format!("{}-{:03}.log", test.list, test.number));
             let limit = test.limit(options.limit);
-            running.spawn(async move { (one(&test, limit, &log).await, test) });
+            let policy = page.policy.clone();
+            running.spawn(async move { (one(&test, policy, limit, &log).await, test) });
         }
         let Some(ended) = running.join_next().await else {
             return Ok(());
@@ -260,7 +261,7 @@ async fn batch(
 }
 
 /// Runs one test in a process of its own.
-async fn one(test: &Test, limit: Duration, log: &Path) -> anyhow::Result<Row> {
+async fn one(test: &Test, policy: String, limit: Duration, log: &Path) -> anyhow::Result<Row> {
     let began = Instant::now();
     let command = Run::new("e2e.test")
         .arg(format!("--kubeconfig={}", bed::kubeconfig()?))
@@ -275,6 +276,7 @@ async fn one(test: &Test, limit: Duration, log: &Path) -> anyhow::Result<Row> {
             return Ok(Row {
                 passed: false,
                 seconds: seconds(began),
+                policy,
                 reason: format!("{error:#}"),
             });
         }
@@ -289,6 +291,7 @@ async fn one(test: &Test, limit: Duration, log: &Path) -> anyhow::Result<Row> {
     Ok(Row {
         passed,
         seconds: seconds(began),
+        policy,
         reason,
     })
 }
@@ -345,7 +348,7 @@ mod unit {
         let folder = tempfile::tempdir()?;
         let mut page = Page::read(&folder.path().join("page.md"), &lists)?;
         for (name, passed) in [("one", true), ("two", false)] {
-            let reason = String::new();
+            let (policy, reason) = (String::new(), String::new());
             let seconds = 1;
             page.set(
                 "A",
@@ -353,6 +356,7 @@ mod unit {
                 Row {
                     passed,
                     seconds,
+                    policy,
                     reason,
                 },
             );

@@ -6,6 +6,7 @@ mod patch;
 mod routes;
 mod store;
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -37,9 +38,15 @@ struct Shared {
     store: Mutex<Store>,
     /// The newest resource version: wakes the watches.
     newest: watch::Sender<u64>,
+    /// The resources that nobody may list or watch.
+    denied: Mutex<BTreeSet<String>>,
 }
 
 impl Shared {
+    fn denied(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.denied.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn store(&self) -> MutexGuard<'_, Store> {
         self.store.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -63,6 +70,7 @@ impl FakeApi {
         let shared = Arc::new(Shared {
             store: Mutex::new(Store::default()),
             newest: watch::Sender::new(0),
+            denied: Mutex::default(),
         });
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
@@ -151,6 +159,15 @@ impl FakeApi {
         self.shared
             .change(|store| store.delete(&target, options))
             .map_err(|refusal| refused(&refusal))
+    }
+
+    /// From now on nobody may list or watch this resource, or everybody may again.
+    pub fn deny_list(&self, resource: &str, denied: bool) {
+        if denied {
+            self.shared.denied().insert(resource.to_owned());
+        } else {
+            self.shared.denied().remove(resource);
+        }
     }
 
     /// A counter that increases with every change of any object. Tests wait on it instead of polling.

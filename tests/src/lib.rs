@@ -3,6 +3,7 @@
 //! [`site::Site`] is level 2: real binaries and real TLS, the embedded scheduler, no root. [`world::World`] is
 //! level 3: the stack that `make up` brought up, real Kubernetes, Slurm and Apptainer.
 
+pub mod argo;
 pub mod background;
 pub mod bench;
 pub mod cases;

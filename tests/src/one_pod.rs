@@ -64,6 +64,7 @@ impl OnePod {
 
     /// A forwarded port.
     pub async fn forward(&self, world: &World) -> anyhow::Result<()> {
+        world.wait_listens("talker", "main", self.port).await?;
         let forward = world.kubectl(["port-forward", "talker", &format!(":{}", self.port)]);
         let forward = Forward::start(forward).await?;
         let echo = forward.exchange(b"echo").await?;

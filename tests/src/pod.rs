@@ -21,6 +21,7 @@ pub fn some_port() -> u16 {
 pub struct PodBuilder {
     name: String,
     annotations: BTreeMap<String, String>,
+    labels: BTreeMap<String, String>,
     spec: Value,
     init: bool,
 }
@@ -42,6 +43,7 @@ impl PodBuilder {
         Self {
             name: name.into(),
             annotations: BTreeMap::new(),
+            labels: BTreeMap::new(),
             spec,
             init: false,
         }
@@ -153,6 +155,13 @@ impl PodBuilder {
         self
     }
 
+    /// Adds a label to the pod.
+    #[must_use]
+    pub fn label(mut self, name: &str, value: &str) -> Self {
+        self.labels.insert(name.into(), value.into());
+        self
+    }
+
     /// The pod's own name.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -164,7 +173,7 @@ impl PodBuilder {
     pub fn manifest(&self) -> Value {
         json!({
             "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": self.name, "annotations": self.annotations},
+            "metadata": {"name": self.name, "annotations": self.annotations, "labels": self.labels},
             "spec": self.spec,
         })
     }

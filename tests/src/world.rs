@@ -10,12 +10,15 @@ use kube::{
     Api, Client, ResourceExt as _,
     api::{DeleteParams, ListParams, LogParams, PostParams},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{PodBuilder, Run, stays, wait_for};
 
 /// How long a pod that does almost nothing may take from its creation to its end on a busy machine.
 pub const SOON: Duration = Duration::from_mins(1);
+
+/// How long a script of the test bed may take on a busy machine.
+const SCRIPT: Duration = Duration::from_mins(3);
 
 /// The agent's state directory, as the nodes of the cluster see it.
 pub const STATE: &str = "/home/hpcuser/.local/state/knoc";
@@ -247,6 +250,33 @@ impl World {
             .with_context(|| format!("logs of {name}/{container}"))
     }
 
+    /// Waits until the log of a container contains the text.
+    pub async fn wait_log(&self, name: &str, container: &str, text: &str) -> anyhow::Result<()> {
+        let what = format!("{text:?} in the log of {name}/{container}");
+        wait_for(&what, SOON, async || {
+            let log = self.logs(name, container).await?;
+            ensure!(log.contains(text), "{log:?}");
+            Ok(())
+        })
+        .await
+    }
+
+    /// Waits until a program in the container's network listens on that TCP port. That the pod runs does not say so.
+    pub async fn wait_listens(&self, name: &str, container: &str, port: u16) -> anyhow::Result<()> {
+        let end = format!(":{port}");
+        wait_for(&format!("{name} listens on {port}"), SOON, async || {
+            let list = ["exec", name, "-c", container, "--", "netstat", "-tln"];
+            let list = self.kubectl(list).ok().await?.text();
+            // Protocol, two queues, local address.
+            let mut addresses = list
+                .lines()
+                .filter_map(|line| line.split_whitespace().nth(3));
+            ensure!(addresses.any(|local| local.ends_with(&end)), "{list}");
+            Ok(())
+        })
+        .await
+    }
+
     /// A condition of a node.
     pub async fn condition(&self, node: &str, kind: &str) -> anyhow::Result<NodeCondition> {
         let status = self.cluster_api::<Node>().get(node).await?.status;
@@ -273,6 +303,13 @@ impl World {
         let uri = format!("/api/v1/nodes/{}/proxy/{path}", self.node);
         let request = http::Request::get(&uri).body(Vec::new())?;
         self.client.request_text(request).await.context(uri)
+    }
+
+    /// The object at that path of the API server, for kinds that the client library does not know.
+    pub async fn get_json(&self, path: &str) -> anyhow::Result<Value> {
+        let request = http::Request::get(path).body(Vec::new())?;
+        let answer = self.client.request::<Value>(request).await;
+        answer.with_context(|| path.to_owned())
     }
 
     /// The version of the API server, such as `v1.36.3`.
@@ -340,7 +377,9 @@ impl World {
     /// `agent.sh` or `kubelet.sh` of the test bed: up, down, kill.
     #[must_use]
     pub fn service(&self, script: &str, action: &str) -> Run {
-        Run::new(self.testbed.join(script)).arg(action)
+        Run::new(self.testbed.join(script))
+            .arg(action)
+            .deadline(SCRIPT)
     }
 
     // ---- Slurm ----
@@ -366,6 +405,20 @@ impl World {
             .ok()
             .await?;
         Ok(rows.text().lines().map(str::to_owned).collect())
+    }
+
+    /// Waits until Slurm's accounting has one job of the pod, and no other, whose row contains `state`. The accounting
+    /// learns of everything a moment after everybody else.
+    pub async fn one_job(&self, uid: &str, state: &str) -> anyhow::Result<()> {
+        wait_for(
+            &format!("one job of pod {uid}: {state}"),
+            SOON,
+            async || match self.jobs(uid).await?.as_slice() {
+                [job] if job.contains(state) => Ok(()),
+                jobs => Err(anyhow::anyhow!("{jobs:?}")),
+            },
+        )
+        .await
     }
 
     /// Waits until the pod has a job; returns its id.

@@ -5,6 +5,7 @@
 . "$testbed/stack.sh"
 export PROFILE=direct # stops the processes however the agent was reached
 . "$testbed/profile.sh"
+"$testbed/argo.sh" down
 "$testbed/kubelet.sh" down
 for STACK in full slurm local; do STACK=$STACK "$testbed/agent.sh" down; done
 stop_other_profiles

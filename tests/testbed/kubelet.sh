@@ -1,8 +1,8 @@
 #!/bin/bash
 # The kubelet of the full stack, on the host, with the chart's ServiceAccount: kubelet.sh up | down | kill (-9) | running
 # KNOC_IDENTITY=node: runs as system:node:NAME, and this script approves the first certificate; KNOC_SERVING=csr: uses a serving
-# certificate of the cluster's signer. KNOC_NODE_TAINT=false: the node is without its taint. KNOC_NODE_POD_IP=own with KNOC_NODE_POD_RANGE: pods have
-# addresses of their own.
+# certificate of the cluster's signer. KNOC_NODE_TAINT=false: the node is without its taint. KNOC_NODE_QUEUE_FACTOR, KNOC_NODE_POD_IP,
+# KNOC_NODE_POD_RANGE, KNOC_RELAY_ALLOW: the kubelet's settings of these names.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 . "$testbed/profile.sh"
@@ -23,7 +23,7 @@ install_chart() {
     profile_chart
     # The kubelet's own pod cannot run on any node here, so there is no --wait.
     helm upgrade --install knoc "$repository/deploy/chart/knoc" --namespace $namespace "${chart_values[@]}" \
-        --set agent.site=$site --set identity.kind="$identity" --set server.certificate="$serving" >"$log/helm.log" 2>&1 || { cat "$log/helm.log" >&2; die "helm could not install the chart"; }
+        --set agent.site=$site --set 'relay.allow={*/*}' --set identity.kind="$identity" --set server.certificate="$serving" >"$log/helm.log" 2>&1 || { cat "$log/helm.log" >&2; die "helm could not install the chart"; }
 }
 # Reads the bundle from the cluster, as the chart would mount it.
 mount_bundle() {
@@ -86,7 +86,9 @@ launch() {
         KNOC_AGENT_CA="$state/agent-ca.crt" KNOC_AGENT_CERT="$state/agent-tls.crt" KNOC_AGENT_KEY="$state/agent-tls.key" \
         KNOC_KUBERNETES_KUBECONFIG="$state/kubeconfig" KNOC_KUBERNETES_NAMESPACE=$namespace KNOC_KUBERNETES_IDENTITY=testbed \
         KNOC_NODE_NAME=$node KNOC_NODE_TAINT="${KNOC_NODE_TAINT:-true}" \
-        KNOC_NODE_POD_IP="${KNOC_NODE_POD_IP:-none}" KNOC_NODE_POD_RANGE="${KNOC_NODE_POD_RANGE:-}" KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys "${settings[@]}" \
+        KNOC_NODE_QUEUE_FACTOR="${KNOC_NODE_QUEUE_FACTOR:-}" KNOC_NODE_POD_IP="${KNOC_NODE_POD_IP:-}" KNOC_NODE_POD_RANGE="${KNOC_NODE_POD_RANGE:-}" \
+        KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys KNOC_RELAY_ALLOW="${KNOC_RELAY_ALLOW:-*/*}" \
+        KNOC_RELAY_ADDRESS=$address "${settings[@]}" \
         "$KNOC_BIN/knoc-kubelet"
 }
 up() {

@@ -82,6 +82,22 @@ install_go() {
     export PATH=$tools/bin:$PATH
 }
 
+# go_build WHAT go-ARGUMENTS...: prints the progress every 15 s.
+go_build() {
+    local what=$1 line count=0 said=$SECONDS
+    shift
+    # The flags are the same for all programs, so that shared packages are compiled once; -s -w would drop the debugging information at the end.
+    # The garbage collectors of the compilers run less often, which saves a sixth of the time for some hundred MB.
+    GOGC=400 go "$1" -v -trimpath -gcflags=all=-dwarf=false "${@:2}" 2>&1 | while read -r line; do
+        case $line in
+        'go: downloading '*) line="downloads ${line#go: downloading }" ;;
+        *[!a-zA-Z0-9._/~+-]*) echo "$line" >&2 ;; # not the name of a package: an error message
+        *) count=$((count + 1)) line="$count packages are compiled" ;;
+        esac
+        [ $((SECONDS - said)) -lt 15 ] || { say "$what: $line"; said=$SECONDS; }
+    done
+}
+
 # A pid file contains "PID START", where START is the start time of the process, so that a reused pid is never taken for ours. A zombie
 # process has no start time here.
 start_time() { sed -n 's/.*) \([^Z] .*\)/\1/p' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }

@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Node, ServiceAccount};
-use knoc_tests::{Run, World};
+use knoc_tests::{Run, World, wait_for, world::SOON};
 use kube::ResourceExt as _;
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, date_time_ymd};
 use serde_json::json;
@@ -204,6 +204,24 @@ async fn grant(
     ] {
         let apply = world.kubectl(["apply", "-f", "-"]);
         apply.stdin(object.to_string()).ok().await?;
+    }
+    // The API server learns of roles a moment later, and the kubelet remembers a denial for a while.
+    let name = subject["name"].as_str().unwrap_or_default();
+    let who = match subject["namespace"].as_str() {
+        Some(namespace) => vec![format!("--as=system:serviceaccount:{namespace}:{name}")],
+        None => vec!["--as=somebody".to_owned(), format!("--as-group={name}")],
+    };
+    for (verb, subresource) in verbs
+        .iter()
+        .flat_map(|verb| subresources.iter().map(move |one| (verb, one)))
+    {
+        let what = format!("{who:?} may {verb} nodes/{subresource}");
+        wait_for(&what, SOON, async || {
+            let subresource = format!("--subresource={subresource}");
+            let ask = world.kubectl(["auth", "can-i", *verb, "nodes", &subresource]);
+            ask.args(&who).ok().await
+        })
+        .await?;
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::ensure;
-use knoc_tests::{Run, World};
+use knoc_tests::{Run, World, wait_for, world::SOON};
 
 fn deploy() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
@@ -42,6 +42,16 @@ async fn mistakes_in_values_are_named() -> anyhow::Result<()> {
         ("agent.address={accept,a:1}", "/agent/address"),
         ("agent.proxy=https://p:1", "/agent/proxy"),
         ("dialIn.service.type=ExternalName", "/dialIn/service/type"),
+        ("relay.ports=80-90", "/relay/ports"),
+        ("relay.allow={web}", "/relay/allow"),
+        (
+            "relay.allow={team/web},node.podIP=node",
+            "relay.allow needs node.podIP=none",
+        ),
+        (
+            "relay.allow={team/web},node.podIP=own",
+            "relay.allow needs node.podIP=none",
+        ),
     ];
     for (mistake, named) in cases {
         let output = helm(["template", "x", "--kube-version", "1.36.0"])
@@ -133,6 +143,38 @@ async fn the_right_to_watch_secrets_can_be_left_out() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn what_relaying_needs_is_rendered_only_if_it_is_on() -> anyhow::Result<()> {
+    let rendered = |more: &str| {
+        let values = format!("agent.site=s,agent.address=accept{more}");
+        helm(["template", "x", "--kube-version", "1.36.0", "--set"])
+            .arg(values)
+            .arg(deploy().join("chart/knoc"))
+            .ok()
+    };
+    let rights = "resources: [endpointslices]\n    verbs: [list, watch, create, patch, delete]";
+    let off = rendered("").await?;
+    ensure!(!off.text().contains(rights), "{off}");
+    ensure!(!off.text().contains("kind: NetworkPolicy"), "{off}");
+    let on = rendered(",relay.allow={team/*},relay.ports=12000-12100").await?;
+    for text in [
+        rights,
+        "resources: [networkpolicies]\n    verbs: [list, watch]",
+        "allow: [\"team/*\"]",
+        "ports: \"12000-12100\"",
+        "name: KNOC_RELAY_ADDRESS",
+        "kind: NetworkPolicy",
+        "{port: 10250, protocol: TCP}",
+        "{port: 10350, protocol: TCP}",
+        "{port: 12000, endPort: 12100, protocol: TCP}",
+    ] {
+        ensure!(on.text().contains(text), "no {text} in {on}");
+    }
+    let own = rendered(",relay.allow={team/*},relay.networkPolicy.create=false").await?;
+    ensure!(!own.text().contains("kind: NetworkPolicy"), "{own}");
+    Ok(())
+}
+
 /// The permissions that the `ServiceAccount` has and those that it does not have, as arguments of `kubectl auth can-i`.
 const MAY: [&str; 19] = [
     "create nodes",
@@ -156,7 +198,10 @@ const MAY: [&str; 19] = [
     "patch leases/knoc-chart --namespace=kube-node-lease",
     "get configmaps/extension-apiserver-authentication --namespace=kube-system",
 ];
-const MAY_NOT: [&str; 9] = [
+const MAY_NOT: [&str; 11] = [
+    // Relaying is off.
+    "create endpointslices.discovery.k8s.io --all-namespaces",
+    "list networkpolicies.networking.k8s.io --all-namespaces",
     "delete nodes/knoc-chart",
     "patch nodes/other",
     "create pods --all-namespaces",
@@ -188,20 +233,26 @@ async fn the_chart_installs_and_grants_the_permissions_that_it_lists() -> anyhow
     let account = format!("--as=system:serviceaccount:{namespace}:knoc-kubelet");
     for (questions, wanted) in [(&MAY[..], "yes"), (&MAY_NOT[..], "no")] {
         for question in questions {
-            let answer = Run::new("kubectl")
-                .args(["auth", "can-i", &account])
-                .args(question.split(' '))
-                .output()
-                .await?;
-            ensure!(answer.text() == wanted, "{question}: {answer}");
+            // The API server learns of new roles a moment later.
+            wait_for(question, SOON, async || {
+                let answer = Run::new("kubectl")
+                    .args(["auth", "can-i", &account])
+                    .args(question.split(' '))
+                    .output()
+                    .await?;
+                ensure!(answer.text() == wanted, "{answer}");
+                Ok(())
+            })
+            .await?;
         }
     }
     for entry in std::fs::read_dir(deploy().join("examples"))? {
-        world
-            .kubectl(["apply", "--dry-run=server", "-f"])
-            .arg(entry?.path())
-            .ok()
-            .await?;
+        let path = entry?.path();
+        // The folder `argo` has workflows, which l3_argo runs: this API server does not know their kind.
+        if path.is_file() {
+            let apply = world.kubectl(["apply", "--dry-run=server", "-f"]);
+            apply.arg(path).ok().await?;
+        }
     }
     helm(["uninstall", "charttest", "--namespace", namespace])
         .ok()

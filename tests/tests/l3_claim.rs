@@ -32,8 +32,8 @@ async fn installed_agent(world: &World) -> anyhow::Result<String> {
 async fn of_two_processes_that_claim_one_job_directory_one_runs() -> anyhow::Result<()> {
     let world = World::new("claim").await?;
     let pod = PodBuilder::new("once").sh("echo ran; sleep 600");
-    let uid = world.create(&pod).await?;
-    world.wait_phase("once", "Running", SOON).await?;
+    let uid = world.running(&pod).await?;
+    world.wait_log("once", "main", "ran\n").await?;
     // A second job in the same directory exits with the code of a surplus job.
     let wrap = format!("{} shim {STATE}/pods/{uid}", installed_agent(&world).await?);
     let surplus = submit_and_wait(&world, "c1", "/dev/null", &wrap).await?;
@@ -205,8 +205,7 @@ async fn slurm_refuses_to_requeue_the_job_of_a_pod_which_runs_on() -> anyhow::Re
     world.exec(&uid, "main", ["true"]).ok().await?;
     let pod = world.pod("steady").await?;
     ensure!(phase_of(&pod) == "Running", "{:?}", pod.status);
-    let jobs = world.jobs(&uid).await?;
-    ensure!(jobs.len() == 1 && jobs[0].contains("RUNNING"), "{jobs:?}");
+    world.one_job(&uid, "RUNNING").await?;
     world.delete("steady", Some(1)).await?;
     world.wait_gone("steady", SOON).await?;
     world.finish().await
@@ -219,6 +218,8 @@ async fn requeued(test: &str, policy: &str) -> anyhow::Result<()> {
         .restart(policy)
         .sh("echo ran; exec sleep 600");
     let uid = world.running(&pod).await?;
+    // Its program, which is to run once, has run.
+    world.wait_log("once", "main", "ran\n").await?;
     let job = world.wait_job(&uid).await?;
     world.requeue(&job).await?;
     let ended = world.wait_phase("once", "Failed", SOON).await?;

@@ -15,9 +15,6 @@ use knoc_tests::{Background, PodBuilder, World, stays, wait_for, world::SOON};
 use kube::api::{AttachParams, AttachedProcess};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-/// How long agent or kubelet may take to start on a busy machine.
-const SCRIPT: Duration = Duration::from_mins(3);
-
 /// How long the control connection is cut.
 const CUT: Duration = Duration::from_mins(1);
 
@@ -205,11 +202,11 @@ async fn a_log_and_a_command_go_on_while_certificates_rotate_and_control_is_cut(
     let rotated = rotated_and_cut(&world, &files).await;
     // The agent has the certificate of its site again; the kubelet reads its bundle from the cluster when it starts.
     for (script, action) in [("kubelet.sh", "down"), ("agent.sh", "down")] {
-        world.service(script, action).deadline(SCRIPT).ok().await?;
+        world.service(script, action).ok().await?;
     }
     files.agent.write([&key, &cert])?;
     for script in ["agent.sh", "kubelet.sh"] {
-        world.service(script, "up").deadline(SCRIPT).ok().await?;
+        world.service(script, "up").ok().await?;
     }
     rotated?;
     world.finish().await
@@ -221,19 +218,11 @@ async fn connect_with_nearly_due_pairs(
     world: &World,
     files: &Files,
 ) -> anyhow::Result<(String, Option<Vec<u8>>)> {
-    world
-        .service("agent.sh", "down")
-        .deadline(SCRIPT)
-        .ok()
-        .await?;
+    world.service("agent.sh", "down").ok().await?;
     files.agent.nearly_due(&files.ca)?;
     files.kubelet.nearly_due(&files.ca)?;
     let before = (files.agent.read()?, kept(world).await?);
-    world
-        .service("agent.sh", "up")
-        .deadline(SCRIPT)
-        .ok()
-        .await?;
+    world.service("agent.sh", "up").ok().await?;
     world.wait_node_condition("AgentConnected", "True").await?;
     Ok(before)
 }
@@ -294,7 +283,7 @@ async fn rotated_and_cut(world: &World, files: &Files) -> anyhow::Result<()> {
     cut.await?;
     let during = lines(&log.shown())?;
     ensure!(
-        during > rotated + 300,
+        during > rotated + 60,
         "{during} lines, {rotated} before the cut"
     );
     world.wait_node_condition("AgentConnected", "True").await?;

@@ -9,26 +9,15 @@ use knoc_tests::{World, one_pod::OnePod, wait_for};
 /// The agent's port for shims.
 const PORT: &str = "10351";
 
-/// How long the agent may take to start on a busy machine.
-const SCRIPT: Duration = Duration::from_mins(3);
-
 /// How long a step and what it carries may take.
 const MINUTE: Duration = Duration::from_mins(1);
 
 /// Starts the agent without what it has found out about the network.
 async fn agent_anew(world: &World) -> anyhow::Result<()> {
-    world
-        .service("agent.sh", "down")
-        .deadline(SCRIPT)
-        .ok()
-        .await?;
+    world.service("agent.sh", "down").ok().await?;
     let found = format!("{}/shim-route.json", knoc_tests::world::STATE);
     world.on("login", ["rm", "-f", &found]).ok().await?;
-    world
-        .service("agent.sh", "up")
-        .deadline(SCRIPT)
-        .ok()
-        .await?;
+    world.service("agent.sh", "up").ok().await?;
     Ok(())
 }
 

@@ -1,12 +1,16 @@
 //! Deletion on the real stack: of a queued pod, of a running pod, and by force.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::ensure;
+use k8s_openapi::api::core::v1::Pod;
 use knoc_tests::{
     PodBuilder, World,
     world::{SOON, exit_code},
 };
+
+/// Tells the test that it ignores TERM from now on.
+const STUBBORN: &str = "trap '' TERM; echo ready; while :; do sleep 1; done";
 
 #[tokio::test]
 async fn a_queued_pod_says_why_it_waits_and_is_cancelled_when_deleted() -> anyhow::Result<()> {
@@ -26,8 +30,8 @@ async fn a_queued_pod_says_why_it_waits_and_is_cancelled_when_deleted() -> anyho
         })
         .await?;
     world.delete("second", None).await?;
-    world.wait_gone("second", Duration::from_secs(20)).await?;
-    world.wait_no_job(&uid, Duration::from_secs(5)).await?;
+    world.wait_gone("second", SOON).await?;
+    world.wait_no_job(&uid, SOON).await?;
     // sacct never shows a job that was never eligible.
     let name = format!("knoc-{uid}");
     let known = ["squeue", "-h", "-t", "all", "-o", "%T", "--name", &name];
@@ -40,36 +44,33 @@ async fn a_queued_pod_says_why_it_waits_and_is_cancelled_when_deleted() -> anyho
 
 #[tokio::test]
 async fn a_running_pod_has_its_grace_and_is_gone_only_after_its_job() -> anyhow::Result<()> {
+    /// How long its program takes to stop.
+    const STOPS: Duration = Duration::from_secs(1);
     let world = World::new("running").await?;
     let script = "trap 'echo stopping; sleep 1; echo stopped; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
     let pod = PodBuilder::new("graceful").sh(script);
     let uid = world.create(&pod).await?;
     world.wait_phase("graceful", "Running", SOON).await?;
     // The trap must be set before the signal arrives.
-    knoc_tests::wait_for("ready in the log", SOON, async || {
-        let log = world.logs("graceful", "main").await?;
-        if log.contains("ready") {
-            Ok(())
-        } else {
-            Err(anyhow::anyhow!(log))
+    world.wait_log("graceful", "main", "ready").await?;
+    let began = Instant::now();
+    world.delete("graceful", Some(60)).await?;
+    let code = knoc_tests::wait_for("its exit code, or its end", SOON, async || {
+        match world.api::<Pod>().get_opt("graceful").await? {
+            // The object may be gone before we look.
+            None => Ok(None),
+            Some(pod) => match exit_code(&pod, "main") {
+                None => Err(anyhow::anyhow!("{:?}", pod.status)),
+                code => Ok(code),
+            },
         }
     })
     .await?;
-    world.delete("graceful", Some(20)).await?;
-    let ended = world
-        .wait_for_state(
-            "graceful",
-            "its exit code",
-            Duration::from_secs(20),
-            |pod| exit_code(pod, "main"),
-        )
-        .await;
-    // The object may be gone before we look.
-    if let Ok(code) = ended {
-        ensure!(code == 5, "{code}");
-    }
+    ensure!(code.is_none_or(|code| code == 5), "{code:?}");
     world.wait_gone("graceful", SOON).await?;
-    world.wait_no_job(&uid, Duration::from_millis(500)).await?;
+    let took = began.elapsed();
+    ensure!(took >= STOPS, "gone after {took:?}, before its program");
+    world.wait_no_job(&uid, SOON).await?;
     world.finish().await
 }
 
@@ -77,11 +78,12 @@ async fn a_running_pod_has_its_grace_and_is_gone_only_after_its_job() -> anyhow:
 async fn a_pod_that_ignores_term_is_killed_after_its_grace() -> anyhow::Result<()> {
     let world = World::new("stubborn").await?;
     let uid = world
-        .running(&PodBuilder::new("stubborn").sh("trap '' TERM; while :; do sleep 1; done"))
+        .running(&PodBuilder::new("stubborn").sh(STUBBORN))
         .await?;
+    world.wait_log("stubborn", "main", "ready").await?;
     world.delete("stubborn", Some(2)).await?;
     world.wait_gone("stubborn", SOON).await?;
-    world.wait_no_job(&uid, Duration::from_secs(5)).await?;
+    world.wait_no_job(&uid, SOON).await?;
     world.finish().await
 }
 
@@ -89,8 +91,9 @@ async fn a_pod_that_ignores_term_is_killed_after_its_grace() -> anyhow::Result<(
 async fn a_pod_deleted_by_force_leaves_no_job() -> anyhow::Result<()> {
     let world = World::new("forced").await?;
     let uid = world
-        .running(&PodBuilder::new("forced").sh("trap '' TERM; while :; do sleep 1; done"))
+        .running(&PodBuilder::new("forced").sh(STUBBORN))
         .await?;
+    world.wait_log("forced", "main", "ready").await?;
     world
         .kubectl([
             "delete",
@@ -102,8 +105,8 @@ async fn a_pod_deleted_by_force_leaves_no_job() -> anyhow::Result<()> {
         ])
         .ok()
         .await?;
-    world.wait_gone("forced", Duration::from_secs(10)).await?;
-    world.wait_no_job(&uid, Duration::from_secs(40)).await?;
+    world.wait_gone("forced", SOON).await?;
+    world.wait_no_job(&uid, SOON).await?;
     world.finish().await
 }
 

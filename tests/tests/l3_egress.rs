@@ -107,31 +107,53 @@ async fn service(
         .context("no address")
 }
 
+/// The messages of the pod's Events about connections that were refused.
+async fn refusals(world: &World, pod: &str) -> anyhow::Result<Vec<String>> {
+    let of = ListParams::default().fields(&format!("involvedObject.name={pod}"));
+    let events = world.api::<Event>().list(&of).await?.items;
+    let refused = events
+        .into_iter()
+        .filter(|event| event.reason.as_deref() == Some("EgressRefused"));
+    Ok(refused.filter_map(|event| event.message).collect())
+}
+
 #[tokio::test]
 async fn a_service_that_nobody_allowed_is_refused_with_one_event() -> anyhow::Result<()> {
     let world = World::new("egress-refused").await?;
     let address = service(&world, &world.namespace, "web", ("TCP", 8080, 9)).await?;
-    // The shim learns of the port while the pod runs.
-    let script =
-        format!("for i in 1 2 3; do wget -T 20 -O- http://{address}:8080/ 2>&1; sleep 1; done");
+    // The shim learns of the port while the pod runs, so the pod tries it until the test ends.
+    let script = format!(
+        "while :; do wget -T 20 -O- http://{address}:8080/ 2>&1; echo tried; sleep 0.5; done"
+    );
     let pod = PodBuilder::new("curious")
         .annotation("knoc.io/network", "private")
         .sh(&script);
-    world.run(&pod, "Succeeded").await?;
-    let log = world.logs("curious", "main").await?;
-    ensure!(!log.contains("200 OK"), "{log}");
+    world.running(&pod).await?;
     let expected = format!("{}/web", world.namespace);
-    let refused = wait_for("the Event", SOON, async || {
-        let of = ListParams::default().fields("involvedObject.name=curious");
-        let events = world.api::<Event>().list(&of).await?.items;
-        let refused = events
-            .iter()
-            .filter(|event| event.reason.as_deref() == Some("EgressRefused"));
-        let messages: Vec<_> = refused.filter_map(|event| event.message.clone()).collect();
-        ensure!(!messages.is_empty(), "{events:?}");
-        Ok(messages)
+    wait_for("the Event", SOON, async || {
+        let refused = refusals(&world, "curious").await?;
+        ensure!(
+            !refused.is_empty(),
+            "{:?}",
+            world.logs("curious", "main").await
+        );
+        Ok(())
     })
     .await?;
+    // Further connections are refused like the first one, and that is no news.
+    let tries = async || {
+        let log = world.logs("curious", "main").await?;
+        ensure!(!log.contains("200 OK"), "{log}");
+        anyhow::Ok(log.matches("tried").count())
+    };
+    let before = tries().await?;
+    wait_for("further tries", SOON, async || {
+        let now = tries().await?;
+        ensure!(now >= before + 3, "{now} tries, {before} before");
+        Ok(())
+    })
+    .await?;
+    let refused = refusals(&world, "curious").await?;
     ensure!(refused.len() == 1, "{refused:?}");
     ensure!(
         refused[0].contains(&expected) && refused[0].contains("egress.allow"),
@@ -190,7 +212,8 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
     image().await?;
     let world = World::new("egress-dns").await?;
     allow_listing(&world).await?;
-    let web = format!("web.{}.svc.cluster.local", world.namespace);
+    let domain = format!("{}.svc.cluster.local", world.namespace);
+    let web = format!("web.{domain}");
     let api = "kubernetes.default.svc.cluster.local".to_owned();
     let names = vec![
         (web.clone(), Ipv4Addr::new(10, 96, 77, 77)),
@@ -211,15 +234,10 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
             .ok()
             .await?
             .text();
-        ensure!(file.contains(&format!("nameserver {address}\n")), "{file}");
-        ensure!(
-            file.contains(&format!(
-                "search {}.svc.cluster.local svc.cluster.local cluster.local",
-                world.namespace
-            )),
-            "{file}"
-        );
-        ensure!(file.contains("ndots:5"), "{file}");
+        let own = format!("search {domain} svc.cluster.local");
+        for wanted in [&format!("nameserver {address}\n"), &*own, "ndots:5"] {
+            ensure!(file.contains(wanted), "{wanted}: {file}");
+        }
         Ok(uid)
     })
     .await?;
@@ -227,13 +245,14 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
         let run = world.exec(&pod, "main", ["sh", "-c", script]);
         anyhow::Ok(run.output().await?)
     };
-    let found = inside(&format!("nslookup {web}")).await?;
-    ensure!(found.text().contains("10.96.77.77"), "{found}");
-    let missing = inside(&format!(
-        "nslookup no-such-name.{}.svc.cluster.local",
-        world.namespace
-    ))
+    // The shim may learn of the port of DNS after the pod has started.
+    wait_for("the name of a Service", SOON, async || {
+        let found = inside(&format!("nslookup {web}")).await?;
+        ensure!(found.text().contains("10.96.77.77"), "{found}");
+        Ok(())
+    })
     .await?;
+    let missing = inside(&format!("nslookup no-such-name.{domain}")).await?;
     ensure!(missing.code != 0, "{missing}");
     // Through the search domains.
     let listed = inside(&format!(

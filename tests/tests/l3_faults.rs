@@ -12,8 +12,33 @@ use knoc_tests::{
 
 const MINUTES: Duration = Duration::from_mins(3);
 
-/// Long enough for pods that sleep for five seconds to end.
-const LONGER_THAN_SHORT: Duration = Duration::from_secs(6);
+/// How long nothing may happen to a pod. Its job has ended before, or cannot be submitted.
+const A_WHILE: Duration = Duration::from_secs(5);
+
+/// A pod that ends with this code when it is [told](Ending::now) to, also while no agent or no kubelet runs.
+struct Ending {
+    program: String,
+    pod: PodBuilder,
+}
+
+impl Ending {
+    fn new(name: &str, code: u8) -> Self {
+        let program = format!("sleep {}", rand::random_range(100_000..1_000_000));
+        let pod = PodBuilder::new(name).sh(&format!("{program}; exit {code}"));
+        Self { program, pod }
+    }
+
+    /// Ends the pod's program on that node, and waits for the end of its job.
+    async fn now(&self, world: &World, node: &str, uid: &str) -> anyhow::Result<()> {
+        // The pattern is the whole command line: the shell's is longer.
+        let pattern = format!("^{}$", self.program);
+        wait_for("its program has run, and is ended", SOON, async || {
+            world.on(node, ["pkill", "-f", &pattern]).ok().await
+        })
+        .await?;
+        world.wait_no_job(uid, SOON).await
+    }
+}
 
 /// Creates a pod whose job waits in the queue behind the job of the running pod `first`; returns its UID.
 async fn queued_behind_first(world: &World) -> anyhow::Result<String> {
@@ -35,6 +60,46 @@ async fn second_fails(world: &World) -> anyhow::Result<Pod> {
 }
 
 #[tokio::test]
+async fn a_node_that_loses_power_fails_a_pod_whose_ranks_run_on_other_nodes_too()
+-> anyhow::Result<()> {
+    let world = World::new("power-ranks").await?;
+    let ranks = PodBuilder::new("ranks")
+        .annotation("knoc.io/nodes", "2")
+        .annotation("knoc.io/mpi", "none")
+        .sh("echo ready; sleep 600");
+    let uid = world.running(&ranks).await?;
+    wait_for("both ranks run", SOON, async || {
+        let log = world.logs("ranks", "main").await?;
+        ensure!(log.matches("ready").count() == 2, "{log}");
+        Ok(())
+    })
+    .await?;
+    let nodes = world.compute_node(&uid).await?;
+    let names = world.on("login", ["scontrol", "show", "hostnames", &nodes]);
+    let names = names.ok().await?.text();
+    let second = names.lines().nth(1).unwrap_or_default().to_owned();
+    world.power("node-down", &second).ok().await?;
+    let ended = world.wait_phase("ranks", "Failed", MINUTES).await;
+    let gone = world.wait_no_job(&uid, MINUTES).await;
+    world.power("node-up", &second).ok().await?;
+    ensure!(!why(&ended?).0.is_empty(), "no reason");
+    gone?;
+    wait_idle(&world, &second).await?;
+    world.finish().await
+}
+
+/// Waits until Slurm uses the node again.
+async fn wait_idle(world: &World, node: &str) -> anyhow::Result<()> {
+    wait_for("the node is idle again", SOON, async || {
+        let args = ["sinfo", "-h", "-N", "-p", "main", "-n", node, "-o", "%T"];
+        let state = world.on("login", args).ok().await?.text();
+        ensure!(state == "idle", "{state}");
+        Ok::<_, anyhow::Error>(())
+    })
+    .await
+}
+
+#[tokio::test]
 async fn a_node_that_loses_power_fails_its_pods_as_a_disruption() -> anyhow::Result<()> {
     let world = World::new("power").await?;
     let uid = world
@@ -51,21 +116,7 @@ async fn a_node_that_loses_power_fails_its_pods_as_a_disruption() -> anyhow::Res
         ended.status
     );
     ensure!(why(&ended).0 == "NodeFailed", "{:?}", why(&ended));
-    wait_for("the node is idle again", SOON, async || {
-        let state = world
-            .on(
-                "login",
-                ["sinfo", "-h", "-N", "-p", "main", "-n", &node, "-o", "%T"],
-            )
-            .ok()
-            .await?;
-        if state.text() == "idle" {
-            Ok(())
-        } else {
-            Err(anyhow::anyhow!(state.text()))
-        }
-    })
-    .await?;
+    wait_idle(&world, &node).await?;
     world.finish().await
 }
 
@@ -86,11 +137,11 @@ async fn an_agent_that_is_down_ends_no_pod_and_the_node_reports_it() -> anyhow::
     let long = world
         .create(&PodBuilder::new("long").sh("sleep 600"))
         .await?;
-    let short = world
-        .create(&PodBuilder::new("short").sh("sleep 5; echo done; exit 4"))
-        .await?;
+    let ending = Ending::new("short", 4);
+    let short = world.create(&ending.pod).await?;
     world.wait_phase("long", "Running", SOON).await?;
     world.wait_phase("short", "Running", SOON).await?;
+    let node = world.compute_node(&short).await?;
     world.service("agent.sh", "kill").ok().await?;
     let away = async {
         world.wait_node_condition("AgentConnected", "False").await?;
@@ -108,10 +159,11 @@ async fn an_agent_that_is_down_ends_no_pod_and_the_node_reports_it() -> anyhow::
             .create(&PodBuilder::new("later").sh("echo late"))
             .await?;
         // Meanwhile `short` ends, and nobody reports it.
-        world
-            .stays_in_phase("later", "Pending", LONGER_THAN_SHORT)
-            .await?;
-        world.wait_no_job(&short, SOON).await?;
+        ending.now(&world, &node, &short).await?;
+        tokio::try_join!(
+            world.stays_in_phase("later", "Pending", A_WHILE),
+            world.stays_in_phase("short", "Running", A_WHILE),
+        )?;
         anyhow::Ok(())
     };
     let away = away.await;
@@ -121,7 +173,7 @@ async fn an_agent_that_is_down_ends_no_pod_and_the_node_reports_it() -> anyhow::
     let ended = world.wait_phase("short", "Failed", SOON).await?;
     ensure!(exit_code(&ended, "main") == Some(4), "{:?}", ended.status);
     world.wait_phase("later", "Succeeded", SOON).await?;
-    ensure!(world.jobs(&long).await?.len() == 1);
+    world.one_job(&long, "RUNNING").await?;
     wait_for("the shim's link is back", SOON, async || {
         world.exec(&long, "main", ["true"]).ok().await
     })
@@ -134,23 +186,21 @@ async fn an_agent_that_is_down_ends_no_pod_and_the_node_reports_it() -> anyhow::
 #[tokio::test]
 async fn a_kubelet_that_was_killed_finds_its_pods_again() -> anyhow::Result<()> {
     let world = World::new("kubelet-killed").await?;
-    let uid = world
-        .running(&PodBuilder::new("short").sh("sleep 5; exit 6"))
-        .await?;
+    let ending = Ending::new("short", 6);
+    let uid = world.running(&ending.pod).await?;
+    let node = world.compute_node(&uid).await?;
     world.service("kubelet.sh", "kill").ok().await?;
     let down = async {
-        // Nobody writes the pod's status, although its job ends.
-        world
-            .stays_in_phase("short", "Running", LONGER_THAN_SHORT)
-            .await?;
-        world.wait_no_job(&uid, SOON).await
+        // Nobody writes the pod's status, although its job has ended.
+        ending.now(&world, &node, &uid).await?;
+        world.stays_in_phase("short", "Running", A_WHILE).await
     };
     let down = down.await;
     world.service("kubelet.sh", "up").ok().await?;
     down?;
     let ended = world.wait_phase("short", "Failed", SOON).await?;
     ensure!(exit_code(&ended, "main") == Some(6), "{:?}", ended.status);
-    ensure!(world.jobs(&uid).await?.len() == 1);
+    world.one_job(&uid, "").await?;
     world.finish().await
 }
 
@@ -158,7 +208,7 @@ async fn a_kubelet_that_was_killed_finds_its_pods_again() -> anyhow::Result<()> 
 async fn a_controller_that_is_down_is_reported_with_the_time_and_pods_wait() -> anyhow::Result<()> {
     let world = World::new("controller").await?;
     let uid = world
-        .running(&PodBuilder::new("running").sh("sleep 45; exit 0"))
+        .running(&PodBuilder::new("running").sh("until [ -e /tmp/go ]; do sleep 0.2; done"))
         .await?;
     let stop = "p=$(cat /run/slurm/slurmctld.pid); kill $p; while kill -0 $p 2>/dev/null; do sleep 0.1; done";
     world.on_as_root("ctl", ["sh", "-c", stop]).ok().await?;
@@ -184,10 +234,11 @@ async fn a_controller_that_is_down_is_reported_with_the_time_and_pods_wait() -> 
     ];
     world.on_as_root("ctl", start).ok().await?;
     down?;
+    world.exec(&uid, "main", ["touch", "/tmp/go"]).ok().await?;
     world.wait_phase("running", "Succeeded", MINUTES).await?;
     world.wait_phase("later", "Succeeded", MINUTES).await?;
     world.wait_node_condition("SlurmReachable", "True").await?;
-    ensure!(world.jobs(&uid).await?.len() == 1);
+    world.one_job(&uid, "").await?;
     world.finish().await
 }
 

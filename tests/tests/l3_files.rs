@@ -136,6 +136,38 @@ async fn paths_that_are_not_normalized_lead_to_the_same_files() -> anyhow::Resul
 }
 
 #[tokio::test]
+async fn variables_come_from_a_file_that_another_container_wrote() -> anyhow::Result<()> {
+    let world = World::new("env-files").await?;
+    let key = |key: &str, optional: bool| {
+        json!({"name": key, "valueFrom": {"fileKeyRef":
+            {"volumeName": "v", "path": "config.env", "key": key, "optional": optional}}})
+    };
+    let pod = |name: &str, env: serde_json::Value| {
+        PodBuilder::new(name)
+            .spec("volumes", json!([{"name": "v", "emptyDir": {}}]))
+            .set("env", env)
+            .sh("echo \"$ADDRESS/${NONE-unset}/$B\"")
+            .init_container("write")
+            .set("volumeMounts", json!([{"name": "v", "mountPath": "/data"}]))
+            .sh("echo \"ADDRESS='from a file'\" > /data/config.env")
+    };
+    let after = json!({"name": "B", "value": "$(ADDRESS)"});
+    let all = json!([key("ADDRESS", false), key("NONE", true), after]);
+    let log = log_of(&world, &pod("reads", all)).await?;
+    same("the variables", &log, "from a file/unset/from a file\n")?;
+    world
+        .create(&pod("lacks", json!([key("NONE", false)])))
+        .await?;
+    let failed = world.wait_phase("lacks", "Failed", PULLED).await?;
+    let (reason, told) = container_reason(&failed, "main").context("no reason")?;
+    ensure!(
+        reason == "CreateContainerConfigError" && told.contains("key \"NONE\" not found"),
+        "{reason}: {told}"
+    );
+    world.finish().await
+}
+
+#[tokio::test]
 async fn memory_is_mounted_at_dev_shm_and_volumes_anywhere_below_dev() -> anyhow::Result<()> {
     let world = World::new("below-dev").await?;
     config_map(&world, "map", &["k=value"]).await?;
@@ -353,15 +385,20 @@ async fn a_home_is_writable_and_a_command_that_comes_later_has_it_too() -> anyho
     let world = World::new("own-home").await?;
     let pod = PodBuilder::new("home").image(&places("1"));
     let uid = world
-        .running(&pod.sh("cat file && touch f ~/g && pwd; sleep 600"))
+        .running(&pod.sh("cat file && pwd && touch f ~/g; sleep 600"))
         .await?;
     let exec = world.exec(
         &uid,
         "main",
-        ["sh", "-c", "until [ -e ~/g ]; do :; done; echo $HOME; ls ~"],
+        [
+            "sh",
+            "-c",
+            "until [ -e ~/g ]; do sleep 0.1; done; echo $HOME; ls ~",
+        ],
     );
     let said = format!("{}\n", exec.ok().await?.text());
     same("an exec", &said, "/home/jovyan\nf\nfile\ng\n")?;
+    world.wait_log("home", "main", "\n/home/jovyan\n").await?;
     let log = world.logs("home", "main").await?;
     same("the program", &log, "in home/jovyan\n/home/jovyan\n")?;
     world.delete("home", Some(0)).await?;

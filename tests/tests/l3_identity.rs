@@ -183,6 +183,16 @@ impl Lone {
         Run::new("kubectl").args(["get", "--raw", &health])
     }
 
+    /// Waits until the API server refuses the serving certificate.
+    async fn is_not_trusted(&self) -> anyhow::Result<()> {
+        wait_for("the certificate is refused", SOON, async || {
+            let refused = self.proxied().output().await?;
+            ensure!(refused.stderr.contains("x509"), "{refused}");
+            Ok(())
+        })
+        .await
+    }
+
     /// The certificate that is served, as PEM.
     async fn served(&self) -> anyhow::Result<String> {
         let address = format!("{ADDRESS}:{}", self.port);
@@ -305,8 +315,7 @@ async fn a_node_appears_when_its_certificate_is_approved_and_a_restart_needs_no_
     let client = lone.approve("client").await?;
     lone.ready().await?;
     // The API server verifies kubelets, so no request succeeds before the serving certificate is approved.
-    let refused = lone.proxied().output().await?;
-    ensure!(refused.stderr.contains("x509"), "{refused}");
+    lone.is_not_trusted().await?;
     let serving = lone.approve("serving").await?;
     wait_for("the API server reaches the kubelet", SOON, async || {
         lone.proxied().ok().await

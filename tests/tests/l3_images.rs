@@ -252,8 +252,7 @@ async fn never_waits_for_an_image_that_another_pod_brings() -> anyhow::Result<()
     world.wait_phase("never", "Succeeded", PULLED).await?;
     let log = world.logs("never", "main").await?;
     ensure!(log == OWN, "{log}");
-    let jobs = world.jobs(&uid).await?;
-    ensure!(jobs.len() == 1, "{jobs:?}");
+    world.one_job(&uid, "").await?;
     repository.remove().await?;
     world.finish().await
 }

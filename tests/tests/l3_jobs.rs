@@ -326,17 +326,25 @@ async fn streams_into_a_suspended_job_fail_with_that_reason() -> anyhow::Result<
     let uid = agent.run("sleeps", "").await?;
     let job = agent.wait_phase(&uid, "Running").await?;
     let streams = [format!("exec {uid} -- true"), format!("attach {uid}")];
-    agent.knocctl(&streams[0]).ok().await?;
+    wait_for("the shim has its link", SOON, async || {
+        agent.knocctl(&streams[0]).ok().await
+    })
+    .await?;
     let suspend = ["scontrol", "suspend", job.as_str()];
     world.on_as_root("ctl", suspend).ok().await?;
-    // The first stream is refused before the agent knows about the suspension from Slurm.
+    // Slurm stops the processes a moment later. From then on the first stream is refused before the agent knows about the
+    // suspension from Slurm.
     for stream in &streams {
-        let said = agent.knocctl(stream).deadline(SOON).output().await?;
-        let all = said.to_string();
-        ensure!(
-            said.code != 0 && all.contains("is suspended"),
-            "{stream}: {said}"
-        );
+        wait_for("it is refused", SOON, async || {
+            let said = agent.knocctl(stream).deadline(SOON).output().await?;
+            let all = said.to_string();
+            ensure!(
+                said.code != 0 && all.contains("is suspended"),
+                "{stream}: {said}"
+            );
+            Ok(())
+        })
+        .await?;
     }
     let resume = ["scontrol", "resume", job.as_str()];
     world.on_as_root("ctl", resume).ok().await?;

@@ -202,21 +202,21 @@ async fn metrics_server_feeds_kubectl_top_and_an_autoscaler() -> anyhow::Result<
         .stdin(objects.to_string())
         .ok()
         .await?;
-    let pod = wait_for("kubectl top pod", MINUTES, async || {
-        let top = world.kubectl(["top", "pod", "--no-headers", "--containers"]);
-        let top = top.ok().await?.text();
-        ensure!(top.contains("main"), "{top}");
-        anyhow::Ok(top)
-    })
-    .await?;
-    // POD NAME CPU MEMORY
-    let cells: Vec<&str> = pod.split_whitespace().collect();
     let number = |cell: Option<&&str>, unit: &str| -> anyhow::Result<u64> {
         let cell = cell.context("a cell is missing")?;
         Ok(cell.trim_end_matches(unit).parse()?)
     };
-    ensure!(number(cells.get(2), "m")? >= 50, "{pod}");
-    ensure!((32..128).contains(&number(cells.get(3), "Mi")?), "{pod}");
+    wait_for("kubectl top pod", MINUTES, async || {
+        let top = world.kubectl(["top", "pod", "--no-headers", "--containers"]);
+        let pod = top.ok().await?.text();
+        ensure!(pod.contains("main"), "{pod}");
+        // POD NAME CPU MEMORY
+        let cells: Vec<&str> = pod.split_whitespace().collect();
+        ensure!(number(cells.get(2), "m")? >= 50, "{pod}");
+        ensure!((32..128).contains(&number(cells.get(3), "Mi")?), "{pod}");
+        Ok(())
+    })
+    .await?;
     wait_for("kubectl top node", MINUTES, async || {
         let top = world.kubectl(["top", "node", &world.node, "--no-headers"]);
         let top = top.ok().await?.text();

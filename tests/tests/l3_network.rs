@@ -59,10 +59,16 @@ async fn pods_on_one_node_listen_on_the_same_port_and_their_containers_share_the
 #[tokio::test]
 async fn probes_reach_a_pod_in_a_network_of_its_own() -> anyhow::Result<()> {
     let world = World::new("network-probes").await?;
+    // Liveness does not count before the server listens, however long that takes.
+    let port = json!({"port": 80});
     let pod = web("web")
         .set(
+            "startupProbe",
+            json!({"tcpSocket": port, "periodSeconds": 1, "failureThreshold": 600}),
+        )
+        .set(
             "livenessProbe",
-            json!({"tcpSocket": {"port": 80}, "periodSeconds": 1}),
+            json!({"tcpSocket": port, "periodSeconds": 1, "timeoutSeconds": 60}),
         )
         .set(
             "readinessProbe",

@@ -121,7 +121,8 @@ const WELL: [(&str, &str, &str); 8] = [
 #[tokio::test]
 async fn the_node_has_its_conditions_and_a_taint() -> anyhow::Result<()> {
     let world = World::new("well").await?;
-    let found = wait_for("the conditions of a node that is well", SOON, async || {
+    // The taint of a lost agent goes a moment after its condition, if an earlier test had stopped the agent.
+    wait_for("the conditions of a node that is well", SOON, async || {
         let (found, status) = node(&world).await?;
         let conditions = status.conditions.unwrap_or_default();
         for (kind, status, reason) in WELL {
@@ -131,22 +132,22 @@ async fn the_node_has_its_conditions_and_a_taint() -> anyhow::Result<()> {
                 condition.with_context(|| format!("{kind}={status}: {conditions:?}"))?;
             ensure!(condition.reason.as_deref() == Some(reason), "{condition:?}");
         }
-        Ok::<_, anyhow::Error>(found)
+        let taints = found.spec.and_then(|spec| spec.taints).unwrap_or_default();
+        let taints: Vec<_> = taints
+            .iter()
+            .map(|taint| {
+                (
+                    taint.key.as_str(),
+                    taint.value.as_deref(),
+                    taint.effect.as_str(),
+                )
+            })
+            .collect();
+        let ours = [("virtual-kubelet.io/provider", Some("knoc"), "NoSchedule")];
+        ensure!(taints == ours, "{taints:?}");
+        Ok(())
     })
     .await?;
-    let taints = found.spec.and_then(|spec| spec.taints).unwrap_or_default();
-    let taints: Vec<_> = taints
-        .iter()
-        .map(|taint| {
-            (
-                taint.key.as_str(),
-                taint.value.as_deref(),
-                taint.effect.as_str(),
-            )
-        })
-        .collect();
-    let ours = [("virtual-kubelet.io/provider", Some("knoc"), "NoSchedule")];
-    ensure!(taints == ours, "{taints:?}");
     world.finish().await
 }
 
@@ -325,6 +326,9 @@ async fn a_queued_pod_shows_the_reason_and_the_estimated_start() -> anyhow::Resu
     world.finish().await
 }
 
+/// The Events of an image that is pulled first, and of a job that waits for a moment.
+const MAY_BE: [&str; 3] = ["Pulling", "SlurmJobPending", "SlurmJobSubmitted"];
+
 /// The part of an Event that the tests check: reason, container, message.
 type Told = (String, String, String);
 
@@ -386,11 +390,9 @@ async fn the_events_of_a_pod_report_each_step_once() -> anyhow::Result<()> {
             pulled.is_some_and(|(.., message)| message.contains(&image)),
             "{image} is not in {pulled:?}"
         );
-        // The image may be pulled first, and the job may wait for a moment, which causes further Events.
-        let may_be = ["Pulling", "SlurmJobPending", "SlurmJobSubmitted"];
         let steps = told
             .iter()
-            .filter(|(reason, ..)| !may_be.contains(&reason.as_str()));
+            .filter(|(reason, ..)| !MAY_BE.contains(&reason.as_str()));
         ensure!(steps.count() == wanted.len(), "{told:#?}");
         Ok(())
     })
@@ -421,18 +423,26 @@ async fn statuses(world: &World, name: &str, version: &str) -> anyhow::Result<Ve
 }
 
 #[tokio::test]
-async fn a_life_of_a_second_costs_four_statuses_and_four_events() -> anyhow::Result<()> {
+async fn a_short_life_costs_four_statuses_and_four_events() -> anyhow::Result<()> {
     let world = World::new("cost").await?;
     let list = world.api::<Pod>().list(&ListParams::default()).await?;
     let version = list.metadata.resource_version.context("no version")?;
-    let pod = PodBuilder::new("short").sh("sleep 1");
+    let pod = PodBuilder::new("short").sh("until [ -e /tmp/go ]; do sleep 0.1; done");
     let uid = world.create(&pod).await?;
-    let seen = tokio::time::timeout(SOON, statuses(&world, "short", &version));
-    let seen = seen.await.context("the pod did not end in time")??;
-    // The first one is the API server's own, and the scheduler writes that the pod is bound.
+    let lives = async {
+        // A busy kubelet does not write that a pod runs which has ended meanwhile.
+        world.wait_phase("short", "Running", SOON).await?;
+        world.exec(&uid, "main", ["touch", "/tmp/go"]).ok().await
+    };
+    let seen = async { tokio::try_join!(statuses(&world, "short", &version), lives) };
+    let seen = tokio::time::timeout(SOON * 2, Box::pin(seen)).await;
+    let (seen, _) = seen.context("the pod did not end in time")??;
+    // The first one is the API server's own, the scheduler writes that the pod is bound, and a busy cluster may have the pod
+    // wait in the queue.
     let ours = seen.iter().filter(|pod| {
         let status = pod.status.as_ref();
-        status.is_some_and(|status| status.container_statuses.is_some())
+        let queued = why(pod).1.starts_with("Slurm job ");
+        status.is_some_and(|status| status.container_statuses.is_some()) && !queued
     });
     let ours = ours.count();
     ensure!((2..=4).contains(&ours), "{ours} statuses: {seen:#?}");
@@ -449,10 +459,10 @@ async fn a_life_of_a_second_costs_four_statuses_and_four_events() -> anyhow::Res
         Ok(told)
     })
     .await?;
-    // The image may be pulled first, for all pods that want it.
+    // The image may be pulled first, for all pods that want it, and the job may wait for a moment.
     let told: Vec<_> = told
         .iter()
-        .filter(|(reason, ..)| reason != "Pulling")
+        .filter(|(reason, ..)| !MAY_BE.contains(&reason.as_str()))
         .collect();
     ensure!(told.len() <= 4, "{told:#?}");
     world.finish().await

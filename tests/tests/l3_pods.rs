@@ -77,16 +77,7 @@ async fn a_kubernetes_job_of_twenty_pods_succeeds() -> anyhow::Result<()> {
         let log = world.logs(&name, "main").await?;
         ensure!(log.trim_end() == index, "{name} wrote {log:?}");
         let uid = pod.metadata.uid.unwrap_or_default();
-        // The pod has ended a moment before its job, and Slurm's accounting learns of that last.
-        wait_for(
-            &format!("one completed job of {name}"),
-            SOON,
-            async || match world.jobs(&uid).await?.as_slice() {
-                [job] if job.contains("COMPLETED") => Ok(()),
-                jobs => Err(anyhow::anyhow!("{jobs:?}")),
-            },
-        )
-        .await?;
+        world.one_job(&uid, "COMPLETED").await?;
     }
     world.finish().await
 }

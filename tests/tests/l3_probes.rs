@@ -53,7 +53,7 @@ fn server(name: &str) -> PodBuilder {
 async fn a_pod_is_ready_while_its_readiness_probe_passes() -> anyhow::Result<()> {
     let world = World::new("readiness").await?;
     let pod = server("web")
-        .set("startupProbe", json!({"tcpSocket": {"port": "web"}, "periodSeconds": 1, "failureThreshold": 60}))
+        .set("startupProbe", json!({"tcpSocket": {"port": "web"}, "periodSeconds": 1, "failureThreshold": 600}))
         .set(
             "readinessProbe",
             json!({"httpGet": {"port": "web", "path": "/ok"}, "periodSeconds": 1, "failureThreshold": 1}),
@@ -83,26 +83,39 @@ async fn a_pod_is_ready_while_its_readiness_probe_passes() -> anyhow::Result<()>
 async fn a_failed_liveness_probe_restarts_the_container_and_kubernetes_knows_why()
 -> anyhow::Result<()> {
     let world = World::new("liveness").await?;
+    // The startup probe waits for the file after each start, so that liveness fails only once it was removed. A slow
+    // command is no failure.
+    let action = json!({"command": ["cat", "/tmp/alive"]});
     let pod = PodBuilder::new("alive")
         .sh("touch /tmp/alive; exec sleep 600")
         .restart("Always")
         .set(
+            "startupProbe",
+            json!({"exec": action, "periodSeconds": 1, "failureThreshold": 600, "timeoutSeconds": 60}),
+        )
+        .set(
             "livenessProbe",
-            json!({"exec": {"command": ["cat", "/tmp/alive"]}, "periodSeconds": 1, "failureThreshold": 1,
-                   "initialDelaySeconds": 2, "terminationGracePeriodSeconds": 1}),
+            json!({"exec": action, "periodSeconds": 1, "failureThreshold": 1, "timeoutSeconds": 60,
+                   "terminationGracePeriodSeconds": 1}),
         );
     let uid = world.running(&pod).await?;
+    let status = |pod: &Pod| {
+        let status = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
+        (status.started == Some(true) && status.ready).then_some(status.restart_count)
+    };
+    let restarts = world
+        .wait_for_state("alive", "its file is there", SOON, status)
+        .await?;
+    ensure!(restarts == 0, "{restarts} restarts");
     world.exec(&uid, "main", ["rm", "/tmp/alive"]).ok().await?;
     let text = "Liveness probe failed: cat: can't open '/tmp/alive'";
     wait_event(&world, "alive", "Unhealthy", text).await?;
     let text = "Container main failed liveness probe, will be restarted";
     wait_event(&world, "alive", "Killing", text).await?;
-    let restarted = |pod: &Pod| {
-        let status = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
-        (status.restart_count == 1 && status.ready).then_some(())
-    };
+    let restarted = |pod: &Pod| status(pod).filter(|restarts| *restarts > 0);
     let what = "it was restarted and is ready";
-    world.wait_for_state("alive", what, SOON, restarted).await?;
+    let restarts = world.wait_for_state("alive", what, SOON, restarted).await?;
+    ensure!(restarts == 1, "{restarts} restarts");
     world.finish().await
 }
 
@@ -120,7 +133,7 @@ async fn hooks_run_in_the_container_and_their_failures_are_events() -> anyhow::R
         )
         .set(
             "readinessProbe",
-            json!({"exec": {"command": ["test", "-e", "/tmp/started"]}, "periodSeconds": 600}),
+            json!({"exec": {"command": ["test", "-e", "/tmp/started"]}, "periodSeconds": 600, "timeoutSeconds": 60}),
         );
     world.create(&pod).await?;
     // It is tried once only: it comes after the hook.

@@ -29,14 +29,15 @@ async fn a_pod_with_a_sidecar_starts_behind_it_and_completes_without_it() -> any
     let world = World::new("sidecar").await?;
     let pod = PodBuilder::new("job")
         .sh("test -e /shared/up && echo after the sidecar; sleep 2")
+        .spec("terminationGracePeriodSeconds", json!(60))
         .empty_dir("/shared")
         .init_container("proxy")
-        .sh("sleep 2; touch /shared/up; trap 'echo told; exit 0' TERM; while :; do sleep 0.2; done")
+        .sh("trap 'echo told; exit 0' TERM; sleep 2; touch /shared/up; while :; do sleep 0.2; done")
         .set("restartPolicy", json!("Always"))
         .set("volumeMounts", json!([{"name": "data", "mountPath": "/shared"}]))
         .set(
             "startupProbe",
-            json!({"exec": {"command": ["test", "-e", "/shared/up"]}, "periodSeconds": 1, "failureThreshold": 60}),
+            json!({"exec": {"command": ["test", "-e", "/shared/up"]}, "periodSeconds": 1, "failureThreshold": 600}),
         );
     let done = world.run(&pod, "Succeeded").await?;
     let code = |name: &str| {

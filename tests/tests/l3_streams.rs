@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fmt::Write as _, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
-    PodBuilder, Terminal, World, wait_for,
+    Background, PodBuilder, Terminal, World, wait_for,
     world::{SOON, exit_code},
 };
 use sha2::{Digest as _, Sha256};
@@ -46,14 +46,19 @@ async fn a_hundred_megabytes_of_log_are_intact() -> anyhow::Result<()> {
 #[tokio::test]
 async fn logs_follow_tail_and_limit() -> anyhow::Result<()> {
     let world = World::new("follow").await?;
-    let pod =
-        PodBuilder::new("counter").sh("for i in 1 2 3 4 5 6; do echo line $i; sleep 0.5; done");
-    world.create(&pod).await?;
-    world.wait_phase("counter", "Running", SOON).await?;
-    let all = world.kubectl(["logs", "-f", "counter"]).ok().await?;
+    let script = "for i in 1 2 3; do echo line $i; done; until [ -e /tmp/go ]; do sleep 0.1; done; \
+                  for i in 4 5 6; do echo line $i; sleep 0.5; done";
+    let uid = world
+        .running(&PodBuilder::new("counter").sh(script))
+        .await?;
+    let mut follower = Background::start(world.kubectl(["logs", "-f", "counter"]))?;
+    follower.expect("line 3\n").await?;
+    world.exec(&uid, "main", ["touch", "/tmp/go"]).ok().await?;
+    let code = follower.exit_code(SOON).await?;
+    let all = follower.shown();
     ensure!(
-        all.text() == "line 1\nline 2\nline 3\nline 4\nline 5\nline 6",
-        "{all}"
+        code == 0 && all == "line 1\nline 2\nline 3\nline 4\nline 5\nline 6\n",
+        "{code}: {all}"
     );
     world.wait_phase("counter", "Succeeded", SOON).await?;
     let tail = world.kubectl(["logs", "--tail=2", "counter"]).ok().await?;

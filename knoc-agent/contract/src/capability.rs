@@ -16,6 +16,9 @@ pub const STOP_SIGNAL: &str = "stop-signal";
 /// The shim serves `WatchEgress` and `EgressStream`.
 pub const EGRESS: &str = "egress";
 
+/// The shim reads variables from files that containers write. Older shims reject all values with such a variable.
+pub const ENV_FILES: &str = "env-files";
+
 /// The shim serves `AddEphemeralContainer`.
 pub const EPHEMERAL: &str = "ephemeral-containers";
 
@@ -25,11 +28,16 @@ pub const IMAGE_UPDATES: &str = "image-updates";
 /// The shim serves `JoinMesh`.
 pub const MESH: &str = "mesh";
 
+/// The shim runs commands in the ranks of a container other than the first one.
+pub const EXEC_IN_RANKS: &str = "exec-in-ranks";
+
 /// All capabilities of this version's shim.
-pub const ALL: [&str; 9] = [
+pub const ALL: [&str; 11] = [
     ATTACH,
     EGRESS,
+    ENV_FILES,
     EPHEMERAL,
+    EXEC_IN_RANKS,
     IMAGE_UPDATES,
     LOG_POSITIONS,
     MESH,

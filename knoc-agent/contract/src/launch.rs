@@ -44,6 +44,9 @@ pub struct LaunchSpec {
     /// Make the entry of the program's own user in the container's `/etc/passwd`, which is the
     /// runtime's, say what the image says about `user`.
     pub settle: bool,
+    /// The variable that gets the number of the fourth descriptor, which the program keeps open: what
+    /// a rank of an MPI program talks to its process manager with (`PMI_FD`). `None`: there are three.
+    pub descriptor: Option<Vec<u8>>,
 }
 
 /// What the launcher tells the shim.
@@ -100,6 +103,8 @@ impl LaunchSpec {
             put_bytes(&mut body, optional.as_deref().unwrap_or_default())?;
         }
         body.push(u8::from(self.settle));
+        body.push(u8::from(self.descriptor.is_some()));
+        put_bytes(&mut body, self.descriptor.as_deref().unwrap_or_default())?;
         if body.len() > MAX_SPEC {
             return Err(WireError::TooLong(body.len()));
         }
@@ -125,6 +130,7 @@ impl LaunchSpec {
         let user = cursor.optional()?;
         let passwd = cursor.optional()?;
         let settle = cursor.byte()? != 0;
+        let descriptor = cursor.optional()?;
         cursor.end()?;
         let tty = has_tty.then_some(window);
         Ok(Self {
@@ -138,6 +144,7 @@ impl LaunchSpec {
             user,
             passwd,
             settle,
+            descriptor,
         })
     }
 }
@@ -282,12 +289,13 @@ mod tests {
     fn spec() -> impl Strategy<Value = LaunchSpec> {
         let tty = proptest::option::of((any::<u16>(), any::<u16>()));
         let lists = (list(), list(), list(), list());
-        let user = (proptest::option::of(bytes()), proptest::option::of(bytes()));
+        let optional = || proptest::option::of(bytes());
+        let user = (optional(), optional(), optional());
         let flags = any::<(bool, bool)>();
         let rest = (bytes(), flags, tty, user);
         (lists, rest).prop_map(|(lists, rest)| {
             let (argv, env, links, temporary) = lists;
-            let (cwd, (create_cwd, settle), tty, (user, passwd)) = rest;
+            let (cwd, (create_cwd, settle), tty, (user, passwd, descriptor)) = rest;
             LaunchSpec {
                 argv,
                 env,
@@ -299,6 +307,7 @@ mod tests {
                 user,
                 passwd,
                 settle,
+                descriptor,
             }
         })
     }

@@ -3,9 +3,12 @@
 //!
 //! It sends [`News::Running`] once the program runs and [`News::Lost`] if log lines are lost, and returns [`Ended`].
 //! Cancelling `abort` ends the runtime if the program does not run yet, or if the runtime outlives a killed program.
-//! The task never decides about restarts.
+//! The task never decides about restarts. If the pod has ranks, [`parallel`] lets srun start them, and [`rank`] is the same
+//! task in the helper of each.
 
 mod folders;
+mod parallel;
+pub(crate) mod rank;
 mod up;
 
 use std::{
@@ -22,6 +25,7 @@ use knoc_contract::{
     logs::{cri, read::last_text, writer::Losses},
 };
 use knoc_proto::{error::chain, pb, pod::PodValues};
+use rustix::process::Signal;
 use tokio::{
     net::UnixStream,
     sync::{mpsc, watch},
@@ -35,6 +39,7 @@ use self::{
 use super::{
     attach::hub::{self, Hub},
     children::Exit,
+    env_files::{self, EnvFileError},
     environment::{self, TerminationLog},
     fdio::{self, Stream},
     handshake::{self, HandshakeError, Launched},
@@ -44,6 +49,7 @@ use super::{
     passwd,
     pod::Pod,
     processes::ProcessesError,
+    ranks::command::Ranks,
     role::{ContainerSpec, SlotId},
     signals::{self, Identity},
     usage::{Counters, Used},
@@ -74,6 +80,28 @@ pub(crate) struct Program {
     pub(crate) isolated: bool,
     pub(crate) spec: LaunchSpec,
     pub(crate) hub: Arc<Hub>,
+    /// The way to all ranks, if this is the first one of them.
+    pub(crate) ranks: Option<Ranks>,
+}
+
+impl Program {
+    /// Sends `signal` to the program, or to that of each rank.
+    pub(crate) fn signal(&self, signal: Signal) {
+        match &self.ranks {
+            None => signals::to_program(self.identity, signal),
+            Some(ranks) => {
+                // If the channel is full, the ranks get several signals already, and then SIGKILL by `abort`.
+                ranks.signals.try_send(signal).ok();
+            }
+        }
+    }
+
+    /// Kills the program and its processes. Those of ranks are killed by the `abort` of their attempt.
+    pub(crate) fn kill(&self) {
+        if self.ranks.is_none() {
+            signals::kill_all(self.identity, self.isolated);
+        }
+    }
 }
 
 /// How an attempt ended.
@@ -156,8 +184,17 @@ enum AttemptError {
         "no command specified: give the container a command, or use an image that has an entrypoint or a command"
     )]
     NoCommand,
+    /// A variable cannot be read from its file.
+    #[error(transparent)]
+    EnvFile(#[from] EnvFileError),
     #[error("share the processes of the pod")]
     Processes(#[from] ProcessesError),
+    /// The ranks could not be started, or one of them could not.
+    #[error("{message}")]
+    Ranks {
+        reason: &'static str,
+        message: String,
+    },
     #[error("stopped before it was started")]
     Aborted,
 }
@@ -166,8 +203,10 @@ impl AttemptError {
     fn reason(&self) -> &'static str {
         match self {
             Self::Prepare(_) | Self::NoCommand | Self::Processes(_) => "CreateContainerError",
+            Self::EnvFile(_) => "CreateContainerConfigError",
             Self::Runtime(_) | Self::NoNamespaces { .. } => "ContainerCannotRun",
             Self::Start(_) => "StartError",
+            Self::Ranks { reason, .. } => reason,
             Self::Aborted => "Error",
         }
     }
@@ -175,7 +214,15 @@ impl AttemptError {
 
 /// Runs the attempt to its end.
 pub(crate) async fn run(pod: Arc<Pod>, attempt: Attempt) -> Ended {
-    let outcome = try_run(&pod, &attempt).await;
+    let outcome = if parallel::has_ranks(&pod, &attempt.spec) {
+        Box::pin(parallel::try_run(&pod, &attempt)).await
+    } else {
+        Box::pin(try_run(&pod, &attempt)).await
+    };
+    ended(&attempt, outcome)
+}
+
+fn ended(attempt: &Attempt, outcome: Result<Done, AttemptError>) -> Ended {
     let finished_at = Timestamp::now();
     match outcome {
         Ok((exit, message, losses, killed_by_kernel, used)) => Ended {
@@ -266,11 +313,12 @@ type Done = (Exit, String, Losses, bool, Counters);
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
     let container = &attempt.spec.container;
     let config = attempt.spec.image.config.clone().unwrap_or_default();
-    let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts_now());
+    let values = environment_of(pod, attempt).await?;
+    let mut spec = environment::launch_spec(container, &config, &values, &pod.facts_now());
     if spec.argv.is_empty() {
         return Err(AttemptError::NoCommand);
     }
-    let mut folders = prepare(pod, attempt).await?;
+    let mut folders = prepare(pod, attempt, values).await?;
     complete(&mut spec, &folders);
     let kills_before = pod.oom.unclaimed();
     let mut up = bring_up(pod, attempt, &folders, container).await?;
@@ -289,6 +337,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
         isolated: pod.runtime.isolates() && up.beside.is_none(),
         spec,
         hub: Arc::clone(&hub),
+        ranks: None,
     };
     let isolated = program.isolated;
     let event = running(attempt, program);
@@ -391,10 +440,33 @@ async fn launch(
     }
 }
 
-/// Creates the folders on a blocking thread: a file system that the pod mounts may hang.
-async fn prepare(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Folders, AttemptError> {
-    let (pod, spec, number) = (Arc::clone(pod), Arc::clone(&attempt.spec), attempt.number);
+/// Reads the variables of the container that come from files, on a blocking thread. Returns its whole environment.
+async fn environment_of(
+    pod: &Arc<Pod>,
+    attempt: &Attempt,
+) -> Result<Arc<pb::PodValues>, AttemptError> {
+    let (pod, spec) = (Arc::clone(pod), Arc::clone(&attempt.spec));
     let values = Arc::clone(&attempt.values);
+    let reading = tokio::task::spawn_blocking(move || {
+        env_files::resolve(&spec.container, &values, &pod.volumes)
+    });
+    tokio::select! {
+        biased;
+        read = reading => match read {
+            Ok(read) => Ok(Arc::new(read?)),
+            Err(error) => Err(PrepareError::Pipes(io::Error::other(error)).into()),
+        },
+        () = attempt.abort.cancelled() => Err(AttemptError::Aborted),
+    }
+}
+
+/// Creates the folders on a blocking thread: a file system that the pod mounts may hang.
+async fn prepare(
+    pod: &Arc<Pod>,
+    attempt: &Attempt,
+    values: Arc<pb::PodValues>,
+) -> Result<Folders, AttemptError> {
+    let (pod, spec, number) = (Arc::clone(pod), Arc::clone(&attempt.spec), attempt.number);
     let making =
         tokio::task::spawn_blocking(move || Folders::prepare(&pod, &spec, number, &values));
     tokio::select! {
@@ -463,68 +535,4 @@ fn stdio(container: &pb::Container) -> io::Result<(Stdio3, Vec<Source>)> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::{super::oom::OomCounter, *};
-
-    #[test]
-    fn what_the_runtime_itself_used_is_not_the_containers() {
-        let cpu = |cpu| Counters {
-            cpu,
-            ..Counters::default()
-        };
-        let used = |own, kids| Used {
-            own: cpu(own),
-            kids: cpu(kids),
-        };
-        assert_eq!(spent(true, used(10, 100), used(20, 150)), cpu(50));
-        assert_eq!(spent(false, used(1, 0), used(20, 150)), cpu(170));
-        assert_eq!(spent(true, used(10, 100), used(0, 0)), cpu(0));
-    }
-
-    #[tokio::test]
-    async fn a_launcher_that_never_answers_is_given_up_when_the_pod_is_stopped() {
-        let (ours, _theirs) = UnixStream::pair().unwrap();
-        let abort = CancellationToken::new();
-        let spec = LaunchSpec::default();
-        let launching = launch(ours, &spec, Vec::new(), &abort);
-        let stopping = async { abort.cancel() };
-        let both = async { tokio::join!(launching, stopping) };
-        let (launched, ()) = tokio::time::timeout(Duration::from_secs(20), both)
-            .await
-            .expect("the launch still waits");
-        assert!(matches!(launched, Err(AttemptError::Aborted)));
-    }
-
-    #[test]
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "a test's own file, which stands for a kernel counter"
-    )]
-    fn one_oom_kill_is_counted_for_one_container_only() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("memory.events");
-        let counted = |kills: u32| std::fs::write(&file, format!("oom_kill {kills}\n")).unwrap();
-        counted(3);
-        let oom = OomCounter::of(vec![file.clone()]);
-        let (first, second) = (oom.unclaimed(), oom.unclaimed());
-        counted(4);
-        let exit = |code| Exit { code, signal: 0 };
-        // Neither a container that ends in another way nor one that the shim kills claims the kill.
-        assert!(!by_kernel(exit(1), false, || oom.claim(second)));
-        assert!(!by_kernel(exit(137), true, || oom.claim(second)));
-        assert!(by_kernel(exit(137), false, || oom.claim(first)));
-        assert!(!by_kernel(exit(137), false, || oom.claim(second)));
-        counted(5);
-        assert!(by_kernel(exit(137), false, || oom.claim(second)));
-    }
-
-    #[test]
-    fn reasons_and_signals() {
-        let exit = |code| Exit { code, signal: 0 };
-        assert_eq!(reason_of(exit(0), true), "Completed");
-        assert_eq!(reason_of(exit(137), true), "OOMKilled");
-        assert_eq!(reason_of(exit(137), false), "Error");
-        assert_eq!(with_signal(exit(143)).signal, 15);
-        assert_eq!(with_signal(exit(255)).signal, 0);
-    }
-}
+mod tests;

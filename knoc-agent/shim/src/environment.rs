@@ -11,7 +11,7 @@ use knoc_contract::launch::{LaunchSpec, Window};
 use knoc_proto::{
     expand::{self, RuntimeFields, SubPathError},
     paths, pb,
-    pod::{Hostname, PodValues},
+    pod::Hostname,
 };
 
 use super::{egress::ApiServer, gpus};
@@ -44,7 +44,7 @@ pub(crate) struct Facts {
 pub(crate) fn launch_spec(
     container: &pb::Container,
     image: &pb::ImageConfig,
-    values: &PodValues,
+    values: &pb::PodValues,
     facts: &Facts,
 ) -> LaunchSpec {
     let vars = &variables(container, values, facts);
@@ -86,6 +86,7 @@ pub(crate) fn launch_spec(
         user: facts.isolated.then(|| user(container, image)),
         passwd: None,
         settle: false,
+        descriptor: None,
     }
 }
 
@@ -216,7 +217,7 @@ pub(crate) fn termination_log(container: &pb::Container, mounted: &[&Path]) -> T
 
 #[cfg(test)]
 mod tests {
-    use knoc_proto::pod::PodSpec;
+    use knoc_proto::pod::{PodSpec, PodValues};
 
     use super::*;
 

@@ -17,7 +17,6 @@ use std::{
 
 use bytes::Bytes;
 use knoc_contract::launch::{LaunchSpec, Window};
-use knoc_link::bulk::Messages;
 use knoc_proto::{
     CHUNK,
     error::chain,
@@ -37,6 +36,7 @@ use super::{
     container::Program,
     fdio::{self, Stream},
     handshake::{self, HandshakeError, Launched},
+    inputs::Inputs,
     pod::Pod,
     signals,
 };
@@ -97,7 +97,7 @@ impl ExecError {
 }
 
 /// Runs the process to its end. The last output is its exit.
-pub(crate) async fn run(session: Session, input: Messages<pb::ExecInput>) {
+pub(crate) async fn run(session: Session, input: impl Inputs) {
     let running = match begin(&session).await {
         Ok(running) => running,
         Err((error, helper)) => {
@@ -232,6 +232,7 @@ fn spec(container: &LaunchSpec, start: &pb::ExecStart) -> LaunchSpec {
         links: Vec::new(),
         temporary: Vec::new(),
         settle: false,
+        descriptor: None,
         ..container.clone()
     };
     if start.tty && !spec.env.iter().any(|entry| entry.starts_with(b"TERM=")) {
@@ -310,7 +311,7 @@ async fn drive(
     output: &mpsc::Sender<Result<ExecOutput, Status>>,
     streams: &Streams,
     stdin: Option<Stream>,
-    input: Messages<pb::ExecInput>,
+    input: impl Inputs,
     child: &mut Child,
 ) -> Exit {
     let Streams {
@@ -373,13 +374,8 @@ async fn copy(
 }
 
 /// Handles the client's messages: input, the end of input, new window sizes.
-async fn feed(
-    mut input: Messages<pb::ExecInput>,
-    mut stdin: Option<Stream>,
-    terminal: Option<&Stream>,
-) {
-    // The end of the stream, or its failure, ends the input. A client that disconnected is noticed at the output.
-    while let Ok(Some(message)) = input.message().await {
+async fn feed(mut input: impl Inputs, mut stdin: Option<Stream>, terminal: Option<&Stream>) {
+    while let Some(message) = input.next().await {
         match message.input {
             Some(Input::Stdin(data)) => {
                 if let Some(sink) = terminal.or(stdin.as_ref())

@@ -305,10 +305,12 @@ async fn to_pod(
 ) -> Result<(), Status> {
     let mut guard = ResetUnlessEnded::new(writer);
     loop {
-        // A broken stream is not the end of the input: the program must not mistake partial input for all of it.
+        // Neither a broken stream nor a cancelled call is the end of the input: the program must not mistake partial input for
+        // all of it.
         let data = match input.message().await?.and_then(|message| message.input) {
             Some(Input::Data(data)) => data,
             Some(Input::Start(_)) => continue,
+            None if input.is_cancelled() => return Err(Status::cancelled("the client is gone")),
             Some(Input::Closed(_)) | None => break,
         };
         let Some(writer) = guard.writer() else {

@@ -21,6 +21,7 @@ mod children;
 mod container;
 mod directory;
 mod egress;
+mod env_files;
 mod environment;
 mod exec;
 mod fdio;
@@ -29,6 +30,7 @@ mod gpus;
 mod handshake;
 mod health;
 mod host_ports;
+mod inputs;
 mod job_signals;
 pub mod launch;
 mod link;
@@ -47,6 +49,8 @@ mod pod;
 mod probes;
 mod proc;
 mod processes;
+pub mod rank;
+mod ranks;
 mod report;
 mod resolver;
 mod role;
@@ -184,7 +188,7 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     let previous = jobdir.report().ok().flatten();
     let values = jobdir.values()?;
     let mut pod = Pod::open(jobdir, claim, endpoint.as_ref())?;
-    log(&pod);
+    log(level(&pod));
     if let Some(values) = &values {
         pod.jobdir.remove_values_up_to(values.revision)?;
     }
@@ -243,13 +247,17 @@ fn identity() -> anyhow::Result<Claim> {
     })
 }
 
-/// Starts logging to standard error, which is the job's `batch.out`.
-fn log(pod: &Pod) {
-    let level = if pod.settings().log_debug {
+/// Which lines the shim logs.
+fn level(pod: &Pod) -> LevelFilter {
+    if pod.settings().log_debug {
         LevelFilter::DEBUG
     } else {
         LevelFilter::WARN
-    };
+    }
+}
+
+/// Starts logging to standard error, which is the job's `batch.out`.
+fn log(level: LevelFilter) {
     // Debug logs of KNoC's own crates only: those of the libraries would fill a file system.
     let targets = Targets::new()
         .with_default(LevelFilter::WARN)

@@ -6,7 +6,7 @@
 //! whether the link is up or not.
 
 pub(crate) mod carried;
-mod dial;
+pub(crate) mod dial;
 
 use std::{
     path::PathBuf,

@@ -4,9 +4,9 @@
 //!
 //! Init containers and sidecars start one after the other, in the order of the pod. An init container opens its gate
 //! when it has succeeded, a sidecar when it has *started* (its startup probe has passed, or it has none). Once a gate is
-//! open the next container starts, and behind the last gate all main containers start together. A sidecar that fails
-//! later closes no gate behind which something was started already. Ephemeral containers start as soon as they are
-//! added.
+//! open the next container starts. Behind the last gate the main containers start in the order of the pod, each once the program of
+//! the one before it runs, or could not be started. A sidecar that fails later closes no gate behind which something was started
+//! already. Ephemeral containers start as soon as they are added.
 //!
 //! # One container
 //!
@@ -27,7 +27,8 @@
 //!          └─── without a hook ─────▲
 //! ```
 //!
-//! A main container with a postStart hook holds up those behind it in the list until the hook has ended. A preStop hook may
+//! A main container that is being started holds up those behind it in the list, as with a kubelet, and one with a postStart hook
+//! until the hook has ended: programs may rely on that order (the executor of Argo Workflows does). A preStop hook may
 //! take the whole grace period; its program still gets a moment between TERM and KILL.
 //!
 //! A container is stopped because the pod is, or alone if a probe found that it is not live any more or if it has another
@@ -179,9 +180,13 @@ impl Container {
         matches!(self.phase, Phase::Exited { code: 0, .. })
     }
 
-    /// Those behind it in the list wait for its postStart hook.
+    /// Those behind it in the list wait until its program runs, and for its postStart hook.
     fn holds_up_others(&self) -> bool {
-        self.post_start_pending && !matches!(self.phase, Phase::Exited { .. })
+        match self.phase {
+            Phase::Starting => true,
+            Phase::Idle | Phase::Running => self.post_start_pending,
+            Phase::Exited { .. } => false,
+        }
     }
 
     /// It has ended and will never be restarted.
@@ -315,6 +320,10 @@ impl Plan {
         }
     }
 
+    fn starts(&self, container: &Container) -> bool {
+        self.actions.contains(&Action::Start(container.id))
+    }
+
     /// Takes the next step of the stop of `container`, which lives.
     fn stop(&mut self, now: Time, container: &Container, kill_at: Time) {
         if now >= kill_at && container.stop == StopStage::PreStop {
@@ -397,7 +406,7 @@ fn go_on(view: &View) -> Plan {
     if view.initialized() {
         for container in view.of_role(Role::Main) {
             plan.start(view, container);
-            if container.holds_up_others() {
+            if plan.starts(container) || container.holds_up_others() {
                 break;
             }
         }

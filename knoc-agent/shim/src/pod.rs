@@ -31,6 +31,7 @@ use super::{
     network::{self, Network, Tools, Up, Wish},
     oom::OomCounter,
     processes::Holder,
+    ranks::node::Shared,
     resolver::ClusterDns,
     role::Role,
     scratch::{Fallback, Scratch},
@@ -72,6 +73,8 @@ pub(crate) struct Pod {
     pub(crate) mesh: Arc<Mesh>,
     /// Of the PID namespace that the containers share, if they share one.
     pub(crate) holder: Holder,
+    /// In the helper of a rank: what its container shares with those of other ranks.
+    pub(crate) shared: Option<Shared>,
 }
 
 impl Pod {
@@ -115,6 +118,7 @@ impl Pod {
             egress: Arc::default(),
             mesh: Mesh::of(&spec),
             holder: Holder::default(),
+            shared: None,
             jobdir,
             claim,
             job,
@@ -125,11 +129,17 @@ impl Pod {
     /// Gives the pod the network that it asks for. `isolated`: compute nodes are known not to reach the agent.
     pub(crate) async fn bring_up_network(&mut self, isolated: bool) -> anyhow::Result<Up> {
         let job = self.spec.job.clone().unwrap_or_default();
+        let ranks = job.mpi.is_some();
         let wish = Wish {
             pod: self.spec.network(),
-            site: self.settings().network(),
+            // Ranks reach each other over the networks of the nodes, whatever the site gives to other pods.
+            site: if ranks {
+                pb::NetworkMode::Host
+            } else {
+                self.settings().network()
+            },
             joins: self.runtime.isolates() && !self.mounting.by_name(),
-            parallel: job.nodes > 1 || job.ntasks > 1,
+            parallel: ranks || job.nodes > 1 || job.ntasks > 1,
         };
         let tools = Tools {
             children: &self.children,

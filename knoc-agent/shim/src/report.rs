@@ -190,7 +190,7 @@ pub(crate) fn status(
         },
         state: Some(state),
         last_termination: last.clone(),
-        restart_count: i32::try_from(history.attempt).unwrap_or(i32::MAX),
+        restart_count: i32::try_from(restarts(phase, history)).unwrap_or(i32::MAX),
         ready,
         started: health.started,
         image: ran.image,
@@ -200,6 +200,15 @@ pub(crate) fn status(
         } else {
             container_id
         },
+    }
+}
+
+/// PURE: how often the container was restarted. An attempt counts once its program runs, or if it could not be started:
+/// nobody sees the new number beside the times of the attempt before.
+fn restarts(phase: Phase, history: &History) -> u32 {
+    match phase {
+        Phase::Starting => history.attempt.saturating_sub(1),
+        Phase::Idle | Phase::Running | Phase::Exited { .. } => history.attempt,
     }
 }
 
@@ -478,6 +487,29 @@ mod tests {
             assert_eq!(said(pause, 99), ["CrashLoopBackOff".to_owned(), message]);
         }
         assert_eq!(said(20, 100), ["ContainerCreating", ""]);
+    }
+
+    #[test]
+    fn a_restart_counts_once_the_program_runs() {
+        let shown = |phase, attempt| {
+            let history = History {
+                attempt,
+                ..History::default()
+            };
+            restarts(phase, &history)
+        };
+        let ended = Phase::Exited {
+            code: 1,
+            unhealthy: false,
+            restart_at: Duration::ZERO,
+        };
+        assert_eq!(shown(Phase::Starting, 0), 0);
+        assert_eq!([shown(Phase::Running, 0), shown(ended, 0)], [0, 0]);
+        assert_eq!(
+            [shown(Phase::Starting, 1), shown(Phase::Running, 1)],
+            [0, 1]
+        );
+        assert_eq!([shown(ended, 1), shown(Phase::Starting, 2)], [1, 1]);
     }
 
     #[tokio::test(start_paused = true)]

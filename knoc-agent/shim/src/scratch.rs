@@ -20,14 +20,19 @@ use std::{
 use knoc_contract::{
     host::node_name, host_paths::SHIM_FOLDERS as PREFIX, jobdir::atomic::FileError, tree, walk,
 };
+use knoc_link::pki::hexadecimal;
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Notify;
 
-use super::proc;
+use super::{proc, ranks::node};
 
-const MEMORY: &str = "/dev/shm";
+/// The node's file system in memory.
+pub(crate) const MEMORY: &str = "/dev/shm";
 const DEFAULT: &str = "/tmp";
+
+/// In the name of a folder that the ranks of a pod on one node share, in place of the host.
+const RANKS: &str = "ranks";
 
 /// ramfs: a file system in memory like tmpfs, but without a size limit.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
@@ -183,6 +188,14 @@ impl Scratch {
     }
 }
 
+/// The name of the folder in memory that the ranks of this attempt share on `node`. It comes from the pod's private key, so that
+/// no other user can take the name first: whoever connects to the shim's port learns the public key, and whoever is on a
+/// node sees the names there.
+pub(crate) fn of_ranks(key: &str, attempt: u32, node: &str) -> String {
+    let tag = tag::<16>(format!("{RANKS} {attempt} {node} {key}").as_bytes());
+    format!("{PREFIX}-{RANKS}-{tag}")
+}
+
 /// The folder, in the folder in memory, that only the shim writes to.
 const SECRETS: &str = "secrets";
 
@@ -303,13 +316,13 @@ fn subfolder(parent: &Path, name: &str) -> Result<PathBuf, FileError> {
 
 /// A short form of a host's name: sockets lie in the folder, and their paths are limited to 107 bytes.
 fn host_tag(name: &str) -> String {
-    let digest = Sha256::digest(name.as_bytes());
-    let bytes: Vec<String> = digest
-        .iter()
-        .take(4)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    bytes.concat()
+    tag::<4>(name.as_bytes())
+}
+
+/// The first bytes of a digest, in hexadecimal digits.
+fn tag<const BYTES: usize>(text: &[u8]) -> String {
+    let digest = Sha256::digest(text);
+    hexadecimal(digest.get(..BYTES).unwrap_or_default())
 }
 
 /// Removes what killed shims of this user left on this host. Returns `false` if the time was not sufficient. What cannot
@@ -322,7 +335,15 @@ fn sweep(base: &Path, host: &str, until: Instant) -> bool {
             continue;
         };
         let mut parts = id.split('-').skip(1);
-        if parts.next() != Some(host) {
+        let whose = parts.next();
+        if whose == Some(RANKS) {
+            // One that ranks use, or that belongs to somebody else, stays.
+            let removed = node::remove_unused(&entry.path(), until);
+            if removed.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut) {
+                return false;
+            }
+        }
+        if whose != Some(host) {
             continue;
         }
         let pid = parts.next().and_then(|pid| pid.parse().ok());
@@ -411,6 +432,29 @@ mod tests {
         let secrets = scratch.secrets("v").unwrap();
         drop(scratch);
         assert!(!folder.exists() && !memory.exists() && !secrets.exists());
+    }
+
+    #[test]
+    fn nobody_else_can_name_the_folder_of_ranks_and_a_leftover_is_swept() {
+        let name = of_ranks("private", 1, "c1");
+        assert_eq!(name, of_ranks("private", 1, "c1"));
+        for other in [
+            of_ranks("another", 1, "c1"),
+            of_ranks("private", 2, "c1"),
+            of_ranks("private", 1, "c2"),
+        ] {
+            assert_ne!(name, other);
+        }
+        let base = tempfile::tempdir().unwrap();
+        let folder = node::NodeFolder::join(base.path(), &name).unwrap();
+        nest(&folder.memory().unwrap(), 3);
+        let host = host_tag(&node_name());
+        assert!(sweep(base.path(), &host, soon()));
+        assert!(base.path().join(&name).exists(), "a rank uses it");
+        drop(folder);
+        assert!(!sweep(base.path(), &host, Instant::now()));
+        assert!(sweep(base.path(), &host, soon()));
+        assert!(!base.path().join(&name).exists());
     }
 
     /// Neither the restart of a container nor other containers wait for the removal.

@@ -27,6 +27,7 @@ use super::{
     network::Network,
     pod::Pod,
     proc,
+    ranks::command::{self, Opened},
     supervisor::Command,
 };
 
@@ -160,6 +161,16 @@ impl Service {
 
 type Stream<T> = ReceiverStream<Result<T, Status>>;
 
+/// A connection to the helper of a rank, which runs a command with the environment of the rank and in its cgroup.
+async fn in_rank(name: &str, program: &Program, rank: u32) -> Result<Opened, Status> {
+    let Some(ranks) = &program.ranks else {
+        let message =
+            format!("container {name} has no ranks (knoc.io/mpi), so it has no rank {rank}");
+        return Err(ErrorReason::InvalidRequest.status(message));
+    };
+    ranks.open(rank).await
+}
+
 #[tonic::async_trait]
 impl Shim for Service {
     type WatchReportStream = Stream<pb::Report>;
@@ -292,7 +303,7 @@ impl Shim for Service {
             let message = "the first message of an exec stream is `start`";
             return Err(ErrorReason::InvalidRequest.status(message));
         };
-        let (_, program) = self.program(&start.container)?;
+        let (name, program) = self.program(&start.container)?;
         let slot = Arc::clone(&self.slots.execs)
             .try_acquire_owned()
             .map_err(|_| {
@@ -302,6 +313,14 @@ impl Shim for Service {
                 ErrorReason::Overloaded.status(message)
             })?;
         let (output, stream) = mpsc::channel(OUTPUTS);
+        if start.rank > 0 || program.ranks.is_some() {
+            let opened = in_rank(&name, &program, start.rank).await?;
+            self.streams.spawn(async move {
+                command::carry(opened, start, input, output).await;
+                drop(slot);
+            });
+            return Ok(answer(stream));
+        }
         let session = Session {
             pod: Arc::clone(&self.pod),
             program,

@@ -285,6 +285,15 @@ impl Volumes {
         binds.map(mounted).collect()
     }
 
+    /// The folder of an `emptyDir`.
+    pub(crate) fn folder(&self, volume: &str) -> Option<&Path> {
+        let root = self.roots.iter().find(|root| root.name == volume)?;
+        match &root.place {
+            Place::Folder(path) => Some(path),
+            Place::Files(_) | Place::Host(_) | Place::Image(..) => None,
+        }
+    }
+
     /// The `emptyDir` volumes with a size limit.
     pub(crate) fn limits(&self) -> Vec<Limit> {
         let limit = |root: &Root| match &root.place {

@@ -139,14 +139,37 @@ fn take(call: &Call, policy: &Policy, control: pb::EgressControl) -> Result<(), 
 
 #[cfg(test)]
 mod tests {
+    use knoc_link::{Identity, Origin, PeerCertificate, pki::Ca};
+    use rustls_pki_types::{CertificateDer, pem::PemObject as _};
+
     use super::*;
+
+    fn tls(identity: Identity) -> Peer {
+        let pair = Ca::generate("ca").unwrap().issue(&identity, &[]).unwrap();
+        let der = CertificateDer::from_pem_slice(pair.cert_pem.as_bytes()).unwrap();
+        Peer::Tls {
+            identity,
+            origin: Origin::ThisHost,
+            certificate: PeerCertificate::of(Some(&[der])).unwrap(),
+        }
+    }
 
     #[test]
     fn nobody_but_a_leader_takes_the_connections_of_a_node() {
         let unix = Peer::Unix { uid: 1, pid: None };
         may_watch(Some(&unix), 0).unwrap();
-        for other in [None, Some(Peer::Command)] {
-            let denied = may_watch(other.as_ref(), 1).unwrap_err();
+        let kubelet = tls(Identity::Kubelet { name: "k".into() });
+        may_watch(Some(&kubelet), 1).unwrap();
+        let ctl = tls(Identity::Ctl { name: "c".into() });
+        let others = [
+            (None, 1),
+            (Some(Peer::Command), 1),
+            // It leads nothing.
+            (Some(kubelet), 0),
+            (Some(ctl), 1),
+        ];
+        for (other, epoch) in others {
+            let denied = may_watch(other.as_ref(), epoch).unwrap_err();
             assert_eq!(
                 ErrorReason::of(&denied),
                 Some(ErrorReason::LeadershipDenied)
@@ -183,5 +206,14 @@ mod tests {
         assert_eq!(dns(&Policy::default()), "10.96.0.10");
         assert_eq!(dns(&listed(&["default/kubernetes"])), "");
         assert_eq!(dns(&listed(&["kube-system/*"])), "10.96.0.10");
+        // Nor do they by a network that follows.
+        let egress = crate::egress::Egress::default();
+        let call = egress.call("n", None).unwrap();
+        let control = pb::EgressControl {
+            control: Some(Control::Network(network.clone())),
+            caller: None,
+        };
+        take(&call, &listed(&["default/kubernetes"]), control).unwrap();
+        assert_eq!(egress.network("n").unwrap().dns, "");
     }
 }

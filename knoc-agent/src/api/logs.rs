@@ -301,27 +301,51 @@ fn attempt(
     let status = find(&pod, container).ok_or_else(|| {
         ErrorReason::ContainerNotFound.status(format!("pod {uid} has no container {container}"))
     })?;
-    let current = u32::try_from(status.restart_count).unwrap_or(0);
-    if previous {
-        return current.checked_sub(1).ok_or_else(|| {
+    meant(status, previous).ok_or_else(|| match &status.state {
+        _ if previous => {
             let message = format!("container {container} has no previous instance");
             ErrorReason::ContainerNotFound.status(message)
-        });
-    }
-    if let (Some(State::Waiting(waiting)), 0) = (&status.state, current) {
-        let message = format!(
-            "container {container} is waiting to start: {}",
-            waiting.reason
-        );
-        return Err(ErrorReason::NotRunning.status(message));
-    }
-    // Between two attempts, the last one that ran is meant.
-    let waits = matches!(status.state, Some(State::Waiting(_)));
-    Ok(if waits {
-        current.saturating_sub(1)
-    } else {
-        current
+        }
+        Some(State::Waiting(waiting)) => {
+            let message = format!(
+                "container {container} is waiting to start: {}",
+                waiting.reason
+            );
+            ErrorReason::NotRunning.status(message)
+        }
+        Some(State::Running(_) | State::Terminated(_)) | None => {
+            let message = format!("container {container} has not been started");
+            ErrorReason::NotRunning.status(message)
+        }
     })
+}
+
+/// PURE: the attempt that a reader means: the newest, or the `previous` one, whose end is the status's last termination. As in
+/// Kubernetes, between two attempts both are the last one that ran.
+fn meant(status: &pb::ContainerStatus, previous: bool) -> Option<u32> {
+    let newest = newest(status);
+    match &status.state {
+        Some(State::Waiting(_)) => status.last_termination.as_ref().map(|_| newest),
+        Some(State::Running(_) | State::Terminated(_)) | None if previous => newest.checked_sub(1),
+        Some(State::Running(_) | State::Terminated(_)) | None => Some(newest),
+    }
+}
+
+/// PURE: whether an attempt has ended.
+fn has_ended(status: &pb::ContainerStatus, attempt: u32) -> bool {
+    let newest = newest(status);
+    newest > attempt
+        || match &status.state {
+            Some(State::Terminated(_)) => true,
+            // If there is no such attempt yet, it is the next one.
+            Some(State::Waiting(_)) => newest == attempt && status.last_termination.is_some(),
+            Some(State::Running(_)) | None => false,
+        }
+}
+
+/// The attempt that runs, or the last one that ran.
+fn newest(status: &pb::ContainerStatus) -> u32 {
+    u32::try_from(status.restart_count).unwrap_or(0)
 }
 
 fn find<'a>(
@@ -342,10 +366,7 @@ async fn tell_end(log: &Log, ended: watch::Sender<bool>) {
     loop {
         let over = log.site.board.get(log.uid.as_str()).is_none_or(|pod| {
             pod.outcome.is_some()
-                || find(&pod, &log.container).is_none_or(|status| {
-                    u32::try_from(status.restart_count).unwrap_or(0) > log.attempt
-                        || matches!(status.state, Some(State::Terminated(_)))
-                })
+                || find(&pod, &log.container).is_none_or(|status| has_ended(status, log.attempt))
         });
         if over || changed.changed().await.is_err() {
             ended.send_replace(true);
@@ -353,4 +374,63 @@ async fn tell_end(log: &Log, ended: watch::Sender<bool>) {
         }
     }
     std::future::pending::<()>().await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(state: State, restart_count: i32, has_ended: bool) -> pb::ContainerStatus {
+        pb::ContainerStatus {
+            state: Some(state),
+            restart_count,
+            last_termination: has_ended.then(pb::Terminated::default),
+            ..pb::ContainerStatus::default()
+        }
+    }
+
+    fn waiting() -> State {
+        State::Waiting(pb::Waiting::default())
+    }
+
+    fn running() -> State {
+        State::Running(pb::Running::default())
+    }
+
+    fn terminated() -> State {
+        State::Terminated(pb::Terminated::default())
+    }
+
+    #[test]
+    fn between_two_attempts_the_log_of_the_one_that_crashed_is_read() {
+        for (state, restarts, ended, newest, previous) in [
+            (waiting(), 0, false, None, None),
+            (running(), 0, false, Some(0), None),
+            // It crashed for the first time, and for the fourth time.
+            (waiting(), 0, true, Some(0), Some(0)),
+            (waiting(), 3, true, Some(3), Some(3)),
+            (running(), 4, true, Some(4), Some(3)),
+            (terminated(), 4, true, Some(4), Some(3)),
+        ] {
+            let status = status(state, restarts, ended);
+            assert_eq!(meant(&status, false), newest, "{status:?}");
+            assert_eq!(meant(&status, true), previous, "{status:?}");
+        }
+    }
+
+    #[test]
+    fn who_follows_a_log_is_told_when_its_attempt_has_ended() {
+        for (state, restarts, ended, of_third) in [
+            (running(), 3, true, false),
+            (waiting(), 3, true, true),
+            (terminated(), 3, true, true),
+            (running(), 4, true, true),
+            // The third one is about to start.
+            (waiting(), 2, true, false),
+        ] {
+            let status = status(state, restarts, ended);
+            assert_eq!(has_ended(&status, 3), of_third, "{status:?}");
+        }
+        assert!(!has_ended(&status(waiting(), 0, false), 0), "the first one");
+    }
 }

@@ -30,6 +30,18 @@ pub(super) async fn client_with(
     Ok((client, used))
 }
 
+/// Like [`client_with`], for what the shim has announced over its link: if that is down, no job step is started.
+pub(super) fn linked_with(
+    site: &Site,
+    uid: &PodUid,
+    capability: &str,
+) -> Result<(Client, Option<Use>), Status> {
+    let used = site.shim_steps.held(uid);
+    let found = site.shim_links.able(uid, capability);
+    let client = found.unwrap_or_else(|| Err(no_link(site, uid)))?;
+    Ok((client, used))
+}
+
 async fn reach(site: &Site, uid: &PodUid) -> Result<Option<Use>, Status> {
     if site.shim_links.client(uid).is_some() {
         return Ok(site.shim_steps.held(uid));

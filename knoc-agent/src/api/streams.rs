@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use knoc_contract::capability::EGRESS;
+use knoc_contract::capability::{EGRESS, EXEC_IN_RANKS};
 use knoc_link::{
     Peer,
     bulk::{self, Messages, NoMessages},
@@ -40,7 +40,11 @@ pub(super) async fn exec(site: &Site, mut inputs: Messages<ExecInput>) -> Answer
         return Err(misplaced("start"));
     };
     let uid = super::uid(&start.uid)?;
-    let (mut client, used) = shim_link::client(site, &uid).await?;
+    let (mut client, used) = if start.rank > 0 {
+        shim_link::client_with(site, &uid, EXEC_IN_RANKS).await?
+    } else {
+        shim_link::client(site, &uid).await?
+    };
     let outputs = client.exec(bulk::request_body(inputs.into_body()));
     begin(site, uid, used, outputs).await
 }
@@ -88,7 +92,7 @@ pub(super) async fn egress(
         let message = format!("Service {service} is not among policy.egress of the site file");
         return Err(ErrorReason::PolicyDenied.status(message));
     }
-    let (mut client, used) = shim_link::client_with(site, &uid, EGRESS).await?;
+    let (mut client, used) = shim_link::linked_with(site, &uid, EGRESS)?;
     let outputs = client.egress_stream(bulk::request_body(inputs.into_body()));
     begin(site, uid, used, outputs).await
 }

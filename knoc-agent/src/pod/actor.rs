@@ -330,7 +330,7 @@ impl Actor {
         let up = self.site.shim_links.client(&self.uid).is_some();
         if up {
             self.linked();
-            self.updates.linked().await;
+            self.updates.linked();
         }
         let pod = self.apply(pod, Event::Link(up)).await;
         self.push_values(&pod, false);
@@ -382,7 +382,7 @@ impl Actor {
         }
         // What was looked up is not wanted any more.
         self.staging.shutdown().await;
-        self.updates.retry_now().await;
+        self.updates.renamed(&before, &self.spec);
         if credentials::before_images(&pod) {
             // They are for the images of the older shape. The request has those for the newer one, or they are asked for.
             self.credentials = None;

@@ -70,7 +70,8 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
         message,
         generation: 0,
         last_usage: pod.report.as_ref().and_then(|report| report.usage),
-        // The actor knows those that the shim does not have yet.
+        // The actor knows, as well as the ephemeral containers that the shim does not have yet.
+        images_are_fixed: false,
         ephemeral_containers: Vec::new(),
     }
 }

@@ -458,5 +458,12 @@ pub(crate) fn job_file(
             ..(&site.host_paths()).into()
         }),
         egress: site.egress.network(&spec.node_name),
+        srun: spec
+            .job
+            .as_ref()
+            .filter(|job| job.mpi.is_some())
+            .and_then(|_| site.scheduler.srun())
+            .map(|srun| srun.to_string_lossy().into_owned())
+            .unwrap_or_default(),
     }
 }

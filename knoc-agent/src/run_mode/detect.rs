@@ -36,7 +36,7 @@ pub async fn detect(login: &Login) -> Vec<Possible> {
     let (systemd, cron, scrontab, job) =
         tokio::join!(systemd(login), cron(login), scrontab(login), job(login));
     let found = |mode, (allowed, why)| Possible { mode, allowed, why };
-    let on_demand = "each link starts the agent; always possible over SSH".to_owned();
+    let on_demand = "each link over SSH starts the agent; a link over TCP does not".to_owned();
     vec![
         found(RunMode::Systemd, systemd),
         found(RunMode::Cron, cron),

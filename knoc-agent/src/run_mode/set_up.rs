@@ -80,7 +80,10 @@ pub async fn set_up(
             ))
         }
         RunMode::Job => job(agent, partition, login).await,
-        RunMode::OnDemand => Ok("nothing is set up: each link starts the agent".to_owned()),
+        RunMode::OnDemand => Ok(
+            "nothing is set up: each link over SSH starts the agent; for links over TCP start it by `knoc-agent serve --detach`"
+                .to_owned(),
+        ),
     }
 }
 

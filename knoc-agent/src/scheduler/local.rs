@@ -109,6 +109,13 @@ impl Local {
     }
 
     pub(super) fn render(&self, request: &SubmitRequest) -> Result<Rendered, SubmitError> {
+        let job = request.spec.job.as_ref();
+        if job.is_some_and(|job| job.mpi.is_some()) {
+            return Err(SubmitError::permanent(
+                "knoc.io/mpi, knoc.io/nodes: the scheduler `local` has one node and no srun, which starts ranks; leave these \
+                 annotations out, or use a site with Slurm",
+            ));
+        }
         let script = script(&self.settings.prelude, &request.shim, &request.jobdir)?;
         let argv = vec![
             "/bin/sh".to_owned(),

@@ -289,8 +289,13 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    /// The shim's next connection.
+    /// A client over the shim's next connection.
     pub(crate) async fn shim(&mut self) -> ShimClient<Channel> {
+        ShimClient::new(self.channel().await).max_decoding_message_size(8 << 20)
+    }
+
+    /// The shim's next connection.
+    pub(crate) async fn channel(&mut self) -> Channel {
         let next = tokio::time::timeout(DEADLINE, self.incoming.next());
         let next = next.await.expect("the shim did not dial");
         let connection = next.unwrap().unwrap();
@@ -298,7 +303,7 @@ impl Agent {
             panic!("{:?}", connection.peer());
         };
         assert_eq!(**spki, *self.spki);
-        ShimClient::new(knoc_link::near_side(connection)).max_decoding_message_size(8 << 20)
+        knoc_link::near_side(connection)
     }
 }
 

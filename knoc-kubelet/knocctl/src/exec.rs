@@ -2,7 +2,10 @@
 
 use std::process::ExitCode;
 
-use knoc_proto::pb::{ExecInput, ExecStart, exec_input::Input};
+use knoc_proto::{
+    capability,
+    pb::{ExecInput, ExecStart, exec_input::Input},
+};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -27,6 +30,14 @@ pub(super) struct Exec {
     /// Allocates a terminal for the command
     #[arg(short = 't', long)]
     tty: bool,
+    /// Runs the command beside the program of this rank of an MPI program, on the rank's node; 0 if not given
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        default_value_t,
+        hide_default_value = true
+    )]
+    rank: u32,
     /// The command and its arguments, after `--`
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -35,6 +46,16 @@ pub(super) struct Exec {
 impl Exec {
     pub(super) async fn run(mut self, global: &Global) -> Result<ExitCode, CtlError> {
         let mut session = Session::open(global)?;
+        if self.rank > 0 {
+            // An older agent would run the command in rank 0.
+            let can = session.info().await?.capabilities;
+            if !can.iter().any(|name| name == capability::MPI) {
+                return Err(CtlError::NotStarted {
+                    message: "this agent is of a version that knows no ranks; leave --rank out"
+                        .to_owned(),
+                });
+            }
+        }
         let pod = find::one(&mut session, global.namespace.as_deref(), &self.pod).await?;
         let container = logs::container(&pod, self.container.as_deref());
         if self.tty && !(self.stdin && terminal::is_one()) {
@@ -79,6 +100,7 @@ impl Exec {
             stderr: !self.tty,
             tty: self.tty,
             size: if self.tty { terminal::size() } else { None },
+            rank: self.rank,
         }
     }
 }
@@ -107,7 +129,10 @@ mod tests {
         assert!(exec.stdin && exec.tty);
         assert_eq!(exec.command, ["sh", "-c", "echo -i"]);
         let start = exec.start("u".into(), "main".into());
-        assert!(start.tty && start.stdout && !start.stderr);
+        assert!(start.tty && start.stdout && !start.stderr && start.rank == 0);
+        let exec = parsed(&["mpi", "--rank", "3", "--", "hostname"]).unwrap();
+        assert_eq!(exec.start("u".into(), "main".into()).rank, 3);
+        parsed(&["mpi", "--rank", "-1", "--", "hostname"]).unwrap_err();
         parsed(&["web", "sh"]).unwrap_err();
         parsed(&["web"]).unwrap_err();
     }

@@ -1,4 +1,7 @@
-//! `knocctl logs`: prints the bytes of one container's log unchanged. A log continues after the link to the agent was lost.
+//! `knocctl logs`: prints the bytes of one container's log unchanged, or those of one of its ranks. A log continues after the
+//! link to the agent was lost.
+
+mod rank;
 
 use std::{pin::pin, process::ExitCode};
 
@@ -11,6 +14,7 @@ use knoc_proto::{
 };
 use tonic::{Response, Status, Streaming, transport::Channel};
 
+use self::rank::OneRank;
 use super::{
     CtlError, Global, find, output,
     session::{Session, asked},
@@ -47,6 +51,9 @@ pub(super) struct Logs {
     /// Prints only one of the two streams
     #[arg(long, value_enum, default_value_t)]
     stream: Stream,
+    /// Prints only the lines of this rank of an MPI program, without their labels
+    #[arg(long, value_name = "NUMBER", conflicts_with_all = ["tail", "timestamps", "limit_bytes"])]
+    rank: Option<u32>,
 }
 
 /// The output streams to print.
@@ -78,7 +85,7 @@ impl Logs {
         let pod = find::one(&mut session, global.namespace.as_deref(), &self.pod).await?;
         let container = container(&pod, self.container.as_deref());
         let request = self.request(&pod.uid, container, Timestamp::now());
-        copy(&session, request).await?;
+        copy(&session, request, self.rank.map(OneRank::new)).await?;
         Ok(ExitCode::SUCCESS)
     }
 
@@ -141,8 +148,12 @@ impl log_reader::Source for PodLog {
     }
 }
 
-/// Copies a log to standard output.
-async fn copy(session: &Session, request: ReadLogsRequest) -> Result<(), CtlError> {
+/// Copies a log to standard output, or the lines of one rank.
+async fn copy(
+    session: &Session,
+    request: ReadLogsRequest,
+    mut rank: Option<OneRank>,
+) -> Result<(), CtlError> {
     let what = format!("read the log of {}", request.container);
     let log = PodLog(session.client.clone());
     let opened = async { log_reader::read(log, request).await.map(Response::new) };
@@ -152,7 +163,10 @@ async fn copy(session: &Session, request: ReadLogsRequest) -> Result<(), CtlErro
             what: what.clone(),
             source,
         })?;
-        output::pass(&bytes).await?;
+        match &mut rank {
+            None => output::pass(&bytes).await?,
+            Some(rank) => output::pass(&rank.take(&bytes)).await?,
+        }
     }
     Ok(())
 }
@@ -185,7 +199,7 @@ impl Follow<'_> {
             tail_lines: -1,
             ..ReadLogsRequest::default()
         };
-        match copy(session, request).await {
+        match copy(session, request, None).await {
             // The container never started; the pod's outcome, which is printed next, says why.
             Err(CtlError::Agent { source, .. })
                 if ErrorReason::of(&source) == Some(ErrorReason::ContainerNotFound) =>
@@ -266,6 +280,9 @@ mod tests {
             &["web", "--since", "yesterday"],
             &["web", "--since=-5m"],
             &["web", "--limit-bytes", "0"],
+            &["web", "--rank", "-1"],
+            &["web", "--rank", "1", "--tail", "5"],
+            &["web", "--rank", "1", "--timestamps"],
             &[
                 "web",
                 "--since",

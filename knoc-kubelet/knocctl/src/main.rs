@@ -56,7 +56,8 @@ On the host of the agent, knocctl connects to the agent's socket unless a file o
 `current-context`). The socket is listen.socket of the site file, else $XDG_RUNTIME_DIR/knoc/agent.sock, else \
 STATE_DIR/socket/agent.sock. Its folder must belong to you and have mode 0700.
 POD is a name, NAMESPACE/NAME or a uid.
-Exit codes: 0 success, 1 failure, 2 wrong usage; exec, attach and `run --wait` return the program's own exit code.";
+Exit codes: 0 success, 1 failure (of doctor: a check failed), 2 wrong usage; exec, attach and `run --wait` return the program's own \
+exit code.";
 
 /// Options of every command.
 #[derive(Debug, Clone, clap::Args)]
@@ -162,7 +163,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CtlError> {
         Command::PortForward(command) => Box::pin(command.run(global)).await,
         Command::Cp(command) => Box::pin(command.run(global)).await,
         Command::Top(command) => Box::pin(command.run(global)).await,
-        Command::Script(command) => command.run(global).await,
+        Command::Script(command) => Box::pin(command.run(global)).await,
         Command::Delete(command) => command.run(global).await,
         Command::Doctor(command) => Box::pin(command.run(global)).await,
         Command::Agent(command) => Box::pin(command.run(global)).await,

@@ -58,7 +58,7 @@ impl Run {
             values: Some(manifest.values),
             ..pb::EnsurePodRequest::default()
         };
-        let ensure = session.client.ensure_pod(request);
+        let ensure = Box::pin(session.client.ensure_pod(request));
         let answer = asked(&format!("run pod {label}"), ensure).await?;
         let state = if answer.created {
             "accepted"

@@ -5,13 +5,12 @@
 //! attempt.
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::ObjectReference;
 use knoc_link::ladder::{self, Rung};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::Link;
-use crate::pods::events::{Events, Note};
+use crate::pods::events::{Events, Note, about_node};
 
 /// What was told last about a link that is down.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,14 +58,8 @@ pub async fn run(
     loop {
         let news = news(&mut told, &link.borrow_and_update());
         if let Some((warning, reason, message)) = news {
-            let object = ObjectReference {
-                kind: Some("Node".to_owned()),
-                name: Some(node.clone()),
-                uid: Some(node.clone()),
-                ..ObjectReference::default()
-            };
             events.record(Note {
-                object,
+                object: about_node(&node),
                 warning,
                 reason: reason.to_owned(),
                 message,

@@ -3,7 +3,8 @@
 
 use std::{
     fmt::Display,
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
+    ops::RangeInclusive,
 };
 
 use knoc_link::{
@@ -21,8 +22,8 @@ use knoc_proto::{
 
 use super::{
     AgentConfig, AgentWay, Config, CredentialFiles, EgressConfig, IdentityConfig, KeysConfig,
-    KubernetesConfig, LogConfig, NodeConfig, ServerConfig, ServingConfig,
-    settings::{CertificateSource, EgressAllow, IdentityKind, LogFormat, PodIpPolicy, Settings},
+    KubernetesConfig, LogConfig, NodeConfig, RelayConfig, ServerConfig, ServingConfig,
+    settings::{CertificateSource, IdentityKind, LogFormat, PodIpPolicy, ServiceList, Settings},
 };
 
 /// The address of the agent if the agent dials; an address to listen on may follow.
@@ -45,6 +46,7 @@ pub(super) fn resolve(mut settings: Settings, document: &mut Document) -> Option
     let agent = resolver.agent();
     let egress = resolver.egress();
     let node = resolver.node();
+    let relay = resolver.relay(agent.as_ref());
     let server = resolver.server();
     let identity = resolver.identity();
     let keys = resolver.keys(name.as_deref().unwrap_or_default());
@@ -68,6 +70,7 @@ pub(super) fn resolve(mut settings: Settings, document: &mut Document) -> Option
             level: log.level,
         },
         node: node?,
+        relay,
         server: server?,
         effective: settings.to_json(),
     })
@@ -97,6 +100,11 @@ fn node_name(settings: &Settings, document: &mut Document) -> Option<String> {
     }
     name
 }
+
+/// The most ports for relayed connections: each is a listener.
+const MOST_RELAYED: usize = 4096;
+/// The first port that needs no rights.
+const UNPRIVILEGED: u16 = 1024;
 
 /// The most ranges of Services, and of pods; both together are what an agent accepts.
 const MOST_RANGES: usize = knoc_proto::egress::MAX_RANGES / 2;
@@ -275,7 +283,7 @@ impl Resolver<'_> {
         let egress = &self.settings.egress;
         let service_ranges = self.ranges("egress.serviceRanges", &egress.service_ranges);
         let pod_ranges = self.ranges("egress.podRanges", &egress.pod_ranges);
-        let EgressAllow::Listed(patterns) = &egress.allow else {
+        let ServiceList::Listed(patterns) = &egress.allow else {
             return None;
         };
         let allow = AllowList::parse(patterns);
@@ -301,6 +309,84 @@ impl Resolver<'_> {
             }
         }
         ranges
+    }
+
+    fn relay(&mut self, agent: Option<&AgentConfig>) -> Option<RelayConfig> {
+        let relay = &self.settings.relay;
+        let ServiceList::Listed(patterns) = &relay.allow else {
+            return None;
+        };
+        let allow = AllowList::parse(patterns);
+        let address = relay.address;
+        if self.settings.node.pod_ip != PodIpPolicy::None {
+            let what = "needs `node.podIP: none`: otherwise Kubernetes' own controllers publish the pods' addresses as endpoints, too; set \
+                        node.podIP to `none`, or relay.allow to `off`";
+            self.wrong("relay.allow", what);
+        }
+        let listens = self.settings.server.listen.ip();
+        // The API server rejects EndpointSlices with such addresses.
+        let is_of_no_host = |address: &IpAddr| {
+            let link_local = match address {
+                IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
+                IpAddr::V6(address) => address.is_unicast_link_local(),
+            };
+            let nobody = address.is_unspecified() || address.is_multicast();
+            nobody || link_local || address.is_loopback()
+        };
+        if let Some(address) = address.filter(is_of_no_host) {
+            let what = format!(
+                "`{address}` cannot be the address of an endpoint: set it to one at which the cluster's nodes reach the kubelet"
+            );
+            self.wrong("relay.address", what);
+        } else if let Some(address) = address.filter(|it| it.is_ipv6() && listens.is_ipv4()) {
+            let what = format!(
+                "`{address}` is an IPv6 address, and the kubelet listens on IPv4 only: set server.listen to `[::]:PORT`, or relay.address to \
+                 an IPv4 address"
+            );
+            self.wrong("relay.address", what);
+        }
+        let allow = allow.map_err(|wrong| self.wrong("relay.allow", wrong.join("; ")));
+        let ports = self.relayed_ports(agent);
+        Some(RelayConfig {
+            allow: allow.ok()?,
+            ports: ports?,
+            listen: listens,
+            address,
+        })
+    }
+
+    /// The ports for relayed connections, none of which another listener of the kubelet has.
+    fn relayed_ports(&mut self, agent: Option<&AgentConfig>) -> Option<RangeInclusive<u16>> {
+        let text = &self.settings.relay.ports;
+        let parsed = text.split_once('-').and_then(|(first, last)| {
+            let first: u16 = first.trim().parse().ok()?;
+            let last: u16 = last.trim().parse().ok()?;
+            Some(first..=last)
+        });
+        let is_right = |ports: &RangeInclusive<u16>| {
+            *ports.start() >= UNPRIVILEGED && (1..=MOST_RELAYED).contains(&ports.len())
+        };
+        let Some(ports) = parsed.filter(is_right) else {
+            let what = format!(
+                "`{text}` is not a range of ports such as `11000-12023`, from {UNPRIVILEGED} on and of at most {MOST_RELAYED} ports"
+            );
+            self.wrong("relay.ports", what);
+            return None;
+        };
+        let accepts = agent.and_then(|agent| match &agent.way {
+            AgentWay::Accept(listen) => Some(("agent.address", listen.port())),
+            AgentWay::Dial(..) => None,
+        });
+        let serves = Some(("server.listen", self.settings.server.listen.port()));
+        for (key, port) in serves.into_iter().chain(accepts) {
+            if ports.contains(&port) {
+                let what = format!(
+                    "contains port {port}, on which the kubelet listens already ({key}): choose other ports"
+                );
+                self.wrong("relay.ports", what);
+            }
+        }
+        Some(ports)
     }
 
     fn node(&mut self) -> Option<NodeConfig> {

@@ -40,6 +40,8 @@ pub struct Settings {
     pub log: Log,
     /// The Node object.
     pub node: Node,
+    /// Which Services of the cluster lead to pods of the node.
+    pub relay: Relay,
     /// The kubelet's HTTPS API.
     pub server: Server,
 }
@@ -79,7 +81,7 @@ pub struct Agent {
 pub struct Egress {
     /// The Services that pods may reach, a list of `NAMESPACE/SERVICE` in which `*` stands for any characters; `off`: none,
     /// and nothing is watched for it. The site has a list of its own, and a Service has to be in both.
-    pub allow: EgressAllow,
+    pub allow: ServiceList,
     /// The address ranges of Services, for clusters whose API has no `ServiceCIDR` (before 1.33), such as `10.96.0.0/12`.
     #[serde(deserialize_with = "list")]
     pub service_ranges: Vec<String>,
@@ -95,7 +97,7 @@ pub struct Egress {
 impl Default for Egress {
     fn default() -> Self {
         Self {
-            allow: EgressAllow::Listed(DEFAULT_ALLOW.map(str::to_owned).into()),
+            allow: ServiceList::Listed(DEFAULT_ALLOW.map(str::to_owned).into()),
             service_ranges: Vec::new(),
             pod_ranges: Vec::new(),
             dns: None,
@@ -103,9 +105,9 @@ impl Default for Egress {
     }
 }
 
-/// Which Services pods may reach.
+/// A list of Services.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum EgressAllow {
+pub enum ServiceList {
     /// None, and nothing is watched for it.
     Off,
     /// Those that these patterns match.
@@ -243,6 +245,30 @@ impl Default for Node {
     }
 }
 
+/// Which Services of the cluster lead to pods of the node, through ports of the kubelet.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Relay {
+    /// The Services that lead to pods, a list of `NAMESPACE/SERVICE` in which `*` stands for any characters; `off`: none, and
+    /// nothing is watched and written for it.
+    pub allow: ServiceList,
+    /// The ports of the kubelet for it, `FIRST-LAST`: each port of a pod to which a Service leads takes one.
+    pub ports: String,
+    /// The address at which the cluster reaches these ports; unset: `node.internalIP`.
+    #[serde(deserialize_with = "ip_address")]
+    pub address: Option<IpAddr>,
+}
+
+impl Default for Relay {
+    fn default() -> Self {
+        Self {
+            allow: ServiceList::Off,
+            ports: "11000-12023".to_owned(),
+            address: None,
+        }
+    }
+}
+
 /// The kubelet's HTTPS API.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -346,7 +372,7 @@ fn within<'de, D: Deserializer<'de>, const MOST: u32>(input: D) -> Result<u32, D
     input.deserialize_u32(Within(MOST))
 }
 
-impl Serialize for EgressAllow {
+impl Serialize for ServiceList {
     fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
         match self {
             Self::Off => out.serialize_str(OFF),
@@ -355,7 +381,7 @@ impl Serialize for EgressAllow {
     }
 }
 
-impl<'de> Deserialize<'de> for EgressAllow {
+impl<'de> Deserialize<'de> for ServiceList {
     fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
         Ok(match input.deserialize_any(Words)? {
             // YAML reads `off` as false, and a chart passes that on.

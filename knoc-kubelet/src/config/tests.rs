@@ -160,7 +160,7 @@ fn all_mistakes_are_named_at_once_with_line_and_allowed_values() {
         "$KNOC_NODE_NAEM: unknown variable; known: KNOC_AGENT_ADDRESS, ",
         "; did you mean KNOC_NODE_NAME?",
         "kubelet.yaml:13: node.colour: unknown field `colour`, expected one of `name`, `internalIP`, `labels`, `pods`, `queueFactor`, `taint`, `clusterDomain`, `podIP`, `podRange`",
-        "kubelet.yaml:18: extra: unknown field `extra`, expected one of `agent`, `egress`, `identity`, `keys`, `kubernetes`, `log`, `node`, `server`",
+        "kubelet.yaml:18: extra: unknown field `extra`, expected one of `agent`, `egress`, `identity`, `keys`, `kubernetes`, `log`, `node`, `relay`, `server`",
         "kubelet.yaml:17: log.format: unknown variant `xml`, expected `text` or `json`",
         "kubelet.yaml:12: node.queueFactor: invalid type: string \"lots\", expected a number from 1 to 10000",
     ] {
@@ -296,6 +296,8 @@ fn the_charts_values_are_the_defaults() {
         "egress.allow",
         "egress.serviceRanges",
         "egress.podRanges",
+        "relay.allow",
+        "relay.ports",
         "node.pods",
         "node.queueFactor",
         "node.taint",
@@ -332,6 +334,68 @@ fn the_charts_values_are_the_defaults() {
             "{key}"
         );
     }
+}
+
+#[test]
+fn what_is_relayed_and_what_contradicts_it() {
+    assert_eq!(load(GOOD, &[]).unwrap().relay, None, "it is off by default");
+    // The kubelet still deletes the slices that it has written.
+    let nothing = load(&format!("{GOOD}relay:\n  allow: []\n"), &[]).unwrap();
+    assert!(!nothing.relay.unwrap().allow.permits("team", "a"));
+    let on = ("KNOC_RELAY_ALLOW", "team/*,other/web");
+    let relay = load(GOOD, &[on, ("KNOC_RELAY_ADDRESS", "10.0.0.7")]).unwrap();
+    let relay = relay.relay.unwrap();
+    assert!(relay.allow.permits("team", "a") && !relay.allow.permits("other", "a"));
+    assert_eq!(relay.ports, 11_000..=12_023);
+    assert_eq!(relay.address, Some("10.0.0.7".parse().unwrap()));
+    assert_eq!(relay.listen.to_string(), "0.0.0.0");
+    for (variable, expected) in [
+        (
+            ("KNOC_NODE_POD_IP", "node"),
+            "relay.allow: needs `node.podIP: none`",
+        ),
+        (
+            ("KNOC_NODE_POD_IP", "own"),
+            "relay.allow: needs `node.podIP: none`",
+        ),
+        (
+            ("KNOC_RELAY_PORTS", "11000"),
+            "`11000` is not a range of ports",
+        ),
+        (
+            ("KNOC_RELAY_PORTS", "12000-11000"),
+            "is not a range of ports",
+        ),
+        (("KNOC_RELAY_PORTS", "80-90"), "from 1024 on"),
+        (("KNOC_RELAY_PORTS", "20000-60000"), "at most 4096 ports"),
+        (
+            ("KNOC_RELAY_PORTS", "10000-10300"),
+            "contains port 10255, on which the kubelet listens already (server.listen)",
+        ),
+        (
+            ("KNOC_RELAY_ADDRESS", "0.0.0.0"),
+            "`0.0.0.0` cannot be the address of an endpoint",
+        ),
+        (
+            ("KNOC_RELAY_ADDRESS", "fe80::1"),
+            "`fe80::1` cannot be the address of an endpoint",
+        ),
+        (
+            ("KNOC_RELAY_ADDRESS", "fd00::7"),
+            "`fd00::7` is an IPv6 address, and the kubelet listens on IPv4 only",
+        ),
+        (("KNOC_RELAY_ALLOW", "Team"), "is not `NAMESPACE/SERVICE`"),
+    ] {
+        let error = load(GOOD, &[on, variable]).unwrap_err();
+        assert!(error.contains(expected), "{expected}\nis not in\n{error}");
+    }
+    let accepts = [
+        on,
+        ("KNOC_AGENT_ADDRESS", "accept"),
+        ("KNOC_RELAY_PORTS", "10300-10400"),
+    ];
+    let error = load(GOOD, &accepts).unwrap_err();
+    assert!(error.contains("contains port 10350"), "{error}");
 }
 
 #[test]

@@ -1,8 +1,7 @@
 //! One connection between an endpoint in the cluster and the pod that opened it: dials, takes the connection at the agent, and
 //! copies both ways until both have ended.
 //!
-//! Back-pressure: a side that does not read stops the other one, through the windows of HTTP/2 and the socket's buffer. Each
-//! direction of TCP ends on its own; what is broken on one side is broken off on the other.
+//! [`halves`] copies the bytes of TCP. If one side breaks, the other one is reset.
 
 use std::{
     io,
@@ -11,22 +10,14 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use knoc_link::{
-    bulk::{self, Messages},
-    reset::ResetUnlessEnded,
-};
+use knoc_link::bulk::{self, Messages};
 use knoc_proto::{
-    CHUNK,
     ids::PodUid,
     pb::{self, EgressProtocol, egress_input::Input, egress_output::Output},
     reason::ErrorReason,
 };
 use tokio::{
-    io::AsyncWriteExt as _,
-    net::{
-        TcpStream, UdpSocket,
-        tcp::{OwnedReadHalf, OwnedWriteHalf},
-    },
+    net::{TcpStream, UdpSocket},
     sync::mpsc,
     time::{Instant, timeout},
 };
@@ -34,7 +25,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::decide::{DNS, Dial};
-use crate::{agent::Agent, server::prepare};
+use crate::{
+    agent::Agent,
+    halves::{self, OnWriteError, Part},
+    server::prepare,
+};
 
 /// How long an endpoint may take to accept. The shim gives the connection up after ten seconds.
 const DIAL: Duration = Duration::from_secs(5);
@@ -62,9 +57,10 @@ pub(super) struct Connection {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failed {
     /// The endpoint does not accept it.
-    #[error("connect to {endpoint}, an endpoint of Service {service}")]
+    #[error("connect to {endpoint}, an endpoint of Service {service} (port {port})")]
     Dial {
         service: String,
+        port: u16,
         endpoint: SocketAddr,
         source: io::Error,
     },
@@ -81,6 +77,7 @@ pub(super) async fn run(agent: &Agent, connection: &Connection) -> Result<(), Fa
     let endpoint = connection.dial.endpoint;
     let failed = |source| Failed::Dial {
         service: connection.dial.service.to_string(),
+        port: connection.dial.port,
         endpoint,
         source,
     };
@@ -166,76 +163,27 @@ async fn take(agent: &Agent, connection: &Connection) -> Result<(ToPod, FromPod)
 
 /// Copies both ways. If either breaks, both the endpoint's connection and the pod's are reset.
 async fn tcp(stream: TcpStream, input: ToPod, output: FromPod) {
-    let (reader, writer) = stream.into_split();
-    let both = async { tokio::try_join!(to_cluster(output, writer), from_cluster(reader, input)) };
+    let (reader, guard) = halves::split(stream);
+    let to_cluster = halves::to_socket(output, guard, OnWriteError::Drain, part);
+    // The input ends with this direction.
+    let from_cluster = async move {
+        let wrap = |part: Part| match part {
+            Part::Data(data) => message(Input::Data(data)),
+            Part::Closed => message(Input::Closed(true)),
+        };
+        halves::from_socket(&reader, &input, wrap).await
+    };
+    let both = async { tokio::try_join!(to_cluster, from_cluster) };
     if let Err(broken) = both.await {
         tracing::debug!(%broken, "a connection of a pod broke");
     }
 }
 
-/// Why copying ended early.
-#[derive(Debug, thiserror::Error)]
-enum Broken {
-    #[error("the pod's side: {0}")]
-    Pod(String),
-    #[error("the endpoint's side: {0}")]
-    Endpoint(io::Error),
-}
-
-async fn to_cluster(mut output: FromPod, writer: OwnedWriteHalf) -> Result<(), Broken> {
-    let mut guard = ResetUnlessEnded::new(writer);
-    let mut reads = true;
-    loop {
-        let next = output.message().await;
-        let next = next.map_err(|status| Broken::Pod(status.message().to_owned()))?;
-        let Some(next) = next else { break };
-        match (next.output, guard.writer()) {
-            (Some(Output::Data(data)), Some(writer)) if reads => {
-                // If it fails, the endpoint reads no more, but what it sends still matters.
-                reads = writer.write_all(&data).await.is_ok();
-            }
-            (Some(Output::Closed(_)), _) => {
-                // Fails if the endpoint has closed the connection, which the other direction notices.
-                guard.end().await.ok();
-            }
-            (Some(Output::Data(_) | Output::Connected(_)) | None, _) => {}
-        }
-    }
-    match guard.writer() {
-        // Both directions have ended.
-        None => Ok(()),
-        Some(_) => Err(Broken::Pod("it ended without a half-close".to_owned())),
-    }
-}
-
-async fn from_cluster(reader: OwnedReadHalf, input: ToPod) -> Result<(), Broken> {
-    loop {
-        // A connection on which nothing is sent holds no buffer.
-        reader.readable().await.map_err(Broken::Endpoint)?;
-        let mut buffer = BytesMut::with_capacity(CHUNK);
-        let count = match reader.try_read_buf(&mut buffer) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(error) => return Err(Broken::Endpoint(error)),
-        };
-        let next = if count == 0 {
-            Input::Closed(true)
-        } else {
-            Input::Data(cut(buffer))
-        };
-        // If nobody takes it, the call has ended, which the other direction notices.
-        if input.send(message(next)).await.is_err() || count == 0 {
-            return Ok(());
-        }
-    }
-}
-
-/// What was read. A few bytes are copied, so that no large buffer waits for a slow reader because of them.
-fn cut(buffer: BytesMut) -> Bytes {
-    if buffer.len() < CHUNK / 8 {
-        Bytes::copy_from_slice(&buffer)
-    } else {
-        buffer.freeze()
+fn part(message: pb::EgressOutput) -> Option<Part> {
+    match message.output? {
+        Output::Data(data) => Some(Part::Data(data)),
+        Output::Closed(_) => Some(Part::Closed),
+        Output::Connected(_) => None,
     }
 }
 

@@ -101,6 +101,8 @@ pub(crate) struct Table {
     of_service: HashMap<Name, BTreeSet<Name>>,
     of_address: HashMap<IpAddr, BTreeSet<Name>>,
     endpoints: usize,
+    /// Whether a slice was left out since all of them were read.
+    full: bool,
 }
 
 impl Table {
@@ -115,25 +117,25 @@ impl Table {
         }
     }
 
-    /// Replaces all slices. Whether there was room for all of them.
-    pub(crate) fn set_slices(&mut self, slices: Vec<(Name, Slice)>) -> bool {
+    /// Replaces all slices.
+    pub(crate) fn set_slices(&mut self, slices: Vec<(Name, Slice)>) {
         self.slices.clear();
         self.of_service.clear();
         self.of_address.clear();
         self.endpoints = 0;
-        let mut stored = true;
+        self.full = false;
         for (name, slice) in slices {
-            stored &= self.set_slice(name, slice);
+            self.set_slice(name, slice);
         }
-        stored
     }
 
-    /// Stores a slice. Whether there was room for it.
-    pub(crate) fn set_slice(&mut self, name: Name, slice: Slice) -> bool {
+    /// Stores a slice if there is room for it.
+    pub(crate) fn set_slice(&mut self, name: Name, slice: Slice) {
         self.remove_slice(&name);
         let count = slice.endpoints.len();
         if self.endpoints + count > MOST_ENDPOINTS {
-            return false;
+            self.full = true;
+            return;
         }
         self.endpoints += count;
         let of_service = self.of_service.entry(slice.service.clone()).or_default();
@@ -143,7 +145,15 @@ impl Table {
             of_address.insert(name.clone());
         }
         self.slices.insert(name, slice);
-        true
+    }
+
+    /// Why pods do not reach some endpoints, if slices were left out.
+    pub(crate) fn left_out(&self) -> Option<String> {
+        self.full.then(|| {
+            format!(
+                "pods do not reach some endpoints of Services: the cluster has more than {MOST_ENDPOINTS}, which is the limit"
+            )
+        })
     }
 
     pub(crate) fn remove_slice(&mut self, name: &Name) {

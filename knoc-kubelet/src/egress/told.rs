@@ -1,4 +1,4 @@
-//! PURE: which refusals a pod was told of, so that each is one Event.
+//! PURE: which refusals a pod was told of, and what the node was told of, so that each is one Event.
 
 use std::collections::{HashMap, HashSet};
 
@@ -11,11 +11,11 @@ const PODS: usize = 4096;
 
 /// What was told.
 #[derive(Debug, Default)]
-pub(super) struct Told(HashMap<PodUid, HashSet<String>>);
+pub(crate) struct Told(HashMap<PodUid, HashSet<String>>);
 
 impl Told {
     /// Is this news for the pod?
-    pub(super) fn is_news(&mut self, uid: &PodUid, text: &str) -> bool {
+    pub(crate) fn is_news(&mut self, uid: &PodUid, text: &str) -> bool {
         if self.0.len() >= PODS && !self.0.contains_key(uid) {
             self.0.clear();
         }
@@ -24,9 +24,37 @@ impl Told {
     }
 }
 
+/// What the node was told of that still holds.
+#[derive(Debug, Default)]
+pub(crate) struct Troubles(HashSet<String>);
+
+impl Troubles {
+    /// Those that the node was not told of. One that was gone is told again.
+    pub(crate) fn news(&mut self, now: Vec<String>) -> Vec<String> {
+        let news = now.iter().filter(|one| !self.0.contains(*one));
+        let news = news.cloned().collect();
+        self.0 = now.into_iter().collect();
+        news
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_trouble_is_told_once_until_it_is_gone() {
+        let mut told = Troubles::default();
+        let mut news = |now: &[&str]| {
+            let now = now.iter().map(|one| (*one).to_owned()).collect();
+            told.news(now).join(" ")
+        };
+        assert_eq!(news(&[]), "");
+        assert_eq!(news(&["a"]), "a");
+        assert_eq!(news(&["a", "b"]), "b");
+        assert_eq!(news(&["b"]), "");
+        assert_eq!(news(&["a", "b"]), "a");
+    }
 
     #[test]
     fn each_refusal_is_told_once_and_not_too_many() {

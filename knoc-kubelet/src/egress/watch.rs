@@ -7,7 +7,7 @@ use std::{
     collections::{BTreeSet, HashMap, HashSet},
     fmt::Debug,
     net::IpAddr,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard},
     time::Duration,
 };
 
@@ -43,6 +43,22 @@ pub(super) struct State {
     pub(super) around: Surroundings,
     /// What was read completely at least once.
     read: BTreeSet<Part>,
+    /// What the API server did not let the kubelet read when it was tried last.
+    denied: BTreeSet<Part>,
+}
+
+impl State {
+    /// What keeps pods from the cluster, each in a sentence that never changes, for administrators of the cluster.
+    fn troubles(&self) -> Vec<String> {
+        let denied = self.denied.iter().map(|part| {
+            format!(
+                "pods do not reach the cluster, or not as it is now: the kubelet's ServiceAccount may not {}; upgrade the chart \
+                 together with the kubelet, or set `egress.allow` to `off`",
+                part.permission()
+            )
+        });
+        denied.chain(self.table.left_out()).collect()
+    }
 }
 
 /// A part of what is known.
@@ -52,6 +68,18 @@ enum Part {
     Slices,
     Nodes,
     Ranges,
+}
+
+impl Part {
+    /// What it takes to read it.
+    fn permission(self) -> &'static str {
+        match self {
+            Self::Services => "list and watch services",
+            Self::Slices => "list and watch endpointslices",
+            Self::Nodes => "list and watch nodes",
+            Self::Ranges => "list servicecidrs",
+        }
+    }
 }
 
 /// How many parts there are.
@@ -77,8 +105,22 @@ impl Cluster {
 
     /// Looks at what is known; `None` until all of it was read once. Hold the lock for look-ups only.
     pub(super) fn look<T>(&self, look: impl FnOnce(&State) -> T) -> Option<T> {
-        let state = self.0.state.read().unwrap_or_else(PoisonError::into_inner);
+        let state = self.read();
         (state.read.len() == PARTS).then(|| look(&state))
+    }
+
+    /// What keeps pods from the cluster: few sentences.
+    pub(super) fn troubles(&self) -> Vec<String> {
+        self.read().troubles()
+    }
+
+    /// Whether something cannot be read until an administrator grants a permission.
+    pub(super) fn is_denied(&self) -> bool {
+        !self.read().denied.is_empty()
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.0.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes from now on.
@@ -91,6 +133,20 @@ impl Cluster {
         change(&mut state);
         drop(state);
         self.0.changed.send_replace(());
+    }
+
+    /// Notes whether a part may be read; only the task that reads it calls this.
+    fn set_denied(&self, part: Part, denied: bool) {
+        let known = self.read().denied.contains(&part);
+        if known != denied {
+            self.change(|state| {
+                if denied {
+                    state.denied.insert(part);
+                } else {
+                    state.denied.remove(&part);
+                }
+            });
+        }
     }
 
     /// Watches until `shutdown`. `ranges`: those of Services, if the cluster's API does not have them.
@@ -133,14 +189,13 @@ impl Cluster {
 
     async fn slices(&self, api: Api<EndpointSlice>) {
         let mut listed: Vec<(Name, Slice)> = Vec::new();
-        let mut full = false;
-        follow(api, "EndpointSlices", |event| match event {
+        self.follow(api, Part::Slices, |event| match event {
             watcher::Event::Init => listed.clear(),
             watcher::Event::InitApply(slice) => listed.extend(table::slice(&slice)),
             watcher::Event::InitDone => {
                 let listed = std::mem::take(&mut listed);
                 self.change(|state| {
-                    note_room(&mut full, state.table.set_slices(listed));
+                    state.table.set_slices(listed);
                     state.read.insert(Part::Slices);
                 });
             }
@@ -150,9 +205,7 @@ impl Cluster {
                 };
                 let slice = table::slice(&slice);
                 self.change(|state| match slice {
-                    Some((name, slice)) => {
-                        note_room(&mut full, state.table.set_slice(name, slice));
-                    }
+                    Some((name, slice)) => state.table.set_slice(name, slice),
                     None => state.table.remove_slice(&name),
                 });
             }
@@ -167,7 +220,7 @@ impl Cluster {
 
     async fn nodes(&self, api: Api<Node>) {
         let (mut known, mut listed) = (HashMap::new(), HashMap::new());
-        follow(api, "Nodes", |event| {
+        self.follow(api, Part::Nodes, |event| {
             let complete = !matches!(event, watcher::Event::Init | watcher::Event::InitApply(_));
             match event {
                 watcher::Event::Init => listed.clear(),
@@ -203,6 +256,9 @@ impl Cluster {
         let mut known = false;
         loop {
             let listed = api.list(&ListParams::default().limit(MOST_RANGES)).await;
+            let denied = matches!(&listed, Err(kube::Error::Api(status)) if status.code == 403);
+            // Without them those of the configuration count.
+            self.set_denied(Part::Ranges, denied && configured.is_empty());
             let listed = match listed {
                 Ok(listed) => Some(cidrs(listed.items)),
                 Err(kube::Error::Api(status)) if status.code == 404 => Some(Vec::new()),
@@ -240,36 +296,62 @@ impl Cluster {
             tokio::time::sleep(pause).await;
         }
     }
-}
 
-/// Says that endpoints are left out, unless the last ones were too.
-fn note_room(full: &mut bool, stored: bool) {
-    if !stored && !*full {
-        tracing::warn!(
-            "the cluster has more endpoints than are remembered: pods do not reach some of them"
-        );
+    /// Watches all objects of a kind. It has no end.
+    async fn follow<K>(&self, api: Api<K>, part: Part, take: impl FnMut(watcher::Event<K>))
+    where
+        K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+    {
+        let all = watcher::Config::default();
+        let denied = |denied| self.set_denied(part, denied);
+        follow_some(api, all, part.permission(), take, denied).await;
     }
-    *full = !stored;
 }
 
-/// Watches all objects of a kind. It has no end.
-async fn follow<K>(api: Api<K>, what: &str, mut take: impl FnMut(watcher::Event<K>))
-where
+/// Watches those objects of a kind that `config` selects, and says whether the API server denies it. It has no end.
+pub(crate) async fn follow_some<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    what: &str,
+    mut take: impl FnMut(watcher::Event<K>),
+    mut set_denied: impl FnMut(bool),
+) where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    let events = watcher(api, watcher::Config::default()).default_backoff();
+    let events = watcher(api, config).default_backoff();
     let mut events = std::pin::pin!(events);
     while let Some(event) = events.next().await {
         match event {
-            Ok(event) => take(event),
+            Ok(event) => {
+                // `Init` comes before anything was read.
+                if !matches!(event, watcher::Event::Init) {
+                    set_denied(false);
+                }
+                take(event);
+            }
             Err(error) => {
+                if is_denied(&error) {
+                    set_denied(true);
+                }
                 tracing::warn!(
                     error = chain(&error),
-                    "the watch of {what} failed, it is restarted"
+                    "a watch failed, it is restarted ({what})"
                 );
             }
         }
     }
+}
+
+/// PURE: has the API server said that the kubelet may not read this?
+fn is_denied(error: &watcher::Error) -> bool {
+    let (watcher::Error::InitialListFailed(kube::Error::Api(status))
+    | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+    | watcher::Error::WatchFailed(kube::Error::Api(status))
+    | watcher::Error::WatchError(status)) = error
+    else {
+        return false;
+    };
+    status.code == 403
 }
 
 /// PURE: the name and the addresses of a node.
@@ -291,41 +373,22 @@ fn cidrs(listed: Vec<ServiceCIDR>) -> Vec<Range> {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn addresses_of_nodes_and_ranges_are_read_and_names_left_out() {
-        let node = json!({"metadata": {"name": "n"}, "status": {"addresses": [{"type": "InternalIP", "address": "10.2.0.1"},
-            {"type": "Hostname", "address": "n"}, {"type": "InternalIP", "address": "::ffff:10.2.0.2"}]}});
-        let (name, found) = addresses(&serde_json::from_value(node).unwrap()).unwrap();
-        assert_eq!(name, "n");
-        assert_eq!(
-            found,
-            ["10.2.0.1", "10.2.0.2"].map(|text| text.parse::<IpAddr>().unwrap())
-        );
-        let range = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12", "fd00::/108", "?"]}});
-        let range = serde_json::from_value(range).unwrap();
-        assert_eq!(
-            cidrs(vec![range, ServiceCIDR::default()]),
-            ["10.96.0.0/12", "fd00::/108"].map(|text| text.parse::<Range>().unwrap())
-        );
-    }
-
-    #[test]
-    fn nothing_is_decided_before_everything_was_read() {
-        let cluster = Cluster::new();
-        for part in [Part::Services, Part::Slices, Part::Nodes] {
-            cluster.change(|state| {
-                state.read.insert(part);
-            });
-            assert!(cluster.look(|_| ()).is_none());
-        }
+impl Cluster {
+    /// A cluster of which everything was read.
+    pub(super) fn of(table: Table, around: Surroundings) -> Self {
+        let cluster = Self::new();
+        let read = [Part::Services, Part::Slices, Part::Nodes, Part::Ranges].into();
         cluster.change(|state| {
-            state.read.insert(Part::Ranges);
+            *state = State {
+                table,
+                around,
+                read,
+                denied: BTreeSet::new(),
+            };
         });
-        assert!(cluster.look(|_| ()).is_some());
+        cluster
     }
 }
+
+#[cfg(test)]
+mod tests;

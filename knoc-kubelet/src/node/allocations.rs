@@ -17,12 +17,9 @@ use crate::agent::tells_capacity;
 /// Amounts by resource name: `cpu` in thousandths, `memory` and `ephemeral-storage` in bytes, others as counts.
 pub(crate) type Amounts = BTreeMap<String, i64>;
 
-/// What a pod requests, by Kubernetes' rule ([`knoc_translate::over_containers`]).
+/// What a pod requests, by Kubernetes' rule ([`knoc_translate::requested`]).
 pub(crate) fn requests(shape: &pb::PodSpec) -> Amounts {
-    let (init, regular) = (&shape.init_containers, &shape.containers);
-    let of = |amount: fn(&pb::Resources) -> i64| {
-        knoc_translate::over_containers(init, regular, |requests, _| amount(requests))
-    };
+    let of = |amount: fn(&pb::Resources) -> i64| knoc_translate::requested(shape, amount);
     let mut amounts = Amounts::from([
         ("cpu".to_owned(), of(|requests| requests.cpu_millis)),
         ("memory".to_owned(), of(|requests| requests.memory_bytes)),
@@ -31,17 +28,11 @@ pub(crate) fn requests(shape: &pb::PodSpec) -> Amounts {
             of(|requests| requests.ephemeral_storage_bytes),
         ),
     ]);
-    for container in init.iter().chain(regular) {
-        for name in container
-            .requests
-            .iter()
-            .flat_map(|list| list.extended.keys())
-        {
-            let amount = knoc_translate::over_containers(init, regular, |requests, _| {
-                requests.extended.get(name).copied().unwrap_or(0)
-            });
-            amounts.insert(name.clone(), amount);
-        }
+    let containers = shape.init_containers.iter().chain(&shape.containers);
+    let lists = containers.filter_map(|container| container.requests.as_ref());
+    for name in lists.flat_map(|list| list.extended.keys()) {
+        let amount = |list: &pb::Resources| list.extended.get(name).copied().unwrap_or(0);
+        amounts.insert(name.clone(), knoc_translate::requested(shape, amount));
     }
     amounts.retain(|_, amount| *amount > 0);
     amounts

@@ -18,7 +18,7 @@ use std::{
 
 use jiff::Timestamp;
 use k8s_openapi::{
-    api::core::v1::{Event, EventSource, Node, ObjectReference, Pod},
+    api::core::v1::{Event, EventSource, ObjectReference, Pod},
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
 };
 use knoc_proto::text;
@@ -158,13 +158,13 @@ pub fn about_pod(pod: &Pod, container: &str) -> ObjectReference {
     }
 }
 
-/// The node as the object of an Event. As kubelets do, it takes the name for the UID.
+/// The node with this name as the object of an Event. As kubelets do, it takes the name for the UID.
 #[must_use]
-pub fn about_node(node: &Node) -> ObjectReference {
+pub fn about_node(name: &str) -> ObjectReference {
     ObjectReference {
         kind: Some("Node".to_owned()),
-        name: node.metadata.name.clone(),
-        uid: node.metadata.name.clone(),
+        name: Some(name.to_owned()),
+        uid: Some(name.to_owned()),
         ..ObjectReference::default()
     }
 }

@@ -199,6 +199,12 @@ impl References {
         self.0.changed.notify_one();
     }
 
+    /// Whether no pod refers to any object.
+    #[cfg(test)]
+    pub(crate) fn follows_nothing(&self) -> bool {
+        self.state().objects.is_empty()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -292,12 +292,15 @@ pub(crate) fn look_at(now: Timestamp) -> Option<Timestamp> {
 }
 
 /// The objects that may change, with the versions that were read. The cluster's CA changes only with the cluster, so it
-/// is read again together with the token.
+/// is read again together with the token. An immutable object counts if the pod is not `complete`: it may be the one that
+/// lacks a key, and then it has to be deleted and created again.
 pub(crate) fn versions(
     namespace: &str,
     needs: &Needs,
     resolved: &Resolved,
+    complete: bool,
 ) -> BTreeMap<Key, Version> {
+    let is_fixed = |immutable: Option<bool>| complete && immutable == Some(true);
     let key = |kind, name: &String| Key {
         kind,
         namespace: namespace.to_owned(),
@@ -305,16 +308,61 @@ pub(crate) fn versions(
     };
     let maps = needs.config_maps.iter().filter_map(|name| {
         let found = resolved.config_maps.get(name);
-        let fixed = found.is_some_and(|map| map.immutable == Some(true));
+        let fixed = found.is_some_and(|map| is_fixed(map.immutable));
         let version = found.and_then(|map| map.metadata.resource_version.clone());
         let changes = !fixed && name != "kube-root-ca.crt";
         changes.then(|| (key(Kind::ConfigMap, name), version))
     });
     let secrets = needs.secrets.iter().filter_map(|name| {
         let found = resolved.secrets.get(name);
-        let fixed = found.is_some_and(|secret| secret.immutable == Some(true));
+        let fixed = found.is_some_and(|secret| is_fixed(secret.immutable));
         let version = found.and_then(|secret| secret.metadata.resource_version.clone());
         (!fixed).then(|| (key(Kind::Secret, name), version))
     });
     maps.chain(secrets).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn immutable_objects_are_watched_as_long_as_the_pod_lacks_something() {
+        let needs = Needs {
+            config_maps: ["fixed", "free", "missing", "kube-root-ca.crt"]
+                .map(str::to_owned)
+                .into(),
+            secrets: ["fixed", "free"].map(str::to_owned).into(),
+            ..Needs::default()
+        };
+        let immutable = |name: &str| (name == "fixed").then_some(true);
+        let map = |name: &str| {
+            let map = ConfigMap {
+                immutable: immutable(name),
+                ..ConfigMap::default()
+            };
+            (name.to_owned(), map)
+        };
+        let secret = |name: &str| {
+            let secret = Secret {
+                immutable: immutable(name),
+                ..Secret::default()
+            };
+            (name.to_owned(), secret)
+        };
+        let resolved = Resolved {
+            config_maps: ["fixed", "free", "kube-root-ca.crt"].map(map).into(),
+            secrets: ["fixed", "free"].map(secret).into(),
+            ..Resolved::default()
+        };
+        let names = |complete: bool, kind: Kind| {
+            let all = versions("default", &needs, &resolved, complete);
+            let names = all.into_keys().filter(|key| key.kind == kind);
+            names.map(|key| key.name).collect::<Vec<_>>()
+        };
+        assert_eq!(names(true, Kind::ConfigMap), ["free", "missing"]);
+        assert_eq!(names(true, Kind::Secret), ["free"]);
+        assert_eq!(names(false, Kind::ConfigMap), ["fixed", "free", "missing"]);
+        assert_eq!(names(false, Kind::Secret), ["fixed", "free"]);
+    }
 }

@@ -1,7 +1,7 @@
-//! Task: watches the cluster's Services, from which the service variables of pods are made, and which pods may reach.
+//! Task: watches the cluster's Services, from which the service variables of pods are made, which pods may reach, and whose
+//! connections are relayed to pods.
 //!
-//! Only what becomes a variable is kept, and what says which Service an address belongs to. Until the first list is complete
-//! pods wait, for a bounded time.
+//! Only what these need is kept. Until the first list is complete pods wait, for a bounded time.
 
 use std::{
     collections::BTreeMap,
@@ -119,19 +119,22 @@ impl Services {
     }
 }
 
-/// The Service reduced to its name, addresses and ports.
+/// The Service reduced to its name, addresses and ports, and to which pods it leads.
 fn small(service: Service) -> Option<(Key, Service)> {
     let name = service.metadata.name?;
     let namespace = service.metadata.namespace?;
     let mut small = Service::default();
     small.metadata.name = Some(name.clone());
     small.metadata.namespace = Some(namespace.clone());
+    small.metadata.uid = service.metadata.uid;
     small.spec = service.spec.map(|spec| ServiceSpec {
         cluster_ip: spec.cluster_ip,
         cluster_ips: spec.cluster_ips,
         session_affinity: spec.session_affinity,
         type_: spec.type_,
         ports: spec.ports,
+        selector: spec.selector,
+        publish_not_ready_addresses: spec.publish_not_ready_addresses,
         ..ServiceSpec::default()
     });
     Some(((namespace, name), small))

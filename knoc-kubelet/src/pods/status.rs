@@ -19,6 +19,7 @@ use knoc_proto::{
     pb::{self, OutcomeKind, PodPhase},
     text,
 };
+use knoc_translate::Lacking;
 
 use crate::node::PodIp;
 use phase::Phase;
@@ -35,6 +36,8 @@ pub struct Input<'a> {
     pub observed: Option<&'a pb::PodObserved>,
     /// Why the agent does not have the pod yet.
     pub hold: Option<&'a Hold>,
+    /// The ephemeral containers that the agent does not get yet, because their variables refer to what does not exist.
+    pub lacking: &'a [Lacking],
     /// Why the pod will never run.
     pub rejection: Option<&'a Rejection>,
     /// The fields that its verdicts reject, as `path: why`. Those of an ephemeral container of a running pod reject that

@@ -1,6 +1,6 @@
 //! The pods by UID, as Kubernetes wants them and as the agent observed them: the one place that has both.
 //!
-//! `pods::watch` writes what is wanted, `agent::watch` what was observed; the controller and the server read. Locks are
+//! `pods::watch` writes what is wanted, `agent::watch` what was observed; the controller, the server and the relay read. Locks are
 //! held for map operations only, never across an await.
 
 use std::{
@@ -11,6 +11,7 @@ use std::{
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{ids::PodUid, pb};
 use knoc_translate::verdict::Findings;
+use tokio::sync::watch;
 
 use crate::stats::totals::{NodeTotals, Totals};
 
@@ -44,7 +45,11 @@ struct Inner {
 
 /// The shared store; clones are handles on the same one.
 #[derive(Clone, Default, Debug)]
-pub struct Store(Arc<RwLock<Inner>>);
+pub struct Store {
+    inner: Arc<RwLock<Inner>>,
+    /// Sent after every change of a pod.
+    changed: watch::Sender<()>,
+}
 
 impl Store {
     /// The pod with this name that is bound to our node.
@@ -79,12 +84,25 @@ impl Store {
         self.read().desired.len()
     }
 
+    /// Changes from now on. There may be more of them than pods that differ.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
     fn read(&self) -> RwLockReadGuard<'_, Inner> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Inner> {
-        self.0.write().unwrap_or_else(PoisonError::into_inner)
+        self.inner.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes pods, and tells who follows them.
+    fn change<T>(&self, change: impl FnOnce(&mut Inner) -> T) -> T {
+        let answer = change(&mut self.write());
+        self.changed.send_replace(());
+        answer
     }
 }
 
@@ -109,31 +127,31 @@ impl Inner {
 impl Store {
     /// Stores a pod from a watch; an older resourceVersion of the same UID is ignored.
     pub fn set_desired(&self, uid: &PodUid, pod: Arc<Pod>, findings: Arc<Findings>) {
-        let mut inner = self.write();
-        if let Some(known) = inner.desired.get(uid)
-            && older(&pod, &known.pod)
-        {
-            return;
-        }
-        inner.take(uid, pod, findings);
+        self.change(|inner| {
+            let known = inner.desired.get(uid);
+            if known.is_none_or(|known| !older(&pod, &known.pod)) {
+                inner.take(uid, pod, findings);
+            }
+        });
     }
 
     /// Stores a pod from a complete list, whatever its resourceVersion: an API server restored from a backup has lower
     /// ones.
     pub fn replace_desired(&self, uid: &PodUid, pod: Arc<Pod>, findings: Arc<Findings>) {
-        self.write().take(uid, pod, findings);
+        self.change(|inner| inner.take(uid, pod, findings));
     }
 
     /// Stores the answer to one of our patches, which the watch will bring soon. A newer generation is left to the watch,
     /// because the findings that are known are not about it.
     pub fn refresh_desired(&self, uid: &PodUid, pod: Pod) {
-        let mut inner = self.write();
-        if let Some(known) = inner.desired.get_mut(uid)
-            && !older(&pod, &known.pod)
-            && pod.metadata.generation == known.pod.metadata.generation
-        {
-            known.pod = Arc::new(pod);
-        }
+        self.change(|inner| {
+            if let Some(known) = inner.desired.get_mut(uid)
+                && !older(&pod, &known.pod)
+                && pod.metadata.generation == known.pod.metadata.generation
+            {
+                known.pod = Arc::new(pod);
+            }
+        });
     }
 
     /// Did this process see the pod bound to our node?
@@ -158,38 +176,41 @@ impl Store {
 
     /// Removes a pod that is gone from the API server.
     pub fn remove_desired(&self, uid: &PodUid) {
-        let mut inner = self.write();
-        let Some(desired) = inner.desired.remove(uid) else {
-            return;
-        };
-        let key = key(&desired.pod);
-        if inner.names.get(&key).is_some_and(|other| other == uid) {
-            inner.names.remove(&key);
-        }
+        self.change(|inner| {
+            let Some(desired) = inner.desired.remove(uid) else {
+                return;
+            };
+            let key = key(&desired.pod);
+            if inner.names.get(&key).is_some_and(|other| other == uid) {
+                inner.names.remove(&key);
+            }
+        });
     }
 
     /// Stores what the agent reports of a pod.
     pub fn set_observed(&self, uid: &PodUid, observed: Arc<pb::PodObserved>) {
-        self.write().observed.insert(uid.clone(), observed);
+        self.change(|inner| inner.observed.insert(uid.clone(), observed));
     }
 
     /// Stores what the agent answered to a request, unless the watch has brought something newer.
     pub fn answer_observed(&self, uid: &PodUid, observed: pb::PodObserved) {
-        let mut inner = self.write();
-        let known = inner.observed.get(uid).map_or(-1, |known| known.generation);
-        if observed.generation > known {
-            inner.observed.insert(uid.clone(), Arc::new(observed));
-        }
+        self.change(|inner| {
+            let known = inner.observed.get(uid).map_or(-1, |known| known.generation);
+            if observed.generation > known {
+                inner.observed.insert(uid.clone(), Arc::new(observed));
+            }
+        });
     }
 
     /// Removes a pod that the agent has forgotten; what it used stays in the node's totals.
     pub fn remove_observed(&self, uid: &PodUid) {
-        let mut inner = self.write();
-        let last = inner.observed.remove(uid).and_then(|last| last.last_usage);
-        if let Some(last) = last.filter(|_| inner.seen.contains(uid)) {
-            inner.totals.observe(uid, Totals::of(&last));
-        }
-        inner.totals.close(uid);
+        self.change(|inner| {
+            let last = inner.observed.remove(uid).and_then(|last| last.last_usage);
+            if let Some(last) = last.filter(|_| inner.seen.contains(uid)) {
+                inner.totals.observe(uid, Totals::of(&last));
+            }
+            inner.totals.close(uid);
+        });
     }
 
     /// What all pods of the node have used so far: `running` as measured now, ended pods by their last usage, and those

@@ -64,6 +64,7 @@ fn exec_start(
         stderr: wanted.stderr,
         tty: wanted.tty,
         size: None,
+        rank: 0,
     }))
 }
 

@@ -86,8 +86,8 @@ carried! {
             image_pull_secrets: Option<Vec<core::LocalObjectReference>>,
             init_containers: Option<Vec<core::Container>>,
             node_name: Option<String>,
-            restart_policy: Option<String>,
-            security_context: Option<core::PodSecurityContext>,
+            overhead: Option<BTreeMap<String, Quantity>>, resources: Option<core::ResourceRequirements>,
+            restart_policy: Option<String>, security_context: Option<core::PodSecurityContext>,
             service_account_name: Option<String>,
             set_hostname_as_fqdn: Option<bool>,
             share_process_namespace: Option<bool>,
@@ -100,9 +100,8 @@ carried! {
             service_account, tolerations,
         }
         left {
-            eviction_responders, host_ipc, host_pid, host_users, os, overhead, preemption_policy, priority, priority_class_name,
-            resource_claims, resources, runtime_class_name, scheduler_name, scheduling_gates, scheduling_group,
-            topology_spread_constraints,
+            eviction_responders, host_ipc, host_pid, host_users, os, preemption_policy, priority, priority_class_name, resource_claims,
+            runtime_class_name, scheduler_name, scheduling_gates, scheduling_group, topology_spread_constraints,
         }
     }
 
@@ -354,13 +353,19 @@ carried! {
     /// The source of a variable's value.
     EnvVarSource of core::EnvVarSource, judged as "EnvVarSource" {
         taken {
-            config_map_key_ref: Option<core::ConfigMapKeySelector>,
-            field_ref: Option<core::ObjectFieldSelector>,
-            resource_field_ref: Option<core::ResourceFieldSelector>,
+            config_map_key_ref: Option<core::ConfigMapKeySelector>, field_ref: Option<core::ObjectFieldSelector>,
+            file_key_ref: Option<core::FileKeySelector>, resource_field_ref: Option<core::ResourceFieldSelector>,
             secret_key_ref: Option<core::SecretKeySelector>,
         }
         elsewhere {}
-        left { file_key_ref }
+        left {}
+    }
+
+    /// A variable in a file of a volume.
+    FileKey of core::FileKeySelector, judged as "FileKeySelector" {
+        taken { key: String, optional: Option<bool>, path: String, volume_name: String }
+        elsewhere {}
+        left {}
     }
 
     /// A key of a ConfigMap whose value a variable gets.

@@ -10,8 +10,8 @@ use knoc_proto::{paths, pb};
 
 use super::{
     carried::{
-        Container, ExitCodes, PodSecurityContext, PodSpec, ResourceRequirements, RestartRule,
-        SecurityContext, VolumeMount,
+        Container, EnvVar, EnvVarSource, ExitCodes, PodSecurityContext, PodSpec,
+        ResourceRequirements, RestartRule, SecurityContext, VolumeMount,
     },
     ephemeral, image_root, network, probe, quantity,
 };
@@ -117,6 +117,7 @@ fn shape_container(
         privileged: security.is_some_and(|context| *context.privileged == Some(true)),
         restart_policy: own_restart_policy(container).into(),
         restart_rules: restart_rules(container),
+        env_files: has_files(container),
         // Of an ephemeral container, the caller sets it.
         target: String::new(),
     }
@@ -221,7 +222,17 @@ pub(crate) fn pull_policy(policy: Option<&str>, image: &str) -> pb::PullPolicy {
     }
 }
 
-fn shape_resources(list: &BTreeMap<String, Quantity>, problems: &mut Vec<String>) -> pb::Resources {
+/// Whether a variable of the container comes from a file.
+fn has_files(container: Container<'_>) -> bool {
+    let variables = container.env.iter().flatten().map(EnvVar::from);
+    let mut sources = variables.filter_map(|var| var.value_from.as_ref());
+    sources.any(|source| EnvVarSource::from(source).file_key_ref.is_some())
+}
+
+pub(super) fn shape_resources(
+    list: &BTreeMap<String, Quantity>,
+    problems: &mut Vec<String>,
+) -> pb::Resources {
     let mut resources = pb::Resources::default();
     for (name, value) in list {
         let read = if name == "cpu" {

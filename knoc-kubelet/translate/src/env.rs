@@ -11,7 +11,7 @@ use knoc_proto::{
 
 use super::carried::{
     ConfigMapEnv, ConfigMapKey, Container, EnvFieldRef, EnvFromSource, EnvVar, EnvVarSource,
-    ResourceFieldSelector, SecretEnv, SecretKey, VolumeMount,
+    FileKey, ResourceFieldSelector, SecretEnv, SecretKey, VolumeMount,
 };
 use super::{Needs, Resolved, files};
 
@@ -72,7 +72,7 @@ pub(super) fn variables(
 }
 
 /// What is wrong with the container's `subPathExpr`s, in the words of a kubelet. Placeholders stand for addresses that only
-/// the compute node knows, because any address is a valid path.
+/// the compute node knows, because any address is a valid path, and for what comes from files, which the shim checks.
 pub(super) fn bad_sub_paths(container: Container<'_>, vars: &[pb::EnvVar]) -> Vec<String> {
     let mounts = container.volume_mounts.iter().flatten();
     let templates = mounts.filter_map(|mount| VolumeMount::from(mount).sub_path_expr.as_deref());
@@ -84,7 +84,13 @@ pub(super) fn bad_sub_paths(container: Container<'_>, vars: &[pb::EnvVar]) -> Ve
         host_ip: "hostIP".to_owned(),
         pod_ip: "podIP".to_owned(),
     };
-    let env = expand::pod_environment(vars, &unknown);
+    let mut vars = vars.to_vec();
+    for var in &mut vars {
+        if matches!(var.value, Some(Value::File(_))) {
+            var.value = Some(Value::Literal("file".into()));
+        }
+    }
+    let env = expand::pod_environment(&vars, &unknown);
     templates
         .filter_map(|template| expand::sub_path(template, &env).err())
         .map(|error| knoc_proto::error::chain(&error))
@@ -161,6 +167,14 @@ fn from_source(
             *key.optional,
             missing,
         );
+    }
+    if let Some(file) = source.file_key_ref.as_ref().map(FileKey::from) {
+        return Some(Value::File(pb::FileKey {
+            volume: file.volume_name.clone(),
+            path: file.path.clone(),
+            key: file.key.clone(),
+            optional: *file.optional == Some(true),
+        }));
     }
     if let Some(field) = source.field_ref.as_ref().map(EnvFieldRef::from) {
         return Some(match field.field_path.as_str() {
@@ -267,4 +281,44 @@ fn of_service(name: &str, service: &Service) -> Vec<(String, String)> {
         vars.push((format!("{prefix}_ADDR"), ip.to_owned()));
     }
     vars
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_variable_from_a_file_is_read_by_the_shim() {
+        let key =
+            json!({"volumeName": "v", "path": "a/config.env", "key": "ADDRESS", "optional": true});
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": "p", "namespace": "ns", "uid": "u-1"},
+            "spec": {
+                "containers": [
+                    {
+                        "name": "main", "image": "busybox",
+                        "env": [{"name": "A", "valueFrom": {"fileKeyRef": key}}],
+                        // Its value is checked once it is known.
+                        "volumeMounts": [{"name": "v", "mountPath": "/v", "subPathExpr": "$(A)"}],
+                    },
+                    {"name": "other", "image": "busybox"},
+                ],
+                "volumes": [{"name": "v", "emptyDir": {}}],
+            },
+        }))
+        .unwrap();
+        let shape = crate::shape(&pod).unwrap();
+        assert!(shape.containers[0].env_files && !shape.containers[1].env_files);
+        let values = crate::values(&pod, &Resolved::default()).unwrap().values;
+        let file = pb::FileKey {
+            volume: "v".to_owned(),
+            path: "a/config.env".to_owned(),
+            key: "ADDRESS".to_owned(),
+            optional: true,
+        };
+        let value = values.env[0].vars[0].value.clone();
+        assert_eq!(value, Some(pb::env_var::Value::File(file)));
+    }
 }

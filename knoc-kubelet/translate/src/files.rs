@@ -347,11 +347,18 @@ pub(super) fn resource(
         "requests" => resources.and_then(|resources| resources.requests.as_ref()),
         _ => resources.and_then(|resources| resources.limits.as_ref()),
     };
+    // A container without a limit has that of the pod as a whole.
+    let whole = spec.and_then(|spec| spec.resources.as_ref());
+    let whole = whole.map(ResourceRequirements::from);
+    let whole = whole.and_then(|whole| whole.limits.as_ref()?.get(resource));
+    let of_pod = whole.and_then(|quantity| quantity::millis(quantity).ok());
+    let of_pod = of_pod.filter(|millis| *millis > 0);
     let set = list(of).and_then(|list| list.get(resource));
     let millis = match set.and_then(|quantity| quantity::millis(quantity).ok()) {
         Some(millis) => millis,
         None if of == "requests" => 0,
         None => match resource {
+            "cpu" | "memory" if of_pod.is_some() => of_pod.unwrap_or_default(),
             "cpu" => allocatable.cpu_millis,
             "memory" => allocatable.memory_bytes.saturating_mul(1000),
             _ => allocatable.ephemeral_storage_bytes.saturating_mul(1000),
@@ -363,4 +370,40 @@ pub(super) fn resource(
         .and_then(|divisor| quantity::millis(divisor).ok());
     let divisor = divisor.filter(|divisor| *divisor > 0).unwrap_or(1000);
     quantity::ceil_div(millis, divisor).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_container_without_a_limit_has_that_of_the_pod_and_then_that_of_the_node() {
+        let pod: Pod = serde_json::from_value(json!({"spec": {
+            "containers": [
+                {"name": "own", "resources": {"limits": {"memory": "1Mi"}}},
+                {"name": "none"},
+            ],
+            "resources": {"limits": {"cpu": "1500m", "memory": "4Mi"}},
+        }}))
+        .unwrap();
+        let node = pb::Resources {
+            cpu_millis: 64_000,
+            memory_bytes: 1 << 30,
+            ephemeral_storage_bytes: 7,
+            ..pb::Resources::default()
+        };
+        let of = |container: &str, name: &str| {
+            let selector = json!({"resource": name});
+            let selector: k8s_openapi::api::core::v1::ResourceFieldSelector =
+                serde_json::from_value(selector).unwrap();
+            resource(&pod, Some(container), (&selector).into(), &node)
+        };
+        assert_eq!(of("own", "limits.memory"), "1048576");
+        assert_eq!(of("none", "limits.memory"), "4194304");
+        assert_eq!(of("none", "limits.cpu"), "2");
+        assert_eq!(of("none", "limits.ephemeral-storage"), "7");
+        assert_eq!(of("none", "requests.cpu"), "0");
+    }
 }

@@ -2,8 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::api::resource::Quantity};
 use knoc_proto::pb;
+
+use super::{
+    carried::{PodSpec, ResourceRequirements},
+    container::shape_resources,
+    mpi,
+    options::split,
+};
 
 /// The CPU of a pod that sets none.
 const DEFAULT_CPU_MILLIS: i64 = 1000;
@@ -16,10 +23,40 @@ const FLAGS: &[&str] = &[
     "slurm.hpk.io/flags",
 ];
 
+/// What the pod asks for as a whole (KEP-2837), and its overhead. `None`: nothing.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Whole {
+    pub(super) requests: Option<pb::Resources>,
+    pub(super) limits: Option<pb::Resources>,
+    pub(super) overhead: Option<pb::Resources>,
+}
+
+impl Whole {
+    pub(super) fn of(spec: PodSpec<'_>, problems: &mut Vec<String>) -> Self {
+        let own = spec.resources.as_ref().map(ResourceRequirements::from);
+        let mut list = |path: &str, list: Option<&BTreeMap<String, Quantity>>| {
+            let mut relative = Vec::new();
+            let resources = list.map(|list| shape_resources(list, &mut relative));
+            let absolute = relative.iter();
+            problems.extend(absolute.map(|problem| format!("spec.{path}: {problem}")));
+            let extended = resources.iter().flat_map(|list| list.extended.keys());
+            problems.extend(extended.map(|name| {
+                format!("spec.{path}: {name} can be asked for by containers only, remove it here")
+            }));
+            resources.filter(|resources| *resources != pb::Resources::default())
+        };
+        Self {
+            requests: list("resources", own.and_then(|own| own.requests.as_ref())),
+            limits: list("resources", own.and_then(|own| own.limits.as_ref())),
+            overhead: list("overhead", spec.overhead.as_ref()),
+        }
+    }
+}
+
 pub(super) fn request(
     pod: &Pod,
-    init: &[pb::Container],
-    regular: &[pb::Container],
+    containers: (&[pb::Container], &[pb::Container]),
+    whole: &Whole,
     problems: &mut Vec<String>,
 ) -> pb::JobRequest {
     let empty = BTreeMap::new();
@@ -44,18 +81,9 @@ pub(super) fn request(
             0
         })
     });
-    let ntasks = text("ntasks").map_or(1, |value| {
-        value
-            .parse()
-            .ok()
-            .filter(|number| *number >= 1)
-            .unwrap_or_else(|| {
-                wrong("knoc.io/ntasks", &value, "a number from 1");
-                1
-            })
-    });
+    let ranks = mpi::asked(annotations, &mut wrong);
     let flags = flags(annotations, &mut wrong);
-    let (cpu_millis, memory_bytes, ephemeral_storage_bytes) = totals(init, regular);
+    let (cpu_millis, memory_bytes, ephemeral_storage_bytes) = totals(containers, whole);
     pb::JobRequest {
         partition: text("partition").unwrap_or_default(),
         account: text("account").unwrap_or_default(),
@@ -63,8 +91,8 @@ pub(super) fn request(
         constraint: text("constraint").unwrap_or_default(),
         reservation: text("reservation").unwrap_or_default(),
         time_minutes,
-        nodes: 1,
-        ntasks,
+        nodes: ranks.nodes,
+        ntasks: ranks.ntasks,
         // The agent, not the kubelet, maps extended resources to `--gres`, because the mapping is in the site file.
         gres: text("gres").unwrap_or_default(),
         exclusive: text("exclusive").as_deref() == Some("true"),
@@ -75,6 +103,7 @@ pub(super) fn request(
         memory_bytes,
         ephemeral_storage_bytes,
         nice: 0,
+        mpi: ranks.mpi,
     }
 }
 
@@ -88,7 +117,7 @@ fn flags(
         let Some(value) = annotations.get(*name) else {
             continue;
         };
-        match split_options(value) {
+        match split(value) {
             Some(options) => flags.extend(options),
             None => wrong(name, value, "a list of options (a quote is not closed)"),
         }
@@ -97,8 +126,9 @@ fn flags(
 }
 
 /// The totals of CPU (request, else limit, else 1), memory (limit, else request) and ephemeral storage (limit, else
-/// request).
-fn totals(init: &[pb::Container], regular: &[pb::Container]) -> (i64, i64, i64) {
+/// request): those of the pod as a whole, or else those of its containers. If the pod as a whole only requests memory, the limits
+/// of its containers may be higher. The overhead is added to what is asked for.
+fn totals((init, regular): (&[pb::Container], &[pb::Container]), whole: &Whole) -> (i64, i64, i64) {
     let cpu = over_containers(init, regular, |requests, limits| {
         first(requests.cpu_millis, limits.cpu_millis)
     });
@@ -111,7 +141,35 @@ fn totals(init: &[pb::Container], regular: &[pb::Container]) -> (i64, i64, i64) 
             requests.ephemeral_storage_bytes,
         )
     });
-    (first(cpu, DEFAULT_CPU_MILLIS), memory, storage)
+    let nothing = pb::Resources::default();
+    let requests = whole.requests.as_ref().unwrap_or(&nothing);
+    let limits = whole.limits.as_ref().unwrap_or(&nothing);
+    let overhead = whole.overhead.as_ref().unwrap_or(&nothing);
+    let own_cpu = first(requests.cpu_millis, limits.cpu_millis);
+    let cpu = first(first(own_cpu, cpu), DEFAULT_CPU_MILLIS);
+    let memory = first(limits.memory_bytes, memory.max(requests.memory_bytes));
+    // Where nothing is asked for, the site's default counts.
+    let with = |amount: i64, more: i64| match amount {
+        0 => 0,
+        asked => asked.saturating_add(more),
+    };
+    (
+        with(cpu, overhead.cpu_millis),
+        with(memory, overhead.memory_bytes),
+        with(storage, overhead.ephemeral_storage_bytes),
+    )
+}
+
+/// What the pod requests of one resource by Kubernetes' rule: as a whole, or else its containers together; with the overhead.
+/// `amount` computes the amount in a list of requests.
+pub fn requested(shape: &pb::PodSpec, amount: impl Fn(&pb::Resources) -> i64) -> i64 {
+    let of = |list: &Option<pb::Resources>| list.as_ref().map_or(0, &amount);
+    let (init, regular) = (&shape.init_containers, &shape.containers);
+    let base = match of(&shape.requests) {
+        0 => over_containers(init, regular, |requests, _| amount(requests)),
+        own => own,
+    };
+    base.saturating_add(of(&shape.overhead))
 }
 
 fn first(one: i64, other: i64) -> i64 {
@@ -120,7 +178,7 @@ fn first(one: i64, other: i64) -> i64 {
 
 /// The most that runs at the same time (KEP-753): all containers together with the sidecars, or an init container together
 /// with the sidecars before it. `amount` computes the amount of one container from its requests and limits.
-pub fn over_containers(
+fn over_containers(
     init: &[pb::Container],
     regular: &[pb::Container],
     amount: impl Fn(&pb::Resources, &pb::Resources) -> i64,
@@ -188,29 +246,6 @@ fn number(text: &str) -> Option<i64> {
         .flatten()
 }
 
-/// Splits a text at blanks; single and double quotes and backslashes protect them. No shell is involved: the parts
-/// become elements of an argv. `None` if a quote is not closed.
-fn split_options(text: &str) -> Option<Vec<String>> {
-    let mut options = Vec::new();
-    let mut word: Option<String> = None;
-    let mut quote: Option<char> = None;
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        match (quote, c) {
-            (Some(open), c) if c == open => quote = None,
-            (None, '\'' | '"') => {
-                quote = Some(c);
-                word.get_or_insert_default();
-            }
-            (None | Some('"'), '\\') => word.get_or_insert_default().push(chars.next()?),
-            (None, c) if c.is_whitespace() => options.extend(word.take()),
-            (_, c) => word.get_or_insert_default().push(c),
-        }
-    }
-    options.extend(word);
-    quote.is_none().then_some(options)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -261,6 +296,67 @@ mod tests {
         assert_eq!(total(&[sidecar(2), sidecar(3), init(9)], 4), 14);
     }
 
+    #[test]
+    fn what_the_pod_asks_for_as_a_whole_comes_before_its_containers() {
+        const MI: i64 = 1 << 20;
+        let list = |cpu_millis, memory_bytes| {
+            Some(pb::Resources {
+                cpu_millis,
+                memory_bytes,
+                ..pb::Resources::default()
+            })
+        };
+        let containers = [pb::Container {
+            requests: list(500, 100 * MI),
+            limits: list(0, 300 * MI),
+            ..pb::Container::default()
+        }];
+        let of = |requests, limits, overhead| {
+            let whole = Whole {
+                requests,
+                limits,
+                overhead,
+            };
+            let (cpu, memory, storage) = totals((&[], &containers), &whole);
+            assert_eq!(storage, 0);
+            (cpu, memory / MI)
+        };
+        assert_eq!(of(None, None, None), (500, 300));
+        assert_eq!(of(list(2000, 200 * MI), None, None), (2000, 300));
+        assert_eq!(of(list(2000, 400 * MI), None, None), (2000, 400));
+        assert_eq!(of(None, list(3000, 1000 * MI), None), (3000, 1000));
+        assert_eq!(
+            of(list(2000, 0), list(3000, 1000 * MI), list(250, 24 * MI)),
+            (2250, 1024)
+        );
+        // A pod that asks for nothing has the site's default of memory.
+        let whole = Whole {
+            overhead: list(250, 24 * MI),
+            ..Whole::default()
+        };
+        assert_eq!(totals((&[], &[]), &whole), (1250, 0, 0));
+    }
+
+    #[test]
+    fn only_containers_ask_for_extended_resources() {
+        let spec = serde_json::json!({
+            "containers": [],
+            "overhead": {"cpu": "1", "example.com/fpga": "1"},
+            "resources": {"requests": {"nvidia.com/gpu": "1", "memory": "1Gi"}},
+        });
+        let spec: k8s_openapi::api::core::v1::PodSpec = serde_json::from_value(spec).unwrap();
+        let mut problems = Vec::new();
+        let whole = Whole::of((&spec).into(), &mut problems);
+        let end = "can be asked for by containers only, remove it here";
+        let expected = [
+            format!("spec.resources: nvidia.com/gpu {end}"),
+            format!("spec.overhead: example.com/fpga {end}"),
+        ];
+        assert_eq!(problems, expected);
+        assert_eq!(whole.requests.unwrap().memory_bytes, 1 << 30);
+        assert_eq!(whole.overhead.unwrap().cpu_millis, 1000);
+    }
+
     fn regular(cpu_millis: i64) -> pb::Container {
         pb::Container {
             requests: Some(pb::Resources {
@@ -269,19 +365,5 @@ mod tests {
             }),
             ..pb::Container::default()
         }
-    }
-
-    #[test]
-    fn quoted_options_are_split_as_written() {
-        let split = |text: &str| split_options(text).map(|options| options.join("|"));
-        assert_eq!(split("--a=1  --b='x y'").as_deref(), Some("--a=1|--b=x y"));
-        assert_eq!(
-            split(r#"--c="q \" r" \ z"#).as_deref(),
-            Some(r#"--c=q " r| z"#)
-        );
-        assert_eq!(split("''").as_deref(), Some(""));
-        assert_eq!(split_options("  "), Some(vec![]));
-        assert_eq!(split_options("'open"), None);
-        assert_eq!(split_options("end\\"), None);
     }
 }

@@ -18,7 +18,9 @@ mod grace;
 mod image_root;
 mod job;
 mod keyring;
+mod mpi;
 mod network;
+mod options;
 mod probe;
 pub mod quantity;
 mod trust;
@@ -29,7 +31,7 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{self as core, ConfigMap, Pod, Secret};
-use knoc_proto::{names, pb};
+use knoc_proto::{names, pb, pod::Ranks};
 
 use carried::{Container, DnsConfig, DnsOption, HostAlias, PodSpec};
 use volume::Source;
@@ -37,7 +39,7 @@ use volume::Source;
 pub use claims::{FoundClaim, Unbound, bind_claims};
 pub use env::service_variables;
 pub use grace::Grace;
-pub use job::over_containers;
+pub use job::requested;
 pub use keyring::{BadSecret, PullCredentials, pull_credentials, pull_secrets};
 pub use trust::TrustBundleKey;
 
@@ -147,22 +149,30 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let name = meta.name.clone().unwrap_or_default();
     let containers = container::of_pod(pod, spec, &mut problems);
     let volumes = spec.volumes.iter().flatten();
-    let volumes = volumes
+    let volumes: Vec<_> = volumes
         .filter_map(|volume| volume::shape(volume, &mut problems))
         .collect();
-    let job = job::request(pod, &containers.init, &containers.regular, &mut problems);
+    let whole = job::Whole::of(spec, &mut problems);
+    let both = (&*containers.init, &*containers.regular);
+    let job = job::request(pod, both, &whole, &mut problems);
     let network = network::mode(pod, spec, &mut problems);
+    let ranks = Ranks {
+        job: Some(&job),
+        containers: &containers.regular,
+        volumes: &volumes,
+        shares_processes: *spec.share_process_namespace == Some(true),
+        network,
+    };
+    problems.extend(ranks.problems());
     if !problems.is_empty() {
         return Err(problems);
     }
     let mut annotations = meta.annotations.clone().unwrap_or_default();
     annotations.retain(|name, _| !NOT_SENT.contains(&name.as_str()));
+    let labels = meta.labels.clone().unwrap_or_default();
     Ok(pb::PodSpec {
         uid: meta.uid.clone().unwrap_or_default(),
-        namespace: meta
-            .namespace
-            .clone()
-            .unwrap_or_else(|| "default".to_owned()),
+        namespace: meta.namespace.as_deref().unwrap_or("default").to_owned(),
         generation: meta.generation.unwrap_or(1),
         init_containers: containers.init,
         containers: containers.regular,
@@ -185,15 +195,13 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         job: Some(job),
         node_name: spec.node_name.clone().unwrap_or_default(),
         service_account: spec.service_account_name.clone().unwrap_or_default(),
-        labels: meta
-            .labels
-            .clone()
-            .unwrap_or_default()
-            .into_iter()
-            .collect(),
+        labels: labels.into_iter().collect(),
         annotations: annotations.into_iter().collect(),
         host_aliases: host_aliases(spec),
         image_pull_secrets: keyring::names(spec),
+        requests: whole.requests,
+        limits: whole.limits,
+        overhead: whole.overhead,
     })
 }
 

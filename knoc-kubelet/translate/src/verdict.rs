@@ -218,10 +218,14 @@ fn quoted(values: &[&str], end: &str) -> String {
 pub fn table() -> String {
     let mut text = String::from(HEAD);
     for kind in TABLE {
-        let rendered = kind
+        let mut rendered = kind
             .rows
             .iter()
-            .filter(|row| !matches!(row.verdict, Verdict::Inside(_)));
+            .filter(|row| !matches!(row.verdict, Verdict::Inside(_)))
+            .peekable();
+        if rendered.peek().is_none() {
+            continue;
+        }
         // Writing to a String cannot fail.
         let _infallible = write!(
             text,
@@ -301,6 +305,9 @@ the pod asks it (`dnsPolicy`) and reaches it, else it is the compute node's; wit
 `dnsPolicy: None` only those. A file that the pod mounts there comes before both. `/etc/localtime` is the image's.
 
 ## Containers
+
+**Order.** Containers start in the order of the list, as on any node: each once the program of the one before it runs (and its `postStart`
+hook has ended), or could not be started.
 
 **Sidecars** are init containers with `restartPolicy: Always`. They start in the order of the list; what comes after one starts once it
 has started (its `startupProbe` has passed, if it has one). They are restarted whenever they end, do not keep a pod from completing, and

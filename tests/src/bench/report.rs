@@ -197,14 +197,14 @@ pub(super) fn pods(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
     writeln!(
         out,
         "\nFor each pod, from its creation to its terminal phase: {patches:.1} status patches and {events:.1} Events of KNoC, \
-         {server:.0} ms of the API server's processor time (with the scheduler's requests and the benchmark's own)."
+         {server:.0} ms of the API server's processor time (with the scheduler's requests and the benchmark's own).\n"
     )?;
     if batch.t2_apptainer.count() == 0 {
         return Ok(());
     }
     writeln!(
         out,
-        "\nKNoC's share of T2, by medians (created → accepted, and job began → first line less apptainer exec): {:.1} ms. \
+        "KNoC's share of T2, by medians (created → accepted, and job began → first line less apptainer exec): {:.1} ms. \
          slurmctld starts jobs once a second, so the whole T2 always varies by ± 500 ms.\n",
         batch.t2_share()
     )?;

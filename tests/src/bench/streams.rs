@@ -1,4 +1,4 @@
-//! Streams: the bytes of a log, an exec, a port-forward and a copy, and the same bytes through bare TLS relays.
+//! Streams: the bytes of a log, an exec, a port-forward, a Service and a copy, and the same bytes through bare TLS relays.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use knoc_proto::pb;
 use super::bed::{Bed, FOLDER};
 use super::machine::{Clock, Spent};
 use super::relay::{Chain, Location};
-use super::{exec, kubernetes};
+use super::{exec, kubernetes, relayed};
 use crate::{PodBuilder, wait_for};
 
 /// The time limit for the pod that writes the bytes.
@@ -52,6 +52,8 @@ enum Way {
     ExecByKubernetes,
     /// A connection as `kubectl port-forward` makes it, through the same parts.
     ForwardByKubernetes,
+    /// A connection to a Service that leads to the pod: through kubelet, agent and shim.
+    Relayed,
     /// `kubectl cp` from the pod, through the same parts.
     CopyDown,
     /// `kubectl cp` to the pod, through the same parts.
@@ -75,6 +77,8 @@ pub(super) const ALL: &[Location] = &[
     Location::Host,
 ];
 const TO_AGENT: &[Location] = &[Location::Compute, Location::Login];
+/// Shim, agent and kubelet, whose client has no TLS. The client of the relays has.
+const TO_KUBELET: &[Location] = &[Location::Compute, Location::Login, Location::Host];
 
 /// One stream to be measured.
 struct Kind {
@@ -88,6 +92,7 @@ struct Kind {
 const fn kind(name: &'static str, way: Way, large: bool) -> Kind {
     let (locations, share) = match way {
         Way::LogsByAgent | Way::ExecByAgent => (TO_AGENT, None),
+        Way::Relayed => (TO_KUBELET, SHARE),
         Way::LogsByKubernetes
         | Way::ExecByKubernetes
         | Way::ForwardByKubernetes
@@ -104,7 +109,7 @@ const fn kind(name: &'static str, way: Way, large: bool) -> Kind {
     }
 }
 
-const STREAMS: [Kind; 9] = [
+const STREAMS: [Kind; 10] = [
     kind("log through the API server", Way::LogsByKubernetes, false),
     kind("exec through the API server", Way::ExecByKubernetes, false),
     kind(
@@ -112,6 +117,7 @@ const STREAMS: [Kind; 9] = [
         Way::ForwardByKubernetes,
         false,
     ),
+    kind("download through a Service", Way::Relayed, false),
     kind("log through the agent", Way::LogsByAgent, false),
     kind("exec through the agent", Way::ExecByAgent, false),
     kind(
@@ -132,6 +138,10 @@ pub(super) async fn measure(bed: &Bed, sizes: Sizes, name: &str) -> anyhow::Resu
         .collect();
     anyhow::ensure!(!kinds.is_empty(), "no stream has {name:?} in its name");
     let uid = talker(bed, sizes).await?;
+    let is_relayed = kinds.iter().any(|kind| kind.way == Way::Relayed);
+    if is_relayed {
+        relayed::publish(bed, PORT).await?;
+    }
     let mut streams = Vec::new();
     for kind in kinds {
         let (bytes, rounds) = if kind.large {
@@ -151,6 +161,9 @@ pub(super) async fn measure(bed: &Bed, sizes: Sizes, name: &str) -> anyhow::Resu
             .await
             .context(kind.name)?;
         streams.push(stream);
+    }
+    if is_relayed {
+        relayed::withdraw(bed).await?;
     }
     bed.world.delete("stream", Some(0)).await?;
     bed.world.wait_gone("stream", WRITTEN).await?;
@@ -192,16 +205,20 @@ async fn talker(bed: &Bed, sizes: Sizes) -> anyhow::Result<String> {
     )
     .ok()
     .await?;
+    // The floor of a forwarded port reads the pod's own listener from the node, so the pod is in the node's network.
     // Only whole lines of 80 bytes, because the agent holds an unfinished line back until it ends.
     let line = "x".repeat(79);
     let script = format!(
         "cd /data; mkdir lib; {files}; nc -ll -p {PORT} -e cat /data/small & yes {line} | head -c {large}; wait"
     );
+    let (label, value) = relayed::LABEL;
     let pod = PodBuilder::new("stream")
+        .label(label, value)
         .image(&Bed::image_path())
         // With less memory the node's disk would be measured: the pod's files in the page cache count as its memory.
         .memory("4Gi")
         .empty_dir("/data")
+        .spec("hostNetwork", true.into())
         .sh(&script);
     let uid = bed.world.create(&pod).await?;
     bed.world.wait_phase("stream", "Running", WRITTEN).await?;
@@ -279,6 +296,7 @@ async fn through_knoc(
         Way::LogsByKubernetes => kubernetes::logs(bed, "stream", bytes).await?,
         Way::ExecByKubernetes => kubernetes::exec_bytes(bed, "stream", &cat).await?,
         Way::ForwardByKubernetes => kubernetes::forward(bed, "stream", PORT).await?,
+        Way::Relayed => relayed::read(bed).await?,
         Way::CopyDown => {
             kubernetes::copy(bed, "stream:/data/large", &large).await?;
             tokio::fs::metadata(&large).await?.len()
@@ -314,7 +332,7 @@ impl Floor {
             Way::ExecByKubernetes | Way::ExecByAgent => {
                 (format!("program=cat {FOLDER}/small"), None)
             }
-            Way::ForwardByKubernetes => (format!("listener=127.0.0.1:{PORT}"), None),
+            Way::ForwardByKubernetes | Way::Relayed => (format!("listener=127.0.0.1:{PORT}"), None),
             Way::CopyDown => (
                 format!("program=tar -cf - -C {FOLDER} large"),
                 Some(format!("tar -xf - -C {local}")),

@@ -28,7 +28,8 @@ fn options(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Option
         focus: Vec::new(),
         only: Only::All,
         side: 12,
-        limit: Duration::from_mins(5),
+        // Some tests of the suite wait for more than ten minutes before they give up.
+        limit: Duration::from_mins(15),
         budget: None,
         page: here.join("../docs/conformance.md"),
         logs: Path::new(&bed).join("log/conformance"),

@@ -12,6 +12,8 @@ use super::List;
 pub(super) struct Row {
     pub(super) passed: bool,
     pub(super) seconds: u64,
+    /// The podIP policy that it ran with.
+    pub(super) policy: String,
     /// Why it failed.
     pub(super) reason: String,
 }
@@ -19,8 +21,9 @@ pub(super) struct Row {
 /// The page.
 #[derive(Debug)]
 pub(super) struct Page {
-    /// Of the last run.
+    /// Of the tests of this run.
     pub(super) policy: String,
+    /// Of the last run.
     pub(super) date: String,
     lists: Vec<List>,
     rows: BTreeMap<(String, String), Row>,
@@ -34,7 +37,10 @@ Slurm and Apptainer. `tests/conformance` has the lists: A are the conformance an
 network and no privilege; B are those that need Services, pod addresses that others reach, or the user ids that pods ask for. Each
 test is a process of its own, several at once; those marked `[Serial]` or `[Disruptive]` run alone. A test passes if the suite says so. A test
 that fails has the first reason that its log gives. The time includes the removal of the test's namespace and the time that the other tests
-take from the machine. A run writes the rows of the tests that it ran, so rows can be from earlier runs and earlier versions of KNoC.
+take from the machine. A run writes the rows of the tests that it ran, so rows can be from earlier runs and earlier versions of KNoC. The
+column podIP has the policy of the run: `none`, or `node` if pods have the address of their compute node as `status.podIP`. During a run one
+compute node takes jobs. The tests that create Endpoints and EndpointSlices need pods with different addresses: they run with
+`NODES=exclusive`, where each pod has a compute node of its own.
 ";
 
 impl Page {
@@ -65,35 +71,35 @@ impl Page {
     }
 
     fn render(&self) -> anyhow::Result<String> {
-        let mut text = HEAD.to_owned();
-        writeln!(
-            text,
-            "\nThe last run was on {}, with the podIP policy `{}`.",
-            self.date, self.policy
-        )?;
+        let mut page = HEAD.to_owned();
+        writeln!(page, "\nThe last run was on {}.", self.date)?;
         for list in &self.lists {
             let rows = list.tests.iter();
             let rows = rows.filter_map(|test| Some((test, self.result(&list.name, test)?)));
             let rows: Vec<_> = rows.collect();
             let passed = rows.iter().filter(|(_, row)| row.passed).count();
             writeln!(
-                text,
+                page,
                 "\n## List {}\n\n{passed} of {} tests passed, {} have not run.\n",
                 list.name,
                 list.tests.len(),
                 list.tests.len() - rows.len()
             )?;
             writeln!(
-                text,
-                "| result | seconds | test | reason |\n|---|---|---|---|"
+                page,
+                "| result | seconds | podIP | test | reason |\n|---|---|---|---|---|"
             )?;
             for (test, row) in rows {
                 let word = if row.passed { "passed" } else { "**failed**" };
-                let (seconds, reason) = (row.seconds, cell(&row.reason));
-                writeln!(text, "| {word} | {seconds} | {} | {reason} |", cell(test))?;
+                let (seconds, policy, reason) = (row.seconds, cell(&row.policy), cell(&row.reason));
+                let test = cell(test);
+                writeln!(
+                    page,
+                    "| {word} | {seconds} | {policy} | {test} | {reason} |"
+                )?;
             }
         }
-        Ok(text)
+        Ok(page)
     }
 }
 
@@ -162,13 +168,14 @@ fn parse(text: &str, lists: &[List]) -> Page {
 
 fn parse_row(line: &str) -> Option<(String, Row)> {
     let cells = line.strip_prefix("| ")?.strip_suffix(" |")?;
-    let mut cells = cells.splitn(4, " | ");
+    let mut cells = cells.splitn(5, " | ");
     let passed = match cells.next()? {
         "passed" => true,
         "**failed**" => false,
         _ => return None,
     };
     let seconds = cells.next()?.parse().ok()?;
+    let policy = uncell(cells.next()?);
     let test = uncell(cells.next()?);
     let reason = uncell(cells.next()?.trim());
     Some((
@@ -176,6 +183,7 @@ fn parse_row(line: &str) -> Option<(String, Row)> {
         Row {
             passed,
             seconds,
+            policy,
             reason,
         },
     ))
@@ -196,6 +204,7 @@ mod tests {
         Row {
             passed,
             seconds: 7,
+            policy: "node".to_owned(),
             reason: reason.to_owned(),
         }
     }
@@ -204,7 +213,6 @@ mod tests {
     fn a_run_keeps_the_rows_of_tests_that_it_did_not_run() -> anyhow::Result<()> {
         let lists = [list("A", &["[x] one_a", "[x] two | $(B)*", "[x] three"])];
         let mut page = parse("", &lists);
-        "node".clone_into(&mut page.policy);
         "2026-01-02".clone_into(&mut page.date);
         page.set("A", "[x] one_a", row(true, ""));
         page.set("A", "[x] two | $(B)*", row(false, "a | <b> `c` \\d"));
@@ -213,7 +221,10 @@ mod tests {
             text.contains("1 of 3 tests passed, 1 have not run."),
             "{text}"
         );
-        assert!(text.contains("podIP policy `node`"), "{text}");
+        assert!(
+            text.contains("| passed | 7 | node | [x] one\\_a |"),
+            "{text}"
+        );
         let again = parse(&text, &lists);
         assert_eq!(again.rows, page.rows, "{text}");
         assert_eq!(again.result("A", "[x] three"), None);
@@ -243,8 +254,11 @@ mod tests {
         page.set("A", "[x] of a", row(true, ""));
         let text = page.render()?;
         let (a, b) = text.split_once("## List B").context("no list B")?;
-        assert!(a.contains("| passed | 7 | [x] of a |"), "{text}");
-        assert!(b.contains("| **failed** | 7 | [x] of b | why |"), "{text}");
+        assert!(a.contains("| passed | 7 | node | [x] of a |"), "{text}");
+        assert!(
+            b.contains("| **failed** | 7 | node | [x] of b | why |"),
+            "{text}"
+        );
         Ok(())
     }
 }

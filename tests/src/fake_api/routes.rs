@@ -56,6 +56,15 @@ pub(super) async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> R
             message,
         });
     };
+    if method == Method::GET && target.name.is_empty() && shared.denied().contains(&target.resource)
+    {
+        let message = format!("{} may not be listed", target.resource);
+        return error_response(&ApiError {
+            code: 403,
+            reason: "Forbidden",
+            message,
+        });
+    }
     if method == Method::GET && target.name.is_empty() && is_set(&query, "watch") {
         return watch(shared, target, &query);
     }
@@ -223,6 +232,7 @@ fn typed(target: &Target, mut object: Value) -> Value {
             "configmaps" => "ConfigMap",
             "serviceaccounts" => "ServiceAccount",
             "endpointslices" => "EndpointSlice",
+            "networkpolicies" => "NetworkPolicy",
             "replicasets" => "ReplicaSet",
             "priorityclasses" => "PriorityClass",
             "runtimeclasses" => "RuntimeClass",

@@ -33,7 +33,7 @@ pub struct Scene {
 }
 
 impl Scene {
-    /// Creates the pod and waits until it runs.
+    /// Creates the pod and waits until it runs and serves.
     pub async fn set(world: World, client: Client) -> anyhow::Result<Self> {
         let request_port = some_port();
         let scene = Self {
@@ -48,6 +48,12 @@ impl Scene {
             running.status.is_some_and(|status| status.reason.is_none()),
             "a running pod with a reason"
         );
+        for port in [scene.request_port, scene.sum_port] {
+            scene.world.wait_listens(POD, "server", port).await?;
+        }
+        let made = "until [ -d /tmp/cp ]; do sleep 0.1; done";
+        let made = ["exec", POD, "-c", "main", "--", "sh", "-c", made];
+        scene.world.kubectl(made).ok().await?;
         Ok(scene)
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use serde_json::{Value, json};
+use tokio::net::TcpStream;
 
 use super::{Daemon, Site, binary, free_port};
 use crate::{fake_api::FakeApi, wait_for};
@@ -50,10 +51,11 @@ impl Kubelet {
         Ok(kube::Client::try_from(config)?)
     }
 
-    /// Starts the kubelet and waits until its Node is Ready.
+    /// Starts the kubelet and waits until its Node is Ready, and until it listens: the condition may be that of an earlier
+    /// process.
     pub async fn start(&self, site: &Site, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
         let mut kubelet = self.process(site, env)?;
-        wait_for("the node is Ready", Duration::from_secs(30), async || {
+        wait_for("the node is Ready", super::START, async || {
             kubelet.still_runs()?;
             let node = self
                 .api
@@ -70,6 +72,13 @@ impl Kubelet {
                 Some(condition) if condition["status"] == "True" => Ok(()),
                 _ => Err(format!("{conditions:?}")),
             }
+        })
+        .await
+        .with_context(|| site_log(&site.path("kubelet.log")))?;
+        wait_for("the kubelet listens", super::START, async || {
+            kubelet.still_runs()?;
+            let connected = TcpStream::connect(self.address()).await;
+            connected.map(drop).map_err(|error| error.to_string())
         })
         .await
         .with_context(|| site_log(&site.path("kubelet.log")))?;

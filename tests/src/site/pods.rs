@@ -65,12 +65,23 @@ impl Pod {
 
     /// A pod whose program records in `runs/UID` that it ran, and runs for that many seconds.
     pub fn counting(site: &Site, uid: &str, seconds: f32) -> anyhow::Result<Self> {
+        Self::recording(site, uid, &format!("sleep {seconds}"))
+    }
+
+    /// A pod whose program records in `runs/UID` that it ran, and runs until the file `go-UID` of the site exists.
+    pub fn gated(site: &Site, uid: &str) -> anyhow::Result<Self> {
+        let go = site.path(&format!("go-{uid}")).display().to_string();
+        Self::recording(
+            site,
+            uid,
+            &format!("until test -e {go}; do sleep 0.05; done"),
+        )
+    }
+
+    fn recording(site: &Site, uid: &str, then: &str) -> anyhow::Result<Self> {
         let runs = site.path("runs");
         std::fs::create_dir_all(&runs)?;
-        let script = format!(
-            "echo $$ >> {}/{uid}; sleep {seconds}; echo done",
-            runs.display()
-        );
+        let script = format!("echo $$ >> {}/{uid}; {then}; echo done", runs.display());
         Ok(Self::new(
             uid,
             vec![container("main", &["/bin/sh", "-c", &script], &[])],
@@ -249,6 +260,7 @@ impl Pod {
             stderr: true,
             tty: false,
             size: None,
+            rank: 0,
         };
         let stdin = Bytes::copy_from_slice(stdin);
         let inputs = [

@@ -2,7 +2,9 @@
 # Runs the upstream end-to-end suite against the stack that is up: run.sh [OPTION…] LIST…, as tests/src/bin/knoc-conformance.rs says.
 # The suite counts a tainted node as no node, so the kubelet runs without its taint meanwhile. Some of its pods ask for privileges that
 # they need only on SELinux hosts: the site allows them, without the privileges. Some mount folders below /tmp of the node, and one has a
-# host port: the site allows those too.
+# host port: the site allows those too. The Kubernetes node offers no more than the compute nodes have, and of these one takes jobs, or
+# with NODES=exclusive each job gets one (nodes.sh). Pods have the address of their compute node as status.podIP, unless KNOC_NODE_POD_IP says
+# otherwise, so that Services have endpoints; the relay, which needs pods without an address, is then off.
 . "$(dirname "$0")/../lib.sh"
 . "$testbed/stack.sh"
 [ "$STACK" = full ] || die "the conformance suite needs STACK=full (STACK=$STACK: $why)"
@@ -11,15 +13,21 @@
 repositories=$run/conformance-repositories.yaml
 printf 'promoterE2eRegistry: %s/e2e-test-images\ngcRegistry: %s\n' $registry $registry >"$repositories"
 export KUBE_TEST_REPO_LIST=$repositories KNOC_REGISTRY=$registry
-taint() { "$testbed/kubelet.sh" down; KNOC_NODE_TAINT=$1 "$testbed/kubelet.sh" up; }
+kubelet() { "$testbed/kubelet.sh" down; env "$@" "$testbed/kubelet.sh" up; } # kubelet SETTING=VALUE…: starts it again with these settings
 policy() { # policy LINE…: replaces these settings of the policy; the agent reads them again by itself
     local lines=
     [ $# = 0 ] || lines=$(printf '\\n%s' "$@")
     sed -i -e '/^privileged *=/d; /^host_paths *=/d; /^host_ports *=/d' -e "s|^\[policy\]$|&$lines|" "$agent_home_here/.config/knoc/agent.toml"
 }
 # If this script is killed, sweep.sh does the same.
-trap 'policy; taint true' EXIT
+trap 'policy; kubelet -u KNOC_NODE_POD_IP; "$testbed/conformance/nodes.sh" all' EXIT
 policy 'privileged = "unprivileged"' 'host_paths = [{ path = "/tmp", writable = true }]' 'host_ports = ["21017"]'
-taint false
+"$testbed/conformance/nodes.sh" "${NODES:-one}"
+pod_ip=${KNOC_NODE_POD_IP:-node} relay=off
+[ "$pod_ip" != none ] || relay= # that of the bed
+kubelet KNOC_NODE_TAINT=false KNOC_NODE_QUEUE_FACTOR=1 KNOC_NODE_POD_IP="$pod_ip" KNOC_RELAY_ALLOW=$relay
+# The chart's own pod can run on no node of the bed, and tests of the scheduler wait until no pod is pending. The next start of the kubelet
+# installs the chart again.
+kubectl scale deployment --namespace $namespace --all --replicas=0 >/dev/null
 cd "$repository"
 cargo run -q -p knoc-tests --bin knoc-conformance -- "$@"

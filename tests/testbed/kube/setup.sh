@@ -15,21 +15,6 @@ modules=$here/go-$KUBE_VERSION
 mkdir -p "$bin"
 export CGO_ENABLED=0
 
-# go_build WHAT go-ARGUMENTS...: prints the progress every 15 s.
-go_build() {
-    local what=$1 line count=0 said=$SECONDS
-    shift
-    # The flags are the same for all programs, so that shared packages are compiled once; -s -w would drop the debugging information at the end.
-    # The garbage collectors of the compilers run less often, which saves a sixth of the time for some hundred MB.
-    GOGC=400 go "$1" -v -trimpath -gcflags=all=-dwarf=false "${@:2}" 2>&1 | while read -r line; do
-        case $line in
-        'go: downloading '*) line="downloads ${line#go: downloading }" ;;
-        *[!a-zA-Z0-9._/~+-]*) echo "$line" >&2 ;; # not the name of a package: an error message
-        *) count=$((count + 1)) line="$count packages are compiled" ;;
-        esac
-        [ $((SECONDS - said)) -lt 15 ] || { say "$what: $line"; said=$SECONDS; }
-    done
-}
 # kubernetes: its version, and the flags that put it into the programs.
 kubernetes() {
     local minor vars=k8s.io/component-base/version

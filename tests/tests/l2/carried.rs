@@ -5,14 +5,19 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use knoc_proto::{
-    pb::{self, agent_client::AgentClient},
+    pb::{
+        self, EgressControl, EgressInput, agent_client::AgentClient, egress_control::Control,
+        egress_input::Input,
+    },
     reason::ErrorReason,
 };
 use knoc_tests::{
     Background,
-    site::{Options, Pod, Site, brief, container, containers_run, processes_naming},
+    site::{CLUSTER, Options, Pod, Site, brief, container, containers_run, processes_naming},
     wait_for,
 };
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, transport::Channel};
 
 const SOON: Duration = Duration::from_secs(40);
@@ -223,4 +228,53 @@ async fn without_steps_the_error_says_what_is_missing() -> anyhow::Result<()> {
     })
     .await
     .with_context(|| site.log())
+}
+
+/// A kubelet may take a connection that a shim announced before its link was lost.
+#[tokio::test]
+async fn taking_a_connection_of_a_pod_without_a_link_starts_no_step() -> anyhow::Result<()> {
+    let (site, _agent, client) = Site::start(cut_off("", "")).await?;
+    let pod = shell("announced", FOREVER);
+    pod.ensure(&client).await?;
+    runs(&site, &pod, &client).await?;
+    isolated(&site, &client).await?;
+    // Over TLS only a kubelet that leads the node may take its connections.
+    let mut client = site.socket_client()?;
+    let (controls, sent) = mpsc::channel(1);
+    let caller = pb::EgressCaller {
+        cluster_id: CLUSTER.to_owned(),
+        ..pb::EgressCaller::default()
+    };
+    controls
+        .send(EgressControl {
+            control: Some(Control::Network(pb::EgressNetwork::default())),
+            caller: Some(caller),
+        })
+        .await?;
+    let _attempts = client.watch_egress(ReceiverStream::new(sent)).await?;
+    let (input, inputs) = mpsc::channel(1);
+    let start = pb::EgressStart {
+        uid: "announced".to_owned(),
+        id: 1,
+        service: "default/kubernetes".to_owned(),
+        port: 443,
+    };
+    input
+        .send(EgressInput {
+            input: Some(Input::Start(start)),
+        })
+        .await?;
+    let taken = client.egress_stream(ReceiverStream::new(inputs)).await;
+    let status = taken.err().context("the connection was taken")?;
+    ensure!(
+        ErrorReason::of(&status) == Some(ErrorReason::ShimUnreachable),
+        "{status:?}"
+    );
+    ensure!(
+        !status.message().contains("job step could"),
+        "a step was tried: {status:?}"
+    );
+    let found = steps(&site, "announced");
+    ensure!(found.is_empty(), "{found:?}");
+    Ok(())
 }

@@ -201,7 +201,7 @@ async fn a_stream_ends_with_its_certificate_unless_that_was_renewed() -> anyhow:
     site.put_ca_key()?;
     let _agent = site.agent(&[]).await?;
     let pod = sleeper(&site).await?;
-    let dates = ending_in(15)?;
+    let dates = ending_in(30)?;
     let mut left = site.client_with(site.issue(&ctl("left"), dates)?)?;
     let mut kept = site.client_with(site.issue(&ctl("kept"), dates)?)?;
     let expires = watching(&mut left).await?;

@@ -2,17 +2,19 @@
 //! test has the endpoints. Without a container runtime pods are in the node's network, in which the API server alone is
 //! reached.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use knoc_tests::{
     site::{Daemon, Kubelet, Options, Site},
     wait_for,
 };
-use serde_json::{Value, json};
+use rustix::net::sockopt::set_socket_linger;
+use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpListener,
+    sync::mpsc,
     task::JoinSet,
 };
 
@@ -20,10 +22,10 @@ const SOON: Duration = Duration::from_secs(40);
 
 /// Connects to the API server as often as it is told: sends, ends its direction, and says what came back.
 const CLIENT: &str = r#"
-import os, socket, sys
+import os, socket, sys, time
 target = (os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"]))
 for number in range(int(sys.argv[1])):
-    total = b""
+    total, began = b"", time.monotonic()
     try:
         with socket.create_connection(target) as peer:
             peer.sendall(b"x" * 300000)
@@ -31,7 +33,7 @@ for number in range(int(sys.argv[1])):
             while data := peer.recv(65536): total += data
         print(number, "got", len(total), total[-5:], flush=True)
     except OSError as error:
-        print(number, "reset after", len(total), flush=True)
+        print(number, "reset after", len(total), "at once" if time.monotonic() - began < 8 else "late", flush=True)
 print("end", flush=True)
 "#;
 
@@ -99,21 +101,27 @@ async fn log(site: &Site, uid: &str) -> anyhow::Result<String> {
 
 /// The messages of the pod's Events about connections that were refused.
 async fn refusals(kubelet: &Kubelet) -> anyhow::Result<Vec<String>> {
-    wait_for("an Event", SOON, async || {
-        let events = kubelet.api.list("v1", "events", "default");
-        let refused = |event: &&Value| event["reason"] == "EgressRefused";
-        let refused: Vec<_> = events
-            .iter()
-            .filter(refused)
-            .map(|event| event["message"].to_string())
-            .collect();
-        if refused.is_empty() {
-            Err(format!("{events:?}"))
+    told(kubelet, "EgressRefused").await
+}
+
+/// The messages of the Events with this reason, once there is one.
+async fn told(kubelet: &Kubelet, reason: &str) -> anyhow::Result<Vec<String>> {
+    wait_for(reason, SOON, async || {
+        let messages = told_by_now(kubelet, reason);
+        if messages.is_empty() {
+            Err(format!("{:?}", kubelet.api.list("v1", "events", "default")))
         } else {
-            Ok(refused)
+            Ok(messages)
         }
     })
     .await
+}
+
+/// The messages of the Events with this reason.
+fn told_by_now(kubelet: &Kubelet, reason: &str) -> Vec<String> {
+    let events = kubelet.api.list("v1", "events", "default");
+    let wanted = events.iter().filter(|event| event["reason"] == reason);
+    wanted.map(|event| event["message"].to_string()).collect()
 }
 
 /// A site, a cluster and a kubelet with these settings.
@@ -153,7 +161,7 @@ async fn a_service_that_the_cluster_does_not_list_is_refused_with_one_event() ->
     let (site, kubelet, _running) = start("", port, &list).await?;
     let uid = client(&kubelet, "client", 3)?;
     let log = log(&site, &uid).await?;
-    ensure!(log.matches("reset after 0").count() == 3, "{log}");
+    ensure!(log.matches("reset after 0 at once").count() == 3, "{log}");
     let refused = refusals(&kubelet).await?;
     ensure!(refused.len() == 1, "{refused:?}");
     let expected = ["default/kubernetes (port 443)", "`egress.allow`"];
@@ -171,7 +179,7 @@ async fn a_service_that_the_site_does_not_list_is_refused_with_one_event() -> an
         start("[policy]\negress = [\"kube-system/*\"]", port, &[]).await?;
     let uid = client(&kubelet, "client", 2)?;
     let log = log(&site, &uid).await?;
-    ensure!(log.matches("reset after 0").count() == 2, "{log}");
+    ensure!(log.matches("reset after 0 at once").count() == 2, "{log}");
     let refused = refusals(&kubelet).await?;
     ensure!(refused.len() == 1, "{refused:?}");
     ensure!(
@@ -186,12 +194,71 @@ async fn a_service_without_endpoints_is_refused_and_the_event_says_so() -> anyho
     let (site, kubelet, _running) = start("", 0, &[]).await?;
     let uid = client(&kubelet, "client", 1)?;
     let log = log(&site, &uid).await?;
-    ensure!(log.contains("reset after 0"), "{log}");
+    ensure!(log.contains("reset after 0 at once"), "{log}");
     let refused = refusals(&kubelet).await?;
     ensure!(
         refused[0].contains("has no endpoint that is ready for port 443"),
         "{refused:?}"
     );
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_endpoint_that_does_not_answer_is_one_event() -> anyhow::Result<()> {
+    // Nobody listens at the port any more.
+    let (port, echo) = echo().await?;
+    drop(echo);
+    let (site, kubelet, _running) = start("", port, &[]).await?;
+    let uid = client(&kubelet, "client", 3)?;
+    let log = log(&site, &uid).await?;
+    ensure!(log.matches("reset after 0").count() == 3, "{log}");
+    let failed = told(&kubelet, "EgressFailed").await?;
+    ensure!(failed.len() == 1, "{failed:?}");
+    let expected = ["default/kubernetes (port 443)", "refused"];
+    ensure!(
+        expected.iter().all(|text| failed[0].contains(text)),
+        "{failed:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_kubelet_without_its_permissions_says_so_and_no_pod_waits() -> anyhow::Result<()> {
+    let (port, _echo) = echo().await?;
+    let (site, _agent, _) = Site::start(Options::default()).await?;
+    let kubelet = cluster(&site, port).await?;
+    kubelet.api.deny_list("endpointslices", true);
+    let _process = kubelet.start(&site, &[]).await?;
+    let told = told(&kubelet, "EgressUnavailable").await?;
+    ensure!(
+        told.len() == 1 && told[0].contains("list and watch endpointslices"),
+        "{told:?}"
+    );
+    let main = json!({"name": "main", "image": "none", "command": ["true"]});
+    kubelet.create_pod("alone", json!({"containers": [main]}))?;
+    kubelet.phase("alone", "Succeeded", SOON).await?;
+    let kubelets = std::fs::read_to_string(site.path("kubelet.log"))?;
+    ensure!(
+        !kubelets.contains("could not be described to the agent in time"),
+        "{kubelets}"
+    );
+    let again = told_by_now(&kubelet, "EgressUnavailable");
+    ensure!(again.len() == 1, "{again:?}");
+    // Once it may, pods reach the cluster.
+    kubelet.api.deny_list("endpointslices", false);
+    wait_for("the network is described", SOON, async || {
+        let kubelets =
+            std::fs::read_to_string(site.path("kubelet.log")).map_err(|error| error.to_string())?;
+        if kubelets.contains("pods can reach the cluster") {
+            Ok(())
+        } else {
+            Err(kubelets)
+        }
+    })
+    .await?;
+    let uid = client(&kubelet, "client", 1)?;
+    let log = log(&site, &uid).await?;
+    ensure!(log.matches("got 300004").count() == 1, "{log}");
     Ok(())
 }
 
@@ -206,5 +273,112 @@ async fn a_kubelet_that_starts_again_serves_new_connections() -> anyhow::Result<
     let uid = client(&kubelet, "after", 2)?;
     let log = log(&site, &uid).await?;
     ensure!(log.matches("got 300004").count() == 2, "{log}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_connection_that_the_endpoint_does_not_accept_is_reset_at_once() -> anyhow::Result<()> {
+    let (port, closed) = echo().await?;
+    drop(closed);
+    let (site, kubelet, _running) = start("", port, &[]).await?;
+    let uid = client(&kubelet, "client", 2)?;
+    let log = log(&site, &uid).await?;
+    ensure!(log.matches("reset after 0 at once").count() == 2, "{log}");
+    let events = kubelet.api.list("v1", "events", "default");
+    ensure!(
+        events
+            .iter()
+            .all(|event| event["reason"] != "EgressRefused"),
+        "nobody has refused it: {events:?}"
+    );
+    Ok(())
+}
+
+/// Breaks one connection off after the first bytes of the other side, and reads the other one until that side breaks it off.
+const BREAKER: &str = r#"
+import os, socket, struct
+target = (os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"]))
+with socket.create_connection(target) as peer:
+    peer.sendall(b"w")
+    peer.recv(10)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+try:
+    with socket.create_connection(target) as peer:
+        peer.sendall(b"r")
+        while peer.recv(10): pass
+    print("complete", flush=True)
+except OSError as error:
+    print("broken", flush=True)
+print("end", flush=True)
+"#;
+
+/// A server that answers `part`, and then resets a connection on which it was sent `r`. The channel has the end of each other
+/// connection.
+async fn breaker() -> anyhow::Result<(u16, JoinSet<()>, mpsc::Receiver<io::Result<usize>>)> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let port = listener.local_addr()?.port();
+    let (ended, ends) = mpsc::channel(4);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        while let Ok((mut peer, _)) = listener.accept().await {
+            let mut first = [0];
+            if peer.read_exact(&mut first).await.is_err() || peer.write_all(b"part").await.is_err()
+            {
+                continue;
+            }
+            if first == *b"r" {
+                // Without this option the peer would see the end of the stream instead of a reset.
+                set_socket_linger(&peer, Some(Duration::ZERO)).ok();
+                continue;
+            }
+            let end = peer.read_to_end(&mut Vec::new()).await;
+            ended.send(end).await.ok();
+        }
+    });
+    Ok((port, tasks, ends))
+}
+
+#[tokio::test]
+async fn a_connection_that_one_side_breaks_off_is_not_complete_for_the_other() -> anyhow::Result<()>
+{
+    let (port, _breaker, mut ends) = breaker().await?;
+    let (site, kubelet, _running) = start("", port, &[]).await?;
+    let main = json!({"name": "main", "image": "none", "command": ["python3", "-c", BREAKER]});
+    let uid = kubelet.create_pod("client", json!({"containers": [main]}))?;
+    let end = tokio::time::timeout(SOON, ends.recv()).await?;
+    let end = end.context("no connection")?.map_err(|error| error.kind());
+    ensure!(end == Err(io::ErrorKind::ConnectionReset), "{end:?}");
+    let log = log(&site, &uid).await?;
+    ensure!(log.starts_with("broken"), "{log}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_kubelet_that_turns_it_off_takes_the_network_back() -> anyhow::Result<()> {
+    let (port, _echo) = echo().await?;
+    let (site, kubelet, [_agent, process]) = start("", port, &[]).await?;
+    let uid = client(&kubelet, "before", 1)?;
+    log(&site, &uid).await?;
+    drop(process);
+    let _process = kubelet
+        .start(&site, &[("KNOC_EGRESS_ALLOW", "off")])
+        .await?;
+    let mut number = 0;
+    wait_for("pods without a way to the API server", SOON, async || {
+        number += 1;
+        let script = "echo $KUBERNETES_SERVICE_HOST; echo end";
+        let main = json!({"name": "main", "image": "none", "command": ["sh", "-c", script]});
+        let pod = kubelet.create_pod(&format!("after{number}"), json!({"containers": [main]}));
+        let uid = pod.map_err(|error| format!("{error:#}"))?;
+        let log = log(&site, &uid)
+            .await
+            .map_err(|error| format!("{error:#}"))?;
+        if log.starts_with("10.96.0.1\n") {
+            Ok(())
+        } else {
+            Err(log)
+        }
+    })
+    .await?;
     Ok(())
 }

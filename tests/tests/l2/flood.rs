@@ -166,7 +166,7 @@ async fn an_agent_without_descriptors_neither_spins_nor_stays_closed() -> anyhow
     let used = ticks(pid)? - used;
     ensure!(used < 60, "{used} ticks of computing time in {pause:?}");
     prlimit(Some(pid), Resource::Nofile, before)?;
-    wait_for("the agent answers again", Duration::from_secs(5), ask).await?;
+    wait_for("the agent answers again", Duration::from_secs(40), ask).await?;
     let log = std::fs::read_to_string(site.path("agent.log"))?;
     let about = log
         .lines()

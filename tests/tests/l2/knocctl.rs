@@ -35,6 +35,12 @@ async fn run_hello(site: &Site) -> anyhow::Result<()> {
             Err(anyhow::anyhow!("{log}"))
         }
     })
+    .await?;
+    // The log may come from the files before the shim has its link.
+    wait_for("a command runs", SOON, async || {
+        let run = site.knocctl(["exec", "hello", "--", "true"])?;
+        run.ok().await.map(drop)
+    })
     .await
 }
 

@@ -174,15 +174,17 @@ async fn a_running_pod_obeys_a_deadline_that_is_lowered() -> anyhow::Result<()> 
 #[tokio::test]
 async fn deletion_gives_grace_and_then_kills() -> anyhow::Result<()> {
     let (site, _agent, client) = Site::start(Options::default()).await?;
-    for (uid, script, code) in [
+    for (uid, script, grace, code) in [
         (
             "polite",
             "trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done",
+            60,
             3,
         ),
         (
             "deaf",
             "trap '' TERM; echo ready; while :; do sleep 0.05; done",
+            1,
             137,
         ),
     ] {
@@ -191,7 +193,7 @@ async fn deletion_gives_grace_and_then_kills() -> anyhow::Result<()> {
         logs_ready(&pod, &client)
             .await
             .with_context(|| site.log())?;
-        pod.delete(&client, 1).await?;
+        pod.delete(&client, grace).await?;
         pod.finished(&client, SOON).await?;
         let seen = pod.state(&client).await?;
         ensure!(seen.deleting, "{}", brief(&seen));
@@ -206,13 +208,14 @@ async fn deletion_gives_grace_and_then_kills() -> anyhow::Result<()> {
 #[tokio::test]
 async fn a_grace_period_longer_than_any_clock_ends_nobody_else() -> anyhow::Result<()> {
     let (_site, _agent, client) = Site::start(Options::default()).await?;
-    let script = "trap 'exit 0' TERM; while :; do sleep 0.1; done";
+    let script = "trap 'exit 0' TERM; echo ready; while :; do sleep 0.1; done";
     let pod = Pod::new("patient", vec![shell("main", script)]);
     let pod = change(&pod, |spec| {
         spec.termination_grace_period_seconds = i64::MAX;
     });
     pod.ensure(&client).await?;
     pod.running(&client, SOON).await?;
+    logs_ready(&pod, &client).await?;
     pod.delete(&client, i64::MAX).await?;
     pod.finished(&client, SOON).await?;
     ensure!(pod.terminated(&client, "main").await?.exit_code == 0);
@@ -222,8 +225,8 @@ async fn a_grace_period_longer_than_any_clock_ends_nobody_else() -> anyhow::Resu
 #[tokio::test]
 async fn a_restarted_agent_finds_what_runs_and_what_ended_meanwhile() -> anyhow::Result<()> {
     let (site, agent, client) = Site::start(Options::default()).await?;
-    let short = Pod::counting(&site, "short", 1.0)?;
-    let long = Pod::counting(&site, "long", 5.0)?;
+    let short = Pod::gated(&site, "short")?;
+    let long = Pod::gated(&site, "long")?;
     for pod in [&short, &long] {
         pod.ensure(&client).await?;
         let runs = |seen: &pb::PodObserved| seen.phase() == pb::PodPhase::Running;
@@ -231,8 +234,10 @@ async fn a_restarted_agent_finds_what_runs_and_what_ended_meanwhile() -> anyhow:
     }
     agent.kill().await?;
     // The job of the short pod ends while there is no agent.
+    site.put("go-short", "")?;
     nothing_names(&site.jobdir("short"), None).await?;
     let _agent = site.agent(&[]).await?;
+    site.put("go-long", "")?;
     for pod in [&short, &long] {
         pod.succeeded(&client, SOON)
             .await
@@ -249,7 +254,7 @@ async fn a_restarted_agent_finds_what_runs_and_what_ended_meanwhile() -> anyhow:
 #[tokio::test]
 async fn the_same_pod_again_is_a_no_op_and_another_spec_is_a_conflict() -> anyhow::Result<()> {
     let (site, _agent, mut client) = Site::start(Options::default()).await?;
-    let pod = Pod::counting(&site, "same", 2.0)?;
+    let pod = Pod::gated(&site, "same")?;
     let created = client.ensure_pod(pod.request.clone()).await?.into_inner();
     ensure!(created.created);
     ensure!(
@@ -284,6 +289,7 @@ async fn the_same_pod_again_is_a_no_op_and_another_spec_is_a_conflict() -> anyho
         ErrorReason::of(&refused) == Some(ErrorReason::NotFinished),
         "{refused}"
     );
+    site.put("go-same", "")?;
     pod.succeeded(&client, SOON).await?;
     ensure!(site.runs("same")? == 1);
     Ok(())

@@ -15,6 +15,8 @@ use knoc_tests::{
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
+const SOON: Duration = Duration::from_secs(40);
+
 fn ctl() -> Identity {
     Identity::Ctl {
         name: "test".into(),
@@ -25,18 +27,14 @@ async fn refused(site: &Site, credentials: Credentials, logged: &str) -> anyhow:
     let mut client = site.client_with(credentials)?;
     let answer = client.get_info(pb::GetInfoRequest::default()).await;
     ensure!(answer.is_err(), "it was let in");
-    wait_for(
-        "the refusal in the log",
-        Duration::from_secs(10),
-        async || {
-            let log = site.log();
-            if log.contains("127.0.0.1:") && log.contains(logged) {
-                Ok(())
-            } else {
-                Err(log)
-            }
-        },
-    )
+    wait_for("the refusal in the log", SOON, async || {
+        let log = site.log();
+        if log.contains("127.0.0.1:") && log.contains(logged) {
+            Ok(())
+        } else {
+            Err(log)
+        }
+    })
     .await
 }
 
@@ -84,25 +82,21 @@ async fn connections_without_tls_get_no_answer() -> anyhow::Result<()> {
     let mut plain = tokio::net::TcpStream::connect(site.address()).await?;
     plain.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
     let mut answer = Vec::new();
-    let end = tokio::time::timeout(Duration::from_secs(10), plain.read_to_end(&mut answer)).await;
+    let end = tokio::time::timeout(SOON, plain.read_to_end(&mut answer)).await;
     drop(end.context("the connection stays open")?);
     // The server sends at most a TLS alert, and no HTTP/2 frame.
     ensure!(
         answer.first().is_none_or(|first| *first == 0x15),
         "{answer:?}"
     );
-    wait_for(
-        "the refusal in the log",
-        Duration::from_secs(10),
-        async || {
-            let log = site.log();
-            if log.contains("127.0.0.1:") {
-                Ok(())
-            } else {
-                Err(log)
-            }
-        },
-    )
+    wait_for("the refusal in the log", SOON, async || {
+        let log = site.log();
+        if log.contains("127.0.0.1:") {
+            Ok(())
+        } else {
+            Err(log)
+        }
+    })
     .await
 }
 
@@ -113,7 +107,7 @@ async fn a_mistake_in_the_site_file_is_named_before_anything_starts() -> anyhow:
         ..Options::default()
     })?;
     let mut agent = site.agent_process(&[])?;
-    let status = agent.ended(Duration::from_secs(10)).await?;
+    let status = agent.ended(SOON).await?;
     ensure!(!status.success());
     // Each mistake is reported with its line and the allowed values.
     let log = site.log();
@@ -141,7 +135,6 @@ async fn the_node_says_on_which_rung_its_link_fails_and_that_it_is_back() -> any
     let site = Site::new(Options::default())?;
     let api = Kubelet::prepare(&site).await?;
     let _kubelet = api.process(&site, &[])?;
-    let limit = Duration::from_secs(40);
     let event = |reason: &str| {
         let events = api.api.list("v1", "events", "default");
         let found = events
@@ -149,7 +142,7 @@ async fn the_node_says_on_which_rung_its_link_fails_and_that_it_is_back() -> any
             .find(|event| event["reason"] == reason && event["involvedObject"]["name"] == NODE);
         found.with_context(|| format!("no Event {reason}"))
     };
-    wait_for("the rung is told", limit, async || {
+    wait_for("the rung is told", SOON, async || {
         let node = api.api.get("v1", "nodes", "", NODE)?;
         let conditions = node["status"]["conditions"].as_array();
         let mut conditions = conditions.into_iter().flatten();
@@ -170,7 +163,7 @@ async fn the_node_says_on_which_rung_its_link_fails_and_that_it_is_back() -> any
     })
     .await?;
     let _agent = site.agent_process(&[])?;
-    wait_for("the end is told", limit, async || {
+    wait_for("the end is told", SOON, async || {
         let told = event("AgentConnected")?;
         ensure!(told["type"] == "Normal", "{told}");
         Ok(())

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use futures::{AsyncBufReadExt as _, SinkExt as _, StreamExt as _, future::try_join_all};
+use knoc_link::KEEPALIVE;
 use knoc_proto::pb::{self, agent_client::AgentClient, pod_event::Event};
 use knoc_tests::{
     relay::Relay,
@@ -258,11 +259,7 @@ async fn a_command_survives_the_loss_of_the_control_connection_and_not_of_its_ow
         message.contains("the link to the agent was lost"),
         "{status}"
     );
-    ensure!(
-        began.elapsed() < Duration::from_secs(10),
-        "{:?}",
-        began.elapsed()
-    );
+    ensure!(began.elapsed() < KEEPALIVE, "{:?}", began.elapsed());
     Ok(())
 }
 

@@ -30,6 +30,7 @@ mod packages;
 mod preflight;
 mod probes;
 mod pull_secrets;
+mod relay;
 mod restarts;
 mod roles;
 mod run_modes;

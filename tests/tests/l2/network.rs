@@ -6,7 +6,7 @@ use std::{net::TcpListener, time::Duration};
 use anyhow::ensure;
 use knoc_proto::pb::{self, OutcomeKind};
 use knoc_tests::{
-    site::{Options, Pod, Site, container},
+    site::{Options, Pod, Site, container, free_port},
     wait_for,
 };
 use tokio::{
@@ -27,10 +27,6 @@ while True:
         while data := peer.recv(65536): total += data
         peer.sendall(total)
 "#;
-
-fn free_port() -> anyhow::Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
-}
 
 fn policy(ports: &str) -> Options {
     Options {

@@ -112,6 +112,40 @@ async fn what_an_installation_needs_is_checked_before_it_and_nothing_is_left() -
     Ok(())
 }
 
+/// `kubectl auth can-i create clusterroles` says yes to a user who may not grant what the role grants.
+#[tokio::test]
+async fn who_may_not_grant_what_the_chart_grants_learns_it_before() -> anyhow::Result<()> {
+    let far = login_node()?;
+    cluster(&far)?;
+    let version = r#"{"clientVersion": {"gitVersion": "v1.36.1"}, "serverVersion": {"gitVersion": "v1.36.0"}}"#;
+    let refused = "Error from server (Forbidden): clusterroles.rbac.authorization.k8s.io is forbidden: user \"ann\" is \
+                   attempting to grant RBAC permissions not currently held:\n{Resources:[\"nodes\"], Verbs:[\"create\"]}";
+    let script = |answer: &str| {
+        format!(
+            "#!/bin/sh\ncase \"$*\" in\nversion*) echo '{version}' ;;\ncreate*--dry-run=server*) {answer} ;;\n*) echo yes ;;\nesac\n"
+        )
+    };
+    let what = "cluster: rights to grant";
+    let options = ["--ssh", "ann@login", "-n", "team"];
+    far.program(
+        "near/kubectl",
+        &script(&format!("printf '%s\\n' '{refused}' >&2; exit 1")),
+    )?;
+    let findings = examine(preflight(&far, &options)?).await?;
+    let rights = find(&findings, "cluster: rights to install")?;
+    ensure!(rights.ok, "{rights:#?}");
+    let grants = find(&findings, what)?;
+    ensure!(
+        !grants.ok && grants.detail.contains("you lack {Resources:[\"nodes\"]"),
+        "{grants:#?}"
+    );
+    far.program("near/kubectl", &script("echo created"))?;
+    let findings = examine(preflight(&far, &options)?).await?;
+    let grants = find(&findings, what)?;
+    ensure!(grants.ok, "{grants:#?}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn what_a_login_node_lacks_is_named_with_its_cure() -> anyhow::Result<()> {
     let far = login_node()?;
@@ -133,6 +167,29 @@ async fn what_a_login_node_lacks_is_named_with_its_cure() -> anyhow::Result<()> 
         !checks.iter().any(|check| check.starts_with("cluster")),
         "there is no kubectl: {checks:?}"
     );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_relayed_pod_that_has_an_address_is_named() -> anyhow::Result<()> {
+    let far = Far::new()?;
+    let version = r#"{"clientVersion": {"gitVersion": "v1.36.1"}, "serverVersion": {"gitVersion": "v1.36.0"}}"#;
+    far.program(
+        "near/kubectl",
+        &format!(
+            "#!/bin/sh\ncase \"$*\" in\nversion*) echo '{version}' ;;\n*endpointslices*) echo knoc-a; echo knoc-b; echo knoc-a ;;\n\
+             *spec.nodeName=knoc-a*) echo 'team/old 10.1.2.3' ;;\n*spec.nodeName=knoc-b*) echo 'team/web ' ;;\n*) echo yes ;;\nesac\n"
+        ),
+    )?;
+    far.program("near/helm", "#!/bin/sh\necho v3.22.0\n")?;
+    let findings = examine(preflight(&far, &[])?).await?;
+    let twice = find(&findings, "cluster: relayed pods of knoc-a")?;
+    ensure!(
+        !twice.ok && twice.detail.contains("team/old") && twice.cure.contains("node.podIP"),
+        "{twice:#?}"
+    );
+    let once = find(&findings, "cluster: relayed pods of knoc-b")?;
+    ensure!(once.ok, "{once:#?}");
     Ok(())
 }
 

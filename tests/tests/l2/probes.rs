@@ -21,11 +21,12 @@ fn exec(script: &str) -> pb::ExecAction {
     pb::ExecAction { command }
 }
 
-/// A probe that is tried every second, and whose first result counts.
+/// A probe that is tried every second, and whose first result counts. On a busy machine it may take its time.
 fn probe(action: pb::probe::Action) -> pb::Probe {
     pb::Probe {
         action: Some(action),
         period_seconds: 1,
+        timeout_seconds: 60,
         failure_threshold: 1,
         ..pb::Probe::default()
     }
@@ -35,6 +36,18 @@ fn probe(action: pb::probe::Action) -> pb::Probe {
 fn exists(path: &Path) -> pb::Probe {
     let script = format!("test -e {}", path.display());
     probe(pb::probe::Action::Exec(exec(&script)))
+}
+
+/// A startup probe that waits until all of the files exist, however long the container takes to start.
+fn until(paths: &[&Path]) -> pb::Probe {
+    let tests = paths
+        .iter()
+        .map(|path| format!("test -e {}", path.display()));
+    let script = tests.collect::<Vec<_>>().join(" && ");
+    pb::Probe {
+        failure_threshold: 600,
+        ..probe(pb::probe::Action::Exec(exec(&script)))
+    }
 }
 
 fn hook(script: &str) -> pb::Hook {
@@ -88,10 +101,7 @@ async fn the_startup_probe_comes_first_and_ready_follows_the_readiness_probe() -
     let (site, _agent, client) = Site::start(Options::default()).await?;
     let [up, ready] = ["up", "ready"].map(|name| site.path(name));
     let mut main = shell("exec sleep 600");
-    main.startup_probe = Some(pb::Probe {
-        failure_threshold: 600,
-        ..exists(&up)
-    });
+    main.startup_probe = Some(until(&[&up]));
     main.readiness_probe = Some(exists(&ready));
     let pod = Pod::new("gates", vec![main]);
     site.put("ready", "")?;
@@ -116,8 +126,13 @@ async fn the_startup_probe_comes_first_and_ready_follows_the_readiness_probe() -
 async fn a_failed_liveness_probe_restarts_the_container_within_its_own_grace_period()
 -> anyhow::Result<()> {
     let (site, _agent, client) = Site::start(Options::default()).await?;
-    let alive = site.path("alive");
-    let mut main = shell("trap '' TERM; while :; do sleep 1; done");
+    let [alive, up] = ["alive", "up"].map(|name| site.path(name));
+    let mut main = shell(&format!(
+        "trap '' TERM; touch {}; while :; do sleep 1; done",
+        up.display()
+    ));
+    // Liveness is not probed before it ignores TERM and the file is there, also after its restart.
+    main.startup_probe = Some(until(&[&up, &alive]));
     main.liveness_probe = Some(pb::Probe {
         termination_grace_period_seconds: Some(1),
         ..exists(&alive)
@@ -151,10 +166,14 @@ async fn a_failed_liveness_probe_restarts_the_container_within_its_own_grace_per
 async fn a_container_that_liveness_stopped_is_restarted_on_failure_although_it_exits_with_0()
 -> anyhow::Result<()> {
     let (site, _agent, client) = Site::start(Options::default()).await?;
-    let alive = site.path("alive");
-    let polite = site.path("polite");
-    let on_term = format!("trap 'touch {}; exit 0' TERM", polite.display());
-    let mut main = shell(&format!("{on_term}; while :; do sleep 0.1; done"));
+    let [alive, polite, up] = ["alive", "polite", "up"].map(|name| site.path(name));
+    let mut main = shell(&format!(
+        "trap 'touch {}; exit 0' TERM; touch {}; while :; do sleep 0.1; done",
+        polite.display(),
+        up.display()
+    ));
+    // Liveness is not probed before it has its trap and the file is there, also after its restart.
+    main.startup_probe = Some(until(&[&up, &alive]));
     main.liveness_probe = Some(exists(&alive));
     let mut pod = Pod::new("polite", vec![main]);
     if let Some(spec) = &mut pod.request.spec {
@@ -167,9 +186,8 @@ async fn a_container_that_liveness_stopped_is_restarted_on_failure_although_it_e
     let killed = "Container main failed liveness probe, will be restarted";
     wait_for_note(&pod, &client, "Killing", killed).await?;
     site.put("alive", "")?;
-    // On a busy machine the next attempt can fail the probe as well, before `alive` is there again, and end without its trap.
     let restarted = |pod: &pb::PodObserved| {
-        status(pod, "main").is_some_and(|main| main.restart_count >= 1 && main.ready)
+        status(pod, "main").is_some_and(|main| main.restart_count == 1 && main.ready)
     };
     pod.wait_for_state(&client, "it was restarted", SOON, restarted)
         .await?;
@@ -295,6 +313,7 @@ async fn a_command_that_hangs_is_killed_with_all_that_it_started() -> anyhow::Re
     let hangs = exec(&format!("yes & sleep {word} & sleep {word}"));
     main.readiness_probe = Some(pb::Probe {
         period_seconds: 3600,
+        timeout_seconds: 1,
         ..probe(pb::probe::Action::Exec(hangs))
     });
     let pod = Pod::new("hangs", vec![main]);
@@ -364,17 +383,32 @@ async fn a_failed_post_start_hook_ends_the_container() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A program that says in the file that it was sent TERM, and in its log that it waits for that.
+fn polite(file: &str) -> String {
+    format!("trap 'echo term >> {file}; exit 0' TERM; echo trapped; while :; do sleep 0.1; done")
+}
+
+async fn is_trapped(pod: &Pod, client: &AgentClient<Channel>) -> anyhow::Result<()> {
+    pod.running(client, SOON).await?;
+    wait_for("the program has its trap", SOON, async || {
+        let log = pod.log(client, "main").await?;
+        ensure!(&log[..] == b"trapped\n", "{log:?}");
+        Ok(())
+    })
+    .await
+}
+
 #[tokio::test]
 async fn the_pre_stop_hook_comes_before_term() -> anyhow::Result<()> {
     let (site, _agent, client) = Site::start(Options::default()).await?;
     let log = site.path("order").display().to_string();
-    let script = format!("trap 'echo term >> {log}; exit 0' TERM; while :; do sleep 0.1; done");
+    let script = polite(&log);
     let mut main = shell(&script);
     main.pre_stop = Some(hook(&format!("sleep 1; echo hook >> {log}; exit 1")));
     let pod = Pod::new("order", vec![main]);
     pod.ensure(&client).await?;
-    pod.running(&client, SOON).await?;
-    pod.delete(&client, 30).await?;
+    is_trapped(&pod, &client).await?;
+    pod.delete(&client, 600).await?;
     pod.finished(&client, SOON).await?;
     ensure!(fs::read_to_string(&log)? == "hook\nterm\n");
     ensure!(pod.terminated(&client, "main").await?.exit_code == 0);
@@ -389,12 +423,11 @@ async fn a_pre_stop_hook_that_never_ends_takes_the_grace_period_and_no_more() ->
     let (site, _agent, client) = Site::start(Options::default()).await?;
     let log = site.path("late").display().to_string();
     let word = format!("86400.{}", rand::random_range(100_000..1_000_000));
-    let script = format!("trap 'echo term >> {log}; exit 0' TERM; while :; do sleep 0.1; done");
-    let mut main = shell(&script);
+    let mut main = shell(&polite(&log));
     main.pre_stop = Some(hook(&format!("sleep {word}")));
     let pod = Pod::new("late", vec![main]);
     pod.ensure(&client).await?;
-    pod.running(&client, SOON).await?;
+    is_trapped(&pod, &client).await?;
     pod.delete(&client, 2).await?;
     pod.finished(&client, SOON).await?;
     // It still got TERM, and a moment to handle it.
@@ -411,14 +444,16 @@ async fn readiness_is_probed_to_the_end_of_a_pod_that_is_being_stopped_and_liven
 -> anyhow::Result<()> {
     let (site, _agent, client) = Site::start(Options::default()).await?;
     let [alive, there, told, stay] = ["alive", "there", "told", "stay"].map(|name| site.path(name));
+    // It is ready once it has its trap.
     let mut main = shell(&format!(
-        "trap 'touch {}' TERM; while test -e {}; do sleep 0.1; done",
+        "trap 'touch {}' TERM; touch {}; while test -e {}; do sleep 0.1; done",
         told.display(),
+        there.display(),
         stay.display()
     ));
     main.liveness_probe = Some(exists(&alive));
     main.readiness_probe = Some(exists(&there));
-    for name in ["alive", "there", "stay"] {
+    for name in ["alive", "stay"] {
         site.put(name, "")?;
     }
     let pod = Pod::new("leaving", vec![main]);

@@ -17,11 +17,11 @@ fn shell(name: &str, script: &str) -> pb::Container {
     container(name, &["/bin/sh", "-c", script], &[])
 }
 
-/// Says in the file that it has started and, on TERM, that it has ended.
+/// Says in the file that it has started and waits for TERM and, on TERM, that it has ended.
 fn logging(name: &str, log: &Path) -> pb::Container {
     let log = log.display();
     let script = format!(
-        "echo +{name} >> {log}; trap 'echo -{name} >> {log}; exit 0' TERM; while :; do sleep 0.1; done"
+        "trap 'echo -{name} >> {log}; exit 0' TERM; echo +{name} >> {log}; while :; do sleep 0.1; done"
     );
     shell(name, &script)
 }

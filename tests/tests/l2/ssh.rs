@@ -350,7 +350,8 @@ async fn an_agent_starts_on_demand_once_and_ends_without_a_link() -> anyhow::Res
     let site = Site::new(Options {
         ssh_only: true,
         default_socket: true,
-        tables: "[serve]\nlinger = '3s'".into(),
+        // Long enough for the slowest of several logins to find the agent of the first.
+        tables: "[serve]\nlinger = '8s'".into(),
         ..Options::default()
     })?;
     let sshd = Sshd::start(&site, "sshd", Some("knoc-agent serve --stdio")).await?;

@@ -7,7 +7,7 @@ use knoc_contract::jobdir::atomic;
 use knoc_proto::pb::{self, container_status::State};
 use knoc_tests::{
     relay::Relay,
-    site::{Daemon, Kubelet, Options, Pod, Site, brief, container},
+    site::{Daemon, Kubelet, Options, Pod, Site, container},
     wait_for,
 };
 use prost::Message as _;
@@ -75,20 +75,23 @@ async fn an_installed_version_stays_as_long_as_a_job_directory_names_it() -> any
     "0.0.2".clone_into(&mut job.version);
     atomic::write(&job_file, &job.encode_to_vec(), 0o600)?;
     let _agent = site.agent(&[]).await?;
-    ensure!(
-        names(&versions)? == ["0.0.2", &own[0]],
-        "{:?}",
-        names(&versions)?
-    );
+    let are = async |wanted: &[&str]| {
+        wait_for("the versions that are used are left", SOON, async || {
+            let left = names(&versions)?;
+            ensure!(left == wanted, "{left:?}");
+            Ok(())
+        })
+        .await
+    };
+    are(&["0.0.2", &own[0]]).await?;
     pod.remove(&client).await?;
-    ensure!(names(&versions)? == own, "{:?}", names(&versions)?);
-    Ok(())
+    are(&[&own[0]]).await
 }
 
-/// Values are kept in memory only; jobs do not start their shim before `gate` exists.
-fn in_memory() -> anyhow::Result<Site> {
+/// Values are kept in memory only, and a job waits that long for them; jobs do not start their shim before `gate` exists.
+fn in_memory(wait: &str) -> anyhow::Result<Site> {
     let site = Site::new(Options {
-        tables: "[values]\nat_rest = \"none\"\nwait = \"4s\"".to_owned(),
+        tables: format!("[values]\nat_rest = \"none\"\nwait = \"{wait}\""),
         prelude: "while [ ! -e \"$HOME/gate\" ]; do sleep 0.05; done\n".to_owned(),
         ..Options::default()
     })?;
@@ -109,11 +112,15 @@ fn with_secret(pod: Pod) -> Pod {
 
 #[tokio::test]
 async fn values_that_must_not_be_on_disk_never_are() -> anyhow::Result<()> {
-    let site = in_memory()?;
+    let site = in_memory("1m")?;
     let _agent = site.agent(&[]).await?;
     let client = site.client()?;
     // The command does not contain the secret: it checks only the length.
-    let script = format!("[ ${{#TOKEN}} = {} ] && sleep 1", SECRET.len());
+    let script = format!(
+        "[ ${{#TOKEN}} = {} ] && until test -e {}; do sleep 0.05; done",
+        SECRET.len(),
+        site.path("end").display()
+    );
     let pod = Pod::new(
         "memory",
         vec![container("main", &["/bin/sh", "-c", &script], &[])],
@@ -135,6 +142,7 @@ async fn values_that_must_not_be_on_disk_never_are() -> anyhow::Result<()> {
         "{:?}",
         holding(&state, SECRET)?
     );
+    site.put("end", "")?;
     pod.succeeded(&client, SOON)
         .await
         .with_context(|| site.log())?;
@@ -147,8 +155,11 @@ async fn values_that_must_not_be_on_disk_never_are() -> anyhow::Result<()> {
 }
 
 /// Starts an agent that keeps values in memory, gives it the pod, restarts it, and lets the pod's job start.
-async fn starts_after_the_agent_lost_its_values(pod: &Pod) -> anyhow::Result<(Site, Daemon)> {
-    let site = in_memory()?;
+async fn starts_after_the_agent_lost_its_values(
+    pod: &Pod,
+    wait: &str,
+) -> anyhow::Result<(Site, Daemon)> {
+    let site = in_memory(wait)?;
     let agent = site.agent(&[]).await?;
     pod.ensure(&site.client()?).await?;
     agent.kill().await?;
@@ -160,7 +171,7 @@ async fn starts_after_the_agent_lost_its_values(pod: &Pod) -> anyhow::Result<(Si
 #[tokio::test]
 async fn an_agent_that_lost_the_values_asks_for_them_and_the_pod_waits() -> anyhow::Result<()> {
     let pod = with_secret(checks("waits"));
-    let (site, _agent) = starts_after_the_agent_lost_its_values(&pod).await?;
+    let (site, _agent) = starts_after_the_agent_lost_its_values(&pod, "1m").await?;
     let client = site.client()?;
     let wants_values = |seen: &pb::PodObserved| {
         let state = seen.containers.first().and_then(|one| one.state.as_ref());
@@ -180,7 +191,7 @@ async fn an_agent_that_lost_the_values_asks_for_them_and_the_pod_waits() -> anyh
 #[tokio::test]
 async fn a_pod_whose_values_never_arrive_releases_its_nodes() -> anyhow::Result<()> {
     let pod = with_secret(checks("starves"));
-    let (site, _agent) = starts_after_the_agent_lost_its_values(&pod).await?;
+    let (site, _agent) = starts_after_the_agent_lost_its_values(&pod, "4s").await?;
     let outcome = pod.finished(&site.client()?, SOON).await?;
     ensure!(
         outcome.kind() == pb::OutcomeKind::Failed && outcome.reason == "ValuesMissing",
@@ -191,7 +202,7 @@ async fn a_pod_whose_values_never_arrive_releases_its_nodes() -> anyhow::Result<
 
 #[tokio::test]
 async fn the_kubelet_sends_values_again_that_the_agent_lost() -> anyhow::Result<()> {
-    let site = in_memory()?;
+    let site = in_memory("1m")?;
     let agent = site.agent(&[]).await?;
     let kubelet = Kubelet::prepare(&site).await?;
     let _process = kubelet.start(&site, &[]).await?;
@@ -272,9 +283,12 @@ async fn values_that_arrive_between_the_jobs_start_and_its_link_reach_it() -> an
     pod.succeeded(&client, SOON)
         .await
         .with_context(|| site.log())?;
-    let left = names(&site.jobdir("between").join("values"))?;
-    ensure!(left.is_empty(), "{left:?}");
-    Ok(())
+    wait_for("no values are left", SOON, async || {
+        let left = names(&site.jobdir("between").join("values"))?;
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+    .await
 }
 
 /// If no link is ever established, the shim looks for newer staged values itself.
@@ -318,9 +332,11 @@ async fn an_agent_that_lost_newer_values_asks_for_them() -> anyhow::Result<()> {
     let seen = pod.state(&client).await?;
     ensure!(!seen.values_wanted, "the agent has them");
     agent.kill().await?;
+    // The agent answers before it has published the pods that it restored.
     let _agent = site.agent(&[]).await?;
-    let seen = pod.state(&client).await?;
-    ensure!(seen.values_wanted, "{}", brief(&seen));
+    let wanted = |seen: &pb::PodObserved| seen.values_wanted;
+    pod.wait_for_state(&client, "its values are wanted", SOON, wanted)
+        .await?;
     Ok(())
 }
 

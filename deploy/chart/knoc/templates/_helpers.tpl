@@ -95,3 +95,11 @@ yes
 {{- define "knoc.egress" -}}
 {{- if not (has (.Values.egress.allow | toString) (list "off" "false")) }}yes{{ end -}}
 {{- end -}}
+
+{{- /* Non-empty if Services may lead to pods. */ -}}
+{{- define "knoc.relay" -}}
+{{- if not (has (.Values.relay.allow | toString) (list "off" "false")) -}}
+{{- if ne .Values.node.podIP "none" }}{{ fail "relay.allow needs node.podIP=none: otherwise Kubernetes' own controllers publish the pods' addresses as endpoints, too" }}{{ end -}}
+yes
+{{- end -}}
+{{- end -}}

@@ -96,6 +96,7 @@ impl Folders {
         if pod.runtime.isolates() {
             volumes.extend(pod.volumes.of_site(&volumes));
             share_memory(pod, &mut volumes)?;
+            volumes.extend(pmix(pod));
             add_image_volumes(spec, &private, &mut volumes)?;
         }
         let targets: Vec<&Path> = volumes.iter().map(|volume| &*volume.target).collect();
@@ -252,7 +253,9 @@ fn share_memory(pod: &Pod, volumes: &mut Vec<Mounted>) -> Result<(), PrepareErro
     if volumes.iter().any(|volume| volume.target == target) {
         return Ok(());
     }
-    let source = match pod.scratch.memory("shm") {
+    let own = || pod.scratch.memory("shm");
+    let shared = pod.shared.as_ref();
+    let source = match shared.map_or_else(own, |shared| Ok(shared.memory.clone())) {
         // The container keeps the runtime's own `/dev/shm`, which holds nothing of the shim's.
         Err(ScratchError::NoMemory(_)) => return Ok(()),
         Err(ScratchError::File(error)) => return Err(error.into()),
@@ -262,6 +265,12 @@ fn share_memory(pod: &Pod, volumes: &mut Vec<Mounted>) -> Result<(), PrepareErro
         .map_err(FileError::on("set the mode of", &source))?;
     volumes.push(own_file(source, target, false));
     Ok(())
+}
+
+/// The folder of the node's PMIx server, at the path by which the rank's variables name it.
+fn pmix(pod: &Pod) -> Option<Mounted> {
+    let path = pod.shared.as_ref()?.pmix.clone()?;
+    Some(own_file(path.clone(), &path, false))
 }
 
 /// If the container's root is read-only, adds a writable folder for each volume that the image declares and the pod does

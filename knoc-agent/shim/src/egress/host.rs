@@ -79,3 +79,41 @@ async fn is_own(stream: &tcp::Guarded, client: SocketAddr) -> bool {
     let own = rustix::process::getuid().as_raw();
     asked.is_ok_and(|user| user == Some(own))
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::{io::AsyncReadExt as _, sync::mpsc};
+
+    use super::{
+        super::{Egress, Table},
+        *,
+    };
+
+    #[tokio::test]
+    async fn a_connection_of_which_the_user_is_not_known_is_reset() {
+        let egress = Arc::new(Egress::default());
+        let mut table = Table::default();
+        table.api = Some("10.96.0.1:443".parse().unwrap());
+        egress.table.send_replace(Arc::new(table));
+        let gate = Gate::new(&egress, mpsc::channel(1).0);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut client = TcpStream::connect(address).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        // The kernel has no socket for a connection from this address, so it names no user either.
+        let nobody = SocketAddr::new(address.ip(), address.port());
+        admit(stream, nobody, &gate);
+        let mut buffer = [0; 1];
+        let read = client.read(&mut buffer);
+        let read = tokio::time::timeout(std::time::Duration::from_secs(5), read).await;
+        let error = read.expect("it is not announced").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        let _client = TcpStream::connect(address).await.unwrap();
+        let (stream, client) = listener.accept().await.unwrap();
+        admit(stream, client, &gate);
+        let mut waiting = egress.waiting.subscribe();
+        let own = waiting.wait_for(|waiting| waiting.after(0).is_some());
+        let own = tokio::time::timeout(std::time::Duration::from_secs(30), own).await;
+        own.expect("it is announced").unwrap();
+    }
+}

@@ -8,6 +8,7 @@ use std::{
     net::{Ipv4Addr, SocketAddrV4},
     os::fd::OwnedFd,
     sync::Arc,
+    time::Duration,
 };
 
 use nix::sys::socket::{setsockopt, sockopt::Ipv4PacketInfo};
@@ -31,6 +32,10 @@ use crate::{
 /// How many connections may wait to be accepted at one port.
 const BACKLOG: i32 = 256;
 
+/// The pause after routes or a listener could not be made; each further one is twice as long.
+const AGAIN: Duration = Duration::from_secs(1);
+const AGAIN_MOST: Duration = Duration::from_mins(1);
+
 /// The open listeners.
 #[derive(Debug)]
 pub(crate) struct Ports {
@@ -39,6 +44,8 @@ pub(crate) struct Ports {
     tasks: JoinSet<()>,
     gate: Gate,
     mesh: Arc<Mesh>,
+    /// What failed last, of which the pod was told; `None` if nothing did.
+    trouble: Option<String>,
 }
 
 impl Ports {
@@ -59,29 +66,48 @@ impl Ports {
             tasks: JoinSet::new(),
             gate,
             mesh: Arc::clone(&pod.mesh),
+            trouble: None,
         };
         ports.follow(&pod.egress.table()).await;
         Some(ports)
     }
 
-    /// Task: follows the network until it is dropped.
+    /// Task: follows the network until it is dropped. What fails is tried again, after a pause or with the next network.
     pub(crate) async fn keep(mut self) {
         let mut table = self.gate.egress.table.subscribe();
+        let mut failures = 0_u32;
         loop {
             let now = Arc::clone(&table.borrow_and_update());
             self.follow(&now).await;
-            if table.changed().await.is_err() {
-                return;
+            failures = match self.trouble {
+                Some(_) => failures.saturating_add(1),
+                None => 0,
+            };
+            let again = async {
+                match pause(failures) {
+                    Some(pause) => {
+                        let jittered = pause.mul_f64(rand::random_range(0.75..1.25));
+                        tokio::time::sleep(jittered).await;
+                    }
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                changed = table.changed() => if changed.is_err() {
+                    return;
+                },
+                () = again => {}
             }
         }
     }
 
-    /// Makes routes and listeners those of the table. What fails is tried again with the next table.
+    /// Makes routes and listeners those of the table.
     async fn follow(&mut self, table: &Table) {
-        if let Err(error) = self.private.lead(self.to_cluster(table)).await {
-            let message = format!("the pod does not reach the cluster: {error}");
-            self.gate.note("EgressUnavailable", message);
-        }
+        let led = self.private.lead(self.to_cluster(table)).await;
+        let mut trouble = led
+            .err()
+            .map(|error| format!("the pod does not reach the cluster: {error}"));
         for port in unwanted(&self.open, &table.ports) {
             if let Some(task) = self.open.remove(&port) {
                 task.abort();
@@ -89,21 +115,25 @@ impl Ports {
         }
         // Those that were ended.
         while self.tasks.try_join_next().is_some() {}
-        let mut failed = None;
         for (kind, port) in &table.ports {
             if self.open.contains_key(&(*kind, *port)) {
                 continue;
             }
             match self.listen(*kind, *port).await {
                 Ok(task) => drop(self.open.insert((*kind, *port), task)),
-                Err(error) => failed = Some((*port, error)),
+                Err(error) => {
+                    trouble.get_or_insert_with(|| {
+                        format!(
+                            "the pod does not reach port {port} of the cluster's Services: {error}"
+                        )
+                    });
+                }
             }
         }
-        if let Some((port, error)) = failed {
-            let message =
-                format!("the pod does not reach port {port} of the cluster's Services: {error}");
-            self.gate.note("EgressUnavailable", message);
+        if let Some(news) = trouble.as_ref().filter(|_| trouble != self.trouble) {
+            self.gate.note("EgressUnavailable", news.clone());
         }
+        self.trouble = trouble;
     }
 
     /// What leads to the cluster: not the addresses of the node's own pods, to which the mesh leads.
@@ -122,6 +152,12 @@ impl Ports {
                 .spawn(udp::serve(datagrams(socket, port)?, port, gate)),
         })
     }
+}
+
+/// PURE: the pause after so many failures in a row; `None` if there was none.
+fn pause(failures: u32) -> Option<Duration> {
+    let earlier = failures.checked_sub(1)?;
+    Some(AGAIN.saturating_mul(1 << earlier.min(10)).min(AGAIN_MOST))
 }
 
 /// PURE: the open ports that are not wanted.
@@ -156,6 +192,23 @@ async fn accept(listener: TcpListener, gate: Gate) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_fails_is_tried_again_less_and_less_often() {
+        let pauses = [0, 1, 2, 3, 6, 7, 100, u32::MAX].map(pause);
+        let seconds = pauses.map(|pause| pause.map(|pause| pause.as_secs()));
+        let expected = [
+            None,
+            Some(1),
+            Some(2),
+            Some(4),
+            Some(32),
+            Some(60),
+            Some(60),
+            Some(60),
+        ];
+        assert_eq!(seconds, expected);
+    }
 
     #[test]
     fn only_ports_that_are_no_longer_wanted_are_closed() {

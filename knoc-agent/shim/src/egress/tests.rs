@@ -293,3 +293,50 @@ async fn a_redirection_to_what_is_no_pod_resets_the_connection() {
     gate.egress.obey(control).unwrap();
     assert!(is_reset(&mut client).await);
 }
+
+#[tokio::test(start_paused = true)]
+async fn nobody_is_told_of_a_connection_that_was_given_up() {
+    let egress = Egress::default();
+    let target = SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 443);
+    assert!(egress.announce(Kind::Tcp, target).await.is_none());
+    assert_eq!(egress.waiting.borrow().after(0), None);
+    // The connection ends while its announcement waits to be taken.
+    let gone = tokio::time::timeout(Duration::from_secs(1), egress.announce(Kind::Udp, target));
+    assert!(gone.await.is_err());
+    assert_eq!(egress.waiting.borrow().after(0), None);
+}
+
+#[tokio::test]
+async fn what_was_sent_before_both_directions_ended_is_delivered_to_a_slow_reader() {
+    const SIZE: usize = 300_000;
+    let (gate, _orders) = gate();
+    let (mut client, _) = dial(&gate).await;
+    let mut call = take(&gate.egress, &attempt(&gate.egress, 0).await).await;
+    client.shutdown().await.unwrap();
+    assert_eq!(call.next().await, egress_output::Output::Closed(true));
+    for _ in 0..10 {
+        call.send(Input::Data(vec![7; SIZE / 10].into())).await;
+    }
+    call.send(Input::Closed(true)).await;
+    // The sockets may hold all of it or not: in any case the call does not end with an error before the client reads.
+    let ended = tokio::time::timeout(Duration::from_secs(1), call.output.recv()).await;
+    assert!(!matches!(ended, Ok(Some(_))), "{ended:?}");
+    assert_eq!(read(&mut client).await.unwrap().len(), SIZE);
+}
+
+#[tokio::test]
+async fn a_call_that_ends_frees_a_connection_of_which_the_clusters_direction_has_ended() {
+    let (gate, _orders) = gate();
+    let (mut client, _) = dial(&gate).await;
+    let call = take(&gate.egress, &attempt(&gate.egress, 0).await).await;
+    call.send(Input::Closed(true)).await;
+    assert!(read(&mut client).await.unwrap().is_empty());
+    drop(call);
+    let is_free = || std::iter::from_fn(|| gate.slot()).collect::<Vec<_>>().len() == 1024;
+    let freed = async {
+        while !is_free() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(SOON, freed).await.unwrap();
+}

@@ -16,7 +16,7 @@
 //! their descriptors come with the specification.
 //!
 //! Read-only mounts are read-only here already, so not even root in the container's user namespace can make them writable.
-//! A path of the node may have other file systems mounted below it, which become read-only with it ([`read_only`]).
+//! A path of the node, or a sandbox, may have other file systems mounted below it, which become read-only with it ([`read_only`]).
 //! The sources are resolved after the namespaces were entered, since the kernel binds a descriptor only in the mount
 //! namespace in which it was opened.
 //!
@@ -52,7 +52,7 @@ use rustix::thread::{
     set_capabilities,
 };
 
-use self::spec::{ContainSpec, MountSpec, Source, SourceError};
+use self::spec::{ContainSpec, MountSpec, SourceError};
 use super::{
     enter, fds,
     ids::{self, Ids, Isolated},
@@ -281,8 +281,8 @@ fn stage(shim: &UnixStream, spec: &MountSpec, opened: &[Found]) -> Result<Found,
     let source = PathBuf::from(format!("/proc/self/fd/{}", found.fd.as_raw_fd()));
     bind(&source, &spec.staging, MsFlags::MS_BIND | MsFlags::MS_REC).map_err(on("mount"))?;
     if spec.read_only {
-        let mounted = matches!(spec.source, Source::Host(_));
-        read_only::remount(&spec.staging, mounted).map_err(on("mount read-only"))?;
+        let all = spec.source.is_of_node(&found);
+        read_only::remount(&spec.staging, all).map_err(on("mount read-only"))?;
     }
     if let Some(rest) = &spec.message {
         if !spec.read_only {

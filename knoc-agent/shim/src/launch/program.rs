@@ -6,7 +6,7 @@ use std::{
     fs::{self, DirBuilder},
     io::{self, Read as _},
     os::{
-        fd::{AsFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::{
             ffi::{OsStrExt as _, OsStringExt as _},
             fs::{DirBuilderExt as _, PermissionsExt as _},
@@ -102,11 +102,13 @@ fn start(
 ) -> Result<std::convert::Infallible, Failure> {
     // Fails if the process leads a group already (as PID 1 of a new namespace may): it then leads a session, too.
     setsid().ok();
+    let (stdio, passed) = split_passed(spec, stdio)?;
     attach_stdio(shim, spec, stdio)?;
     umask(rustix::fs::Mode::from_raw_mode(0o022));
     limits::set();
     prepare_files(spec);
-    let env = with_home(spec);
+    let mut env = with_home(spec);
+    env.extend(passed.as_ref().map(|passed| passed.variable.clone()));
     change_directory(spec)?;
     let program = resolve(
         spec.argv.first().map_or(&[][..], Vec::as_slice),
@@ -122,12 +124,38 @@ fn start(
     let path = CString::new(program.into_os_string().into_vec())
         .map_err(|_| failure("NUL byte in the path"))?;
     sys::close_on_exec();
+    if let Some(passed) = &passed {
+        rustix::io::fcntl_setfd(&passed.fd, rustix::io::FdFlags::empty())
+            .map_err(|errno| Failure::on("keep a descriptor open")(errno.into()))?;
+    }
     sys::reset_signals();
     let Err(errno) = nix::unistd::execve(&path, &argv, &env);
     Err(Failure {
         errno: errno as i32,
         what: format!("exec: {quoted}: {}", message_of(errno)),
     })
+}
+
+/// A descriptor that the program keeps, and the variable with its number.
+struct Passed {
+    fd: OwnedFd,
+    variable: Vec<u8>,
+}
+
+/// Takes the descriptor that the program keeps, which comes last, from those of the specification.
+fn split_passed(
+    spec: &LaunchSpec,
+    mut stdio: Vec<OwnedFd>,
+) -> Result<(Vec<OwnedFd>, Option<Passed>), Failure> {
+    let Some(name) = &spec.descriptor else {
+        return Ok((stdio, None));
+    };
+    let fd = stdio.pop().ok_or_else(|| Failure {
+        errno: 0,
+        what: "a descriptor for the program is missing".to_owned(),
+    })?;
+    let variable = [name.as_slice(), b"=", fd.as_raw_fd().to_string().as_bytes()].concat();
+    Ok((stdio, Some(Passed { fd, variable })))
 }
 
 /// The error text as Go writes it, in lower case, which users know from `kubectl describe`.

@@ -18,10 +18,10 @@ const ADDRESSES: usize = 32;
 const TEXT: usize = 1000;
 
 /// The connection and its address, or why no address worked.
-pub(super) type Dialled = Result<(String, Connection), String>;
+pub(crate) type Dialled = Result<(String, Connection), String>;
 
 /// Dials; cancel safe.
-pub(super) async fn any(addresses: &[String], pair: &KeyPair, spki: &str) -> Dialled {
+pub(crate) async fn any(addresses: &[String], pair: &KeyPair, spki: &str) -> Dialled {
     let mut after = Duration::ZERO;
     let mut tries = FuturesUnordered::new();
     for address in addresses.iter().take(ADDRESSES) {

@@ -68,7 +68,7 @@ fn finished() -> Plan {
 }
 
 #[test]
-fn init_containers_come_one_by_one_then_all_others() {
+fn containers_start_one_by_one_in_the_order_of_the_pod() {
     let idle = [Phase::Idle, Phase::Idle];
     assert_eq!(decide(&view(&idle, &idle)).actions, [Action::Start(id(0))]);
     assert_eq!(
@@ -79,8 +79,29 @@ fn init_containers_come_one_by_one_then_all_others() {
         decide(&view(&[exited(0), Phase::Idle], &idle)).actions,
         [Action::Start(id(1))]
     );
-    let both = [Action::Start(id(2)), Action::Start(id(3))];
-    assert_eq!(decide(&view(&[exited(0), exited(0)], &idle)).actions, both);
+    let done = [exited(0), exited(0)];
+    assert_eq!(decide(&view(&done, &idle)).actions, [Action::Start(id(2))]);
+    let starting = [Phase::Starting, Phase::Idle];
+    assert_eq!(decide(&view(&done, &starting)).actions, []);
+    // Its program runs, or could not be started.
+    for first in [Phase::Running, exited(0), exited(128)] {
+        let next = decide(&view(&done, &[first, Phase::Idle])).actions;
+        assert_eq!(next, [Action::Start(id(3))], "{first:?}");
+    }
+}
+
+#[test]
+fn a_container_that_waits_for_its_back_off_holds_up_no_other() {
+    let failed = Phase::Exited {
+        code: 128,
+        unhealthy: false,
+        restart_at: Time::from_secs(9),
+    };
+    let mut view = with_policy(RestartPolicy::Always, &[], &[failed, Phase::Idle]);
+    assert_eq!(decide(&view).actions, [Action::Start(id(1))]);
+    // Once it is over, its turn is before those behind it.
+    view.now = Time::from_secs(9);
+    assert_eq!(decide(&view).actions, [Action::Start(id(0))]);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use super::super::{
     plan::{AFTER_HOOK, Backoff, Container, Health, Liveness, Phase, StopStage, Time},
     report::{self, History},
     role::{ContainerSpec, RestartRule, Role},
-    signals::{self, Identity},
+    signals::Identity,
     usage::{Account, Counters},
 };
 
@@ -330,13 +330,13 @@ impl Slot {
             // The supervisor starts the hook, whose end lets the plan send TERM.
             StopStage::NotStopped | StopStage::PreStop => {}
             StopStage::Term => match &self.program {
-                Some(program) => signals::to_program(program.identity, self.signal),
+                Some(program) => program.signal(self.signal),
                 // The program does not run yet: there is nothing that could take the signal.
                 None => self.abort.cancel(),
             },
             StopStage::Kill => {
                 if let Some(program) = &self.program {
-                    signals::kill_all(program.identity, program.isolated);
+                    program.kill();
                 }
                 self.abort.cancel();
             }
@@ -376,15 +376,21 @@ impl Slot {
         Entry {
             program: self.program.clone(),
             log: self.log.clone(),
-            previous: self
-                .previous_log
-                .as_ref()
-                .map(|log| log.attempt)
-                .or_else(|| {
-                    // The attempt before this job's first one belongs to an earlier run.
-                    self.log.as_ref().and_then(|log| log.attempt.checked_sub(1))
-                }),
+            previous: self.previous_attempt(),
         }
+    }
+
+    /// The attempt whose end is the last termination: as in Kubernetes, between two attempts the one that ended last.
+    fn previous_attempt(&self) -> Option<u32> {
+        let log = self.log.as_ref();
+        let waits =
+            matches!(self.phase, Phase::Exited { .. }) && !self.phase.is_final(self.restart());
+        if waits {
+            return log.map(|log| log.attempt);
+        }
+        let before = self.previous_log.as_ref().map(|log| log.attempt);
+        // The attempt before this job's first one belongs to an earlier run.
+        before.or_else(|| log.and_then(|log| log.attempt.checked_sub(1)))
     }
 }
 
@@ -473,6 +479,24 @@ mod tests {
         assert_eq!(slot.view().health.live, Liveness::Live);
         slot.end(&failed(), String::new(), Duration::from_secs(9));
         assert_eq!(slot.view().restart, RestartRule::Never);
+    }
+
+    #[test]
+    fn between_two_attempts_the_previous_one_is_the_one_that_crashed() {
+        let mut slot = main(RestartRule::Always, "a");
+        let mut seen = Vec::new();
+        for _ in 0..2 {
+            drop(slot.begin());
+            slot.phase = Phase::Running;
+            seen.push(slot.entry().previous);
+            slot.end(&failed(), String::new(), Duration::ZERO);
+            seen.push(slot.entry().previous);
+        }
+        assert_eq!(seen, [None, Some(0), Some(0), Some(1)]);
+        let mut slot = main(RestartRule::Never, "a");
+        drop(slot.begin());
+        slot.end(&failed(), String::new(), Duration::ZERO);
+        assert_eq!(slot.entry().previous, None, "it has ended for good");
     }
 
     #[test]

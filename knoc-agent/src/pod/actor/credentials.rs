@@ -42,7 +42,7 @@ impl Actor {
         self.credentials = Some(credentials);
         if self.looks_for_image(&pod) {
             self.ephemeral.retry_now();
-            self.updates.retry_now().await;
+            self.updates.retry_now();
         }
         // What is being looked up goes on with the earlier ones.
         if before_images(&pod) && self.staging.is_empty() {

@@ -6,25 +6,19 @@
 //! environment. What fails is tried again after a pause, and meanwhile is the status of the container. Each container has
 //! its own task, so one that cannot start holds up no other.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use knoc_contract::capability;
 use knoc_proto::{
-    error::chain,
     ids::PodUid,
     pb::{self, container_status::State},
     pod::PodSpec,
 };
-use tokio::task::{self, AbortHandle, JoinSet};
 use tonic::Request;
 
 use super::{
     Actor,
-    reach::{self, GIVE_AGAIN, IMAGE_AGAIN},
+    reach::{self, GIVE_AGAIN, IMAGE_AGAIN, Tasks},
     values::revision_of_shim,
 };
 use crate::{
@@ -44,9 +38,7 @@ const NEVER_STARTED: i32 = 128;
 #[derive(Debug, Default)]
 pub(super) struct Adding {
     /// At most one task for each container, and a pod has at most 64 of those (`MAX_EPHEMERAL`).
-    tasks: JoinSet<Step>,
-    /// The container of each task that is under way.
-    busy: HashMap<task::Id, (String, AbortHandle)>,
+    tasks: Tasks<Step>,
     /// The images that were found.
     images: BTreeMap<String, pb::ResolvedImage>,
     /// Why the shim does not have a container yet, and how often that was tried.
@@ -71,54 +63,24 @@ pub(super) enum Step {
 impl Adding {
     /// What the next task has done, once it has; `None` if there is no task. A task that was aborted does not count.
     pub(super) async fn next(&mut self) -> Option<Step> {
-        loop {
-            match self.tasks.join_next_with_id().await? {
-                Ok((id, step)) => {
-                    self.busy.remove(&id);
-                    return Some(step);
-                }
-                Err(error) => {
-                    self.busy.remove(&error.id());
-                    if !error.is_cancelled() {
-                        tracing::error!(error = chain(&error), "a task of an ephemeral container");
-                    }
-                }
-            }
-        }
-    }
-
-    /// Runs the next step of this container.
-    fn start(&mut self, container: String, step: impl Future<Output = Step> + Send + 'static) {
-        let task = self.tasks.spawn(step);
-        self.busy.insert(task.id(), (container, task));
-    }
-
-    /// Whether a task of this container is under way.
-    fn is_busy(&self, container: &str) -> bool {
-        self.busy.values().any(|(name, _)| name == container)
+        self.tasks.next().await
     }
 
     /// Gives up: the pod is not to start anything any more.
     pub(super) fn abort(&mut self) {
-        self.tasks.abort_all();
+        self.tasks.abort();
     }
 
     /// Ends the tasks.
     pub(super) async fn end(&mut self) {
-        self.tasks.shutdown().await;
-        self.busy.clear();
+        self.tasks.end().await;
     }
 
     /// Ends the pauses after failures, and what was tried again, so that the next try begins at once.
     pub(super) fn retry_now(&mut self) {
         let troubles = std::mem::take(&mut self.troubles);
-        self.busy.retain(|_, (container, task)| {
-            let retried = troubles.contains_key(container);
-            if retried {
-                task.abort();
-            }
-            !retried
-        });
+        self.tasks
+            .abort_those(|container| troubles.contains_key(container));
     }
 
     /// Whether there is no image yet for a container that the shim does not have.
@@ -162,12 +124,13 @@ impl Adding {
             }
             return known;
         }
-        let state = match reported.filter(|report| !takes_containers(report)) {
-            Some(report) => State::Terminated(pb::Terminated {
+        let lacks = reported.and_then(|report| Some((report, missing(report, container)?)));
+        let state = match lacks {
+            Some((report, what)) => State::Terminated(pb::Terminated {
                 exit_code: NEVER_STARTED,
                 reason: "ContainerCannotRun".to_owned(),
                 message: format!(
-                    "the job of the pod runs version {} of KNoC, which has no ephemeral containers: create the pod again to use them",
+                    "the job of the pod runs version {} of KNoC, which {what}: create the pod again to use them",
                     report.version
                 ),
                 ..pb::Terminated::default()
@@ -189,10 +152,16 @@ impl Adding {
     }
 }
 
-/// Whether the shim serves `AddEphemeralContainer`.
-fn takes_containers(report: &pb::Report) -> bool {
-    let mut all = report.capabilities.iter();
-    all.any(|name| name == capability::EPHEMERAL)
+/// PURE: why the shim cannot run this ephemeral container; `None` if it can.
+fn missing(report: &pb::Report, container: &pb::Container) -> Option<&'static str> {
+    let has = |name: &str| report.capabilities.iter().any(|one| one == name);
+    if !has(capability::EPHEMERAL) {
+        Some("has no ephemeral containers")
+    } else if container.env_files && !has(capability::ENV_FILES) {
+        Some("reads no variables from files (`fileKeyRef`)")
+    } else {
+        None
+    }
 }
 
 /// PURE: the containers that the shim lacks and can take now.
@@ -202,7 +171,7 @@ fn lacking<'a>(pod: &Pod, spec: &'a pb::PodSpec, values: i64) -> Vec<&'a pb::Con
     };
     let over = report.r#final || pod.is_finished() || pod.deletion.is_some();
     let has_values = revision_of_shim(pod).is_some_and(|has| has >= values);
-    if over || !has_values || !takes_containers(report) {
+    if over || !has_values {
         return Vec::new();
     }
     let known = |name: &str| {
@@ -210,7 +179,8 @@ fn lacking<'a>(pod: &Pod, spec: &'a pb::PodSpec, values: i64) -> Vec<&'a pb::Con
         all.any(|status| status.name == name)
     };
     let all = spec.ephemeral_containers.iter();
-    all.filter(|container| !known(&container.name)).collect()
+    all.filter(|container| !known(&container.name) && missing(report, container).is_none())
+        .collect()
 }
 
 impl Actor {
@@ -229,7 +199,7 @@ impl Actor {
         }
         let spec = Arc::clone(&self.spec);
         for container in lacking(pod, &spec, self.values.revision) {
-            if !self.ephemeral.is_busy(&container.name) {
+            if !self.ephemeral.tasks.is_busy(&container.name) {
                 self.add_one(container);
             }
         }
@@ -245,7 +215,7 @@ impl Actor {
                 let pause = self.ephemeral.pause(&name, IMAGE_AGAIN);
                 let (own, credentials) = (self.own.clone(), self.known_credentials());
                 let container = container.clone();
-                self.ephemeral.start(name.clone(), async move {
+                self.ephemeral.tasks.start(name.clone(), async move {
                     tokio::time::sleep(pause).await;
                     let image = match allowed(&site, &spec, &container) {
                         Ok(()) => {
@@ -267,7 +237,7 @@ impl Actor {
                     image: Some(image),
                 };
                 let uid = self.uid.clone();
-                self.ephemeral.start(name.clone(), async move {
+                self.ephemeral.tasks.start(name.clone(), async move {
                     tokio::time::sleep(pause).await;
                     Step::Given {
                         container: name,
@@ -284,7 +254,7 @@ impl Actor {
             Step::Found {
                 container,
                 image: Ok(found),
-            } => match self.note_image(&found).await {
+            } => match self.note_image(pod, &found).await {
                 Ok(()) => {
                     self.ephemeral.troubles.remove(&container);
                     let image = found.images().first().cloned().unwrap_or_default();
@@ -403,6 +373,14 @@ mod tests {
             ..report(&[])
         };
         assert_eq!(next(Some(old), 5), "");
+        let mut with_files = spec.clone();
+        with_files.ephemeral_containers[0].env_files = true;
+        let older = Pod::that_reports(Some(report(&[])));
+        let able: Vec<_> = lacking(&older, &with_files, 5)
+            .iter()
+            .map(|it| it.name.as_str())
+            .collect();
+        assert_eq!(able, ["b"], "the shim reads no files");
         let mut ending = Pod::that_reports(Some(report(&[])));
         ending.deletion = Some(Deletion {
             grace: Duration::ZERO,
@@ -423,26 +401,23 @@ mod tests {
             found(container)
         };
         adding.fails("a".to_owned(), "ErrImagePull".to_owned(), "no".to_owned());
-        adding.start("a".to_owned(), step("a", 300));
-        assert!(adding.is_busy("a") && !adding.is_busy("b"));
-        adding.start("b".to_owned(), step("b", 1));
+        adding.tasks.start("a".to_owned(), step("a", 300));
+        adding.tasks.start("b".to_owned(), step("b", 1));
         let next = adding.next().await;
         assert!(
             matches!(&next, Some(Step::Given { container, .. }) if container == "b"),
             "{next:?}"
         );
-        assert!(adding.is_busy("a") && !adding.is_busy("b"));
         // New credentials: the one that failed is tried again, and what goes well is not disturbed.
-        adding.start("c".to_owned(), step("c", 10));
+        adding.tasks.start("c".to_owned(), step("c", 10));
         adding.retry_now();
-        assert!(!adding.is_busy("a") && adding.is_busy("c"));
-        adding.start("a".to_owned(), step("a", 0));
+        assert!(!adding.tasks.is_busy("a") && adding.tasks.is_busy("c"));
+        adding.tasks.start("a".to_owned(), step("a", 0));
         let mut ended = Vec::new();
         while let Some(Step::Given { container, .. }) = adding.next().await {
             ended.push(container);
         }
         assert_eq!(ended, ["a", "c"]);
-        assert!(adding.busy.is_empty());
     }
 
     #[test]

@@ -3,18 +3,21 @@
 //! The actor compares levels, not edges: the image that the shape names with the one in `job.pb`, from which a job starts, and
 //! with the one in the shim's report. While one of them differs, a task looks up the image, the actor notes it in `job.pb`, and
 //! another task tells the shim, which restarts the container. A container goes on with the image that it has until the
-//! other one is there. What fails is tried again after a pause, and is an Event (ADR 0117).
+//! other one is there. What fails is tried again after a pause, and is an Event (ADR 0117). Each container has its own task, so
+//! one whose image takes long or cannot be used holds up no other.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use knoc_contract::capability;
-use knoc_proto::{error::chain, ids::PodUid, pb};
-use tokio::task::JoinSet;
+use knoc_proto::{ids::PodUid, pb};
 use tonic::Request;
 
 use super::{
     Actor,
-    reach::{self, GIVE_AGAIN, IMAGE_AGAIN, pause},
+    reach::{self, GIVE_AGAIN, IMAGE_AGAIN, Tasks, pause},
 };
 use crate::{
     pod::{
@@ -28,10 +31,10 @@ use crate::{
 /// The images on their way to the job.
 #[derive(Debug, Default)]
 pub(super) struct Updates {
-    /// At most one task.
-    task: JoinSet<Step>,
-    /// Whether the task tells the shim something.
-    tells: bool,
+    /// At most one task for each container.
+    tasks: Tasks<Step>,
+    /// The containers whose newest task tells the shim something.
+    telling: BTreeSet<String>,
     /// By container: what the shim was told on this link, which its report names soon.
     told: BTreeMap<String, String>,
     /// By container: what `job.pb` names; empty until the pod is staged.
@@ -40,9 +43,11 @@ pub(super) struct Updates {
     found: BTreeMap<String, pb::ResolvedImage>,
     /// By container: what has failed last, and how often in a row something did.
     troubles: BTreeMap<String, (String, u32)>,
+    /// By container: the image that the job cannot take, of which the pod was told.
+    impossible: BTreeMap<String, String>,
 }
 
-/// What the task has done.
+/// What a task has done.
 #[derive(Debug)]
 pub(super) enum Step {
     /// It looked for the image of a container.
@@ -77,39 +82,46 @@ impl<'a> Next<'a> {
 }
 
 impl Updates {
-    /// What the task has done, once it has; `None` if there is none. A task that was aborted does not count.
+    /// What the next task has done, once it has; `None` if there is no task.
     pub(super) async fn next(&mut self) -> Option<Step> {
-        loop {
-            match self.task.join_next().await? {
-                Ok(step) => return Some(step),
-                Err(error) if error.is_cancelled() => {}
-                Err(error) => tracing::error!(error = chain(&error), "a task of an image"),
-            }
-        }
+        self.tasks.next().await
     }
 
     /// Gives up: the pod is not to start anything any more.
     pub(super) fn abort(&mut self) {
-        self.task.abort_all();
+        self.tasks.abort();
     }
 
-    /// Ends the task.
+    /// Ends the tasks.
     pub(super) async fn end(&mut self) {
-        self.task.shutdown().await;
+        self.tasks.end().await;
     }
 
-    /// Ends the pause after a failure, or a further try, so that the next one begins at once.
-    pub(super) async fn retry_now(&mut self) {
-        self.task.shutdown().await;
-        self.troubles.clear();
+    /// Ends the pauses after failures, and what was tried again, so that the next try begins at once.
+    pub(super) fn retry_now(&mut self) {
+        let troubles = std::mem::take(&mut self.troubles);
+        self.tasks
+            .abort_those(|container| troubles.contains_key(container));
+    }
+
+    /// The shape names other images now than `before`: what is under way for the earlier ones ends.
+    pub(super) fn renamed(&mut self, before: &pb::PodSpec, now: &pb::PodSpec) {
+        let image = |spec: &pb::PodSpec, name: &str| {
+            let mut all = spec.init_containers.iter().chain(&spec.containers);
+            let container = all.find(|container| container.name == name);
+            container.map(|container| container.image.clone())
+        };
+        let is_renamed = |name: &str| image(before, name) != image(now, name);
+        self.troubles.retain(|name, _| !is_renamed(name));
+        self.tasks.abort_those(is_renamed);
     }
 
     /// The shim has a link now: what it could not be told before, it is told at once.
-    pub(super) async fn linked(&mut self) {
+    pub(super) fn linked(&mut self) {
         self.told.clear();
-        if self.tells {
-            self.retry_now().await;
-        }
+        let telling = std::mem::take(&mut self.telling);
+        self.troubles.retain(|name, _| !telling.contains(name));
+        self.tasks.abort_those(|name| telling.contains(name));
     }
 
     /// `job.pb` names these images now.
@@ -120,9 +132,10 @@ impl Updates {
     }
 
     /// Before the shim's first report: names the images with which the containers will start. If the shape names others, the
-    /// kubelet sees by that that the pod waits for images, and sends the credentials for them.
+    /// kubelet sees by that that the pod waits for images, and sends the credentials for them, unless the job cannot take them.
     pub(super) fn show(&self, pod: &Pod, observed: &mut pb::PodObserved) {
-        if pod.report.is_some() {
+        if let Some(report) = &pod.report {
+            observed.images_are_fixed = !takes_images(report);
             return;
         }
         let all = observed.init_containers.iter_mut();
@@ -133,10 +146,11 @@ impl Updates {
         }
     }
 
-    /// PURE: what is to be done next, if anything. A container that fails again and again holds up no other.
-    fn due<'a>(&self, pod: &Pod, spec: &'a pb::PodSpec) -> Option<Next<'a>> {
+    /// PURE: what is to be done for the containers of which no task is under way.
+    fn due<'a>(&self, pod: &Pod, spec: &'a pb::PodSpec) -> Vec<Next<'a>> {
         let all = self.all_due(pod, spec);
-        all.min_by_key(|next| self.tries(&next.container().name))
+        all.filter(|next| !self.tasks.is_busy(&next.container().name))
+            .collect()
     }
 
     /// PURE: what is to be done for each container.
@@ -156,8 +170,8 @@ impl Updates {
             return None;
         }
         if old.is_some_and(|report| !takes_images(report)) {
-            let known = self.troubles.contains_key(&container.name);
-            return (!known).then_some(Next::Impossible(container));
+            let told = self.impossible.get(&container.name);
+            return (told != Some(&container.image)).then_some(Next::Impossible(container));
         }
         if *staged == container.image && self.told.get(&container.name) == Some(&container.image) {
             return None;
@@ -217,73 +231,79 @@ fn takes_images(report: &pb::Report) -> bool {
 }
 
 impl Actor {
-    /// Takes the next step towards the images that the shape names, unless one is under way.
-    pub(super) async fn update_images(&mut self, pod: Pod) -> Pod {
-        if !self.updates.task.is_empty() {
-            return pod;
-        }
-        match self.updates.due(&pod, &self.spec) {
-            None => pod,
-            // It goes on once they are there.
-            Some(Next::Find(_)) if self.lacks_credentials() => pod,
-            Some(Next::Find(container)) => {
-                let container = container.clone();
-                let wait = pause(self.updates.tries(&container.name), IMAGE_AGAIN);
-                let (site, spec) = (Arc::clone(&self.site), Arc::clone(&self.spec));
-                let (own, credentials) = (self.own.clone(), self.known_credentials());
-                self.updates.tells = false;
-                self.updates.task.spawn(async move {
-                    tokio::time::sleep(wait).await;
-                    let name = container.name.clone();
-                    let image = match stage::allowed(&site, &container) {
-                        Ok(()) => {
-                            let find = stage::image_of(&site, &spec, container, &credentials, &own);
-                            Box::pin(find).await
-                        }
-                        Err(error) => Err(error),
-                    };
-                    Step::Found {
-                        container: name,
-                        image,
-                    }
-                });
-                pod
-            }
-            Some(Next::Tell(container)) => {
-                let name = container.name.clone();
-                let wait = pause(self.updates.tries(&name), GIVE_AGAIN);
-                let image = self.updates.found.get(&name).cloned();
-                let (site, uid) = (Arc::clone(&self.site), self.uid.clone());
-                self.updates.tells = true;
-                self.updates.task.spawn(async move {
-                    tokio::time::sleep(wait).await;
-                    let result = tell(&site, &uid, image).await;
-                    Step::Told {
-                        container: name,
-                        result,
-                    }
-                });
-                pod
-            }
-            Some(Next::Impossible(container)) => {
-                let name = container.name.clone();
-                let version = pod.report.as_ref().map(|report| report.version.clone());
-                let message = format!(
-                    "the job of the pod runs version {} of KNoC, which cannot change images: create the pod again to use it",
-                    version.unwrap_or_default()
-                );
-                self.image_fails(pod, &name, &message).await
+    /// Takes the next step towards the images that the shape names for each container, unless it is under way.
+    pub(super) async fn update_images(&mut self, mut pod: Pod) -> Pod {
+        let spec = Arc::clone(&self.spec);
+        for next in self.updates.due(&pod, &spec) {
+            match next {
+                // It goes on once they are there.
+                Next::Find(_) if self.lacks_credentials() => {}
+                Next::Find(container) => self.find_image(container.clone()),
+                Next::Tell(container) => self.tell_image(&container.name),
+                Next::Impossible(container) => {
+                    let (name, image) = (container.name.clone(), container.image.clone());
+                    self.updates.impossible.insert(name, image);
+                    pod = self.image_is_impossible(pod, &container.name).await;
+                }
             }
         }
+        pod
     }
 
-    /// The task has done something: takes the next step.
+    fn find_image(&mut self, container: pb::Container) {
+        let name = container.name.clone();
+        let wait = pause(self.updates.tries(&name), IMAGE_AGAIN);
+        let (site, spec) = (Arc::clone(&self.site), Arc::clone(&self.spec));
+        let (own, credentials) = (self.own.clone(), self.known_credentials());
+        self.updates.telling.remove(&name);
+        self.updates.tasks.start(name.clone(), async move {
+            tokio::time::sleep(wait).await;
+            let image = match stage::allowed(&site, &container) {
+                Ok(()) => {
+                    let find = stage::image_of(&site, &spec, container, &credentials, &own);
+                    Box::pin(find).await
+                }
+                Err(error) => Err(error),
+            };
+            Step::Found {
+                container: name,
+                image,
+            }
+        });
+    }
+
+    fn tell_image(&mut self, name: &str) {
+        let name = name.to_owned();
+        let wait = pause(self.updates.tries(&name), GIVE_AGAIN);
+        let image = self.updates.found.get(&name).cloned();
+        let (site, uid) = (Arc::clone(&self.site), self.uid.clone());
+        self.updates.telling.insert(name.clone());
+        self.updates.tasks.start(name.clone(), async move {
+            tokio::time::sleep(wait).await;
+            let result = tell(&site, &uid, image).await;
+            Step::Told {
+                container: name,
+                result,
+            }
+        });
+    }
+
+    async fn image_is_impossible(&mut self, pod: Pod, name: &str) -> Pod {
+        let version = pod.report.as_ref().map(|report| report.version.clone());
+        let message = format!(
+            "the job of the pod runs version {} of KNoC, which cannot change images: create the pod again to use it",
+            version.unwrap_or_default()
+        );
+        self.image_fails(pod, name, &message).await
+    }
+
+    /// A task has done something: takes the next step.
     pub(super) async fn image_step(&mut self, pod: Pod, step: Step) -> Pod {
         let pod = match step {
             Step::Found {
                 container,
                 image: Ok(found),
-            } => match self.note_image(&found).await {
+            } => match self.note_image(&pod, &found).await {
                 Ok(()) => {
                     self.updates.troubles.remove(&container);
                     self.updates.staged(found.images());
@@ -361,178 +381,4 @@ async fn tell(site: &Site, uid: &PodUid, image: Option<pb::ResolvedImage>) -> Re
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn spec(image: &str) -> pb::PodSpec {
-        pb::PodSpec {
-            containers: vec![pb::Container {
-                name: "main".to_owned(),
-                image: image.to_owned(),
-                ..pb::Container::default()
-            }],
-            ..pb::PodSpec::default()
-        }
-    }
-
-    fn report(image: &str, next: &str) -> pb::Report {
-        pb::Report {
-            capabilities: vec![capability::IMAGE_UPDATES.to_owned()],
-            containers: vec![pb::ContainerStatus {
-                name: "main".to_owned(),
-                image: image.to_owned(),
-                next_image: next.to_owned(),
-                ..pb::ContainerStatus::default()
-            }],
-            ..pb::Report::default()
-        }
-    }
-
-    fn resolved(image: &str) -> pb::ResolvedImage {
-        pb::ResolvedImage {
-            container: "main".to_owned(),
-            image: image.to_owned(),
-            ..pb::ResolvedImage::default()
-        }
-    }
-
-    fn due(updates: &Updates, report: Option<pb::Report>, image: &str) -> &'static str {
-        match updates.due(&Pod::that_reports(report), &spec(image)) {
-            None => "nothing",
-            Some(Next::Find(_)) => "find",
-            Some(Next::Tell(_)) => "tell",
-            Some(Next::Impossible(_)) => "impossible",
-        }
-    }
-
-    #[test]
-    fn an_image_is_looked_up_then_staged_then_told_until_the_shim_has_it() {
-        let mut updates = Updates::default();
-        assert_eq!(due(&updates, None, "b"), "nothing", "it is not staged yet");
-        updates.staged([&resolved("a")]);
-        assert_eq!(due(&updates, None, "a"), "nothing");
-        assert_eq!(
-            due(&updates, None, "b"),
-            "find",
-            "the job waits in the queue"
-        );
-        assert_eq!(due(&updates, Some(report("a", "")), "b"), "find");
-        updates.found.insert("main".to_owned(), resolved("b"));
-        updates.staged([&resolved("b")]);
-        assert_eq!(
-            due(&updates, None, "b"),
-            "nothing",
-            "the job starts with it"
-        );
-        assert_eq!(due(&updates, Some(report("a", "")), "b"), "tell");
-        assert_eq!(due(&updates, Some(report("a", "b")), "b"), "nothing");
-        assert_eq!(due(&updates, Some(report("b", "")), "b"), "nothing");
-        updates.told.insert("main".to_owned(), "b".to_owned());
-        assert_eq!(
-            due(&updates, Some(report("a", "")), "b"),
-            "nothing",
-            "its report is awaited"
-        );
-        updates.told.clear();
-        // It changes once more.
-        assert_eq!(due(&updates, Some(report("a", "b")), "c"), "find");
-        // After a restart of the agent.
-        updates.found.clear();
-        assert_eq!(due(&updates, Some(report("a", "")), "b"), "find");
-    }
-
-    #[test]
-    fn locations_of_an_older_agent_keep_the_image_of_the_shape_that_they_were_found_for() {
-        let mut job = pb::JobFile {
-            spec: Some(spec("a")),
-            images: vec![resolved(""), pb::ResolvedImage::default()],
-            ..pb::JobFile::default()
-        };
-        name_images(&mut job);
-        let names: Vec<_> = job.images.iter().map(|one| one.image.as_str()).collect();
-        assert_eq!(names, ["a", ""]);
-        job.spec = Some(spec("b"));
-        name_images(&mut job);
-        assert_eq!(job.images[0].image, "a");
-    }
-
-    #[test]
-    fn a_container_whose_image_cannot_be_used_holds_up_no_other() {
-        let mut updates = Updates::default();
-        let mut spec = spec("b");
-        let other = pb::Container {
-            name: "other".to_owned(),
-            ..spec.containers[0].clone()
-        };
-        spec.containers.push(other);
-        let resolved_other = |image: &str| pb::ResolvedImage {
-            container: "other".to_owned(),
-            ..resolved(image)
-        };
-        updates.staged([&resolved("a"), &resolved_other("a")]);
-        let next = |updates: &Updates| {
-            let next = updates.due(&Pod::that_reports(None), &spec);
-            next.map_or_else(String::new, |next| next.container().name.clone())
-        };
-        assert_eq!(next(&updates), "main");
-        assert!(updates.fails("main", "no"));
-        assert_eq!(next(&updates), "other");
-        assert!(updates.looks_for_image(&Pod::that_reports(None), &spec));
-        updates.staged([&resolved_other("b")]);
-        assert_eq!(next(&updates), "main", "it is tried again");
-        updates.staged([&resolved("b")]);
-        assert!(!updates.looks_for_image(&Pod::that_reports(None), &spec));
-    }
-
-    #[test]
-    fn a_job_of_an_older_version_is_told_nothing_and_that_is_said_once() {
-        let mut updates = Updates::default();
-        updates.staged([&resolved("a")]);
-        let old = pb::Report {
-            capabilities: Vec::new(),
-            ..report("a", "")
-        };
-        assert_eq!(due(&updates, Some(old.clone()), "b"), "impossible");
-        assert!(updates.fails("main", "no"));
-        assert_eq!(due(&updates, Some(old), "b"), "nothing");
-        assert!(!updates.fails("main", "no"));
-        assert!(updates.fails("main", "another reason"));
-    }
-
-    #[test]
-    fn a_job_that_waits_is_shown_with_the_image_from_which_it_would_start() {
-        let mut updates = Updates::default();
-        let shown = |updates: &Updates, report: Option<pb::Report>| {
-            let status = pb::ContainerStatus {
-                name: "main".to_owned(),
-                image: "b".to_owned(),
-                ..pb::ContainerStatus::default()
-            };
-            let mut observed = pb::PodObserved {
-                containers: vec![status],
-                ..pb::PodObserved::default()
-            };
-            updates.show(&Pod::that_reports(report), &mut observed);
-            observed.containers[0].image.clone()
-        };
-        assert_eq!(shown(&updates, None), "b", "nothing is staged yet");
-        updates.staged([&resolved("a")]);
-        assert_eq!(shown(&updates, None), "a", "the other one is not there yet");
-        updates.staged([&resolved("b")]);
-        assert_eq!(shown(&updates, None), "b");
-        updates.staged([&resolved("c")]);
-        let said = Some(report("b", "c"));
-        assert_eq!(shown(&updates, said), "b", "the shim knows what runs");
-    }
-
-    #[test]
-    fn nothing_is_done_for_a_pod_that_ends() {
-        let mut updates = Updates::default();
-        updates.staged([&resolved("a")]);
-        let last = pb::Report {
-            r#final: true,
-            ..report("a", "")
-        };
-        assert_eq!(due(&updates, Some(last), "b"), "nothing");
-    }
-}
+mod tests;

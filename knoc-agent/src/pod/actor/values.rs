@@ -10,7 +10,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use knoc_contract::jobdir::JobDir;
+use knoc_contract::{capability, jobdir::JobDir};
 use knoc_proto::{error::chain, ids::PodUid, pb, pod::PodValues, reason::ErrorReason};
 use tokio::task::AbortHandle;
 use tonic::Request;
@@ -214,6 +214,16 @@ fn due(has: Option<i64>, newest: i64, held: bool, reported: bool, given: Option<
     lacks && (contradicted || given.is_none_or(|given| given < newest))
 }
 
+/// PURE: the values as older shims take them. Only an ephemeral container can have variables from files there, and it is not
+/// given to such a shim.
+fn without_files(mut values: pb::PodValues) -> pb::PodValues {
+    for env in values.env.iter_mut().chain(&mut values.ephemeral_env) {
+        env.vars
+            .retain(|var| !matches!(var.value, Some(pb::env_var::Value::File(_))));
+    }
+    values
+}
+
 /// Pushes the values, from memory or from the job directory, until the shim acknowledges them or
 /// its link is gone.
 async fn push_until_acked(
@@ -230,6 +240,11 @@ async fn push_until_acked(
         };
         let (Some(values), Some(client)) = (values, site.shim_links.client(&uid)) else {
             break;
+        };
+        let reads_files = site.shim_links.able(&uid, capability::ENV_FILES);
+        let values = match reads_files {
+            Some(Ok(_)) => values,
+            Some(Err(_)) | None => without_files(values),
         };
         let revision = values.revision;
         match give(client, values).await {
@@ -282,7 +297,33 @@ async fn unstage(dir: &JobDir, revision: i64) {
 
 #[cfg(test)]
 mod tests {
-    use super::due;
+    use knoc_proto::pb::{self, env_var::Value};
+
+    use super::{due, without_files};
+
+    #[test]
+    fn an_older_shim_gets_no_variable_from_a_file() {
+        let var = |name: &str, value| pb::EnvVar {
+            name: name.to_owned(),
+            value: Some(value),
+        };
+        let vars = vec![
+            var("A", Value::File(pb::FileKey::default())),
+            var("B", Value::Template("b".to_owned())),
+        ];
+        let values = pb::PodValues {
+            revision: 7,
+            ephemeral_env: vec![pb::ContainerEnv {
+                container: "debugger".to_owned(),
+                vars,
+            }],
+            ..pb::PodValues::default()
+        };
+        let values = without_files(values);
+        let names = values.ephemeral_env[0].vars.iter();
+        let names: Vec<_> = names.map(|var| var.name.as_str()).collect();
+        assert_eq!((names, values.revision), (vec!["B"], 7));
+    }
 
     #[test]
     fn a_shim_gets_the_values_that_it_lacks_and_none_twice() {

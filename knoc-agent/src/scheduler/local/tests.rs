@@ -255,3 +255,27 @@ async fn an_unknown_job_or_a_wrong_uid_is_missing() {
     let round = world.local.round(&[job, stranger.clone()]).await.unwrap();
     assert_eq!(round.missing, [stranger]);
 }
+
+#[test]
+fn a_pod_of_ranks_is_refused_with_the_annotations_that_ask_for_them() {
+    let world = World::new();
+    let uid = PodUid::try_from("0e9f5ac4-87ad-4ee6-9b5c-3a9be2f9fd73").unwrap();
+    let spec = knoc_proto::pb::PodSpec {
+        job: Some(knoc_proto::pb::JobRequest {
+            mpi: Some(knoc_proto::pb::Mpi::default()),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let request = SubmitRequest {
+        uid: uid.clone(),
+        spec: Arc::new(PodSpec::accepted_before(uid, spec)),
+        cluster_id: "c".to_owned(),
+        attempt: 1,
+        jobdir: world.dir.path().join("pods/x"),
+        shim: world.dir.path().join("program"),
+    };
+    let error = world.local.render(&request).unwrap_err();
+    assert_eq!(error.kind, SubmitErrorKind::Permanent);
+    assert!(error.message.contains("knoc.io/mpi"), "{error}");
+}

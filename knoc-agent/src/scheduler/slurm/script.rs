@@ -98,6 +98,7 @@ pub(super) fn render(
     let mut argv = vec![site.sbatch.to_string_lossy().into_owned()];
     argv.extend(identity(request, &shape)?);
     argv.extend(resources(&shape));
+    argv.extend(job.mpi.as_ref().map(ranks).unwrap_or_default());
     argv.extend(choices(&job, site));
     argv.extend(job.flags.iter().cloned());
     let script = script(&site.prelude, &request.shim, &request.jobdir)?;
@@ -182,6 +183,18 @@ fn resources(shape: &Shape) -> Vec<String> {
     );
     if !shape.gres.is_empty() {
         argv.push(format!("--gres={}", shape.gres.join(",")));
+    }
+    argv
+}
+
+/// What the allocation must allow for the ranks of the pod. How they are placed within it, the shim tells srun.
+fn ranks(mpi: &pb::Mpi) -> Vec<String> {
+    let mut argv = Vec::new();
+    if mpi.ranks_per_node > 0 {
+        argv.push(format!("--ntasks-per-node={}", mpi.ranks_per_node));
+    }
+    if mpi.overcommit {
+        argv.push("--overcommit".to_owned());
     }
     argv
 }

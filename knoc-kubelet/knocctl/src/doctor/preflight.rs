@@ -3,10 +3,11 @@
 //! ```text
 //! login node   over SSH (--ssh), or this machine if it has sbatch: the agent's program looks and answers (`knoc-agent manage`)
 //! addresses    names and ports by which the cluster is to reach the agent, from this machine
-//! cluster      if kubectl is here: versions, and the rights to install the chart and to run pods
+//! cluster      if kubectl is here: versions, and the rights to install the chart, to grant what it grants and to run pods
 //! ```
 
 mod cluster;
+mod grants;
 
 use std::{ffi::OsStr, path::PathBuf, time::Duration};
 
@@ -28,6 +29,8 @@ use crate::{
 const LOOK: Duration = Duration::from_mins(5);
 /// How long a connection may take.
 const CONNECT: Duration = Duration::from_secs(5);
+/// No answer of the API server is waited for longer.
+const TIMEOUT: &str = "--request-timeout=10s";
 /// The port of an agent whose address names none.
 const PORT: u16 = 10350;
 

@@ -115,7 +115,7 @@ fn endpoints_that_leave_serve_until_others_are_ready() {
         &json!([{"addresses": ["10.1.0.6"]}]),
     ))
     .unwrap();
-    assert!(table.set_slice(name.clone(), ready));
+    table.set_slice(name.clone(), ready);
     assert_eq!(found(&table, "10.96.0.5:80"), ["10.1.0.6:8080"]);
     table.remove_slice(&name);
     assert_eq!(found(&table, "10.96.0.5:80"), ["10.1.0.4:8080"]);
@@ -184,16 +184,30 @@ fn the_number_of_endpoints_is_bounded() {
     };
     let mut table = Table::default();
     let name = |number: usize| Name::new("a", &number.to_string());
+    let has = |table: &Table, number: usize| table.slices.contains_key(&name(number));
     for number in 0..4 {
-        assert!(table.set_slice(name(number), slice.clone()));
+        table.set_slice(name(number), slice.clone());
     }
-    assert!(!table.set_slice(name(4), slice.clone()));
-    assert!(
-        table.set_slice(name(3), slice.clone()),
-        "it replaces itself"
-    );
+    table.set_slice(name(3), slice.clone());
+    assert!(has(&table, 3), "it replaces itself");
+    assert_eq!(table.left_out(), None);
+    table.set_slice(name(4), slice.clone());
+    assert!(!has(&table, 4));
+    let told = table.left_out().unwrap();
+    assert!(told.contains(&MOST_ENDPOINTS.to_string()), "{told}");
     table.remove_slice(&name(0));
-    assert!(table.set_slice(name(4), slice));
+    table.set_slice(name(4), slice.clone());
+    assert!(has(&table, 4) && table.left_out().is_some());
+    // All of them are read again.
+    let all = |count: usize| {
+        (0..count)
+            .map(|number| (name(number), slice.clone()))
+            .collect()
+    };
+    table.set_slices(all(4));
+    assert_eq!(table.left_out(), None);
+    table.set_slices(all(5));
+    assert!(table.left_out().is_some() && !has(&table, 4));
 }
 
 #[test]
@@ -207,4 +221,24 @@ fn five_thousand_services_are_found_by_their_addresses() {
     let target = &table.targets(at("10.96.4.1:1026"), EgressProtocol::Tcp)[0];
     assert_eq!(target.service.to_string(), "a/s1025");
     assert_eq!(table.ports(false, |_| true).tcp.len(), 5000);
+}
+
+#[test]
+fn the_address_of_an_endpoint_that_has_gone_leads_nowhere() {
+    let endpoints = |addresses: &[&str]| {
+        let all = addresses
+            .iter()
+            .map(|address| json!({"addresses": [address]}));
+        slice_of("one", "web", &all.collect::<Vec<_>>().into())
+    };
+    let mut table = table(&[web()], &[endpoints(&["10.1.0.1", "10.1.0.2"])]);
+    assert_eq!(found(&table, "10.1.0.2:8080"), ["10.1.0.2:8080"]);
+    // Another pod may have the address by now.
+    let (name, slice) = read(&endpoints(&["10.1.0.1"])).unwrap();
+    table.set_slice(name, slice);
+    assert!(found(&table, "10.1.0.2:8080").is_empty());
+    // After a new list.
+    table.set_slices(vec![read(&endpoints(&["10.1.0.3"])).unwrap()]);
+    assert!(found(&table, "10.1.0.1:8080").is_empty());
+    assert_eq!(found(&table, "10.1.0.3:8080"), ["10.1.0.3:8080"]);
 }

@@ -84,6 +84,21 @@ fn requests_are_summed_and_the_largest_init_container_counts() {
 }
 
 #[test]
+fn the_pod_as_a_whole_comes_before_its_containers_and_its_overhead_is_added() {
+    let containers = json!([{"name": "a", "image": "i",
+        "resources": {"requests": {"cpu": "1", "memory": "1Gi", "nvidia.com/gpu": "1"}}}]);
+    let shape = shape(&json!({
+        "containers": containers,
+        "resources": {"requests": {"cpu": "3"}, "limits": {"cpu": "4"}},
+        "overhead": {"cpu": "250m", "memory": "1Gi"},
+    }));
+    let expected = amounts(&[("cpu", 3250), ("memory", 2 * GI), ("nvidia.com/gpu", 1)]);
+    assert_eq!(requests(&shape), expected);
+    let job = shape.job.unwrap();
+    assert_eq!((job.cpu_millis, job.memory_bytes), (3250, 2 * GI));
+}
+
+#[test]
 fn each_resource_is_named_in_the_message_of_kubernetes() {
     for (used, asked, expected) in [
         (json!({}), json!({"cpu": "40"}), None),

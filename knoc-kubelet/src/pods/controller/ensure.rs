@@ -142,7 +142,6 @@ impl Worker<'_> {
         }
         let message = messages.join("; ");
         self.record_once(pod, "Failed", &format!("Error: {message}"));
-        self.hold("CreateContainerConfigError", &message);
     }
 
     /// Is there an ephemeral container that the agent could be sent and does not have?
@@ -333,7 +332,9 @@ impl Worker<'_> {
         )
         .await?;
         let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
-        let objects = resolve::versions(namespace, &needs, &resolved);
+        let made = knoc_translate::values(pod, &resolved);
+        let complete = made.as_ref().is_ok_and(|it| it.lacking.is_empty());
+        let objects = resolve::versions(namespace, &needs, &resolved, complete);
         self.memory.values.look_at = Some(now)
             .filter(|_| !objects.is_empty() || !needs.trust_bundles.is_empty())
             .and_then(resolve::look_at);
@@ -344,7 +345,7 @@ impl Worker<'_> {
             mut values,
             skipped,
             lacking,
-        } = knoc_translate::values(pod, &resolved)?;
+        } = made?;
         if !skipped.is_empty() {
             let text = format!(
                 "Keys [{}] were skipped since they are considered invalid environment variable names.",
@@ -356,8 +357,7 @@ impl Worker<'_> {
         values.revision = self.memory.values.revision;
         self.memory.values.refresh_at = resolve::renew_at(&self.memory.values.tokens);
         self.memory.values.metadata = Some(metadata(pod));
-        let names = lacking.iter().map(|one| one.container.clone());
-        self.memory.values.lacking = names.collect();
+        self.memory.values.lacking.clone_from(&lacking);
         let pull_credentials = self.pull_credentials(pod, now).await;
         self.plan(now);
         let sent = Sent {

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use jiff::Timestamp;
-use knoc_translate::Grace;
+use knoc_translate::{Grace, Lacking};
 use tokio::time::Instant;
 
 use super::hashes::Hashes;
@@ -62,7 +62,7 @@ pub(super) struct Values {
     /// When the objects were read last, and the level of their changes then.
     pub(super) read: Option<(Timestamp, u64)>,
     /// The ephemeral containers that lacked something when the values were last made.
-    pub(super) lacking: Vec<String>,
+    pub(super) lacking: Vec<Lacking>,
     /// When values that the agent asked for were last sent again.
     pub(super) resent_at: Option<Timestamp>,
     /// Hash of the labels and annotations from which the values were made.

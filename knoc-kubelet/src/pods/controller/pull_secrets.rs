@@ -5,6 +5,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb::{self, PodPhase, container_status::State};
+use knoc_translate::Lacking;
 
 use super::{ensure::NoValues, worker::Worker};
 use crate::pods::{resolve, status, store::PodView};
@@ -76,8 +77,8 @@ fn read_again() -> SignedDuration {
 pub(super) struct NotSent<'a> {
     /// What the verdict table rejects; an ephemeral container is rejected alone.
     rejected: &'a [String],
-    /// The names of the ephemeral containers that wait for what their variables refer to.
-    lacking: &'a [String],
+    /// The ephemeral containers that wait for what their variables refer to.
+    lacking: &'a [Lacking],
     /// Whether the agent does not take this generation of the pod.
     all: bool,
 }
@@ -85,7 +86,7 @@ pub(super) struct NotSent<'a> {
 impl NotSent<'_> {
     pub(super) fn has(&self, name: &str) -> bool {
         self.all
-            || self.lacking.iter().any(|lacks| lacks == name)
+            || self.lacking.iter().any(|lacks| lacks.container == name)
             || status::refused(self.rejected, name).is_some()
     }
 }
@@ -132,7 +133,7 @@ fn waits_for_images(pod: &Pod, observed: &pb::PodObserved, not_sent: NotSent<'_>
         | PodPhase::Running
         | PodPhase::Stopping
         | PodPhase::Lost => {
-            let others = !not_sent.all && others();
+            let others = !not_sent.all && !observed.images_are_fixed && others();
             others || ephemeral.any(|container| waits(&container.name))
         }
     }
@@ -145,6 +146,14 @@ mod tests {
     use super::*;
 
     fn waits(image: &str, next_image: &str, refused: bool) -> bool {
+        waits_beside(pb::PodObserved::default(), (image, next_image), refused)
+    }
+
+    fn waits_beside(
+        others: pb::PodObserved,
+        (image, next_image): (&str, &str),
+        refused: bool,
+    ) -> bool {
         let pod = json!({"spec": {"containers": [{"name": "main", "image": "new"}]}});
         let pod: Pod = serde_json::from_value(pod).unwrap();
         let observed = pb::PodObserved {
@@ -155,7 +164,7 @@ mod tests {
                 next_image: next_image.to_owned(),
                 ..pb::ContainerStatus::default()
             }],
-            ..pb::PodObserved::default()
+            ..others
         };
         let not_sent = NotSent {
             all: refused,
@@ -174,6 +183,14 @@ mod tests {
         assert!(
             !waits("old", "", true),
             "the agent does not take the change"
+        );
+        let fixed = pb::PodObserved {
+            images_are_fixed: true,
+            ..pb::PodObserved::default()
+        };
+        assert!(
+            !waits_beside(fixed, ("old", ""), false),
+            "the job does not take the change"
         );
     }
 }

@@ -74,6 +74,7 @@ impl Worker<'_> {
             pod: &view.pod,
             observed: observed.as_deref(),
             hold: self.memory.status.hold.as_ref(),
+            lacking: &self.memory.values.lacking,
             // A pod that the agent has reports its state itself.
             rejection: rejection.filter(|_| observed.is_none()),
             unreachable: self.unreachable(),

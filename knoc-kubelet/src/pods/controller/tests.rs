@@ -80,8 +80,11 @@ fn identity() -> Identity {
 
 impl Kubelet {
     async fn start() -> Self {
+        Self::start_with(FakeAgent::start()).await
+    }
+
+    async fn start_with(agent: FakeAgent) -> Self {
         let (api, client) = FakeApi::start();
-        let agent = FakeAgent::start();
         let handle = agent.handle();
         let (link_to, link) = watch::channel(Link::never());
         let (capacity_to, capacity) = watch::channel(None);

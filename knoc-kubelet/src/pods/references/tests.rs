@@ -1,3 +1,7 @@
+use http::{Request, Response};
+use http_body_util::Full;
+use kube::client::Body;
+
 use super::*;
 
 fn uid(name: &str) -> PodUid {
@@ -141,4 +145,35 @@ fn watches_that_are_denied_keep_no_other_from_being_opened() {
     let incarnation = references.state().objects[&one].incarnation;
     references.state().set_watched((&one, incarnation), true);
     assert!(!references.state().objects[&one].denied);
+}
+
+#[tokio::test]
+async fn a_watch_is_opened_although_all_others_were_denied() {
+    let (service, mut requests) =
+        tower_test::mock::pair::<Request<Body>, Response<Full<bytes::Bytes>>>();
+    let references = References::default();
+    let secret = |number: usize| Key {
+        kind: Kind::Secret,
+        namespace: "ns".to_owned(),
+        name: format!("secret-{number}"),
+    };
+    let secrets = (0..WATCHES).map(|number| (secret(number), None));
+    references.follow(&uid("a"), secrets.collect());
+    let mut tasks = JoinSet::new();
+    let client = Client::new(service, "default");
+    let stop = CancellationToken::new();
+    tasks.spawn(references.clone().run(client, Queue::default(), stop));
+    let denial = r#"{"kind": "Status", "status": "Failure", "code": 403, "reason": "Forbidden"}"#;
+    for _ in 0..WATCHES {
+        let (request, send) = requests.next_request().await.unwrap();
+        let path = request.uri().path();
+        assert!(path.ends_with("/secrets"), "{path}");
+        let denied = Response::builder().status(403);
+        send.send_response(denied.body(Full::from(denial)).unwrap());
+    }
+    references.follow(&uid("b"), read(&[("one", None)]));
+    let opened = tokio::time::timeout(Duration::from_secs(30), requests.next_request()).await;
+    let (request, _) = opened.expect("a watch").unwrap();
+    let path = request.uri().path();
+    assert!(path.ends_with("/configmaps"), "{path}");
 }

@@ -180,10 +180,15 @@ fn ephemeral_status(input: &Input<'_>, ephemeral: &EphemeralContainer) -> Contai
         .state
         .as_mut()
         .and_then(|state| state.waiting.as_mut());
-    if seen.is_none()
-        && let (Some(waiting), Some(hold)) = (waiting, input.hold)
-    {
+    let Some(waiting) = waiting.filter(|_| seen.is_none()) else {
+        return status;
+    };
+    let mut lacking = input.lacking.iter();
+    if let Some(lacking) = lacking.find(|one| one.container == ephemeral.name) {
         // The pod runs, and only the container is held up.
+        waiting.reason = Some("CreateContainerConfigError".to_owned());
+        waiting.message = text(&lacking.messages.join("; "));
+    } else if let Some(hold) = input.hold {
         waiting.reason = text(&hold.reason).or_else(|| waiting.reason.take());
         waiting.message = text(&hold.message);
     }

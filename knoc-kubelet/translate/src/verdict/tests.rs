@@ -58,6 +58,7 @@ fn every_field_of_a_pod_has_a_verdict() {
     check::<core::Container>("Container", p);
     check::<core::EnvVar>("EnvVar", p);
     check::<core::EnvVarSource>("EnvVarSource", p);
+    check::<core::FileKeySelector>("FileKeySelector", p);
     check::<core::ConfigMapKeySelector>("KeySelector", p);
     check::<core::SecretKeySelector>("KeySelector", p);
     check::<core::ObjectFieldSelector>("EnvFieldRef", p);

@@ -39,6 +39,7 @@ pub struct Messages<T> {
     side: Side,
     received: Segments,
     ended: bool,
+    cancelled: bool,
     message: PhantomData<fn() -> T>,
 }
 
@@ -59,6 +60,7 @@ impl<T: Message + Default> Messages<T> {
             side,
             received: Segments::default(),
             ended: false,
+            cancelled: false,
             message: PhantomData,
         }
     }
@@ -71,7 +73,8 @@ impl<T: Message + Default> Messages<T> {
         }
     }
 
-    /// The next message; `None` if the stream has ended successfully. Fails with the peer's status, or if the bytes are
+    /// The next message; `None` if the stream has ended successfully, or if these are requests and the client has cancelled the
+    /// call ([`is_cancelled`](Self::is_cancelled)). Fails with the peer's status, or if the bytes are
     /// not valid messages of at most [`MAX_MESSAGE`] bytes; after an error the stream has ended. Cancel safe.
     pub async fn message(&mut self) -> Result<Option<T>, Status> {
         std::future::poll_fn(|cx| self.poll_message(cx, Self::take))
@@ -85,6 +88,12 @@ impl<T: Message + Default> Messages<T> {
         std::future::poll_fn(|cx| self.poll_message(cx, look))
             .await
             .transpose()
+    }
+
+    /// Whether these are requests that ended because the client cancelled the call, and not with their regular end.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled
     }
 
     /// The rest of the stream, from the first message that was not taken, as a body.
@@ -159,6 +168,7 @@ impl<T: Message + Default> Messages<T> {
             // The client has cancelled the call: its messages end here.
             Some(Err(status)) if self.side == Side::Server && status.code() == Code::Cancelled => {
                 self.ended = true;
+                self.cancelled = true;
                 self.received = Segments::default();
             }
             Some(Err(status)) => return Err(status),

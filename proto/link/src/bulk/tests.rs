@@ -32,10 +32,10 @@ fn stdout(data: Bytes) -> ExecOutput {
 }
 
 /// `exec` echoes its input and ends with an error. `attach` sends no message, reads its input up to a change of the
-/// terminal's size, and reports when it is dropped.
+/// terminal's size, and reports, when it is dropped, whether its input ended because the call was cancelled.
 struct Echo {
     tasks: TaskTracker,
-    left: mpsc::Sender<()>,
+    left: mpsc::Sender<bool>,
 }
 
 fn nothing() -> Status {
@@ -82,8 +82,9 @@ impl Shim for Echo {
                 }
             }
             output.closed().await;
+            let cancelled = input.is_cancelled();
             drop(input);
-            left.send(()).await
+            left.send(cancelled).await
         });
         Ok(super::answer(super::encode(ReceiverStream::new(silent))))
     }
@@ -183,7 +184,7 @@ impl Shim for Echo {
 }
 
 /// A channel to an [`Echo`], and a receiver that is notified when its `attach` is dropped.
-fn echo() -> (Channel, mpsc::Receiver<()>) {
+fn echo() -> (Channel, mpsc::Receiver<bool>) {
     let (left, gone) = mpsc::channel(1);
     let (near, far) = tokio::io::duplex(1 << 16);
     let tasks = TaskTracker::new();
@@ -308,8 +309,12 @@ async fn dropping_a_response_cancels_its_call() {
     let answer = shim.attach(request).await.unwrap();
     // The request has not ended, but sends nothing more.
     drop(super::output(&answer));
-    gone.recv().await.unwrap();
+    assert!(gone.recv().await.unwrap(), "the input had no regular end");
     assert!(input.is_closed());
+    let said = super::messages::encode_request(stream::iter([stdin("a")]));
+    let mut ended = Messages::<ExecInput>::new(said, Side::Server);
+    while ended.message().await.unwrap().is_some() {}
+    assert!(!ended.is_cancelled(), "a regular end");
 }
 
 #[tokio::test]

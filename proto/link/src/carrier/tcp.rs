@@ -3,6 +3,7 @@ use std::{
     io,
     net::SocketAddr,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use rustix::net::sockopt;
@@ -14,6 +15,22 @@ use crate::{LinkError, origin::Origin};
 /// How many connections the kernel may queue between two polls (listen(2)). A client whose connection does not fit
 /// retries only after a second, so this is the system's default maximum.
 const BACKLOG: u32 = 4096;
+
+/// A host that was switched off is noticed after 40 s, as by the keepalive of HTTP/2 on links: the first probe after this
+/// time without data, then [`PROBES`] of them, this far apart.
+const SILENT: Duration = Duration::from_secs(15);
+const BETWEEN_PROBES: Duration = Duration::from_secs(5);
+const PROBES: u32 = 5;
+
+/// Lets the kernel find out whether the other host is still there, which works although the processes at both ends may be
+/// suspended.
+fn keep_alive(io: &TcpStream) {
+    // A kernel that lacks an option probes later.
+    sockopt::set_tcp_keepidle(io, SILENT).ok();
+    sockopt::set_tcp_keepintvl(io, BETWEEN_PROBES).ok();
+    sockopt::set_tcp_keepcnt(io, PROBES).ok();
+    sockopt::set_socket_keepalive(io, true).ok();
+}
 
 /// Parses `HOST:PORT`.
 pub(super) fn parse(address: &str) -> Result<Carrier, InvalidCarrier> {
@@ -46,6 +63,7 @@ impl Dial for Dialler<'_> {
         };
         let io = TcpStream::connect(self.address).await.map_err(failed)?;
         io.set_nodelay(true).map_err(failed)?;
+        keep_alive(&io);
         let origin = Origin::Address(io.peer_addr().map_err(failed)?);
         Ok(Unverified { io, origin })
     }
@@ -95,7 +113,32 @@ impl super::Listener for Listener {
             // once.
             sockopt::set_socket_linger(io, None).ok();
             io.set_nodelay(true).ok();
+            keep_alive(io);
         }
         arrived
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::io::AsyncWriteExt as _;
+
+    use super::{super::Listener as _, *};
+
+    #[tokio::test]
+    async fn both_ends_find_out_whether_the_other_host_is_there() {
+        let listener = Listener::bind(([127, 0, 0, 1], 0).into()).unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let dialler = Dialler { address: &address };
+        let mut ours = dialler.dial().await.unwrap().io;
+        let theirs = poll_fn(|cx| listener.poll_accept(cx)).await.unwrap().io;
+        ours.write_all(b"x").await.unwrap();
+        assert!(Listener::first_byte(&theirs).await);
+        for io in [&ours, &theirs] {
+            assert!(sockopt::socket_keepalive(io).unwrap());
+            assert_eq!(sockopt::tcp_keepidle(io).unwrap(), SILENT);
+        }
     }
 }

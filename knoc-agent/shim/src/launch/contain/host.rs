@@ -495,4 +495,37 @@ mod tests {
         );
         assert_eq!(fs::read_dir(&outer).unwrap().count(), 0);
     }
+
+    #[test]
+    fn what_is_guarded_by_a_name_with_links_is_guarded_before_it_exists() {
+        let mut world = world();
+        world.allowed.guarded = vec![world.root.join("scratch/own/state")];
+        world.allowed.prefixes.push(Prefix {
+            path: world.root.join("real/scratch"),
+            writable: true,
+        });
+        for kind in [Kind::Any, Kind::FolderOrCreate] {
+            refused(
+                world.open("real/scratch/own/state/x", kind, true),
+                "never mounted",
+            );
+        }
+        assert!(!world.root.join("real/scratch/own").exists());
+    }
+
+    #[test]
+    fn a_folder_that_contains_what_is_guarded_is_known_by_its_inode() {
+        let world = world();
+        let mut guard = Guard::of(&world.allowed);
+        // Another mount may show it by another name.
+        guard.here.guarded.clear();
+        let home = walk::own(&world.root.join("home")).unwrap();
+        let refused = guard.judge(&home, false).unwrap_err();
+        assert!(
+            matches!(refused, HostError::Walk(WalkError::Guarded(_))),
+            "{refused}"
+        );
+        let bin = walk::own(&world.root.join("home/bin")).unwrap();
+        guard.judge(&bin, false).unwrap();
+    }
 }

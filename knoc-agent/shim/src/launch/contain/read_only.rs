@@ -1,4 +1,4 @@
-//! Makes a mount read-only and, if it is a path of the node, everything that is mounted below it.
+//! Makes a mount read-only and, if it is a path of the node or a sandbox, everything that is mounted below it.
 
 use std::{
     ffi::OsString,

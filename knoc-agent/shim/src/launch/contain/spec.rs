@@ -168,6 +168,16 @@ impl Source {
         found.is_folder() || self.is_image_file()
     }
 
+    /// Whether the node may have mounted other file systems below it. `found` is what it led to.
+    pub(crate) fn is_of_node(&self, found: &Found) -> bool {
+        match self {
+            Self::Host(_) => true,
+            // A sandbox is a folder of the site.
+            Self::Image { .. } => found.is_folder(),
+            Self::Inside { .. } | Self::Own(_) => false,
+        }
+    }
+
     /// Opens what is to be mounted.
     pub(crate) fn open(&self) -> Result<Found, SourceError> {
         match self {
@@ -238,6 +248,23 @@ mod tests {
             open(&staged).unwrap_err(),
             SourceError::Walk(WalkError::Io { .. })
         ));
+    }
+
+    #[test]
+    fn what_the_node_may_have_mounted_below_a_source_is_read_only_with_it() {
+        let root = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(root.path()).unwrap();
+        let (sandbox, file) = (root.join("box"), root.join("a.sif"));
+        fs::create_dir(&sandbox).unwrap();
+        fs::write(&file, "image").unwrap();
+        let of_node = |source: &Source| source.is_of_node(&source.open().unwrap());
+        let image = |path: &Path| Source::Image {
+            path: path.to_owned(),
+            expected: None,
+        };
+        assert!(of_node(&image(&sandbox)));
+        assert!(!of_node(&image(&file)));
+        assert!(!of_node(&Source::Own(sandbox)));
     }
 
     #[test]

@@ -136,15 +136,19 @@ fn is_to_be_killed(view: &View, container: &Container) -> bool {
     !spared && end(view, container).is_some_and(|end| view.now >= end)
 }
 
-/// A main container behind one whose postStart hook has not ended.
-fn waits_for_a_hook(view: &View, container: &Container) -> bool {
+/// A main container behind one that is being started, or whose postStart hook has not ended.
+fn waits_for_its_turn(view: &View, plan: &Plan, container: &Container) -> bool {
     let mut before = view.of_role(Role::Main).filter(|one| one.id < container.id);
     container.role == Role::Main
-        && before.any(|one| one.post_start_pending && !matches!(one.phase, Phase::Exited { .. }))
+        && before.any(|one| {
+            let hook = one.post_start_pending && !matches!(one.phase, Phase::Exited { .. });
+            let starts = plan.actions.contains(&Action::Start(one.id));
+            hook || starts || one.phase == Phase::Starting
+        })
 }
 
 /// A sidecar or main container that has ended and that its rule restarts, in a pod that goes on.
-fn is_to_be_restarted(view: &View, container: &Container) -> bool {
+fn is_to_be_restarted(view: &View, plan: &Plan, container: &Container) -> bool {
     let Phase::Exited {
         code,
         unhealthy,
@@ -160,7 +164,7 @@ fn is_to_be_restarted(view: &View, container: &Container) -> bool {
     };
     let turn = match container.role {
         Role::Sidecar => true,
-        Role::Main => !waits_for_a_hook(view, container),
+        Role::Main => !waits_for_its_turn(view, plan, container),
         Role::Init | Role::Ephemeral => false,
     };
     let goes_on = view.values && view.kill_at.is_none() && !view.completed();
@@ -194,7 +198,7 @@ proptest! {
                     prop_assert!(!container.lives(), "started twice");
                     prop_assert!(view.values && view.kill_at.is_none());
                     prop_assert!(its_gate_is_open(&view, container), "too early");
-                    prop_assert!(!waits_for_a_hook(&view, container), "before a hook has ended");
+                    prop_assert!(!waits_for_its_turn(&view, &plan, container), "before its turn");
                     if container.role == Role::Ephemeral {
                         prop_assert_eq!(container.phase, Phase::Idle, "restarted");
                     }
@@ -226,7 +230,7 @@ proptest! {
             let killed = container.stop == StopStage::Kill || plan.actions.contains(&Action::Kill(container.id));
             prop_assert!(killed || !is_to_be_killed(&view, container), "outlives its grace period");
             let restarted = plan.actions.contains(&Action::Start(container.id));
-            prop_assert!(restarted || !is_to_be_restarted(&view, container), "stays down");
+            prop_assert!(restarted || !is_to_be_restarted(&view, &plan, container), "stays down");
             let Some(end) = end(&view, container).filter(|_| !killed) else { continue };
             // Something happens to it in time, even if nothing else does.
             let told = container.stop == StopStage::PreStop && view.now >= end;

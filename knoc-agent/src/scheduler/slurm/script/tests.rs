@@ -57,6 +57,7 @@ fn everything_that_can_be_asked_for() {
         memory_bytes: 1 << 30,
         ephemeral_storage_bytes: 1,
         nice: 100,
+        mpi: None,
     };
     let gpus = std::collections::HashMap::from([("nvidia.com/gpu".to_owned(), 2)]);
     let limits = pb::Resources {
@@ -200,4 +201,42 @@ fn a_site_that_lists_choices_allows_no_others() {
                     account \"other\" is not among policy.accounts of this site (proj); \
                     qos \"high\" is not among policy.qos of this site (normal)";
     assert_eq!(message, expected);
+}
+
+#[test]
+fn the_allocation_has_room_for_the_ranks() {
+    let spec = |mpi| pb::PodSpec {
+        job: Some(pb::JobRequest {
+            nodes: 2,
+            ntasks: 6,
+            cpu_millis: 6000,
+            mpi,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let argv = |mpi| {
+        let rendered = render(&request(spec(mpi)), &Settings::default(), &[]).unwrap();
+        rendered.argv
+    };
+    let has = |argv: &[String], word: &str| argv.iter().any(|other| other == word);
+    let plain = argv(Some(pb::Mpi::default()));
+    assert!(
+        has(&plain, "--nodes=2") && has(&plain, "--ntasks=6"),
+        "{plain:?}"
+    );
+    assert!(has(&plain, "--cpus-per-task=1"), "{plain:?}");
+    let placed = argv(Some(pb::Mpi {
+        ranks_per_node: 3,
+        overcommit: true,
+        ..Default::default()
+    }));
+    assert!(has(&placed, "--ntasks-per-node=3"), "{placed:?}");
+    assert!(has(&placed, "--overcommit"), "{placed:?}");
+    let none = argv(None);
+    assert!(
+        !none
+            .iter()
+            .any(|word| word.starts_with("--ntasks-per-node"))
+    );
 }

@@ -1,19 +1,19 @@
 //! The Kubernetes cluster, by kubectl: versions and rights. Rights are asked for by `kubectl auth can-i`, which creates a
-//! `SelfSubjectAccessReview`.
+//! `SelfSubjectAccessReview`, except those that the chart grants ([`grants`]).
+
+use std::collections::BTreeSet;
 
 use futures::future::join_all;
 use knoc_proto::error::chain;
 use serde_json::Value;
 
-use super::{Report, program};
+use super::{Report, TIMEOUT, grants, program};
 use crate::CtlError;
 
 /// The oldest minor version of Kubernetes 1 that the chart accepts.
 const OLDEST: u32 = 29;
 /// The oldest version of helm that knows the chart's functions.
 const OLDEST_HELM: (u32, u32) = (3, 14);
-/// No answer of the API server is waited for longer.
-const TIMEOUT: &str = "--request-timeout=10s";
 /// The namespace into which the chart is installed.
 const NAMESPACE: &str = "knoc-system";
 
@@ -80,6 +80,12 @@ pub(super) async fn check(report: &mut Report, namespace: Option<&str>) -> Resul
         &install,
         "ask a cluster administrator to apply the bundle and to install the chart; everything else needs the rights of one namespace",
     )?;
+    if !install
+        .iter()
+        .any(|right| right.starts_with("create clusterroles."))
+    {
+        grants::check(report).await?;
+    }
     let what = format!(
         "cluster: rights to run pods in {}",
         namespace.unwrap_or("the namespace of kubectl's context")
@@ -87,6 +93,7 @@ pub(super) async fn check(report: &mut Report, namespace: Option<&str>) -> Resul
     let run = lacking(&USE, namespace).await;
     let cure = "ask an administrator of that namespace, or name another one by -n NAMESPACE";
     note_rights(report, &what, &run, cure)?;
+    relayed(report).await?;
     helm(report).await?;
     Ok(true)
 }
@@ -120,6 +127,66 @@ fn note_rights(
         lacking.join("; ")
     );
     report.bad(what, &text, cure)
+}
+
+/// The most nodes whose pods are looked at. Anybody who can create EndpointSlices can name nodes in them.
+const NODES: usize = 32;
+
+/// If a kubelet relays Services to its pods, the pods must have no addresses, because Kubernetes' own controllers would publish them
+/// as endpoints, too. There is no finding if no kubelet relays, or if the user may not see it.
+async fn relayed(report: &mut Report) -> Result<(), CtlError> {
+    let nodes = [
+        "get",
+        "endpointslices.discovery.k8s.io",
+        "--all-namespaces",
+        "--selector=endpointslice.kubernetes.io/managed-by=relay.knoc.io",
+        r#"--output=jsonpath={range .items[*]}{.metadata.labels.knoc\.io/node}{"\n"}{end}"#,
+        TIMEOUT,
+    ];
+    let Some(Ok(said)) = program("kubectl", &nodes).await else {
+        return Ok(());
+    };
+    if !said.ok {
+        return Ok(());
+    }
+    let text = said.text();
+    let nodes: BTreeSet<&str> = text.lines().map(str::trim).collect();
+    let nodes = nodes.into_iter().filter(|node| !node.is_empty());
+    for node in nodes.take(NODES) {
+        let of_node = format!("--field-selector=spec.nodeName={node}");
+        let pods = [
+            "get",
+            "pods",
+            "--all-namespaces",
+            &of_node,
+            r#"--output=jsonpath={range .items[*]}{.metadata.namespace}/{.metadata.name} {.status.podIP}{"\n"}{end}"#,
+            TIMEOUT,
+        ];
+        let Some(Ok(said)) = program("kubectl", &pods).await else {
+            continue;
+        };
+        let check = format!("cluster: relayed pods of {node}");
+        match published(&said.text()) {
+            _ if !said.ok => {}
+            None => report.good(&check, "none has an address of its own")?,
+            Some(pod) => {
+                let text = format!(
+                    "pod {pod} has an address, which Kubernetes publishes beside the relayed ports"
+                );
+                let cure =
+                    "set node.podIP to none in the values of the chart, or relay.allow to off";
+                report.bad(&check, &text, cure)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// PURE: the first pod of lines `NAMESPACE/NAME ADDRESS` that has an address.
+fn published(lines: &str) -> Option<&str> {
+    let mut pods = lines.lines().filter_map(|line| line.split_once(' '));
+    let found = pods.find(|(_, address)| !address.trim().is_empty());
+    found.map(|(pod, _)| pod)
 }
 
 async fn helm(report: &mut Report) -> Result<(), CtlError> {
@@ -167,6 +234,16 @@ fn judge_versions(json: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_relayed_pod_with_an_address_is_found() {
+        assert_eq!(
+            published("team/a \nteam/b 10.1.2.3\nteam/c fd00::1\n"),
+            Some("team/b")
+        );
+        assert_eq!(published("team/a \nteam/b \n"), None);
+        assert_eq!(published(""), None);
+    }
 
     #[test]
     fn an_old_cluster_is_named() {

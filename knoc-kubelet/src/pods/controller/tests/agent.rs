@@ -37,6 +37,8 @@ struct Known {
     values: Option<pb::PodValues>,
     credentials: Option<pb::PullCredentials>,
     refuse: Option<ErrorReason>,
+    /// The capability that it does not have.
+    lacks: &'static str,
 }
 
 impl Known {
@@ -62,11 +64,19 @@ pub(super) struct FakeAgent {
 
 impl FakeAgent {
     pub(super) fn start() -> Self {
+        Self::start_without("")
+    }
+
+    /// Starts an agent that does not have this capability.
+    pub(super) fn start_without(capability: &'static str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let incoming = knoc_link::listen::unix(&folder.path().join("private/agent.sock")).unwrap();
         let (changes, _) = broadcast::channel(64);
         let fake = Fake {
-            state: Arc::default(),
+            state: Arc::new(Mutex::new(Known {
+                lacks: capability,
+                ..Known::default()
+            })),
             changes,
             node: watch::Sender::default(),
         };
@@ -171,14 +181,15 @@ impl Service for Fake {
         &self,
         _: Request<pb::GetInfoRequest>,
     ) -> Result<Response<pb::AgentInfo>, Status> {
+        let all = [
+            capability::PULL_CREDENTIALS,
+            capability::EPHEMERAL,
+            capability::LATE_EPHEMERAL,
+        ];
+        let lacks = self.state().lacks;
+        let has = all.into_iter().filter(|capability| *capability != lacks);
         Ok(Response::new(pb::AgentInfo {
-            capabilities: [
-                capability::PULL_CREDENTIALS,
-                capability::EPHEMERAL,
-                capability::LATE_EPHEMERAL,
-            ]
-            .map(str::to_owned)
-            .into(),
+            capabilities: has.map(str::to_owned).collect(),
             ..pb::AgentInfo::default()
         }))
     }

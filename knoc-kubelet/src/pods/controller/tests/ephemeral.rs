@@ -103,6 +103,57 @@ async fn an_ephemeral_container_that_the_agent_could_not_take_is_sent_again() {
     kubelet.stop().await;
 }
 
+/// An earlier process did not send the container, and the pod refers to no object whose refresh would send it.
+#[tokio::test]
+async fn a_new_process_sends_an_ephemeral_container_that_the_agent_does_not_know() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.agent.put(pb::PodObserved {
+        uid: UID.to_owned(),
+        phase: PodPhase::Running.into(),
+        spec_generation: 2,
+        ..pb::PodObserved::default()
+    });
+    kubelet
+        .wait("the agent's pod", |kubelet| {
+            kubelet.store.observed(&uid()).is_some()
+        })
+        .await;
+    kubelet.apply(|pod| {
+        pod["metadata"]["generation"] = 2.into();
+        pod["spec"]["volumes"] = json!([]);
+        pod["spec"]["ephemeralContainers"] = json!([{"name": "look", "image": "ann/tools"}]);
+    });
+    kubelet
+        .wait("the container", |kubelet| {
+            kubelet.called("EnsurePod") > 0 && kubelet.ephemeral() == ["look"]
+        })
+        .await;
+    kubelet.stop().await;
+}
+
+/// Such an agent takes no further container for a generation that it knows.
+#[tokio::test]
+async fn an_older_agent_gets_an_ephemeral_container_once_it_lacks_nothing() {
+    let agent = FakeAgent::start_without(knoc_proto::capability::LATE_EPHEMERAL);
+    let mut kubelet = Kubelet::start_with(agent).await;
+    kubelet.running().await;
+    kubelet.apply(debugged);
+    kubelet
+        .wait("an Event", |kubelet| {
+            kubelet.said(&["/events", "Failed", "later"]) == 1
+        })
+        .await;
+    assert_eq!(kubelet.called("EnsurePod"), 1);
+    kubelet.api.config_map("later", json!({"K": "v"}));
+    kubelet
+        .wait("both containers", |kubelet| {
+            kubelet.ephemeral() == ["debug", "look"]
+        })
+        .await;
+    assert_eq!(kubelet.called("EnsurePod"), 2);
+    kubelet.stop().await;
+}
+
 #[tokio::test]
 async fn a_container_that_lacks_something_has_no_pull_secrets_read_for_it() {
     let mut kubelet = Kubelet::start().await;

@@ -120,6 +120,29 @@ async fn a_pod_that_has_ended_is_watched_no_longer() {
     kubelet.stop().await;
 }
 
+#[tokio::test]
+async fn a_pod_that_was_rejected_is_watched_no_longer() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.api.config_map("live", json!({"key": "old"}));
+    kubelet
+        .agent
+        .refuse(knoc_proto::reason::ErrorReason::PermissionDenied);
+    kubelet.apply(|pod| {
+        let volume = json!({"name": "live", "configMap": {"name": "live"}});
+        pod["spec"]["volumes"].as_array_mut().unwrap().push(volume);
+    });
+    kubelet.phase("Failed").await;
+    let status = kubelet.store.by_uid(&uid()).unwrap().pod.status.clone();
+    kubelet.apply(|pod| pod["status"] = serde_json::to_value(&status).unwrap());
+    kubelet
+        .wait("nothing is watched", |kubelet| {
+            let references = &kubelet.context.api.references;
+            references.follows_nothing()
+        })
+        .await;
+    kubelet.stop().await;
+}
+
 /// Without the right to watch, the objects are read again from time to time.
 #[tokio::test]
 async fn a_denied_watch_leaves_the_pod_to_the_period() {

@@ -21,6 +21,7 @@ fn said(pod: &Pod, ephemeral: Option<State>, change: fn(&mut Input<'_>)) -> Cont
         observed: Some(&all),
         hold: None,
         rejection: None,
+        lacking: &[],
         refused: &[],
         unreachable: false,
         pod_ip: PodIp::None,
@@ -76,4 +77,24 @@ fn a_rejected_ephemeral_container_is_terminated_with_the_reason_and_one_that_lac
     let waits = waits.state.unwrap().waiting.unwrap();
     assert_eq!(waits.reason.as_deref(), Some("CreateContainerConfigError"));
     assert_eq!(waits.message.as_deref(), Some("no secret"));
+}
+
+fn lacks(input: &mut Input<'_>, container: &str) {
+    input.lacking = Box::leak(Box::new([Lacking {
+        container: container.to_owned(),
+        messages: vec!["no secret".to_owned(), "no key".to_owned()],
+    }]));
+}
+
+#[test]
+fn only_the_ephemeral_container_that_lacks_something_says_so() {
+    let pod = debugged();
+    let own = said(&pod, None, |input| lacks(input, "debugger"));
+    let own = own.state.unwrap().waiting.unwrap();
+    assert_eq!(own.reason.as_deref(), Some("CreateContainerConfigError"));
+    assert_eq!(own.message.as_deref(), Some("no secret; no key"));
+    let other = said(&pod, None, |input| lacks(input, "other"));
+    let other = other.state.unwrap().waiting.unwrap();
+    assert_eq!(other.reason.as_deref(), Some("ContainerCreating"));
+    assert_eq!(other.message, None);
 }

@@ -1,0 +1,351 @@
+//! PURE: which Services lead to which pods of the node, in the state that Kubernetes' own endpoint controller would publish; and
+//! why a Service does not lead to a pod that it selects.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt,
+};
+
+use k8s_openapi::{
+    api::core::v1::{Pod, PodSpec, Service, ServicePort, ServiceSpec},
+    apimachinery::pkg::util::intstr::IntOrString,
+};
+use knoc_proto::{egress::AllowList, ids::PodUid, pb::PodPhase};
+
+use super::policies::Policies;
+use crate::{egress::table::Name, pods::PodView};
+
+/// The most ports of one Service that are relayed.
+pub(super) const PORTS: usize = 100;
+/// The most ports of one pod that are relayed, so that a pod does not take those of all others.
+pub(super) const OF_POD: usize = 32;
+/// The most Services that lead to one pod: each of them is a slice, and whoever may create Services may create many.
+const SERVICES: usize = 32;
+/// The most endpoints of the node.
+const OF_NODE: usize = 4096;
+
+/// A port of a pod, which has one port of the kubelet.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct PodPort {
+    pub(super) uid: PodUid,
+    pub(super) number: u16,
+}
+
+/// A pod as the endpoint of a Service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Endpoint {
+    pub(super) service: Name,
+    /// The pod's name; its namespace is the Service's.
+    pub(super) pod: String,
+    pub(super) uid: PodUid,
+    pub(super) ports: Vec<NamedPort>,
+    pub(super) conditions: Conditions,
+}
+
+/// A port of a Service, and where it leads in the pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct NamedPort {
+    /// The name in the Service, which joins it to the port of a slice.
+    pub(super) name: Option<String>,
+    pub(super) app_protocol: Option<String>,
+    /// Of the pod.
+    pub(super) number: u16,
+}
+
+/// The conditions of an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Conditions {
+    pub(super) ready: bool,
+    pub(super) serving: bool,
+    pub(super) terminating: bool,
+}
+
+/// Where the Services lead.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// Those of the first Service of each pod, then those of the second ones, and so on: no pod takes the endpoints or ports of others
+    /// by many Services.
+    pub(super) endpoints: Vec<Endpoint>,
+    /// Only of pods that run: there are no Events for a pod that waits.
+    pub(super) refused: Vec<(PodUid, Refusal)>,
+}
+
+impl Plan {
+    /// The ports of pods to which Services lead.
+    pub(super) fn ports(&self) -> HashSet<PodPort> {
+        let endpoints = self.endpoints.iter();
+        let ports = endpoints.flat_map(|endpoint| {
+            endpoint.ports.iter().map(|port| PodPort {
+                uid: endpoint.uid.clone(),
+                number: port.number,
+            })
+        });
+        ports.collect()
+    }
+
+    /// The pods that a NetworkPolicy closes.
+    pub(super) fn isolated(&self) -> HashSet<&PodUid> {
+        let refused = self.refused.iter();
+        let isolated = refused.filter(|(_, why)| matches!(why, Refusal::Policy { .. }));
+        isolated.map(|(uid, _)| uid).collect()
+    }
+}
+
+/// Why a Service does not lead to a pod.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error(
+        "Service {service} does not lead to the pod: NetworkPolicy {policy} selects the pod, and this node cannot enforce it; change the \
+         policy's podSelector so that it leaves the pod out, or reach the pod by `kubectl port-forward`"
+    )]
+    Policy { service: Name, policy: String },
+    #[error(
+        "Service {service} does not lead to the pod: it is headless (clusterIP: None), so its clients would dial a port of the pod at an \
+         address that all pods of this node share; use a Service with a clusterIP"
+    )]
+    Headless { service: Name },
+    #[error(
+        "port {port} of Service {service} does not lead to the pod: only TCP is relayed, and it is {protocol}"
+    )]
+    Protocol {
+        service: Name,
+        port: i32,
+        protocol: String,
+    },
+    #[error(
+        "Service {service} does not lead to the pod: the kubelet has no free port for port {port} of the pod; a pod gets at most {OF_POD}, and `relay.ports` can be larger"
+    )]
+    NoPort { service: Name, port: u16 },
+    #[error(
+        "Service {service}, and perhaps others, does not lead to the pod: more than {SERVICES} Services select it; delete some of them, or \
+         change their selectors"
+    )]
+    TooManyServices { service: Name },
+    #[error(
+        "Service {service} does not lead to the pod: the node has {OF_NODE} relayed endpoints, which is the limit; list fewer Services in \
+         `relay.allow`"
+    )]
+    NodeFull { service: Name },
+}
+
+/// The Services that may lead to pods, found by the first label that they select.
+struct Services<'a>(HashMap<(&'a str, &'a str, &'a str), Vec<Selecting<'a>>>);
+
+struct Selecting<'a> {
+    name: Name,
+    spec: &'a ServiceSpec,
+    selector: &'a BTreeMap<String, String>,
+}
+
+impl<'a> Services<'a> {
+    fn of(services: impl Iterator<Item = &'a Service>, allow: &AllowList) -> Self {
+        let mut found: HashMap<_, Vec<_>> = HashMap::new();
+        for service in services {
+            if let Some((first, selecting)) = selecting(service, allow) {
+                found.entry(first).or_default().push(selecting);
+            }
+        }
+        Self(found)
+    }
+
+    fn of_pod<'b>(
+        &'b self,
+        namespace: &'b str,
+        labels: &'b BTreeMap<String, String>,
+    ) -> impl Iterator<Item = &'b Selecting<'a>> {
+        let by_label = labels.iter().flat_map(move |(name, value)| {
+            let key = (namespace, name.as_str(), value.as_str());
+            self.0.get(&key).into_iter().flatten()
+        });
+        by_label.filter(move |service| {
+            let mut wanted = service.selector.iter();
+            wanted.all(|(name, value)| labels.get(name) == Some(value))
+        })
+    }
+}
+
+/// A Service that may be relayed, with its namespace and the first label that it selects.
+fn selecting<'a>(
+    service: &'a Service,
+    allow: &AllowList,
+) -> Option<((&'a str, &'a str, &'a str), Selecting<'a>)> {
+    let meta = &service.metadata;
+    let (namespace, name) = (meta.namespace.as_deref()?, meta.name.as_deref()?);
+    let spec = service.spec.as_ref()?;
+    let selector = spec.selector.as_ref()?;
+    let (label, value) = selector.first_key_value()?;
+    let is_name = spec.type_.as_deref() == Some("ExternalName");
+    if is_name || !allow.permits(namespace, name) {
+        return None;
+    }
+    let selecting = Selecting {
+        name: Name::new(namespace, name),
+        spec,
+        selector,
+    };
+    Some(((namespace, label, value), selecting))
+}
+
+/// Where these Services lead.
+pub(super) fn plan<'a>(
+    pods: &[PodView],
+    services: impl Iterator<Item = &'a Service>,
+    allow: &AllowList,
+    policies: &Policies,
+) -> Plan {
+    let services = Services::of(services, allow);
+    let reached = pods.iter().filter(|view| is_reached(view));
+    let mut selected: Vec<_> = reached
+        .filter_map(|view| Selected::of(view, &services, policies))
+        .collect();
+    let mut plan = Plan::default();
+    for count in 0..=SERVICES {
+        selected.retain(|pod| {
+            let Some(service) = pod.services.get(count) else {
+                return false;
+            };
+            let name = service.name.clone();
+            let refusal = match plan.endpoints.len() {
+                _ if count >= SERVICES => Refusal::TooManyServices { service: name },
+                OF_NODE.. => Refusal::NodeFull { service: name },
+                _ => {
+                    add(&mut plan, pod.view, service, pod.policy);
+                    return true;
+                }
+            };
+            plan.refused.push((pod.view.uid.clone(), refusal));
+            false
+        });
+    }
+    plan
+}
+
+/// A pod that Services select.
+struct Selected<'a> {
+    view: &'a PodView,
+    /// The first NetworkPolicy that closes it.
+    policy: Option<&'a str>,
+    /// Sorted by name.
+    services: Vec<&'a Selecting<'a>>,
+}
+
+impl<'a> Selected<'a> {
+    fn of(view: &'a PodView, services: &'a Services<'a>, policies: &'a Policies) -> Option<Self> {
+        let meta = &view.pod.metadata;
+        let (namespace, labels) = meta.namespace.as_deref().zip(meta.labels.as_ref())?;
+        let mut selecting: Vec<_> = services.of_pod(namespace, labels).collect();
+        selecting.sort_by(|one, other| one.name.cmp(&other.name));
+        Some(Self {
+            view,
+            policy: policies.isolating(namespace, labels),
+            services: selecting,
+        })
+    }
+}
+
+/// Is there a job in which the containers of the pod run? A pod that waits, is requeued or has ended is not an endpoint.
+fn is_reached(view: &PodView) -> bool {
+    let status = view.pod.status.as_ref();
+    let ended = crate::pods::status::is_terminal(&view.pod);
+    // Kubernetes' own controllers publish a pod that has an address. An address from an earlier `node.podIP` goes with the next
+    // status.
+    let has_address = status
+        .and_then(|status| status.pod_ip.as_deref())
+        .is_some_and(|address| !address.is_empty());
+    let phase = view.observed.as_ref().map(|observed| observed.phase());
+    let runs = matches!(phase, Some(PodPhase::Running | PodPhase::Stopping));
+    runs && !ended && !has_address
+}
+
+fn add(plan: &mut Plan, view: &PodView, service: &Selecting<'_>, policy: Option<&str>) {
+    let name = &service.name;
+    let mut refuse = |refusal| plan.refused.push((view.uid.clone(), refusal));
+    if service.spec.cluster_ip.as_deref() == Some("None") {
+        let service = name.clone();
+        return refuse(Refusal::Headless { service });
+    }
+    if let Some(policy) = policy {
+        let (service, policy) = (name.clone(), policy.to_owned());
+        return refuse(Refusal::Policy { service, policy });
+    }
+    let mut ports = Vec::new();
+    for port in service.spec.ports.iter().flatten().take(PORTS) {
+        match named_port(port, &view.pod) {
+            Ok(Some(port)) => ports.push(port),
+            // As everywhere in Kubernetes, a port by name does not lead to pods that have no port of this name.
+            Ok(None) => {}
+            Err(protocol) => refuse(Refusal::Protocol {
+                service: name.clone(),
+                port: port.port,
+                protocol,
+            }),
+        }
+    }
+    if !ports.is_empty() {
+        plan.endpoints.push(Endpoint {
+            service: name.clone(),
+            pod: view.pod.metadata.name.clone().unwrap_or_default(),
+            uid: view.uid.clone(),
+            ports,
+            conditions: conditions(&view.pod, service.spec),
+        });
+    }
+}
+
+/// Where a port of a Service leads in the pod. Fails with the protocol, if it is not TCP.
+fn named_port(port: &ServicePort, pod: &Pod) -> Result<Option<NamedPort>, String> {
+    let protocol = port.protocol.as_deref().unwrap_or("TCP");
+    if protocol != "TCP" {
+        return Err(protocol.to_owned());
+    }
+    let number = match &port.target_port {
+        None | Some(IntOrString::Int(0)) => Some(port.port),
+        Some(IntOrString::Int(number)) => Some(*number),
+        Some(IntOrString::String(name)) => {
+            let spec = pod.spec.as_ref();
+            spec.and_then(|spec| port_of_name(spec, name))
+        }
+    };
+    let number = number.and_then(|number| u16::try_from(number).ok());
+    Ok(number.filter(|number| *number > 0).map(|number| NamedPort {
+        name: port.name.clone().filter(|name| !name.is_empty()),
+        app_protocol: port.app_protocol.clone(),
+        number,
+    }))
+}
+
+/// The port of this name of a container, or of a sidecar.
+fn port_of_name(spec: &PodSpec, name: &str) -> Option<i32> {
+    let sidecars = spec.init_containers.iter().flatten();
+    let sidecars = sidecars.filter(|one| one.restart_policy.as_deref() == Some("Always"));
+    let ports = spec.containers.iter().chain(sidecars);
+    let mut ports = ports.flat_map(|one| one.ports.iter().flatten());
+    let found = ports.find(|port| {
+        let is_tcp = port.protocol.as_deref().is_none_or(|it| it == "TCP");
+        is_tcp && port.name.as_deref() == Some(name)
+    });
+    found.map(|port| port.container_port)
+}
+
+/// The conditions as the endpoint controller sets them.
+fn conditions(pod: &Pod, service: &ServiceSpec) -> Conditions {
+    let conditions = pod.status.as_ref().and_then(|it| it.conditions.as_ref());
+    let mut conditions = conditions.into_iter().flatten();
+    let serving = conditions.any(|one| one.type_ == "Ready" && one.status == "True");
+    let terminating = pod.metadata.deletion_timestamp.is_some();
+    let always = service.publish_not_ready_addresses == Some(true);
+    Conditions {
+        ready: always || (serving && !terminating),
+        serving,
+        terminating,
+    }
+}
+
+impl fmt::Display for PodPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "port {} of pod {}", self.number, self.uid)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,83 @@
+//! PURE: which slices are not written for a while because a write of them failed. A slice that the API server rejects (a quota, a
+//! namespace that is being deleted) neither delays the others nor is written again in every round.
+
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use crate::egress::table::Name;
+
+/// The pause after the first failure; it doubles with each further one.
+const FIRST: Duration = Duration::from_secs(5);
+/// The longest pause.
+const MOST: Duration = Duration::from_mins(2);
+
+/// The slices whose last write failed.
+#[derive(Debug, Default)]
+pub(super) struct Retries(HashMap<Name, Retry>);
+
+#[derive(Debug, Clone, Copy)]
+struct Retry {
+    due: Instant,
+    pause: Duration,
+}
+
+impl Retries {
+    /// Whether the slice may be written now.
+    pub(super) fn is_due(&self, name: &Name, now: Instant) -> bool {
+        self.0.get(name).is_none_or(|retry| retry.due <= now)
+    }
+
+    /// Forgets all slices but these, which are still to be written.
+    pub(super) fn keep(&mut self, pending: &HashSet<Name>) {
+        self.0.retain(|name, _| pending.contains(name));
+    }
+
+    /// Remembers that a write failed. `jitter` is a random factor around 1.
+    pub(super) fn failed(&mut self, name: Name, now: Instant, jitter: f64) {
+        let pause = self.0.get(&name).map_or(FIRST, |retry| retry.pause * 2);
+        let pause = pause.min(MOST);
+        let due = now + pause.mul_f64(jitter);
+        self.0.insert(name, Retry { due, pause });
+    }
+
+    /// Remembers that a write succeeded.
+    pub(super) fn succeeded(&mut self, name: &Name) {
+        self.0.remove(name);
+    }
+
+    /// When the next slice is due.
+    pub(super) fn next(&self) -> Option<Instant> {
+        self.0.values().map(|retry| retry.due).min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_that_is_rejected_is_written_less_and_less_often_and_delays_no_other() {
+        let now = Instant::now();
+        let (bad, good) = (Name::new("team", "bad"), Name::new("team", "good"));
+        let mut retries = Retries::default();
+        assert_eq!(retries.next(), None);
+        retries.failed(bad.clone(), now, 1.0);
+        assert!(!retries.is_due(&bad, now) && retries.is_due(&good, now));
+        assert_eq!(retries.next(), Some(now + FIRST));
+        assert!(retries.is_due(&bad, now + FIRST));
+        for _ in 0..20 {
+            retries.failed(bad.clone(), now, 1.0);
+        }
+        assert_eq!(retries.next(), Some(now + MOST));
+        retries.succeeded(&bad);
+        assert!(retries.is_due(&bad, now));
+        retries.failed(bad.clone(), now, 1.0);
+        assert_eq!(retries.next(), Some(now + FIRST), "it starts over");
+        retries.keep(&HashSet::from([good]));
+        assert_eq!(retries.next(), None, "nobody wants to write it any more");
+    }
+}

@@ -1,0 +1,26 @@
+#!/bin/bash
+# Which compute nodes the suite's pods get: nodes.sh one | exclusive | all.
+#   one        Most tests assume that two pods of one Kubernetes node are on one machine: they share a folder below /tmp, collide on a host
+#              port, and a pod may ask for most of the node's CPUs. So all compute nodes but the first are drained. Jobs that run there
+#              continue.
+#   exclusive  A job gets whole nodes, as many sites have it. Two pods are then on two nodes and have two addresses.
+#   all        as it was before
+. "$(dirname "$0")/../lib.sh"
+reason=conformance
+slurm() { hpc exec ctl "$@"; }
+nodes() { slurm sinfo -h -N -o '%N|%E' | sort -u; } # NAME|REASON; the reason of a node that takes jobs is none
+update() { # update NODES SETTING…: nothing if there are no NODES
+    local list
+    list=$(paste -sd, <<<"$1")
+    [ -z "$list" ] || slurm scontrol update nodename="$list" "${@:2}"
+}
+share() { slurm scontrol update partitionname=main oversubscribe="$1"; }
+case ${1:-} in
+one) update "$(nodes | sed -n '2,$s/|none$//p')" state=drain reason=$reason ;;
+exclusive) share exclusive ;;
+all)
+    share no
+    update "$(nodes | sed -n "s/|$reason$//p")" state=resume
+    ;;
+*) die "usage: nodes.sh one|exclusive|all" ;;
+esac
