@@ -101,8 +101,12 @@ impl Mesh {
 
     /// The job of the pod has ended, or the pod is forgotten: its address may be given to another pod after a while.
     pub(crate) fn take_back(&self, uid: &PodUid) {
-        let address = lock(&self.0.addresses).take_back(uid, Instant::now());
-        if address.is_some_and(|address| lock(&self.0.members).remove(address)) {
+        // Held meanwhile, so that its shim does not take part again in between.
+        let mut addresses = lock(&self.0.addresses);
+        let address = addresses.take_back(uid, Instant::now());
+        let changes = address.is_some_and(|address| lock(&self.0.members).remove(address));
+        drop(addresses);
+        if changes {
             self.changed();
         }
     }
@@ -112,9 +116,16 @@ impl Mesh {
         shim::follow(self, shim).await;
     }
 
-    /// The shim of a pod takes tunnels at `endpoint`, until the result is dropped.
-    fn register(&self, address: Ipv4Addr, pod: (&str, &str), endpoint: SocketAddr) -> Registered {
-        let (namespace, spki) = pod;
+    /// The shim of a pod takes tunnels at `endpoint`, until the result is dropped. `None` if the address is not the pod's any more: its
+    /// job has ended, and another pod may have the address.
+    fn register(
+        &self,
+        uid: &PodUid,
+        (namespace, spki): (&str, &str),
+        endpoint: SocketAddr,
+    ) -> Option<Registered> {
+        let addresses = lock(&self.0.addresses);
+        let address = addresses.of_pod(uid)?;
         let number = self.0.newest.fetch_add(1, Ordering::Relaxed);
         let member = Member {
             namespace: namespace.to_owned(),
@@ -123,12 +134,13 @@ impl Mesh {
             endpoint: Some(endpoint),
         };
         lock(&self.0.members).put(address, member);
+        drop(addresses);
         self.changed();
-        Registered {
+        Some(Registered {
             mesh: self.clone(),
             address,
             number,
-        }
+        })
     }
 
     /// Tunnels to the shim with this place may be carried over this link.
@@ -226,9 +238,10 @@ mod tests {
         let look = || look(&mesh, "shop", address);
         assert_eq!(look(), State::Away, "its shim has no link yet");
         let endpoint = "10.0.0.7:4001".parse().unwrap();
-        let older = mesh.register(address, ("shop", "key"), endpoint);
+        let older = mesh.register(&uid("a"), ("shop", "key"), endpoint);
         assert_eq!(look(), State::Present);
-        let newer = mesh.register(address, ("shop", "key"), endpoint);
+        let newer = mesh.register(&uid("a"), ("shop", "key"), endpoint);
+        assert!(older.is_some() && newer.is_some());
         drop(older);
         assert_eq!(look(), State::Present);
         changes.borrow_and_update();
@@ -238,6 +251,10 @@ mod tests {
         mesh.take_back(&uid("a"));
         assert_eq!(look(), State::Nobody);
         assert_ne!(mesh.give(&uid("b"), range), Ok(address));
+        // Whoever has the key of a pod that has ended takes nobody's place.
+        let late = mesh.register(&uid("a"), ("shop", "key"), endpoint);
+        assert!(late.is_none());
+        assert_eq!(look(), State::Nobody);
     }
 
     #[test]
@@ -250,7 +267,8 @@ mod tests {
             (&["team-*:shop"][..], State::Present),
         ] {
             let mesh = mesh(pairs);
-            let registered = mesh.register(address, ("shop", "key"), endpoint);
+            assert!(mesh.restore(&uid("a"), address, None));
+            let registered = mesh.register(&uid("a"), ("shop", "key"), endpoint);
             assert_eq!(look(&mesh, "team-a", address), expected, "{pairs:?}");
             assert_eq!(look(&mesh, "shop", address), State::Present);
             drop(registered);

@@ -376,7 +376,8 @@ async fn serve_network(links: ShimLinks, route: &Route, client: Client, able: (b
                 input: route.input.clone(),
                 client: client.clone(),
             };
-            links.0.mesh.follow(shim).await;
+            // Most pods have no address, and need no room for it.
+            Box::pin(links.0.mesh.follow(shim)).await;
         }
     };
     tokio::join!(to_cluster, to_pods);

@@ -47,6 +47,7 @@ use tonic::{Status, Streaming};
 
 use self::{
     carry::{Connection, Failed},
+    table::Name,
     told::{Told, Troubles},
     watch::Cluster,
 };
@@ -241,6 +242,10 @@ enum Refused {
     Crowded,
     #[error("the kubelet has not read the cluster's Services yet")]
     NotRead,
+    #[error(
+        "Service {0} leads to a pod of this node at its own address, which is reached over TCP only, and only through an agent that          gives pods addresses"
+    )]
+    OwnPod(Name),
     #[error("the agent announced a connection to {0:?}")]
     Malformed(String),
 }
@@ -421,6 +426,10 @@ impl Connections {
             )
         });
         let dial = decided.ok_or(Refused::NotRead)??;
+        // Nobody but a shim reaches it: for the kubelet, another host may have the address.
+        if self.setup.unit.is_own_pod(dial.endpoint.ip()) {
+            return Err(Refused::OwnPod(dial.service));
+        }
         Ok(Connection {
             uid: uid.clone(),
             id: attempt.id,

@@ -211,7 +211,8 @@ impl NamespacePairs {
 #[must_use]
 pub fn endpoint(text: &str) -> Option<SocketAddr> {
     let endpoint: SocketAddr = text.parse().ok()?;
-    let is_host = match endpoint.ip() {
+    // `::ffff:127.0.0.1` is the loopback interface, too.
+    let is_host = match endpoint.ip().to_canonical() {
         IpAddr::V4(address) => {
             !address.is_loopback()
                 && !address.is_unspecified()
@@ -220,7 +221,10 @@ pub fn endpoint(text: &str) -> Option<SocketAddr> {
                 && !address.is_link_local()
         }
         IpAddr::V6(address) => {
-            !address.is_loopback() && !address.is_unspecified() && !address.is_multicast()
+            !address.is_loopback()
+                && !address.is_unspecified()
+                && !address.is_multicast()
+                && !address.is_unicast_link_local()
         }
     };
     (is_host && endpoint.port() > 0).then_some(endpoint)
@@ -305,6 +309,8 @@ mod tests {
             "10.0.0.7:0",
             "127.0.0.1:4001",
             "[::1]:4001",
+            "[::ffff:127.0.0.1]:4001",
+            "[fe80::7]:4001",
             "0.0.0.0:4001",
             "224.0.0.1:4001",
             "169.254.169.254:80",

@@ -204,7 +204,12 @@ impl Supervisor {
     }
 
     fn check_timeouts(&mut self) {
-        match self.timeouts.check(&self.view()) {
+        // The wait for the address has a limit of its own, after which containers start without.
+        let view = View {
+            values: self.has_values(),
+            ..self.view()
+        };
+        match self.timeouts.check(&view) {
             None => {}
             Some(Expired::ActiveDeadline) => {
                 let reason = "Pod was active on the node longer than the specified deadline";
@@ -220,7 +225,7 @@ impl Supervisor {
                     "gave up after {} s: {}; check that the kubelet, the agent and the link to the job work, then create the \
                      pod again",
                     waited.as_secs(),
-                    self.missing()
+                    self.values_missing
                 );
                 self.order_stop(Duration::ZERO, EndedBy::NoValues, reason);
             }

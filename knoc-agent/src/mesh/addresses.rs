@@ -117,6 +117,11 @@ impl Addresses {
         }
     }
 
+    /// The address of the pod, if it has one.
+    pub(super) fn of_pod(&self, uid: &PodUid) -> Option<Ipv4Addr> {
+        self.of_pod.get(uid).copied()
+    }
+
     /// Does a pod have this address?
     pub(super) fn is_given(&self, address: Ipv4Addr) -> bool {
         self.used.contains_key(&address)

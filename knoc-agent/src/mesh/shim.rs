@@ -2,11 +2,11 @@
 //!
 //! It runs as a part of the task that follows the shim's link, and ends with it.
 
-use std::{collections::HashMap, net::Ipv4Addr, time::Duration};
+use std::{collections::HashMap, net::Ipv4Addr, pin::pin, time::Duration};
 
 use knoc_proto::{
     ids::PodUid,
-    mesh::{MAX_ASKED, endpoint},
+    mesh::{MAX_ASKED, NamespacePairs, endpoint},
     pb::{self, MeshMemberState, mesh_control::Control, mesh_question::Question},
     reason::ErrorReason,
     text::quote,
@@ -14,7 +14,7 @@ use knoc_proto::{
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinSet,
-    time::{Instant, Interval, MissedTickBehavior, interval_at},
+    time::{Instant, Interval, MissedTickBehavior, interval_at, sleep},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
@@ -26,6 +26,8 @@ use crate::pod::input::Input;
 const CONTROLS: usize = 64;
 /// How often it is looked whether the site has changed its mind.
 const POLICY: Duration = Duration::from_secs(10);
+/// How long changes are collected before the shim is told: when many pods start at once, each of them changes something.
+const SETTLE: Duration = Duration::from_millis(50);
 /// How many tunnels are carried for one shim that asks: each takes streams of two links.
 const CARRIED: usize = 32;
 /// How much of a wrong text an error shows.
@@ -51,7 +53,7 @@ pub(super) async fn follow(mesh: &Mesh, mut shim: Shim) {
         if let Err(status) = session(mesh, &mut shim).await {
             tracing::debug!(uid = %shim.uid, error = status.message(), "the shim's JoinMesh ended");
         }
-        tokio::time::sleep(AGAIN).await;
+        sleep(AGAIN).await;
     }
 }
 
@@ -69,6 +71,7 @@ async fn session(mesh: &Mesh, shim: &mut Shim) -> Result<(), Status> {
         shim,
         address: given,
         ranges,
+        permitted: mesh.permitted(),
         controls,
         asked: HashMap::new(),
         registered: None,
@@ -113,6 +116,8 @@ struct Session<'a> {
     address: Option<Ipv4Addr>,
     /// The ranges that the shim was told last.
     ranges: Vec<String>,
+    /// Between which namespaces pods reach each other, as of the last look.
+    permitted: NamespacePairs,
     controls: mpsc::Sender<pb::MeshControl>,
     /// What the shim was told last about each address that it asked for.
     asked: HashMap<Ipv4Addr, pb::MeshMember>,
@@ -127,18 +132,31 @@ impl Session<'_> {
         let mut changes = self.mesh.changes();
         let mut policy = every(POLICY);
         let mut again = every(AGAIN);
+        let mut settled = pin!(sleep(Duration::ZERO));
+        let mut has_news = false;
         loop {
             tokio::select! {
                 question = questions.message() => match question? {
                     Some(question) => self.answer(question).await?,
                     None => return Ok(()),
                 },
-                changed = changes.changed() => match changed {
-                    Ok(()) => self.tell_changes().await?,
+                changed = changes.changed(), if !has_news => match changed {
+                    Ok(()) => {
+                        has_news = true;
+                        settled.as_mut().reset(Instant::now() + SETTLE);
+                    }
                     Err(_) => return Ok(()),
                 },
+                () = &mut settled, if has_news => {
+                    has_news = false;
+                    changes.mark_unchanged();
+                    self.tell_changes().await?;
+                }
                 Some(_) = self.tunnels.join_next() => {}
-                _ = policy.tick() => self.tell_changes().await?,
+                _ = policy.tick() => {
+                    self.permitted = self.mesh.permitted();
+                    self.tell_changes().await?;
+                }
                 _ = again.tick(), if self.address.is_none() => self.try_again().await?,
             }
         }
@@ -153,8 +171,7 @@ impl Session<'_> {
                     let message = format!("a shim asks for at most {MAX_ASKED} addresses");
                     return Err(ErrorReason::Overloaded.status(message));
                 }
-                let permitted = self.mesh.permitted();
-                let member = self.mesh.look(&permitted, &self.shim.namespace, address);
+                let member = self.look(address);
                 self.asked.insert(address, member.clone());
                 self.send(member).await
             }
@@ -171,18 +188,28 @@ impl Session<'_> {
         }
     }
 
+    /// What the shim may know about an address.
+    fn look(&self, address: Ipv4Addr) -> pb::MeshMember {
+        let namespace = &self.shim.namespace;
+        self.mesh.look(&self.permitted, namespace, address)
+    }
+
     fn take_part(&mut self, text: &str) -> Result<(), Status> {
-        let Some(address) = self.address else {
+        if self.address.is_none() {
             let message = "a pod without an address takes no tunnels";
             return Err(ErrorReason::InvalidRequest.status(message));
-        };
+        }
         let endpoint = endpoint(text).ok_or_else(|| {
             let text = quote(text, SHOWN);
             let message = format!("endpoint: {text} is not the address and port of a host");
             ErrorReason::InvalidRequest.status(message)
         })?;
         let pod = (&*self.shim.namespace, &*self.shim.spki);
-        let registered = self.mesh.register(address, pod, endpoint);
+        let registered = self.mesh.register(&self.shim.uid, pod, endpoint);
+        let registered = registered.ok_or_else(|| {
+            let message = "the job of the pod has ended, and its address is not its own any more";
+            ErrorReason::NotRunning.status(message)
+        })?;
         self.mesh.lend(&registered, self.shim.client.clone());
         self.registered = Some(registered);
         Ok(())
@@ -191,8 +218,7 @@ impl Session<'_> {
     /// Carries a tunnel to another pod, if this one may reach it and both shims have a link. Otherwise the shim waits in vain, and
     /// asks again.
     fn carry(&mut self, address: Ipv4Addr) {
-        let permitted = self.mesh.permitted();
-        let member = self.mesh.look(&permitted, &self.shim.namespace, address);
+        let member = self.look(address);
         let present = member.state() == MeshMemberState::Present;
         let takes_part = self.registered.is_some() && self.tunnels.len() < CARRIED;
         let to = self.mesh.client(address);
@@ -216,9 +242,9 @@ impl Session<'_> {
             self.control(told(Ok(address), ranges)).await?;
         }
         let mut news = Vec::new();
-        let permitted = self.mesh.permitted();
+        let (mesh, permitted) = (self.mesh, &self.permitted);
         for (address, known) in &mut self.asked {
-            let now = self.mesh.look(&permitted, &self.shim.namespace, *address);
+            let now = mesh.look(permitted, &self.shim.namespace, *address);
             if *known != now {
                 known.clone_from(&now);
                 news.push(now);
@@ -280,12 +306,25 @@ mod tests {
     fn shim() -> Shim {
         let endpoint = tonic::transport::Endpoint::from_static("http://127.0.0.1:1");
         Shim {
-            uid: PodUid::try_from("a").unwrap(),
+            uid: uid("a"),
             namespace: "shop".to_owned(),
             spki: "key-a".to_owned(),
             input: mpsc::channel(1).0,
             client: ShimClient::new(RawClient::new(endpoint.connect_lazy())),
         }
+    }
+
+    /// A mesh in which this shim's pod has the address [`OWN`] and another one, `b`, has [`OTHER`].
+    fn mesh() -> Mesh {
+        let mesh = Mesh::new(Live::fixed(Policy::default()), 0);
+        for (name, address) in [("a", OWN), ("b", OTHER)] {
+            assert!(mesh.restore(&uid(name), address, None));
+        }
+        mesh
+    }
+
+    fn uid(name: &str) -> PodUid {
+        PodUid::try_from(name).unwrap()
     }
 
     fn session<'a>(
@@ -299,6 +338,7 @@ mod tests {
             shim,
             address,
             ranges: Vec::new(),
+            permitted: mesh.permitted(),
             controls,
             asked: HashMap::new(),
             registered: None,
@@ -329,14 +369,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_shim_is_told_once_and_then_of_every_change_until_it_forgets() {
-        let (mesh, shim) = (Mesh::new(Live::fixed(Policy::default()), 0), shim());
+        let (mesh, shim) = (mesh(), shim());
         let (mut session, mut sent) = session(&mesh, &shim, Some(OWN));
         session.answer(ask(OTHER)).await.unwrap();
-        assert_eq!(state(&mut sent), Some(State::Nobody));
+        assert_eq!(state(&mut sent), Some(State::Away));
         session.tell_changes().await.unwrap();
         assert_eq!(state(&mut sent), None);
         let place = "10.0.0.7:4001".parse().unwrap();
-        let registered = mesh.register(OTHER, ("shop", "key-b"), place);
+        let registered = mesh.register(&uid("b"), ("shop", "key-b"), place).unwrap();
         session.tell_changes().await.unwrap();
         assert_eq!(state(&mut sent), Some(State::Present));
         drop(registered);
@@ -346,14 +386,14 @@ mod tests {
             question: Some(Question::Forget(OTHER.to_string())),
         };
         session.answer(forget).await.unwrap();
-        let _registered = mesh.register(OTHER, ("shop", "key-b"), place);
+        let _registered = mesh.register(&uid("b"), ("shop", "key-b"), place).unwrap();
         session.tell_changes().await.unwrap();
         assert_eq!(state(&mut sent), None);
     }
 
     #[tokio::test]
     async fn only_a_pod_with_an_address_takes_tunnels_and_only_at_a_port_of_a_host() {
-        let (mesh, shim) = (Mesh::new(Live::fixed(Policy::default()), 0), shim());
+        let (mesh, shim) = (mesh(), shim());
         let (mut without, _sent) = session(&mesh, &shim, None);
         let refused = without.answer(endpoint("10.0.0.7:4001")).await;
         assert!(
@@ -375,16 +415,17 @@ mod tests {
 
     #[tokio::test]
     async fn a_shim_asks_for_a_bounded_number_of_addresses() {
-        let (mesh, shim) = (Mesh::new(Live::fixed(Policy::default()), 0), shim());
+        let (mesh, shim) = (mesh(), shim());
         let (mut session, mut sent) = session(&mesh, &shim, Some(OWN));
+        let first = Ipv4Addr::new(10, 200, 1, 0);
         for number in 0..MAX_ASKED {
             let number = u32::try_from(number).unwrap();
-            let address = Ipv4Addr::from_bits(OTHER.to_bits() + number);
+            let address = Ipv4Addr::from_bits(first.to_bits() + number);
             session.answer(ask(address)).await.unwrap();
             assert_eq!(state(&mut sent), Some(State::Nobody));
         }
-        session.answer(ask(OTHER)).await.unwrap();
-        let refused = session.answer(ask(OWN)).await.unwrap_err();
+        session.answer(ask(first)).await.unwrap();
+        let refused = session.answer(ask(OTHER)).await.unwrap_err();
         assert_eq!(ErrorReason::of(&refused), Some(ErrorReason::Overloaded));
         let wrong = pb::MeshQuestion {
             question: Some(Question::Ask("web-0".to_owned())),
@@ -405,20 +446,20 @@ mod tests {
 
     #[tokio::test]
     async fn a_tunnel_is_carried_only_to_a_pod_that_may_be_reached_and_is_there() {
-        let (mesh, shim) = (Mesh::new(Live::fixed(Policy::default()), 0), shim());
+        let (mesh, shim) = (mesh(), shim());
         let (mut session, _sent) = session(&mesh, &shim, Some(OWN));
         session.answer(endpoint("10.0.0.3:4001")).await.unwrap();
         let carry = || pb::MeshQuestion {
             question: Some(Question::Carry(OTHER.to_string())),
         };
         session.answer(carry()).await.unwrap();
-        assert_eq!(session.tunnels.len(), 0, "nobody has the address");
+        assert_eq!(session.tunnels.len(), 0, "its shim has no link");
         let place = "10.0.0.7:4001".parse().unwrap();
-        let stranger = mesh.register(OTHER, ("other", "key-b"), place);
+        let stranger = mesh.register(&uid("b"), ("other", "key-b"), place).unwrap();
         mesh.lend(&stranger, shim.client.clone());
         session.answer(carry()).await.unwrap();
         assert_eq!(session.tunnels.len(), 0, "the site does not permit it");
-        let registered = mesh.register(OTHER, ("shop", "key-b"), place);
+        let registered = mesh.register(&uid("b"), ("shop", "key-b"), place).unwrap();
         mesh.lend(&registered, shim.client.clone());
         drop(stranger);
         session.answer(carry()).await.unwrap();
@@ -429,12 +470,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_shim_is_told_of_the_ranges_of_other_nodes() {
-        let (mesh, shim) = (Mesh::new(Live::fixed(Policy::default()), 0), shim());
+        let (mesh, shim) = (mesh(), shim());
         let (mut session, mut sent) = session(&mesh, &shim, Some(OWN));
         session.tell_changes().await.unwrap();
         sent.try_recv().unwrap_err();
-        let uid = PodUid::try_from("b").unwrap();
-        mesh.give(&uid, "10.201.0.0/16".parse().unwrap()).unwrap();
+        mesh.give(&uid("c"), "10.201.0.0/16".parse().unwrap())
+            .unwrap();
         session.tell_changes().await.unwrap();
         let Some(Control::Address(told)) = sent.try_recv().unwrap().control else {
             panic!("no address");

@@ -210,19 +210,14 @@ fn range_of(node: &Node) -> Option<PodRange> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use serde_json::json;
-
-    use super::*;
-
-    fn unit(pod_ip: PodIp, pod_range: Option<&str>) -> Unit {
+impl Unit {
+    /// A node with this policy for the addresses of its pods.
+    pub(crate) fn fixture(pod_ip: PodIp, pod_range: Option<&str>) -> Self {
         let identity = Identity {
             name: "knoc".to_owned(),
             internal_ip: "10.0.0.1".to_owned(),
             port: 10250,
-            labels: BTreeMap::new(),
+            labels: std::collections::BTreeMap::new(),
             pods: 100,
             queue_factor: 10,
             taint: true,
@@ -231,8 +226,15 @@ mod tests {
             pod_range: pod_range.map(|text| text.parse().unwrap()),
             websockets: false,
         };
-        Unit::new(identity, watch::Sender::new(None).subscribe())
+        Self::new(identity, watch::Sender::new(None).subscribe())
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
 
     fn node(spec: &serde_json::Value) -> Node {
         serde_json::from_value(json!({"metadata": {"name": "knoc"}, "spec": spec})).unwrap()
@@ -244,7 +246,7 @@ mod tests {
 
     #[test]
     fn the_range_is_that_of_the_node_else_that_of_the_configuration() {
-        let own = unit(PodIp::Own, Some("10.200.0.0/16"));
+        let own = Unit::fixture(PodIp::Own, Some("10.200.0.0/16"));
         assert_eq!(range(&own), "10.200.0.0/16");
         own.see_range(&node(
             &json!({"podCIDR": "10.244.7.0/24", "podCIDRs": ["10.244.7.0/24"]}),
@@ -258,14 +260,14 @@ mod tests {
         let is_own = |unit: &Unit, text: &str| unit.is_own_pod(text.parse().unwrap());
         assert!(is_own(&own, "10.200.0.7") && !is_own(&own, "10.201.0.7"));
         assert!(!is_own(&own, "::ffff:10.200.0.7"));
-        let of_node = unit(PodIp::Node, Some("10.200.0.0/16"));
+        let of_node = Unit::fixture(PodIp::Node, Some("10.200.0.0/16"));
         assert!(!is_own(&of_node, "10.200.0.7"));
     }
 
     #[test]
     fn a_pod_waits_for_a_range_only_if_it_is_to_have_an_address_of_its_own() {
         let mut pod = pb::PodSpec::default();
-        let own = unit(PodIp::Own, None);
+        let own = Unit::fixture(PodIp::Own, None);
         let why = own.lacks_range(&pod).unwrap();
         assert!(
             why.contains("spec.podCIDR") && why.contains("node.podRange"),
@@ -274,15 +276,15 @@ mod tests {
         own.see_range(&node(&json!({"podCIDR": "10.244.7.0/24"})));
         assert_eq!(own.lacks_range(&pod), None);
         for other in [PodIp::None, PodIp::Node] {
-            let other = unit(other, Some("10.200.0.0/16"));
+            let other = Unit::fixture(other, Some("10.200.0.0/16"));
             assert_eq!(
                 (other.lacks_range(&pod), range(&other)),
                 (None, String::new())
             );
         }
         pod.set_network(pb::NetworkMode::Host);
-        assert_eq!(unit(PodIp::Own, None).lacks_range(&pod), None);
-        let own = unit(PodIp::Own, Some("10.200.0.0/16"));
+        assert_eq!(Unit::fixture(PodIp::Own, None).lacks_range(&pod), None);
+        let own = Unit::fixture(PodIp::Own, Some("10.200.0.0/16"));
         assert_eq!(own.of_this_cluster(pod).pod_range, "");
     }
 }

@@ -169,7 +169,6 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     }
     let mut annotations = meta.annotations.clone().unwrap_or_default();
     annotations.retain(|name, _| !NOT_SENT.contains(&name.as_str()));
-    let labels = meta.labels.clone().unwrap_or_default();
     Ok(pb::PodSpec {
         uid: meta.uid.clone().unwrap_or_default(),
         namespace: meta.namespace.as_deref().unwrap_or("default").to_owned(),
@@ -195,7 +194,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         job: Some(job),
         node_name: spec.node_name.clone().unwrap_or_default(),
         service_account: spec.service_account_name.clone().unwrap_or_default(),
-        labels: labels.into_iter().collect(),
+        labels: meta.labels.clone().into_iter().flatten().collect(),
         annotations: annotations.into_iter().collect(),
         host_aliases: host_aliases(spec),
         image_pull_secrets: keyring::names(spec),

@@ -45,10 +45,6 @@ const INTERFACE_NAME: usize = 16;
 
 /// `struct ifreq` of `net/if.h` with `ifr_flags`, in its full size.
 #[repr(C)]
-#[expect(
-    dead_code,
-    reason = "the kernel reads the fields that this process only sets"
-)]
 struct InterfaceRequest {
     name: [u8; INTERFACE_NAME],
     flags: nix::libc::c_short,

@@ -8,10 +8,7 @@
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
 use knoc_link::{Connection, Peer};
-use tokio::{
-    sync::{OwnedSemaphorePermit, watch},
-    time::timeout,
-};
+use tokio::{sync::watch, time::timeout};
 
 use super::{
     Mesh, Wanted,
@@ -20,6 +17,7 @@ use super::{
     notes::Notes,
     packet::{Header, header},
     tunnel::{IDLE, Packets, greeted},
+    unproven::Place,
 };
 
 /// How long whoever has dialled may take for its greeting.
@@ -49,12 +47,15 @@ struct Proven {
 }
 
 impl Inbound {
-    /// Takes the packets of a tunnel to its end. `unproven` makes room for other connections once this one is known.
-    pub(super) async fn run(self, connection: Connection, unproven: OwnedSemaphorePermit) {
-        let Some(proven) = self.prove(connection).await else {
-            return;
+    /// Takes the packets of a tunnel to its end. It needs `place` until it is known whose it is.
+    pub(super) async fn run(self, connection: Connection, mut place: Place) {
+        let proven = tokio::select! {
+            biased;
+            () = place.lost() => return,
+            proven = self.prove(connection) => proven,
         };
-        drop(unproven);
+        let Some(proven) = proven else { return };
+        drop(place);
         self.take(proven).await;
     }
 

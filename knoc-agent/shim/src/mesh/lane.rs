@@ -100,7 +100,9 @@ impl Lane {
             let next = match state {
                 // Somebody uses it: this lane.
                 None => return,
-                Some(State::Asked | State::Away) => self.wait(&mut queue, &mut members).await,
+                Some(state @ (State::Asked | State::Away)) => {
+                    self.wait(&mut queue, &mut members, &state).await
+                }
                 Some(State::Nobody) => {
                     self.refuse(&mut queue, &mut members, Reason::HostUnreachable)
                         .await
@@ -122,8 +124,12 @@ impl Lane {
         &self,
         queue: &mut mpsc::Receiver<Bytes>,
         members: &mut watch::Receiver<Members>,
+        state: &State,
     ) -> Next {
-        match timeout(PATIENCE, members.changed()).await {
+        // What happens to other addresses does not make it wait longer.
+        let other = |members: &Members| members.state(self.target) != Some(state);
+        let news = timeout(PATIENCE, members.wait_for(other)).await;
+        match news.map(|news| news.map(drop)) {
             Ok(Ok(())) => Next::Again,
             Ok(Err(_)) => Next::End,
             Err(_) if queue.is_empty() => {

@@ -64,8 +64,8 @@ impl Notes {
     }
 
     fn event(&self, message: String) {
-        tracing::warn!("{message}");
         if spend(&self.events) {
+            tracing::warn!("{message}");
             let reason = UNREACHABLE;
             // The supervisor has ended, or is flooded with commands.
             self.commands

@@ -20,18 +20,19 @@ use std::{
 use bytes::Bytes;
 use futures::StreamExt as _;
 use knoc_link::{
-    Connection, Incoming,
+    Connection, Incoming, Peer,
     pinned::{self, KeyPair},
 };
 use knoc_proto::error::chain;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::mpsc,
     task::JoinSet,
     time::{Instant, sleep, sleep_until},
 };
 
 use super::{
     Given, Mesh,
+    budget::Budget,
     carried::Tunnel,
     inbound::Inbound,
     interface::{Interface, Room},
@@ -39,6 +40,7 @@ use super::{
     notes::Notes,
     overlap,
     packet::{Header, Reason, header, refusal},
+    unproven::Unproven,
 };
 use crate::{
     launch::network::protocol::Range,
@@ -51,8 +53,6 @@ use crate::{
 const WAIT: Duration = Duration::from_mins(1);
 /// The pause before what failed is tried again.
 const AGAIN: Duration = Duration::from_secs(30);
-/// How many tunnels may be open whose other end the agent has not named yet.
-const UNPROVEN: usize = 64;
 /// How many tunnels that the agent carries may wait to be taken.
 const ARRIVALS: usize = 16;
 /// How many packets are read before other work is done.
@@ -253,11 +253,12 @@ struct Routes {
     notes: Arc<Notes>,
     /// The queues of packets, each with the number of its lane.
     queues: HashMap<Ipv4Addr, (u64, mpsc::Sender<Bytes>)>,
+    budget: Budget,
     /// The number of the newest lane.
     newest: u64,
     lanes: JoinSet<(Ipv4Addr, u64)>,
     tunnels: JoinSet<()>,
-    unproven: Arc<Semaphore>,
+    unproven: Unproven,
 }
 
 impl Routes {
@@ -267,10 +268,11 @@ impl Routes {
             up,
             notes,
             queues: HashMap::new(),
+            budget: Budget::default(),
             newest: 0,
             lanes: JoinSet::new(),
             tunnels: JoinSet::new(),
-            unproven: Arc::new(Semaphore::new(UNPROVEN)),
+            unproven: Unproven::default(),
         }
     }
 
@@ -318,24 +320,27 @@ impl Routes {
         if source != self.up.own || target == self.up.own || !self.mesh.reaches(target) {
             return;
         }
-        let mut packet = Bytes::copy_from_slice(packet);
         // A lane may have ended without a packet for a while.
         for _ in 0..2 {
             let Some((number, queue)) = self.queue(target) else {
                 self.notes.too_many(target);
-                if let Some(answer) = refusal(&packet, Reason::HostUnreachable) {
+                if let Some(answer) = refusal(packet, Reason::HostUnreachable) {
                     self.up.interface.put(&answer);
                 }
                 return;
             };
-            match queue.try_send(packet) {
-                // One that does not fit is lost, and TCP slows down.
-                Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => return,
-                Err(mpsc::error::TrySendError::Closed(kept)) => {
-                    packet = kept;
-                    self.close(target, number);
-                }
+            if queue.is_closed() {
+                self.close(target, number);
+                continue;
             }
+            let is_only = queue.capacity() == queue.max_capacity();
+            // A packet that does not fit is lost, and TCP slows down.
+            if let Ok(room) = queue.try_reserve()
+                && let Some(packet) = self.budget.copy(packet, is_only)
+            {
+                room.send(packet);
+            }
+            return;
         }
     }
 
@@ -370,34 +375,36 @@ impl Routes {
         }
     }
 
-    /// Room for a tunnel whose other end is not known, and what takes its packets. If there is none, the shim dials again.
-    fn inbound(&self) -> Option<(Inbound, OwnedSemaphorePermit)> {
-        let unproven = Arc::clone(&self.unproven).try_acquire_owned().ok()?;
-        let inbound = Inbound {
+    /// What takes the packets of a tunnel that was dialled.
+    fn inbound(&self) -> Inbound {
+        Inbound {
             mesh: Arc::clone(&self.mesh),
             own: self.up.own,
             interface: Arc::clone(&self.up.interface),
             notes: Arc::clone(&self.notes),
-        };
-        Some((inbound, unproven))
+        }
     }
 
     fn accept(&mut self, connection: Connection) {
-        if let Some((inbound, unproven)) = self.inbound() {
-            self.tunnels.spawn(inbound.run(connection, unproven));
-        }
+        let Peer::Pinned { origin, .. } = connection.peer() else {
+            return;
+        };
+        let place = self.unproven.admit(*origin);
+        self.tunnels.spawn(self.inbound().run(connection, place));
     }
 
     /// Its handshake is still to come.
     fn accept_carried(&mut self, tunnel: Tunnel) {
-        let Some((inbound, unproven)) = self.inbound() else {
-            return;
-        };
-        let pair = Arc::clone(&self.up.pair);
+        let mut place = self.unproven.admit(tunnel.origin);
+        let (inbound, pair) = (self.inbound(), Arc::clone(&self.up.pair));
         self.tunnels.spawn(async move {
-            let accepted = pinned::accept_over(tunnel, "another shim", &pair).await;
+            let accepted = tokio::select! {
+                biased;
+                () = place.lost() => return,
+                accepted = pinned::accept_over(tunnel, "another shim", &pair) => accepted,
+            };
             if let Ok(connection) = accepted {
-                inbound.run(connection, unproven).await;
+                inbound.run(connection, place).await;
             }
         });
     }

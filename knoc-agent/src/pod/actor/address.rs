@@ -20,9 +20,10 @@ impl Actor {
         pod
     }
 
-    /// The address of a pod whose job runs.
+    /// The address of a pod whose job runs. One that has ended has none, although its record still names it: whoever has got its key
+    /// would otherwise take the place of the pod that has the address next.
     async fn give_address(&self, mut pod: Pod) -> (Pod, Result<Ipv4Addr, RequestError>) {
-        if let Some(address) = pod.address {
+        if let Some(address) = pod.address.filter(|_| !pod.is_over()) {
             return (pod, Ok(address));
         }
         let address = match self.free_address(&pod) {
@@ -59,11 +60,14 @@ impl Actor {
     pub(super) fn take_up_address(&self, pod: &mut Pod) {
         let Some(address) = pod.address else { return };
         let range = self.spec.pod_range.parse().ok();
-        if !self.site.mesh.restore(&self.uid, address, range) {
+        let is_free = self.site.mesh.restore(&self.uid, address, range);
+        if pod.is_over() {
+            // If it was free, it rests from now on. Otherwise another pod has had it since.
+            self.site.mesh.take_back(&self.uid);
+        } else if !is_free {
             tracing::error!(uid = %self.uid, %address, "the records name the same address for two pods: this one gets another");
             pod.address = None;
         }
-        self.take_address_back(pod);
     }
 
     /// Takes the address back if nothing of the pod runs any more. Its record still names it.
@@ -153,6 +157,10 @@ mod tests {
         assert_eq!(none.reason, ErrorReason::InvalidRequest);
         let (two, _) = actor(&fake, "b", "10.200.0.0/30");
         pod.state = State::Forgotten;
+        let none = two.give_address(pod.clone()).await.1.unwrap_err();
+        assert_eq!(none.reason, ErrorReason::NotRunning);
+        // Not even the one that it had: another pod may have it by now.
+        pod.address = Some(Ipv4Addr::new(10, 200, 0, 1));
         let none = two.give_address(pod).await.1.unwrap_err();
         assert_eq!(none.reason, ErrorReason::NotRunning);
     }
@@ -171,5 +179,27 @@ mod tests {
         assert_eq!(other.address, None);
         let given = two.give_address(other).await.1.unwrap();
         assert_eq!(given, Ipv4Addr::new(10, 200, 0, 2));
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_had_ended_before_the_restart_takes_no_address_from_another_one() {
+        let fake = Fake::new("").await;
+        let address = Ipv4Addr::new(10, 200, 0, 1);
+        let (running, mut pod) = actor(&fake, "a", "10.200.0.0/30");
+        pod.address = Some(address);
+        let (ended, mut old) = actor(&fake, "b", "10.200.0.0/30");
+        old.address = Some(address);
+        old.state = State::Forgotten;
+        running.take_up_address(&mut pod);
+        ended.take_up_address(&mut old);
+        assert_eq!(running.give_address(pod.clone()).await.1, Ok(address));
+        assert_eq!(old.address, Some(address), "it had this one");
+        // In the other order too.
+        let fake = Fake::new("").await;
+        let (running, _) = actor(&fake, "a", "10.200.0.0/30");
+        let (ended, _) = actor(&fake, "b", "10.200.0.0/30");
+        ended.take_up_address(&mut old);
+        running.take_up_address(&mut pod);
+        assert_eq!(running.give_address(pod).await.1, Ok(address));
     }
 }
