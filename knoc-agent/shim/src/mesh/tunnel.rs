@@ -276,7 +276,7 @@ mod tests {
         let dialling = dial(here, &own, own.spki(), OWN);
         let refused = tokio::select! {
             refused = dialling => refused,
-            _ = async { while incoming.next().await.is_some() {} } => panic!("no listener"),
+            () = async { while incoming.next().await.is_some() {} } => panic!("no listener"),
         };
         let refused = refused.unwrap_err();
         assert!(refused.contains("not the pinned key"), "{refused}");
