@@ -28,7 +28,7 @@ mod tunnel;
 mod unproven;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{Ipv4Addr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -229,7 +229,7 @@ impl Mesh {
             let here = *endpoint.borrow_and_update();
             told.follow(&waiting.borrow_and_update());
             let next = told.next(here, &members.borrow_and_update());
-            let next = next.or_else(|| waiting.borrow().next(&told.carried));
+            let next = next.or_else(|| Some((waiting.borrow().next(&told.carried)?, 0)));
             let result = tokio::select! {
                 biased;
                 () = questions.closed() => return,
@@ -242,8 +242,8 @@ impl Mesh {
                     Err(status) => Err(status),
                 },
                 slot = questions.reserve(), if next.is_some() => match (slot, next) {
-                    (Ok(slot), Some(question)) => {
-                        told.note(&question, here);
+                    (Ok(slot), Some((question, id))) => {
+                        told.note(&question, id, here);
                         slot.send(Ok(pb::MeshQuestion { question: Some(question) }));
                         Ok(())
                     }
@@ -305,24 +305,27 @@ impl Drop for Wanted {
 #[derive(Debug, Default)]
 struct Told {
     endpoint: Option<SocketAddr>,
-    asked: BTreeSet<Ipv4Addr>,
+    /// With the entry of each address for which it was asked.
+    asked: BTreeMap<Ipv4Addr, u64>,
     /// Where the agent was asked to carry tunnels to, for lanes that still wait.
     carried: BTreeSet<Ipv4Addr>,
 }
 
 impl Told {
-    /// What comes next; the endpoint comes first.
-    fn next(&self, endpoint: Option<SocketAddr>, members: &Members) -> Option<Question> {
+    /// What comes next, and the entry of the address that it is about; the endpoint comes first.
+    fn next(&self, endpoint: Option<SocketAddr>, members: &Members) -> Option<(Question, u64)> {
         let place = endpoint.filter(|_| self.endpoint != endpoint);
-        let place = place.map(|place| Question::Endpoint(place.to_string()));
+        let place = place.map(|place| (Question::Endpoint(place.to_string()), 0));
         place.or_else(|| members.next(&self.asked))
     }
 
-    fn note(&mut self, question: &Question, endpoint: Option<SocketAddr>) {
+    fn note(&mut self, question: &Question, id: u64, endpoint: Option<SocketAddr>) {
         let address = |text: &str| text.parse::<Ipv4Addr>().ok();
         match question {
             Question::Endpoint(_) => self.endpoint = endpoint,
-            Question::Ask(text) => self.asked.extend(address(text)),
+            Question::Ask(text) => self
+                .asked
+                .extend(address(text).map(|address| (address, id))),
             Question::Carry(text) => self.carried.extend(address(text)),
             Question::Forget(text) => {
                 if let Some(address) = address(text) {

@@ -183,7 +183,7 @@ mod tests {
     fn question(mesh: &Mesh, told: &mut Told) -> Option<Question> {
         told.follow(&mesh.waiting.borrow());
         let question = mesh.waiting.borrow().next(&told.carried)?;
-        told.note(&question, None);
+        told.note(&question, 0, None);
         Some(question)
     }
 

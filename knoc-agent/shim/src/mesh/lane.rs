@@ -30,7 +30,7 @@ use super::{
     members::{Member, Members, State},
     notes::Notes,
     packet::{Reason, refusal},
-    tunnel::{self, Ended, IDLE},
+    tunnel::{self, Ended},
 };
 
 /// How many packets wait for one other pod: the most that one connection has under way on a fast network, and not more memory
@@ -39,6 +39,8 @@ pub(super) const QUEUE: usize = 64;
 
 /// The first and the longest pause after a tunnel could not be dialled or has broken at once.
 const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(15)];
+/// How long it is remembered that packets go nowhere, after the last of them: a program that tries many addresses needs many lanes.
+const QUIET: Duration = Duration::from_secs(30);
 /// A tunnel that was open for longer has worked.
 const WORKED: Duration = Duration::from_secs(10);
 
@@ -157,7 +159,7 @@ impl Lane {
                     Ok(()) => Next::Again,
                     Err(_) => Next::End,
                 },
-                packet = timeout(IDLE, queue.recv()) => packet,
+                packet = timeout(QUIET, queue.recv()) => packet,
             };
             match packet {
                 Ok(Some(packet)) => self.answer(&packet, reason),

@@ -11,7 +11,7 @@
 //! without the agent. For the same reason a member that is present does not become away.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr},
 };
 
@@ -51,6 +51,8 @@ pub(super) enum State {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Entry {
+    /// Of all entries. Whoever was asked about an address answers for this entry, and not for one that comes after it.
+    id: u64,
     users: usize,
     state: State,
     /// The number of the newest tunnel from there; 0: none yet.
@@ -59,37 +61,44 @@ struct Entry {
 
 /// All addresses that somebody uses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Members(BTreeMap<Ipv4Addr, Entry>);
+pub(super) struct Members {
+    entries: BTreeMap<Ipv4Addr, Entry>,
+    /// The id of the newest entry.
+    newest: u64,
+}
 
 impl Members {
     /// Somebody uses this address from now on. Returns false if too many are in use.
     #[must_use]
     pub(super) fn want(&mut self, address: Ipv4Addr) -> bool {
-        if self.0.len() >= MAX_ASKED && !self.0.contains_key(&address) {
+        if self.entries.len() >= MAX_ASKED && !self.entries.contains_key(&address) {
             return false;
         }
-        let entry = self.0.entry(address).or_insert(Entry {
+        let next = self.newest + 1;
+        let entry = self.entries.entry(address).or_insert(Entry {
+            id: next,
             users: 0,
             state: State::Asked,
             newest: 0,
         });
         entry.users += 1;
+        self.newest = self.newest.max(entry.id);
         true
     }
 
     /// Somebody has stopped to use it.
     pub(super) fn leave(&mut self, address: Ipv4Addr) {
-        if let Some(entry) = self.0.get_mut(&address) {
+        if let Some(entry) = self.entries.get_mut(&address) {
             entry.users = entry.users.saturating_sub(1);
             if entry.users == 0 {
-                self.0.remove(&address);
+                self.entries.remove(&address);
             }
         }
     }
 
     /// What is known about it; `None` if nobody uses it.
     pub(super) fn state(&self, address: Ipv4Addr) -> Option<&State> {
-        self.0.get(&address).map(|entry| &entry.state)
+        self.entries.get(&address).map(|entry| &entry.state)
     }
 
     /// Is the pod with this key there?
@@ -99,7 +108,7 @@ impl Members {
 
     /// A tunnel from there begins; those before it end. Returns its number.
     pub(super) fn enter(&mut self, address: Ipv4Addr) -> u64 {
-        self.0.get_mut(&address).map_or(0, |entry| {
+        self.entries.get_mut(&address).map_or(0, |entry| {
             entry.newest += 1;
             entry.newest
         })
@@ -107,7 +116,7 @@ impl Members {
 
     /// Is this the newest tunnel from there?
     pub(super) fn is_newest(&self, address: Ipv4Addr, number: u64) -> bool {
-        let entry = self.0.get(&address);
+        let entry = self.entries.get(&address);
         entry.is_some_and(|entry| entry.newest == number)
     }
 
@@ -127,7 +136,7 @@ impl Members {
             }
         };
         // It may come after the last user has left.
-        let Some(entry) = self.0.get_mut(&address) else {
+        let Some(entry) = self.entries.get_mut(&address) else {
             return Ok(false);
         };
         // While its shim has no link to the agent, the pod has the same key at the same place.
@@ -142,20 +151,25 @@ impl Members {
     /// Sets what is known about an address that somebody uses, whatever the agent may say.
     #[cfg(test)]
     pub(super) fn set(&mut self, address: Ipv4Addr, state: State) {
-        if let Some(entry) = self.0.get_mut(&address) {
+        if let Some(entry) = self.entries.get_mut(&address) {
             entry.state = state;
         }
     }
 
-    /// The next question for an agent that was asked about the addresses `told`.
-    pub(super) fn next(&self, told: &BTreeSet<Ipv4Addr>) -> Option<Question> {
+    /// The next question for an agent that was asked about the addresses `told`, each with the entry for which it was asked. Returns the
+    /// entry, too.
+    pub(super) fn next(&self, told: &BTreeMap<Ipv4Addr, u64>) -> Option<(Question, u64)> {
         // First those that make room.
-        let gone = told.iter().find(|address| !self.0.contains_key(*address));
-        let gone = gone.map(|address| Question::Forget(address.to_string()));
-        gone.or_else(|| {
-            let new = self.0.keys().find(|address| !told.contains(*address));
-            new.map(|address| Question::Ask(address.to_string()))
-        })
+        let gone = told.iter().find(|(address, id)| {
+            let entry = self.entries.get(*address);
+            entry.is_none_or(|entry| entry.id != **id)
+        });
+        if let Some((address, id)) = gone {
+            return Some((Question::Forget(address.to_string()), *id));
+        }
+        let mut entries = self.entries.iter();
+        let new = entries.find(|(address, _)| !told.contains_key(*address));
+        new.map(|(address, entry)| (Question::Ask(address.to_string()), entry.id))
     }
 }
 
@@ -225,18 +239,25 @@ mod tests {
     fn what_is_not_asked_yet_is_asked_and_what_nobody_uses_is_forgotten() {
         let mut members = Members::default();
         assert!(members.want(TWO) && members.want(ONE));
-        let mut told = BTreeSet::new();
-        let ask = |address: Ipv4Addr| Some(Question::Ask(address.to_string()));
-        assert_eq!(members.next(&told), ask(ONE));
-        told.insert(ONE);
-        assert_eq!(members.next(&told), ask(TWO));
-        told.insert(TWO);
+        let mut told = BTreeMap::new();
+        let ask = |address: Ipv4Addr, id| Some((Question::Ask(address.to_string()), id));
+        let forget = |address: Ipv4Addr, id| Some((Question::Forget(address.to_string()), id));
+        assert_eq!(members.next(&told), ask(ONE, 2));
+        told.insert(ONE, 2);
+        assert_eq!(members.next(&told), ask(TWO, 1));
+        told.insert(TWO, 1);
         assert_eq!(members.next(&told), None);
         members.leave(ONE);
-        let forget = Some(Question::Forget(ONE.to_string()));
-        assert_eq!(members.next(&told), forget);
+        assert_eq!(members.next(&told), forget(ONE, 2));
+        // Whoever uses it again before that was said asks again: the agent tells changes only.
+        assert!(members.want(ONE));
+        assert_eq!(members.next(&told), forget(ONE, 2));
+        told.remove(&ONE);
+        assert_eq!(members.next(&told), ask(ONE, 3));
+        told.insert(ONE, 3);
+        assert_eq!(members.next(&told), None);
         // A new agent is asked everything again.
-        assert_eq!(members.next(&BTreeSet::new()), ask(TWO));
+        assert_eq!(members.next(&BTreeMap::new()), ask(ONE, 3));
     }
 
     #[test]

@@ -55,8 +55,8 @@ fn the_agent_is_told_where_tunnels_are_taken_and_asked_once_for_each_address() {
     let here = Some("10.0.0.7:4001".parse().unwrap());
     let mut told = Told::default();
     let next = |told: &mut Told, here| {
-        let question = told.next(here, &mesh.members.borrow())?;
-        told.note(&question, here);
+        let (question, id) = told.next(here, &mesh.members.borrow())?;
+        told.note(&question, id, here);
         Some(question)
     };
     assert_eq!(next(&mut told, None), None);
