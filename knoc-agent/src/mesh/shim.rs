@@ -2,7 +2,13 @@
 //!
 //! It runs as a part of the task that follows the shim's link, and ends with it.
 
-use std::{collections::HashMap, net::Ipv4Addr, pin::pin, time::Duration};
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher as _, RandomState},
+    net::Ipv4Addr,
+    pin::pin,
+    time::Duration,
+};
 
 use knoc_proto::{
     ids::PodUid,
@@ -119,8 +125,8 @@ struct Session<'a> {
     /// Between which namespaces pods reach each other, as of the last look.
     permitted: NamespacePairs,
     controls: mpsc::Sender<pb::MeshControl>,
-    /// What the shim was told last about each address that it asked for.
-    asked: HashMap<Ipv4Addr, pb::MeshMember>,
+    /// A digest of what the shim was told last about each address that it asked for: a thousand pods may know a thousand others each.
+    asked: HashMap<Ipv4Addr, u64>,
     /// Its place among the members.
     registered: Option<Registered>,
     /// The tunnels that are carried for it.
@@ -172,7 +178,8 @@ impl Session<'_> {
                     return Err(ErrorReason::Overloaded.status(message));
                 }
                 let member = self.look(address);
-                self.asked.insert(address, member.clone());
+                let known = digest(self.asked.hasher(), &member);
+                self.asked.insert(address, known);
                 self.send(member).await
             }
             Some(Question::Forget(text)) => {
@@ -243,11 +250,13 @@ impl Session<'_> {
         }
         let mut news = Vec::new();
         let (mesh, permitted) = (self.mesh, &self.permitted);
+        let hasher = self.asked.hasher().clone();
         for (address, known) in &mut self.asked {
-            let now = mesh.look(permitted, &self.shim.namespace, *address);
+            let member = mesh.look(permitted, &self.shim.namespace, *address);
+            let now = digest(&hasher, &member);
             if *known != now {
-                known.clone_from(&now);
-                news.push(now);
+                *known = now;
+                news.push(member);
             }
         }
         for member in news {
@@ -280,6 +289,11 @@ fn every(pause: Duration) -> Interval {
     let mut ticks = interval_at(Instant::now() + pause, pause);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
+}
+
+/// PURE: two descriptions of an address have the same digest if they say the same; its key is random.
+fn digest(hasher: &RandomState, member: &pb::MeshMember) -> u64 {
+    hasher.hash_one((member.state, &member.spki, &member.endpoint))
 }
 
 /// PURE: the address that a question names.

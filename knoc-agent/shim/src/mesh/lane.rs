@@ -18,7 +18,6 @@ use std::{net::Ipv4Addr, pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use knoc_link::{Connection, pinned::KeyPair};
-use rand::RngExt as _;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, timeout},
@@ -79,7 +78,7 @@ impl Way {
     /// The pause before the next try, which grows.
     fn next_pause(&mut self) -> Duration {
         let [_, longest] = PAUSES;
-        let pause = self.pause.mul_f64(rand::rng().random_range(0.5..1.5));
+        let pause = self.pause.mul_f64(rand::random_range(0.5..1.5));
         self.pause = (self.pause * 2).min(longest);
         pause
     }
