@@ -26,7 +26,7 @@ use std::{
 use knoc_link::bulk::RawClient;
 use knoc_proto::{
     ids::PodUid,
-    mesh::{NamespacePairs, PodRange},
+    mesh::{MAX_RANGES, NamespacePairs, PodRange},
     pb::{self, MeshMemberState, shim_client::ShimClient},
 };
 use tokio::{sync::watch, time::Instant};
@@ -80,6 +80,9 @@ impl Mesh {
         let before = addresses.ranges().len();
         let given = addresses.give(uid, range, Instant::now());
         let is_new = addresses.ranges().len() > before;
+        if given.is_ok() && !addresses.ranges().contains(&range) {
+            tracing::warn!(%uid, %range, "pods have addresses of {MAX_RANGES} other ranges already: those of this range are reached by pods of it only");
+        }
         drop(addresses);
         if is_new {
             self.changed();

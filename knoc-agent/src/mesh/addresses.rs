@@ -80,7 +80,9 @@ impl Addresses {
             });
         };
         self.note_range(range);
-        self.last.insert(range, address);
+        if self.ranges.contains(&range) {
+            self.last.insert(range, address);
+        }
         self.used.insert(address, uid.clone());
         self.of_pod.insert(uid.clone(), address);
         Ok(address)
