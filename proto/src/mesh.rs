@@ -249,8 +249,8 @@ mod tests {
         assert!(range.contains(Ipv4Addr::new(10, 200, 255, 255)));
         assert!(!range.contains(Ipv4Addr::new(10, 201, 0, 0)));
         let least: PodRange = "10.0.0.4/30".parse().unwrap();
-        let (first, last) = least.hosts();
-        assert_eq!(last.to_bits() - first.to_bits(), 1);
+        let (low, high) = least.hosts();
+        assert_eq!(high.to_bits() - low.to_bits(), 1);
         for (text, why) in [
             ("", "no range"),
             ("10.200.0.0", "no range"),

@@ -33,9 +33,10 @@ fn judge(setting: NetworkSetting, networks: &[PodNetwork]) -> Finding {
         "job.network is {setting}; of the running pods, {own} have a network of their own and {of_node} are in the node's"
     );
     let addressed = networks.iter().filter(|one| !one.address.is_empty());
-    match addressed.count() {
-        0 => {}
-        count => text += &format!("; {count} have addresses of their own"),
+    let addressed = addressed.count();
+    if addressed > 0 {
+        text += "; with addresses of their own: ";
+        text += &addressed.to_string();
     }
     if networks.is_empty() {
         text += "; what the compute nodes can do is known once a pod runs";

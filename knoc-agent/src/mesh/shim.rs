@@ -146,7 +146,7 @@ impl Session<'_> {
                     Some(question) => self.answer(question).await?,
                     None => return Ok(()),
                 },
-                changed = changes.changed(), if !has_news => match changed {
+                news = changes.changed(), if !has_news => match news {
                     Ok(()) => {
                         has_news = true;
                         settled.as_mut().reset(Instant::now() + SETTLE);

@@ -309,12 +309,14 @@ impl Actor {
                 pod
             }
             Input::Address { reply } => self.tell_address(pod, reply).await,
-            Input::Forget { reply } => {
-                let pod = self.apply(pod, Event::Forget).await;
-                drop(reply.send(self.forgotten(&pod)));
-                pod
-            }
+            Input::Forget { reply } => self.forget(pod, reply).await,
         }
+    }
+
+    async fn forget(&mut self, pod: Pod, reply: super::input::Reply<()>) -> Pod {
+        let pod = self.apply(pod, Event::Forget).await;
+        drop(reply.send(self.forgotten(&pod)));
+        pod
     }
 
     /// The answer to `ForgetPod`.

@@ -131,7 +131,7 @@ async fn pods_exchange_packets_once_both_shims_know_the_other_key() {
     b.learns_of(&a).await;
     assert_eq!(b.receives().await, there);
     // The answer comes over a tunnel of its own.
-    let back = packet(B, A, &[7; 40_000]);
+    let back = packet(B, A, &vec![7; 40_000]);
     b.sends(&back).await;
     assert_eq!(a.receives().await, back);
     for number in 0..100_u8 {
