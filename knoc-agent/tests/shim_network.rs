@@ -248,7 +248,7 @@ fn mesh(helper: &mut Helper, address: Ipv4Addr) -> Option<OwnedFd> {
         assert!(why.contains("leads to other pods"), "{why}");
         return None;
     }
-    let packets = fds.pop().unwrap();
+    let packets = fds.pop()?;
     rustix::io::ioctl_fionbio(&packets, false).unwrap();
     Some(packets)
 }
