@@ -210,6 +210,7 @@ fn node_info(
         pid_isolation: site.runtime.name != "process",
         pod_limit: pod_limit.try_into().unwrap_or(i32::MAX),
         maps_privileged: site.policy.now().maps_privileged(),
+        egress: Some(site.egress.counted()),
         ..pb::NodeInfo::default()
     }
 }

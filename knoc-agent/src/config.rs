@@ -10,6 +10,7 @@ pub mod dial_out;
 mod egress;
 mod host_paths;
 mod host_ports;
+mod images;
 mod limits;
 mod listen;
 mod mapped;
@@ -30,6 +31,7 @@ use std::{
 pub use self::{
     binds::SiteBind,
     host_paths::HostPath,
+    images::{Compression, ImageSettings},
     limits::Limits,
     mapped::{Csi, Nfs},
 };
@@ -118,6 +120,9 @@ pub struct Config {
     /// The defaults for jobs whose pod requests nothing else.
     #[serde(default)]
     pub job: JobDefaults,
+    /// How images from registries are kept.
+    #[serde(default)]
+    pub images: ImageSettings,
     /// Rates, limits and timeouts.
     #[serde(default)]
     pub limits: Limits,
@@ -377,6 +382,8 @@ pub struct JobDefaults {
     pub network: NetworkSetting,
     /// Whether a pod's own network reaches the node's IPv6 networks too. It then has the node's IPv6 addresses.
     pub network_ipv6: bool,
+    /// Names with one of these suffixes are asked at the compute node's resolvers instead of the cluster's DNS.
+    pub node_dns_suffixes: Vec<String>,
 }
 
 /// The containers' logs.

@@ -11,6 +11,7 @@
 //! as long as their shims have patience. This module decides nothing about a Service: the kubelet does, and `[policy]
 //! egress` of the site.
 
+pub(crate) mod counts;
 mod queue;
 mod shim;
 
@@ -36,7 +37,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, transport::Channel};
 
-use self::queue::{Full, Queue};
+use self::{
+    counts::{Counts, Reason},
+    queue::{Full, Queue},
+};
 
 /// The most nodes whose networks are remembered. A kubelet leads one node, and a site has few.
 const NODES: usize = 256;
@@ -46,7 +50,10 @@ type Client = ShimClient<RawClient<Channel>>;
 
 /// A handle to the nodes' networks and queues; clones share them.
 #[derive(Debug, Clone, Default)]
-pub struct Egress(Arc<Mutex<HashMap<String, Arc<Node>>>>);
+pub struct Egress {
+    nodes: Arc<Mutex<HashMap<String, Arc<Node>>>>,
+    counts: Arc<Counts>,
+}
 
 /// What is known for the pods of one node.
 #[derive(Debug, Default)]
@@ -60,6 +67,7 @@ pub(crate) struct Node {
     /// Where refusals for each pod go, with the number of the call.
     shims: Mutex<HashMap<PodUid, (u64, mpsc::Sender<pb::EgressControl>)>>,
     log: Mutex<LogLimit<PodUid>>,
+    counts: Arc<Counts>,
 }
 
 /// The kubelet that follows the connections.
@@ -73,14 +81,17 @@ struct Caller {
 impl Egress {
     /// The node with this name; `None` if there are too many.
     fn node(&self, name: &str) -> Option<Arc<Node>> {
-        let mut nodes = lock(&self.0);
+        let mut nodes = lock(&self.nodes);
         if let Some(node) = nodes.get(name) {
             return Some(Arc::clone(node));
         }
         if nodes.len() >= NODES {
             return None;
         }
-        let node = Arc::<Node>::default();
+        let node = Arc::new(Node {
+            counts: Arc::clone(&self.counts),
+            ..Node::default()
+        });
         nodes.insert(name.to_owned(), Arc::clone(&node));
         Some(node)
     }
@@ -88,7 +99,7 @@ impl Egress {
     /// The network of the cluster for pods of this node, if a kubelet has described it.
     #[must_use]
     pub fn network(&self, node: &str) -> Option<pb::EgressNetwork> {
-        let nodes = lock(&self.0);
+        let nodes = lock(&self.nodes);
         let network = nodes.get(node)?.network.borrow().clone();
         network.map(|network| (*network).clone())
     }
@@ -127,14 +138,14 @@ impl Egress {
         (uid, id): (&PodUid, u64),
     ) -> Result<(), Status> {
         self.check_caller(name, peer)?;
-        if let Some(node) = lock(&self.0).get(name) {
+        if let Some(node) = lock(&self.nodes).get(name) {
             lock(&node.queue).settle(uid.as_str(), id);
         }
         Ok(())
     }
 
     fn check_caller(&self, name: &str, peer: Option<&Peer>) -> Result<(), Status> {
-        let node = lock(&self.0).get(name).cloned();
+        let node = lock(&self.nodes).get(name).cloned();
         let follows = node.is_some_and(|node| {
             let caller = lock(&node.caller);
             caller
@@ -148,6 +159,20 @@ impl Egress {
             "only the kubelet whose WatchEgress follows the connections of node {name:?} may take one of them"
         );
         Err(ErrorReason::LeadershipDenied.status(message))
+    }
+
+    /// Counts a connection that the agent refuses itself.
+    pub(crate) fn refused(&self, reason: Reason) {
+        self.counts.refused(reason);
+    }
+
+    /// What was counted since the agent started.
+    #[must_use]
+    pub fn counted(&self) -> pb::EgressCounts {
+        let nodes = lock(&self.nodes);
+        let now = Instant::now();
+        let waiting = nodes.values().map(|node| lock(&node.queue).waiting(now));
+        self.counts.with_waiting(waiting.sum())
     }
 
     /// Serves the shim of a pod of this node until this is dropped.

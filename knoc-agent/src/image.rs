@@ -35,7 +35,7 @@ use knoc_proto::pb;
 
 use crate::{
     command::{Command, CommandError, login_environment},
-    config::{Config, Registry, RuntimeKind},
+    config::{Compression, Config, Registry, RuntimeKind},
     policy::Live,
 };
 
@@ -44,6 +44,7 @@ mod auth;
 mod cache;
 mod checks;
 mod claims;
+mod compression;
 mod digest;
 mod download;
 mod file;
@@ -200,6 +201,8 @@ pub struct Settings {
     pub registries: Vec<Registry>,
     /// The current policy, which says which images pods may name.
     pub policy: Live,
+    /// How the files of new images are compressed.
+    pub compression: Compression,
     /// Limits on sizes and times.
     pub limits: Bounds,
     /// How many conversions may run at the same time.
@@ -239,6 +242,7 @@ impl Settings {
             trust_shared_roots: site.trust_shared_roots,
             registries: site.registries.clone(),
             policy,
+            compression: site.images.compression,
             limits: Bounds {
                 size: site.limits.image_size,
                 unpacked: site.limits.image_unpacked,

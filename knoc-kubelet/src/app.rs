@@ -287,6 +287,7 @@ impl App {
             events: context.api.events.clone(),
             node: self.config.node.name.clone(),
             described: context.site.network.clone(),
+            traffic: context.process.metrics.egress.clone(),
         };
         egress::start(setup, client, context.api.services.clone(), tasks, shutdown);
     }
@@ -314,6 +315,7 @@ impl App {
             store: self.store.clone(),
             services: context.api.services.clone(),
             events: context.api.events.clone(),
+            traffic: context.process.metrics.relay.clone(),
         };
         relay::start(setup, client, tasks, shutdown);
     }

@@ -15,6 +15,7 @@
 mod carry;
 mod decide;
 mod own_pod;
+mod refused;
 pub(crate) mod table;
 pub(crate) mod told;
 pub(crate) mod watch;
@@ -26,7 +27,6 @@ use std::{
     time::Duration,
 };
 
-use jiff::Timestamp;
 use knoc_proto::{
     error::chain,
     ids::PodUid,
@@ -47,13 +47,14 @@ use tonic::{Status, Streaming};
 
 use self::{
     carry::{Connection, Failed},
-    table::Name,
+    refused::Refused,
     told::{Told, Troubles},
     watch::Cluster,
 };
 use crate::{
     agent::{Agent, Link},
     config::EgressConfig,
+    metrics::traffic::Direction,
     node::unit::Unit,
     pods::{
         Services, Store,
@@ -132,6 +133,8 @@ pub struct Setup {
     pub node: String,
     /// Is told when the agent has the cluster's network.
     pub described: Described,
+    /// Counts the connections.
+    pub traffic: Direction,
 }
 
 /// Starts the tasks. `client` is that of the ServiceAccount.
@@ -223,31 +226,6 @@ struct Connections {
 struct Ended {
     id: u64,
     failed: Option<Failed>,
-}
-
-/// Why a connection is not opened.
-#[derive(Debug, thiserror::Error)]
-enum Refused {
-    #[error(transparent)]
-    Decided(#[from] decide::Refusal),
-    #[error("the pod has {OF_ONE} open connections to the cluster, which is the limit")]
-    ManyOfPod,
-    #[error(
-        "the pods of this node have {OF_ALL} open connections to the cluster, which is the limit"
-    )]
-    ManyOfNode,
-    #[error(
-        "the pods of this node have {CROWDED} open connections to the cluster or more, and then a pod gets no more than {SHARE}"
-    )]
-    Crowded,
-    #[error("the kubelet has not read the cluster's Services yet")]
-    NotRead,
-    #[error(
-        "Service {0} leads to a pod of this node at its own address, which is reached over TCP only, and only through an agent that          gives pods addresses"
-    )]
-    OwnPod(Name),
-    #[error("the agent announced a connection to {0:?}")]
-    Malformed(String),
 }
 
 impl Connections {
@@ -362,15 +340,9 @@ impl Connections {
     fn tell_node(&mut self) {
         for message in self.troubles.news(self.cluster.troubles()) {
             tracing::warn!("{message}");
-            self.setup.events.record(Note {
-                object: about_node(&self.setup.node),
-                warning: true,
-                reason: "EgressUnavailable".to_owned(),
-                message,
-                at: Timestamp::now(),
-                salt: 0,
-                times: 1,
-            });
+            let object = about_node(&self.setup.node);
+            let note = Note::warning(object, "EgressUnavailable", message);
+            self.setup.events.record(note);
         }
     }
 
@@ -405,7 +377,10 @@ impl Connections {
         }
         match self.decide(&uid, attempt) {
             Ok(connection) => self.carry(connection),
-            Err(refused) => self.refuse(&uid, attempt.id, &refused.to_string(), controls),
+            Err(refused) => {
+                self.setup.traffic.refused(refused.reason());
+                self.refuse(&uid, attempt.id, &refused.to_string(), controls);
+            }
         }
     }
 
@@ -441,8 +416,9 @@ impl Connections {
     fn carry(&mut self, connection: Connection) {
         let (agent, uid) = (self.setup.agent.clone(), connection.uid.clone());
         tracing::debug!(%uid, service = %connection.dial.service, endpoint = %connection.dial.endpoint, "a pod connects");
+        let traffic = self.setup.traffic.clone();
         let carry = async move {
-            let failed = carry::run(&agent, &connection).await.err();
+            let failed = carry::run(&agent, &connection, &traffic).await.err();
             Ended {
                 id: connection.id,
                 failed,
@@ -481,6 +457,7 @@ impl Connections {
         else {
             return;
         };
+        self.setup.traffic.refused(failed.reason());
         match &failed {
             Failed::Policy { .. } => self.refuse(&uid, id, &failed.to_string(), controls),
             Failed::Dial { service, port, .. } => {
@@ -521,15 +498,8 @@ impl Connections {
         };
         if self.told.is_news(uid, what) {
             tracing::info!(%uid, "{message}");
-            self.setup.events.record(Note {
-                object: about_pod(&view.pod, ""),
-                warning: true,
-                reason: reason.to_owned(),
-                message,
-                at: Timestamp::now(),
-                salt: 0,
-                times: 1,
-            });
+            let note = Note::warning(about_pod(&view.pod, ""), reason, message);
+            self.setup.events.record(note);
         }
     }
 }

@@ -12,9 +12,11 @@ use std::{
 
 use knoc_proto::pb;
 
+use self::traffic::Direction;
 use crate::stats::resource::{braces, head, line};
 
 pub mod process;
+pub mod traffic;
 
 /// One metric family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +56,42 @@ const CERTIFICATES: Family = family(
     "gauge",
     "side",
     "Remaining validity of the certificate of one side of the link (agent or kubelet), negative once it has expired; absent if there is no certificate",
+);
+const AGENT_REFUSED: Family = family(
+    "knoc_agent_connections_refused_total",
+    "counter",
+    "reason",
+    "Connections of pods to the cluster that the agent refused itself, for all its nodes, at most some minutes late: limit_node and limit_pod (too many wait to be taken), malformed, policy (policy.egress of the site file)",
+);
+const AGENT_WAITING: Family = family(
+    "knoc_agent_connections_waiting",
+    "gauge",
+    "",
+    "Connections of pods to the cluster that wait at the agent for a kubelet, for all its nodes, at most some minutes late; absent until the agent has reported it",
+);
+const CONNECTION_BYTES: Family = family(
+    "knoc_connection_bytes_total",
+    "counter",
+    "direction,to",
+    "Bytes carried between pods and the cluster, by who opened the connection (egress: a pod, relay: a client of a Service) and by whom they were sent to (pod or cluster)",
+);
+const CONNECTIONS_OPEN: Family = family(
+    "knoc_connections_open",
+    "gauge",
+    "direction",
+    "Open connections and flows of datagrams between pods and the cluster, by who opened them (egress: a pod, relay: a client of a Service)",
+);
+const CONNECTIONS_REFUSED: Family = family(
+    "knoc_connections_refused_total",
+    "counter",
+    "direction,reason",
+    "Connections between pods and the cluster that were not made: dial (the endpoint does not answer), endpoint (its address is one that pods never reach), limit, malformed, no_endpoint, not_listed (egress.allow), not_read (Services are not known yet), pod (its side is gone or does not listen), policy (of the site), unknown (no such Service)",
+);
+const CONNECTIONS: Family = family(
+    "knoc_connections_total",
+    "counter",
+    "direction",
+    "Connections and flows of datagrams between pods and the cluster that were made",
 );
 const LINK_CHANGED: Family = family(
     "knoc_agent_link_changed_timestamp_seconds",
@@ -148,10 +186,16 @@ const PROCESS_START: Family = family(
 
 /// Every family of `/metrics`, by name.
 pub const FAMILIES: &[Family] = &[
+    AGENT_REFUSED,
+    AGENT_WAITING,
     AGENT_INFO,
     LINK_CHANGED,
     LINK_UP,
     BUILD,
+    CONNECTION_BYTES,
+    CONNECTIONS_OPEN,
+    CONNECTIONS_REFUSED,
+    CONNECTIONS,
     REQUESTS,
     CERTIFICATES,
     PODS,
@@ -242,7 +286,13 @@ struct Counted {
 
 /// The counters; clones share them.
 #[derive(Debug, Clone, Default)]
-pub struct Metrics(Arc<Mutex<Counted>>);
+pub struct Metrics {
+    counted: Arc<Mutex<Counted>>,
+    /// Connections that pods open to the cluster.
+    pub egress: Direction,
+    /// Connections that the cluster opens to pods.
+    pub relay: Direction,
+}
 
 /// The gauges at the time of a request.
 #[derive(Debug, Clone, Default)]
@@ -251,6 +301,8 @@ pub struct Gauges {
     pub phases: BTreeMap<String, usize>,
     /// What the agent said about itself, while the link is up.
     pub agent: Option<Arc<pb::AgentInfo>>,
+    /// What the agent has counted about connections of pods to the cluster, if it has said it.
+    pub agent_egress: Option<pb::EgressCounts>,
     /// When the link last went up or down, Unix seconds.
     pub link_changed: i64,
     /// Whether Slurm answered the last query, and how long ago a query succeeded, if one has.
@@ -288,6 +340,7 @@ impl Metrics {
         let mut page = Page::default();
         of_agent(&mut page, gauges);
         page.one(BUILD, &[("version", env!("CARGO_PKG_VERSION"))], 1);
+        self.connections(&mut page);
         self.requests(&mut page);
         page.head(CERTIFICATES);
         for (side, left) in &gauges.certificates {
@@ -317,6 +370,39 @@ impl Metrics {
         page.text
     }
 
+    fn connections(&self, page: &mut Page) {
+        let both = [
+            ("egress", self.egress.counted()),
+            ("relay", self.relay.counted()),
+        ];
+        page.head(CONNECTION_BYTES);
+        for (direction, counted) in &both {
+            for (to, bytes) in [("cluster", counted.from_pod), ("pod", counted.to_pod)] {
+                let labels = [("direction", *direction), ("to", to)];
+                page.sample(CONNECTION_BYTES.name, &labels, bytes);
+            }
+        }
+        page.head(CONNECTIONS_OPEN);
+        for (direction, counted) in &both {
+            page.sample(
+                CONNECTIONS_OPEN.name,
+                &[("direction", direction)],
+                counted.open,
+            );
+        }
+        page.head(CONNECTIONS_REFUSED);
+        for (direction, counted) in &both {
+            for (reason, count) in &counted.refused {
+                let labels = [("direction", *direction), ("reason", reason.label())];
+                page.sample(CONNECTIONS_REFUSED.name, &labels, count);
+            }
+        }
+        page.head(CONNECTIONS);
+        for (direction, counted) in &both {
+            page.sample(CONNECTIONS.name, &[("direction", direction)], counted.made);
+        }
+    }
+
     fn requests(&self, page: &mut Page) {
         page.head(REQUESTS);
         for ((path, verb, code), count) in &self.lock().requests {
@@ -342,11 +428,27 @@ impl Metrics {
     }
 
     fn lock(&self) -> MutexGuard<'_, Counted> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.counted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+/// The reasons that agents of this version have; those of newer ones are `other`, so that the number of series is bounded.
+const AGENT_REASONS: [&str; 4] = ["limit_node", "limit_pod", "malformed", "policy"];
+
 fn of_agent(page: &mut Page, gauges: &Gauges) {
+    if let Some(egress) = &gauges.agent_egress {
+        page.head(AGENT_REFUSED);
+        let mut refused = BTreeMap::new();
+        for (reason, count) in &egress.refused {
+            let known = AGENT_REASONS.iter().find(|known| **known == reason);
+            let sum: &mut u64 = refused.entry(*known.unwrap_or(&"other")).or_default();
+            *sum = sum.saturating_add(*count);
+        }
+        for (reason, count) in &refused {
+            page.sample(AGENT_REFUSED.name, &[("reason", reason)], count);
+        }
+        page.one(AGENT_WAITING, &[], egress.waiting);
+    }
     if let Some(agent) = &gauges.agent {
         let labels = [
             ("version", agent.version.as_str()),

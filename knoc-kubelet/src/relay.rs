@@ -32,7 +32,6 @@ use std::{
     time::Duration,
 };
 
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
 use knoc_proto::ids::PodUid;
 use kube::Client;
@@ -55,6 +54,7 @@ use crate::{
     agent::Agent,
     config::RelayConfig,
     egress::told::{Told, Troubles},
+    metrics::traffic::Direction,
     pods::{
         Services, Store,
         events::{Events, Note, about_node, about_pod},
@@ -89,6 +89,8 @@ pub struct Setup {
     pub services: Services,
     /// Where refusals are told.
     pub events: Events,
+    /// Counts the connections.
+    pub traffic: Direction,
 }
 
 /// Starts the tasks. `client` is that of the ServiceAccount.
@@ -118,7 +120,7 @@ impl Relay {
         let (refuse, refused) = mpsc::channel(REFUSALS);
         Self {
             ports: Ports::new(setup.config.ports.clone()),
-            listeners: Listeners::new(setup.agent.clone(), refuse),
+            listeners: Listeners::new(setup.agent.clone(), setup.traffic.clone(), refuse),
             setup,
             client,
             cluster,
@@ -320,15 +322,8 @@ impl Relay {
     }
 
     fn warn(&self, object: ObjectReference, reason: &str, message: String) {
-        self.setup.events.record(Note {
-            object,
-            warning: true,
-            reason: reason.to_owned(),
-            message,
-            at: Timestamp::now(),
-            salt: 0,
-            times: 1,
-        });
+        let note = Note::warning(object, reason, message);
+        self.setup.events.record(note);
     }
 }
 

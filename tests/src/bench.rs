@@ -10,6 +10,7 @@
 //! | cost | status patches, Events and the API server's processor time for each pod | none |
 //! | status beside a cp | T3 while `kubectl cp` runs at full speed | T3 without it |
 //! | follow | the program writes a line → a client of the API server has it | none |
+//! | egress | a pod connects → it has the first byte; bytes to the cluster; names; idle connections | plain relays, one process each |
 //! | streams | log, exec, cp and port-forward bytes | the same bytes through as many TLS relays, one process each |
 //!
 //! A stream's client counts bytes as they arrive: at the WebSocket of an exec or a port-forward, or at the body of a log, just as the
@@ -18,6 +19,7 @@
 mod bed;
 mod beside;
 mod cost;
+mod egress;
 mod exec;
 mod floor;
 mod follow;
@@ -73,6 +75,7 @@ struct Figures {
     watch_delay: Series,
     exec: exec::Exec,
     follow: Series,
+    egress: egress::Egress,
     beside: beside::Beside,
     streams: Vec<streams::Stream>,
     load: load::Load,
@@ -113,6 +116,8 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     figures.follow = follow::measure(&bed, if quick { 60 } else { FOLLOWED }).await?;
     say("status beside a cp");
     figures.beside = beside::measure(&bed, if quick { 3 } else { BESIDE }).await?;
+    say("egress");
+    figures.egress = egress::measure(&bed, egress_sizes(quick)).await?;
     say("streams");
     figures.streams = streams::measure(&bed, sizes(quick), "").await?;
     let text = report::page(&figures, &bed, quick)?;
@@ -142,6 +147,26 @@ pub async fn streams(quick: bool, name: &str) -> anyhow::Result<()> {
     report::streams(&mut table, &measured)?;
     std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())?;
     bed.close().await
+}
+
+/// Measures only what pods open to the cluster; prints the table to standard output and does not change the page.
+pub async fn egress(quick: bool) -> anyhow::Result<()> {
+    let bed = Bed::open().await?;
+    let measured = egress::measure(&bed, egress_sizes(quick)).await?;
+    let mut table = String::new();
+    report::egress(&mut table, &measured)?;
+    std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())?;
+    bed.close().await
+}
+
+fn egress_sizes(quick: bool) -> egress::Sizes {
+    let (connections, questions, rounds) = if quick { (60, 60, 3) } else { (300, 1000, 5) };
+    egress::Sizes {
+        connections,
+        questions,
+        rounds,
+        bytes: STREAM_BYTES,
+    }
 }
 
 /// Measures that many pods at once in that many rounds; prints the table to standard output and does not change the page.

@@ -12,7 +12,7 @@ use crate::{Run, World};
 const BUILD: Duration = Duration::from_mins(2);
 
 /// The programs in the image, each at `/NAME`.
-const PROGRAMS: [&str; 2] = ["knoc-stamp", "knoc-readback"];
+const PROGRAMS: [&str; 3] = ["knoc-stamp", "knoc-readback", "knoc-dialer"];
 
 /// The name in pods of the image in that folder.
 #[must_use]

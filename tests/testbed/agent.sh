@@ -48,6 +48,13 @@ use_private_registry() {
     printf '\n[[registry]]\nprefix = "ctl:5001"\ninsecure = true\n' >>"$config/agent.toml"
     stop "$pidfile"
 }
+# Lets pods reach the Service of l3_cluster; the site file of an older bed does not.
+list_redis() {
+    [ "$STACK" != local ] || return 0
+    ! grep -q '^egress = .*knoc-redis' "$config/agent.toml" || return 0
+    # The agent reads this table again by itself.
+    sed -i 's|^#* *egress = .*|egress = ["default/kubernetes", "kube-system/kube-dns", "knoc-redis/redis"]|' "$config/agent.toml"
+}
 # The agent serves one cluster, by default the first that connects; the bed has one cluster per version of Kubernetes.
 serve_this_cluster() {
     local id
@@ -87,6 +94,7 @@ up() {
     install_binaries
     configure
     use_private_registry
+    list_redis
     serve_this_cluster
     follow_profile
     configure_knocctl

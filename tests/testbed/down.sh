@@ -6,6 +6,7 @@
 export PROFILE=direct # stops the processes however the agent was reached
 . "$testbed/profile.sh"
 "$testbed/argo.sh" down
+[ "$STACK" != full ] || "$testbed/redis.sh" down
 "$testbed/kubelet.sh" down
 for STACK in full slurm local; do STACK=$STACK "$testbed/agent.sh" down; done
 stop_other_profiles

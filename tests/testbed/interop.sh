@@ -44,12 +44,12 @@ install_javascript() {
     fresh javascript "${from[@]}"
 }
 install_go_client() {
-    local from=("$clients/go/main.go" "$testbed/kube/go.mod" "$testbed/kube/go.sum")
+    local from=("$testbed/kube/go.mod" "$testbed/kube/go.sum" "$clients/go/main.go" "$clients/go/elect.go")
     stale go "${from[@]}" || return 0
     say "building the Go client"
     install_go
     # Uses the flags of the control plane, so that packages compiled for it are not compiled again.
-    (cd "$clients/go" && CGO_ENABLED=0 go build -trimpath -modfile="${from[1]}" -ldflags "-s -w" -o "$interop/go-client" .)
+    (cd "$clients/go" && CGO_ENABLED=0 go build -trimpath -modfile="${from[0]}" -ldflags "-s -w" -o "$interop/go-client" .)
     fresh go "${from[@]}"
 }
 

@@ -4,7 +4,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use knoc_tests::{World, one_pod::OnePod, wait_for};
+use k8s_openapi::api::core::v1::Event;
+use knoc_tests::{PodBuilder, World, one_pod::OnePod, wait_for};
+use kube::api::ListParams;
 
 /// The agent's port for shims.
 const PORT: &str = "10351";
@@ -44,8 +46,35 @@ async fn isolated(world: &World) -> anyhow::Result<()> {
         .output()
         .await?;
     ensure!(steps.text().trim() == "0", "nobody needs a step: {steps}");
+    refused(world).await?;
     pod.streams(world).await?;
     pod.ends(world).await
+}
+
+/// Connects to the API server again and again.
+const CURIOUS: &str = "while :; do wget -T 30 -O- http://$KUBERNETES_SERVICE_HOST:$KUBERNETES_SERVICE_PORT/ 2>&1; sleep 1; done";
+
+/// A pod's connections to the cluster are reset, and one Event says why; names resolve as on the node.
+async fn refused(world: &World) -> anyhow::Result<()> {
+    for network in ["private", "host"] {
+        let pod = PodBuilder::new(network).annotation("knoc.io/network", network);
+        world.running(&pod.sh(CURIOUS)).await?;
+        let of = ListParams::default().fields(&format!("involvedObject.name={network}"));
+        let message = wait_for("the Event", MINUTE, async || {
+            let events = world.api::<Event>().list(&of).await?.items;
+            let mut refused = events
+                .iter()
+                .filter(|event| event.reason.as_deref() == Some("EgressRefused"));
+            let first = refused.next().with_context(|| format!("{events:?}"))?;
+            ensure!(refused.next().is_none(), "{events:?}");
+            first.message.clone().context("no message")
+        })
+        .await?;
+        ensure!(message.contains("do not reach the agent"), "{message}");
+        world.delete(network, Some(0)).await?;
+        world.wait_gone(network, MINUTE).await?;
+    }
+    Ok(())
 }
 
 /// Waits until doctor says so, and calls it no fault.

@@ -1,7 +1,14 @@
 //! What pods reach of the cluster on the real stack: the API server with the pod's own token, cluster DNS, and a Service that
 //! nobody allowed. The bed has no cluster DNS: the test is the DNS server behind `kube-system/kube-dns`.
 
-use std::{net::Ipv4Addr, path::PathBuf};
+use std::{
+    net::Ipv4Addr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::{
@@ -159,6 +166,13 @@ async fn a_service_that_nobody_allowed_is_refused_with_one_event() -> anyhow::Re
         refused[0].contains(&expected) && refused[0].contains("egress.allow"),
         "{refused:?}"
     );
+    // Others see how many there were, and why.
+    let path = format!("/api/v1/nodes/{}/proxy/metrics", world.node);
+    let metrics = world.kubectl(["get", "--raw", &path]).ok().await?.text();
+    let series = "knoc_connections_refused_total{direction=\"egress\",reason=\"not_listed\"} ";
+    let count = metrics.lines().find_map(|line| line.strip_prefix(series));
+    let count: u64 = count.context(metrics.clone())?.parse()?;
+    ensure!(count > 3, "{count}");
     world.finish().await
 }
 
@@ -189,13 +203,18 @@ fn answer(question: &[u8], names: &[(String, Ipv4Addr)]) -> Option<Vec<u8>> {
     Some(answer)
 }
 
-/// Serves these names; returns the port.
-async fn dns(names: Vec<(String, Ipv4Addr)>, tasks: &mut JoinSet<()>) -> anyhow::Result<u16> {
+/// Serves these names, and counts the questions; returns the port.
+async fn dns(
+    names: Vec<(String, Ipv4Addr)>,
+    tasks: &mut JoinSet<()>,
+    asked: Arc<AtomicUsize>,
+) -> anyhow::Result<u16> {
     let socket = UdpSocket::bind((HOST, 0)).await?;
     let port = socket.local_addr()?.port();
     tasks.spawn(async move {
         let mut buffer = [0; 2048];
         while let Ok((count, from)) = socket.recv_from(&mut buffer).await {
+            asked.fetch_add(1, Ordering::Relaxed);
             if let Some(answer) = buffer
                 .get(..count)
                 .and_then(|question| answer(question, &names))
@@ -205,6 +224,26 @@ async fn dns(names: Vec<(String, Ipv4Addr)>, tasks: &mut JoinSet<()>) -> anyhow:
         }
     });
     Ok(port)
+}
+
+/// The shim keeps answers, so most of many questions never leave the node.
+async fn answers_are_kept(
+    world: &World,
+    pod: &str,
+    name: &str,
+    asked: &AtomicUsize,
+) -> anyhow::Result<()> {
+    let before = asked.load(Ordering::Relaxed);
+    let many =
+        format!("for i in $(seq 300); do nslookup -type=a {name} >/dev/null || exit 1; done");
+    let many = world.exec(pod, "main", ["sh", "-c", &many]);
+    many.ok().await?;
+    let passed_on = asked.load(Ordering::Relaxed) - before;
+    ensure!(
+        passed_on < 150,
+        "{passed_on} of 300 questions were passed on"
+    );
+    Ok(())
 }
 
 #[tokio::test]
@@ -220,7 +259,8 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
         (api, Ipv4Addr::new(10, 96, 0, 1)),
     ];
     let mut tasks = JoinSet::new();
-    let port = dns(names, &mut tasks).await?;
+    let asked = Arc::new(AtomicUsize::new(0));
+    let port = dns(names, &mut tasks, Arc::clone(&asked)).await?;
     let address = service(&world, "kube-system", "kube-dns", ("UDP", 53, port)).await?;
     // A pod has the resolver that was known when it was staged.
     let mut number = 0;
@@ -252,6 +292,7 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
+    answers_are_kept(&world, &pod, &web, &asked).await?;
     let missing = inside(&format!("nslookup no-such-name.{domain}")).await?;
     ensure!(missing.code != 0, "{missing}");
     // Through the search domains.

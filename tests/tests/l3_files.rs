@@ -168,6 +168,29 @@ async fn variables_come_from_a_file_that_another_container_wrote() -> anyhow::Re
 }
 
 #[tokio::test]
+async fn a_volume_in_memory_has_its_size_and_all_containers_see_it() -> anyhow::Result<()> {
+    let world = World::new("memory").await?;
+    let mount = || json!([{"name": "m", "mountPath": "/m"}]);
+    let key = json!({"volumeName": "m", "path": "config.env", "key": "WORD"});
+    let pod = PodBuilder::new("full")
+        .annotation("knoc.io/network", "private")
+        .spec(
+            "volumes",
+            json!([{"name": "m", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}}]),
+        )
+        .set("volumeMounts", mount())
+        .set("env", json!([{"name": "WORD", "valueFrom": {"fileKeyRef": key}}]))
+        .sh("echo $WORD; df -k /m | tail -1 | awk '{print $2}'; \
+             dd if=/dev/zero of=/m/zero bs=1M count=2 2>&1 | grep -o 'No space left'; rm /m/zero; touch /m/more && echo room")
+        .init_container("write")
+        .set("volumeMounts", mount())
+        .sh("echo \"WORD='written'\" > /m/config.env");
+    let log = log_of(&world, &pod).await?;
+    same("the volume", &log, "written\n1024\nNo space left\nroom\n")?;
+    world.finish().await
+}
+
+#[tokio::test]
 async fn memory_is_mounted_at_dev_shm_and_volumes_anywhere_below_dev() -> anyhow::Result<()> {
     let world = World::new("below-dev").await?;
     config_map(&world, "map", &["k=value"]).await?;

@@ -425,6 +425,36 @@ async fn a_private_image_runs_for_those_who_have_its_password() -> anyhow::Resul
     world.finish().await
 }
 
+/// How the files of a SIF file are compressed: the number in the superblock of its squashfs.
+async fn compression(world: &World, sif: &str) -> anyhow::Result<String> {
+    let script = format!(
+        "start=$(apptainer sif list {sif} | awk -F'|' '/Squashfs/ {{ split($4, a, \"-\"); print a[1] + 0 }}') && \
+         od -An -tu2 -j $((start + 20)) -N 2 {sif}"
+    );
+    let read = world.on("login", ["sh", "-c", &script]).ok().await?;
+    Ok(read.text().trim().to_owned())
+}
+
+#[tokio::test]
+async fn an_image_from_a_registry_is_compressed_with_zstd_and_the_nodes_mount_it()
+-> anyhow::Result<()> {
+    let world = World::new("zstd").await?;
+    let repository = Repository::new(&world);
+    let folder = repository.push_one_of_its_own().await?;
+    let (log, digest) = pulled(&repository, "zstd", "IfNotPresent").await?;
+    ensure!(log == OWN, "{log}");
+    let file = digest.replace(':', "-");
+    let sif = format!("/home/hpcuser/.local/state/knoc/images/{file}.sif");
+    let is = compression(&world, &sif).await?;
+    ensure!(is == "6", "{is} is not that of zstd");
+    let events = world.events("zstd").await?;
+    let unpacked = events.iter().any(|event| event.contains("ImageUnpacked"));
+    ensure!(!unpacked, "{events:?}");
+    world.on("login", ["rm", "-r", &folder]).ok().await?;
+    repository.remove().await?;
+    world.finish().await
+}
+
 /// The number of files that the image of many layers has, each in a layer of its own.
 const LAYERS: usize = 20;
 

@@ -39,7 +39,7 @@ use self::{
 use super::{
     attach::hub::{self, Hub},
     children::Exit,
-    env_files::{self, EnvFileError},
+    env_files::{self, EnvFileError, Places},
     environment::{self, TerminationLog},
     fdio::{self, Stream},
     handshake::{self, HandshakeError, Launched},
@@ -135,6 +135,8 @@ pub(crate) enum News {
     },
     /// Log lines were lost. Counts all that this attempt has lost so far.
     Lost(Losses),
+    /// The runtime could not mount the image because of this compression, and has unpacked it.
+    Unpacked(&'static str),
     /// The postStart hook has ended.
     PostStarted { succeeded: bool },
     /// The preStop hook has ended.
@@ -448,7 +450,11 @@ async fn environment_of(
     let (pod, spec) = (Arc::clone(pod), Arc::clone(&attempt.spec));
     let values = Arc::clone(&attempt.values);
     let reading = tokio::task::spawn_blocking(move || {
-        env_files::resolve(&spec.container, &values, &pod.volumes)
+        let places = Places {
+            volumes: &pod.volumes,
+            network: &pod.network,
+        };
+        env_files::resolve(&spec.container, &values, places)
     });
     tokio::select! {
         biased;

@@ -10,13 +10,20 @@
 //!                           └─ tcp, udp ◄─── take ◄═ EgressStream ══ agent, kubelet
 //! ```
 //!
+//! Questions to the cluster's DNS share one such flow, and their answers are kept ([`dns`]).
+//!
 //! In the node's network there is no edge, and only the API server is reached, at a port of the loopback interface
 //! ([`host`]).
+//!
+//! If compute nodes cannot reach the agent, job steps carry links on demand, and a container's connection is no demand: while there
+//! is no link it is reset at once, and an Event says so.
 //!
 //! The [`Table`] is a level: whoever calls `WatchEgress` replaces it, and the listeners follow while the pod runs. Without a
 //! link, connections wait for a new one as long as they would wait for an answer.
 
 mod api;
+mod datagram;
+mod dns;
 pub(crate) mod gate;
 pub(crate) mod host;
 pub(crate) mod ports;
@@ -27,7 +34,10 @@ mod waiting;
 
 use std::{
     net::{Ipv4Addr, SocketAddrV4},
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -42,12 +52,16 @@ use tonic::{Status, Streaming};
 use self::waiting::Waiting;
 pub(crate) use self::{
     api::ApiServer,
+    dns::NodeNames,
     table::{Table, TableError},
 };
 use crate::{launch::network::protocol::Kind, mesh::Mesh, network::Private};
 
 /// How long a connection waits until it is taken.
 const PATIENCE: Duration = Duration::from_secs(knoc_proto::egress::PATIENCE);
+
+/// The port of DNS.
+const DNS: u16 = 53;
 
 /// The stream of what containers send.
 pub(crate) type Output = mpsc::Sender<Result<pb::EgressOutput, Status>>;
@@ -88,12 +102,23 @@ pub(crate) struct Egress {
     watch: watch::Sender<u64>,
     /// Set if the node's pods have addresses of their own.
     inside: OnceLock<Inside>,
+    /// The names that the resolvers of the compute node answer.
+    node_names: OnceLock<NodeNames>,
+    /// Compute nodes are known not to reach the agent.
+    isolated: AtomicBool,
+    /// How many calls of `WatchEgress` are followed.
+    calls: AtomicUsize,
+    /// Containers keep the resolvers of their node, whatever the cluster has.
+    without_dns: AtomicBool,
 }
 
 impl Egress {
     /// Replaces the network.
     pub(crate) fn replace(&self, network: &pb::EgressNetwork) -> Result<(), TableError> {
-        let table = Table::parse(network)?;
+        let mut table = Table::parse(network)?;
+        if self.without_dns.load(Ordering::Relaxed) {
+            table.dns = None;
+        }
         let changed = |old: &mut Arc<Table>| {
             let changes = **old != table;
             if changes {
@@ -106,6 +131,42 @@ impl Egress {
         };
         self.table.send_if_modified(changed);
         Ok(())
+    }
+
+    /// Whether compute nodes are known not to reach the agent, so that nobody follows connections unless a job step carries
+    /// the link.
+    pub(crate) fn set_isolated(&self, isolated: bool) {
+        self.isolated.store(isolated, Ordering::Relaxed);
+    }
+
+    /// Lets containers keep the resolvers of their node from now on, since names have to resolve at any time.
+    pub(crate) fn keep_resolvers(&self) {
+        self.without_dns.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether nobody will take a connection: there is no link, and none will come because a container connects.
+    fn is_cut_off(&self) -> bool {
+        self.isolated.load(Ordering::Relaxed) && self.calls.load(Ordering::Relaxed) == 0
+    }
+
+    /// Counts a call of `WatchEgress`, until the result is dropped.
+    fn followed(&self) -> Followed<'_> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        Followed(self)
+    }
+
+    /// Sets which names the resolvers of the compute node answer, once.
+    pub(crate) fn set_node_names(&self, names: NodeNames) {
+        self.node_names.set(names).ok();
+    }
+
+    fn node_names(&self) -> Option<&NodeNames> {
+        self.node_names.get()
+    }
+
+    /// Whether this is the cluster's DNS.
+    fn is_dns(&self, target: SocketAddrV4) -> bool {
+        target.port() == DNS && self.table.borrow().dns == Some(*target.ip())
     }
 
     /// The present network.
@@ -125,6 +186,9 @@ impl Egress {
 
     /// Announces a connection, and waits until it is settled. `None` if it was refused or nobody took it.
     async fn announce(&self, kind: Kind, target: SocketAddrV4) -> Option<Settled> {
+        if self.is_cut_off() {
+            return None;
+        }
         let (taker, stream) = oneshot::channel();
         let mut id = 0;
         self.waiting
@@ -220,6 +284,7 @@ impl Egress {
         mut calls: Streaming<pb::EgressControl>,
         attempts: Attempts,
     ) {
+        let _followed = self.followed();
         let mut newest = self.watch.subscribe();
         let mut waiting = self.waiting.subscribe();
         let mut announced = 0;
@@ -255,6 +320,15 @@ impl Egress {
                 return;
             }
         }
+    }
+}
+
+/// A call of `WatchEgress` that is followed.
+struct Followed<'a>(&'a Egress);
+
+impl Drop for Followed<'_> {
+    fn drop(&mut self) {
+        self.0.calls.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

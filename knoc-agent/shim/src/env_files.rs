@@ -6,14 +6,14 @@
 
 mod format;
 
-use std::{io, path::Path};
+use std::{io, os::fd::BorrowedFd, path::Path};
 
-use knoc_contract::walk::{self, WalkError};
+use knoc_contract::walk::{self, Found, WalkError};
 use knoc_proto::{paths, pb, pb::env_var::Value};
-use rustix::io::Errno;
+use rustix::{fs::fstat, io::Errno};
 
 use self::format::Malformed;
-use super::{nofollow, volumes::Volumes};
+use super::{network::Network, nofollow, volumes::Volumes};
 
 /// The largest file. The kernel gives a program no larger environment by default.
 const LARGEST: usize = 1 << 20;
@@ -70,11 +70,19 @@ impl ReadError {
     }
 }
 
+/// Where the files are.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Places<'a> {
+    pub(crate) volumes: &'a Volumes,
+    /// It knows which volumes are mounted where only containers see them.
+    pub(crate) network: &'a Network,
+}
+
 /// The environment of this container alone, in which the variables that come from files have their values. Blocks on file work.
 pub(crate) fn resolve(
     container: &pb::Container,
     values: &pb::PodValues,
-    volumes: &Volumes,
+    places: Places<'_>,
 ) -> Result<pb::PodValues, EnvFileError> {
     let mut all = values.env.iter().chain(&values.ephemeral_env);
     let own = all.find(|env| env.container == container.name);
@@ -84,7 +92,7 @@ pub(crate) fn resolve(
             vars.push(var.clone());
             continue;
         };
-        if let Some(value) = value_of(file, volumes)? {
+        if let Some(value) = value_of(file, places)? {
             together = together.saturating_add(value.len());
             if together > TOGETHER {
                 return Err(EnvFileError::TooMuch);
@@ -105,9 +113,9 @@ pub(crate) fn resolve(
 }
 
 /// The value; `None` if it is optional and missing.
-fn value_of(file: &pb::FileKey, volumes: &Volumes) -> Result<Option<Vec<u8>>, EnvFileError> {
+fn value_of(file: &pb::FileKey, places: Places<'_>) -> Result<Option<Vec<u8>>, EnvFileError> {
     let (volume, path) = (|| file.volume.clone(), || file.path.clone());
-    let found = match read(file, volumes) {
+    let found = match read(file, places) {
         Ok(text) => format::find(&text, file.key.as_bytes()).map_err(ReadError::from),
         Err(Unread::Volume) => return Err(EnvFileError::Volume(volume())),
         Err(Unread::File(error)) if error.is_missing() => Ok(None),
@@ -135,14 +143,30 @@ enum Unread {
     File(ReadError),
 }
 
-fn read(file: &pb::FileKey, volumes: &Volumes) -> Result<Vec<u8>, Unread> {
-    let root = volumes.folder(&file.volume).ok_or(Unread::Volume)?;
-    read_below(root, &file.path).map_err(Unread::File)
+fn read(file: &pb::FileKey, places: Places<'_>) -> Result<Vec<u8>, Unread> {
+    let root = places.volumes.folder(&file.volume).ok_or(Unread::Volume)?;
+    let mounted = places.network.mounted_at(root);
+    read_below(root, mounted, &file.path).map_err(Unread::File)
 }
 
-fn read_below(root: &Path, path: &str) -> Result<Vec<u8>, ReadError> {
+fn read_below(
+    root: &Path,
+    mounted: Option<BorrowedFd<'_>>,
+    path: &str,
+) -> Result<Vec<u8>, ReadError> {
     let path = paths::of_file(path)?;
-    let found = walk::inside(root, Path::new(&path), false)?;
+    let path = Path::new(&path);
+    let found = match mounted {
+        None => walk::inside(root, path, false)?,
+        Some(fd) => {
+            let root = Found {
+                fd: fd.try_clone_to_owned()?,
+                stat: fstat(fd).map_err(io::Error::from)?,
+                path: root.to_owned(),
+            };
+            walk::below(&root, path, None, &[])?
+        }
+    };
     // One byte more than allowed tells that a file is too large, also if it grows meanwhile.
     let text = nofollow::read_end_in(&found.fd, Path::new(""), LARGEST + 1)?;
     if text.len() > LARGEST {

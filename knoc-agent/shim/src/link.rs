@@ -179,6 +179,8 @@ impl Dialling<'_> {
             }
         };
         self.isolated = endpoint.isolated;
+        let egress = &self.serving.service.pod.egress;
+        egress.set_isolated(endpoint.isolated);
         let dialled = tokio::select! {
             biased;
             () = shutdown.cancelled() => return false,

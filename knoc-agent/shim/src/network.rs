@@ -13,8 +13,8 @@ use std::{
     collections::{BTreeSet, HashMap},
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    os::fd::OwnedFd,
-    path::Path,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
 
@@ -30,7 +30,7 @@ use self::{
 use super::children::Children;
 use crate::launch::{
     ids::Ids,
-    network::protocol::{Family, Kind, Range},
+    network::protocol::{Family, Kind, Range, Tmpfs},
 };
 
 /// The address of every pod with a network of its own. It is of a block that no network routes (RFC 7335), so it hides
@@ -56,6 +56,8 @@ pub(crate) struct Private {
     /// The ids that are mapped in the user namespace.
     ids: Ids,
     holder: Arc<Holder>,
+    /// `None`: the pod has no volumes in memory with a size, or they could not be mounted.
+    memory: Option<Memory>,
     /// The address that every pod has in its own network.
     pub(crate) address: IpAddr,
     /// The address at which other pods reach it, once it has one. It is never another one.
@@ -66,11 +68,20 @@ pub(crate) struct Private {
     pub(crate) no_edge: Option<String>,
 }
 
+/// The volumes in memory that have a size.
+#[derive(Debug)]
+struct Memory {
+    /// The mount namespace in which they are.
+    namespace: OwnedFd,
+    /// The shim's folders at which they are mounted there, and the volumes.
+    volumes: Vec<(PathBuf, OwnedFd)>,
+}
+
 /// What a container's helper joins.
 #[derive(Debug)]
 pub(crate) struct Joined {
     pub(crate) ids: Ids,
-    /// The user namespace, then the network namespace.
+    /// The user namespace, then the network namespace, then the mount namespace of volumes in memory, if there is one.
     pub(crate) namespaces: Vec<OwnedFd>,
 }
 
@@ -85,10 +96,24 @@ impl Network {
         let Self::Private(private) = self else {
             return Ok(None);
         };
+        let mut namespaces = vec![private.user.try_clone()?, private.net.try_clone()?];
+        if let Some(memory) = &private.memory {
+            namespaces.push(memory.namespace.try_clone()?);
+        }
         Ok(Some(Joined {
             ids: private.ids.clone(),
-            namespaces: vec![private.user.try_clone()?, private.net.try_clone()?],
+            namespaces,
         }))
+    }
+
+    /// The volume in memory that containers see at this folder of the shim, if one is mounted there.
+    pub(crate) fn mounted_at(&self, folder: &Path) -> Option<BorrowedFd<'_>> {
+        let Self::Private(private) = self else {
+            return None;
+        };
+        let mut volumes = private.memory.iter().flat_map(|memory| &memory.volumes);
+        let (_, volume) = volumes.find(|(path, _)| path == folder)?;
+        Some(volume.as_fd())
     }
 
     /// The text that replaces the node's `/etc/resolv.conf`.
@@ -207,6 +232,8 @@ pub(crate) struct Tools<'a> {
     pub(crate) env: &'a HashMap<String, String>,
     /// Whether a network of the pod's own reaches the node's IPv6 networks too.
     pub(crate) ipv6: bool,
+    /// The volumes in memory that have a size.
+    pub(crate) memory: &'a [Tmpfs],
 }
 
 /// What it means that a pod has no edge.
@@ -289,13 +316,14 @@ pub(crate) async fn bring_up(tools: &Tools<'_>, wish: Wish) -> anyhow::Result<Up
     if plan == Plan::IfPossible && !lacks.is_empty() {
         return Ok(Up::host(Some(lacks.swap_remove(0))));
     }
+    let memory = mount_memory(&holder, tools.memory).await;
     match holder.seal().await {
         Ok(()) => {}
         Err(error) if plan == Plan::IfPossible => return Ok(Up::host(Some(chain(&error)))),
         Err(error) => return Err(anyhow::Error::new(error).context(ASKED)),
     }
     Ok(Up {
-        network: Network::Private(Arc::new(private(holder, held, names))),
+        network: Network::Private(Arc::new(private(holder, held, names, memory))),
         pasta,
         lacks,
         no_cluster: None,
@@ -303,12 +331,13 @@ pub(crate) async fn bring_up(tools: &Tools<'_>, wish: Wish) -> anyhow::Result<Up
     })
 }
 
-fn private(holder: Arc<Holder>, held: Held, names: Names) -> Private {
+fn private(holder: Arc<Holder>, held: Held, names: Names, memory: Option<Memory>) -> Private {
     Private {
         user: held.user,
         net: held.net,
         ids: held.ids,
         holder,
+        memory,
         address: ADDRESS.into(),
         own: OnceLock::new(),
         resolv_conf: match names {
@@ -317,6 +346,33 @@ fn private(holder: Arc<Holder>, held: Held, names: Names) -> Private {
         },
         no_edge: held.no_edge,
     }
+}
+
+/// Mounts the volumes in memory. If that fails, they lie in the node's memory file system and are measured, as in the node's
+/// network.
+async fn mount_memory(holder: &Arc<Holder>, volumes: &[Tmpfs]) -> Option<Memory> {
+    let mut memory: Option<Memory> = None;
+    for volume in volumes {
+        let [namespace, root] = match holder.mount(volume.clone()).await {
+            Ok(mounted) => mounted,
+            Err(error) => {
+                let error = chain(&error);
+                tracing::warn!(%error, "the volumes in memory have no size of their own, and are measured");
+                return None;
+            }
+        };
+        let mounted = (volume.path.clone(), root);
+        match &mut memory {
+            Some(memory) => memory.volumes.push(mounted),
+            None => {
+                memory = Some(Memory {
+                    namespace,
+                    volumes: vec![mounted],
+                });
+            }
+        }
+    }
+    memory
 }
 
 async fn lead_out(tools: &Tools<'_>, holder: &Arc<Holder>) -> Result<Pasta, PastaError> {

@@ -23,7 +23,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use super::{
     cgroup::JobCgroup,
     children::Children,
-    egress::Egress,
+    egress::{Egress, NodeNames},
     environment::Facts,
     gpus,
     mesh::Mesh,
@@ -141,12 +141,14 @@ impl Pod {
             joins: self.runtime.isolates() && !self.mounting.by_name(),
             parallel: ranks || job.nodes > 1 || job.ntasks > 1,
         };
+        let memory = self.volumes.in_memory(job.memory_bytes);
         let tools = Tools {
             children: &self.children,
             agent: &self.agent,
             users: &self.mounting.users,
             env: &self.job.runtime_env,
             ipv6: self.settings().network_ipv6,
+            memory: &memory,
         };
         let mut up = network::bring_up(&tools, wish).await?;
         if let Network::Private(private) = &up.network {
@@ -167,12 +169,13 @@ impl Pod {
         let network = self.job.egress.as_ref();
         // Without ranges the cluster's administrators have turned it off.
         let network = network.filter(|network| !network.ranges.is_empty())?;
+        self.egress.set_isolated(isolated);
         if isolated {
-            // Without the cluster's network, containers ask the resolvers of the node, which answer.
-            tracing::info!(
-                "the pod does not reach the cluster, because compute nodes do not reach the agent"
-            );
-            return None;
+            self.egress.keep_resolvers();
+        }
+        let suffixes = self.settings().node_dns_suffixes;
+        if !suffixes.is_empty() {
+            self.egress.set_node_names(NodeNames::find(&suffixes));
         }
         if let Err(error) = self.egress.replace(network) {
             return Some(error.to_string());

@@ -81,6 +81,11 @@ pub(crate) fn resolv_conf(
     render(&config)
 }
 
+/// The servers that a `resolv.conf` names.
+pub(crate) fn nameservers(text: &str) -> Vec<String> {
+    parse(text).nameservers
+}
+
 fn add(list: &mut Vec<String>, word: &str) {
     if !list.iter().any(|known| known == word) {
         list.push(word.to_owned());

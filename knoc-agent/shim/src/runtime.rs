@@ -71,6 +71,17 @@ pub(crate) struct Sandbox {
     pub gpus: Gpus,
     /// Whether the runtime's own PID namespace is that of the container, which shares it with others.
     pub shares_processes: bool,
+    /// Whether the runtime unpacks the image's files instead of mounting them.
+    pub unpacked: bool,
+}
+
+/// Whether a message of a runtime may say that it could not mount the files of an image, by itself, the kernel or squashfuse.
+/// Nothing depends on it but a further try to start the container.
+pub(crate) fn names_squashfs(message: &str) -> bool {
+    let message = message.to_ascii_lowercase();
+    ["squashfs", "squashfuse"]
+        .iter()
+        .any(|word| message.contains(word))
 }
 
 /// Why a container cannot be brought up with this runtime.
@@ -113,5 +124,27 @@ pub(crate) fn by_name(name: &str, path: &Path) -> Result<Box<dyn Runtime>, Runti
         ))),
         "process" => Ok(Box::new(process::Process)),
         other => Err(RuntimeError::Unknown(other.to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_runtimes_say_of_an_image_that_they_cannot_mount_is_known() {
+        for message in [
+            "FATAL:   container creation failed: image driver squashfuse_ll instance exited with error: squashfuse_ll exited: \
+             Squashfs image uses zstd compression, this version supports only xz, zlib.",
+            "FATAL:   container creation failed: mount hook function failure: mount /proc/self/fd/3->/var/lib/apptainer/mnt/session/rootfs \
+             error: while mounting image /proc/self/fd/3: kernel reported a bad superblock for squashfs image partition, possible \
+             causes are that your kernel doesn't support the compression algorithm or the image is corrupted",
+        ] {
+            assert!(names_squashfs(message), "{message}");
+        }
+        assert!(!names_squashfs(
+            "FATAL:   container creation failed: mount /data: no such file or directory"
+        ));
+        assert!(!names_squashfs("fuse-overlayfs: cannot mount"));
     }
 }

@@ -1,4 +1,5 @@
-//! Which partition of an image file has the image's files: a runtime that mounts an image as a volume has to be told.
+//! Which partition of an image file has the image's files, which a runtime that mounts an image as a volume has to be told, and
+//! how these are compressed.
 //!
 //! A SIF file begins with a header, which says where its descriptors are. All numbers are little-endian. A file without that
 //! header is a file system as a whole.
@@ -23,6 +24,7 @@ const DESCRIPTOR: usize = 585;
 const KIND: usize = 0;
 const USED: usize = 4;
 const ID: usize = 5;
+const OFFSET: usize = 17;
 const FILE_SYSTEM: usize = 201;
 const PARTITION: usize = 205;
 
@@ -30,6 +32,11 @@ const KIND_PARTITION: u32 = 0x4004;
 const SQUASHFS: u32 = 1;
 /// The system that an architecture starts with.
 const PRIMARY: u32 = 2;
+
+/// The beginning of a squashfs: its magic, and where the compression is.
+const SUPERBLOCK: usize = 22;
+const SQUASHFS_MAGIC: &[u8] = b"hsqs";
+const COMPRESSION: usize = 20;
 
 /// More descriptors than any image has.
 const MOST: u64 = 4096;
@@ -62,29 +69,66 @@ pub(crate) fn part(path: &Path) -> Result<Part, SifError> {
         path: path.to_owned(),
         source,
     };
-    // The container gets the file that is checked later. If something else stands here now, it must not hold up the pod.
+    let file = open(path).map_err(failed)?;
+    match find(&file).map_err(failed)? {
+        Place::Whole => Ok(Part { id: None }),
+        Place::Partition { id, .. } => Ok(Part { id: Some(id) }),
+        Place::Nowhere => Err(SifError::NoPartition(path.to_owned())),
+    }
+}
+
+/// How the files of the image are compressed, if it is known and not gzip, which every runtime can read. Blocks on file work.
+pub(crate) fn other_compression(path: &Path) -> Option<&'static str> {
+    let file = open(path).ok()?;
+    let at = match find(&file).ok()? {
+        Place::Whole => 0,
+        Place::Partition { offset, .. } => offset,
+        Place::Nowhere => return None,
+    };
+    let mut superblock = [0; SUPERBLOCK];
+    file.read_exact_at(&mut superblock, at).ok()?;
+    compression(&superblock)
+}
+
+/// Where the image's files are.
+enum Place {
+    /// The file is not a SIF file.
+    Whole,
+    Partition {
+        id: u32,
+        offset: u64,
+    },
+    Nowhere,
+}
+
+/// Opens the image. The container gets the file that is checked later; if something else stands here now, it must not hold up
+/// the pod.
+fn open(path: &Path) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let opened = rustix::fs::open(path, flags, Mode::empty()).map_err(io::Error::from);
-    let file = opened.map(File::from).map_err(failed)?;
+    let opened = rustix::fs::open(path, flags, Mode::empty())?;
+    Ok(File::from(opened))
+}
+
+fn find(file: &File) -> io::Result<Place> {
     let mut header = [0; HEADER];
     match file.read_exact_at(&mut header, 0) {
         Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Part { id: None }),
-        Err(error) => return Err(failed(error)),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Place::Whole),
+        Err(error) => return Err(error),
     }
     let Some((total, place)) = descriptors(&header) else {
-        return Ok(Part { id: None });
+        return Ok(Place::Whole);
     };
     let mut descriptor = [0; DESCRIPTOR];
     let size = DESCRIPTOR as u64;
     for number in 0..total.min(MOST) {
         let at = place.saturating_add(number.saturating_mul(size));
-        file.read_exact_at(&mut descriptor, at).map_err(failed)?;
-        if let Some(id) = system(&descriptor) {
-            return Ok(Part { id: Some(id) });
+        file.read_exact_at(&mut descriptor, at)?;
+        if let Some((id, offset)) = system(&descriptor) {
+            return Ok(Place::Partition { id, offset });
         }
     }
-    Err(SifError::NoPartition(path.to_owned()))
+    Ok(Place::Nowhere)
 }
 
 /// PURE: the number of descriptors and where the first one is; `None` if it is no SIF file.
@@ -100,16 +144,35 @@ fn descriptors(header: &[u8]) -> Option<(u64, u64)> {
     Some((number(TOTAL)?, number(PLACE)?))
 }
 
-/// PURE: the id of the partition, if the descriptor is that of the primary system.
-fn system(descriptor: &[u8]) -> Option<u32> {
+/// PURE: the id of the partition and where it begins, if the descriptor is that of the primary system.
+fn system(descriptor: &[u8]) -> Option<(u32, u64)> {
     let number = |at: usize| {
         let bytes = descriptor.get(at..)?.first_chunk::<4>()?;
         Some(u32::from_le_bytes(*bytes))
     };
     let used = *descriptor.get(USED)? != 0;
     let kinds = [number(KIND)?, number(FILE_SYSTEM)?, number(PARTITION)?];
-    let is = used && kinds == [KIND_PARTITION, SQUASHFS, PRIMARY];
-    is.then(|| number(ID)).flatten()
+    if !used || kinds != [KIND_PARTITION, SQUASHFS, PRIMARY] {
+        return None;
+    }
+    let offset = descriptor.get(OFFSET..)?.first_chunk::<8>()?;
+    Some((number(ID)?, u64::from_le_bytes(*offset)))
+}
+
+/// PURE: the compression that the superblock names, if it is known and not gzip.
+fn compression(superblock: &[u8]) -> Option<&'static str> {
+    if !superblock.starts_with(SQUASHFS_MAGIC) {
+        return None;
+    }
+    let kind = superblock.get(COMPRESSION..)?.first_chunk::<2>()?;
+    match u16::from_le_bytes(*kind) {
+        2 => Some("lzma"),
+        3 => Some("lzo"),
+        4 => Some("xz"),
+        5 => Some("lz4"),
+        6 => Some("zstd"),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -172,5 +235,46 @@ mod tests {
         ] {
             assert!(found(&header).is_err());
         }
+    }
+
+    fn superblock(kind: u16) -> Vec<u8> {
+        let mut bytes = vec![0; SUPERBLOCK];
+        bytes[..4].copy_from_slice(SQUASHFS_MAGIC);
+        bytes[COMPRESSION..].copy_from_slice(&kind.to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn the_compression_is_that_of_the_partition_with_the_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.sif");
+        let found = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            other_compression(&path)
+        };
+        let image = |offset: u64, block: &[u8]| {
+            let mut system = descriptor(KIND_PARTITION, 4, SQUASHFS, PRIMARY);
+            system[OFFSET..OFFSET + 8].copy_from_slice(&offset.to_le_bytes());
+            let mut bytes = header(1, 4096);
+            bytes.resize(4096, 0);
+            bytes.extend(system);
+            bytes.resize(8192, 0);
+            bytes.extend(block);
+            bytes
+        };
+        assert_eq!(found(&image(8192, &superblock(6))), Some("zstd"));
+        assert_eq!(found(&image(8192, &superblock(5))), Some("lz4"));
+        assert_eq!(found(&image(8192, &superblock(1))), None, "gzip");
+        assert_eq!(found(&image(8192, &superblock(77))), None);
+        // A bare squashfs, which has no header.
+        let mut bare = superblock(4);
+        bare.resize(4096, 0);
+        assert_eq!(found(&bare), Some("xz"));
+        // Whatever the numbers are, nothing is read beyond the file.
+        assert_eq!(found(&image(u64::MAX, &superblock(6))), None);
+        assert_eq!(found(&image(0, &superblock(6))), None);
+        assert_eq!(found(b"hsqs"), None);
+        assert_eq!(other_compression(folder.path()), None, "a sandbox");
+        assert_eq!(other_compression(Path::new("none")), None);
     }
 }

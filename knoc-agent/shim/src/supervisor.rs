@@ -412,6 +412,7 @@ impl Supervisor {
                 self.watch_health(event.id);
             }
             News::Lost(losses) => note_lost_lines(slot, &mut self.publisher, &losses),
+            News::Unpacked(compression) => self.image_unpacked(compression),
             // An earlier attempt's tasks may still have had something to tell.
             news if event.attempt == slot.history.attempt => self.health_news(event.id, news),
             News::PostStarted { .. }

@@ -28,9 +28,12 @@ use super::{
     scratch::{NoMemory, Scratch, ScratchError},
     sif::{self, Part, SifError},
 };
-use crate::launch::contain::{
-    host::{HostSource, Kind},
-    spec::{self, Point},
+use crate::launch::{
+    contain::{
+        host::{HostSource, Kind},
+        spec::{self, Point},
+    },
+    network::protocol::Tmpfs,
 };
 
 /// The link to the folder of the current revision.
@@ -127,6 +130,8 @@ struct Root {
     place: Place,
     /// How many bytes it may take at most.
     limit: Option<u64>,
+    /// Whether it is an `emptyDir` in memory.
+    memory: bool,
 }
 
 /// Where a volume lies.
@@ -230,6 +235,7 @@ impl Volumes {
                 name: volume.name.clone(),
                 place: Place::create(volume, &format!("v{index}"), scratch, host_paths, images)?,
                 limit: limit(volume),
+                memory: matches!(&volume.source, Some(Source::EmptyDir(empty)) if empty.memory),
             });
         }
         Ok(Self {
@@ -292,6 +298,21 @@ impl Volumes {
             Place::Folder(path) => Some(path),
             Place::Files(_) | Place::Host(_) | Place::Image(..) => None,
         }
+    }
+
+    /// The `emptyDir` volumes in memory with a size limit. None is larger than the memory of the job, if that is known (not 0).
+    pub(crate) fn in_memory(&self, job_bytes: i64) -> Vec<Tmpfs> {
+        let most = u64::try_from(job_bytes).unwrap_or_default();
+        let most = if most == 0 { u64::MAX } else { most };
+        let volume = |root: &Root| match &root.place {
+            Place::Folder(path) => Some(Tmpfs {
+                path: path.clone(),
+                bytes: root.limit?.min(most),
+            }),
+            Place::Files(_) | Place::Host(_) | Place::Image(..) => None,
+        };
+        let roots = self.roots.iter().filter(|root| root.memory);
+        roots.filter_map(volume).collect()
     }
 
     /// The `emptyDir` volumes with a size limit.

@@ -139,20 +139,9 @@ fn take(call: &Call, policy: &Policy, control: pb::EgressControl) -> Result<(), 
 
 #[cfg(test)]
 mod tests {
-    use knoc_link::{Identity, Origin, PeerCertificate, pki::Ca};
-    use rustls_pki_types::{CertificateDer, pem::PemObject as _};
+    use knoc_link::Identity;
 
-    use super::*;
-
-    fn tls(identity: Identity) -> Peer {
-        let pair = Ca::generate("ca").unwrap().issue(&identity, &[]).unwrap();
-        let der = CertificateDer::from_pem_slice(pair.cert_pem.as_bytes()).unwrap();
-        Peer::Tls {
-            identity,
-            origin: Origin::ThisHost,
-            certificate: PeerCertificate::of(Some(&[der])).unwrap(),
-        }
-    }
+    use super::{super::lead::tests::tls, *};
 
     #[test]
     fn nobody_but_a_leader_takes_the_connections_of_a_node() {

@@ -81,4 +81,4 @@ fn who(peer: &Peer) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

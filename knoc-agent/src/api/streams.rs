@@ -23,7 +23,7 @@ use knoc_proto::{
 use tonic::{Code, Response, Status, Streaming};
 
 use super::shim_link;
-use crate::{shim_steps::Use, site::Site};
+use crate::{egress::counts::Reason, shim_steps::Use, site::Site};
 
 /// A shim answers within milliseconds, even if its job was resumed after the last poll.
 const RESUMED: Duration = Duration::from_millis(500);
@@ -88,6 +88,7 @@ pub(super) async fn egress(
     let pod = pod.ok_or_else(|| ErrorReason::NotFound.status(format!("no pod {uid}")))?;
     site.egress.settle(&pod.node_name, peer, (&uid, start.id))?;
     if !site.policy.now().permits_egress(&start.service) {
+        site.egress.refused(Reason::Policy);
         let service = text::quote(&start.service, SERVICE);
         let message = format!("Service {service} is not among policy.egress of the site file");
         return Err(ErrorReason::PolicyDenied.status(message));

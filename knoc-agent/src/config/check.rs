@@ -9,7 +9,7 @@ use std::{
 use knoc_link::{Carrier, Identity};
 use knoc_proto::{egress::AllowList, ids::SiteName, mesh::NamespacePairs, settings::Document};
 
-use super::{Config, dial_out, host_ports::HostPorts};
+use super::{Config, dial_out, host_ports::HostPorts, network};
 use crate::policy::{denied::Denied, nodes::assigned};
 
 /// Less would not hold what a program writes at once.
@@ -91,6 +91,10 @@ impl Check<'_> {
         }
         if let Err(wrong) = NamespacePairs::parse(&config.policy.pod_traffic) {
             self.wrong("policy.pod_traffic", wrong.join("; "));
+        }
+        let wrong = network::suffix_mistakes(&config.job.node_dns_suffixes);
+        if !wrong.is_empty() {
+            self.wrong("job.node_dns_suffixes", wrong.join("; "));
         }
         for (node, identity) in &config.policy.nodes {
             let name = assigned(identity).unwrap_or_default();

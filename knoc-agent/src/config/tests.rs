@@ -17,6 +17,9 @@ fn a_site_name_is_enough() {
     assert_eq!(config.limits.report_grace, Duration::from_secs(90));
     assert_eq!(config.listen.kubelet.unwrap().port(), 10350);
     assert_eq!(config.scheduler, SchedulerKind::Slurm);
+    assert_eq!(config.images.compression, Compression::Auto);
+    let config = parse("site = 'trixie'\n[images]\ncompression = 'lz4'").unwrap();
+    assert_eq!(config.images.compression, Compression::Lz4);
 }
 
 #[test]
@@ -54,10 +57,17 @@ fn mistakes_name_line_and_allowed_values() {
             ],
         ),
         (
-            "site = 'x'\n[policy]\npod_traffic = ['a:*', 'a/b']",
+            "site = 'x'\n[images]\ncompression = 'xz'",
             &[
-                "agent.toml:3: policy.pod_traffic",
-                "\"a/b\" is not `NAMESPACE:NAMESPACE`",
+                "agent.toml:3: images.compression",
+                "`auto`, `gzip`, `zstd`, `lz4`",
+            ],
+        ),
+        (
+            "site = 'x'\n[job]\nnode_dns_suffixes = ['lan', '.Lan']",
+            &[
+                "agent.toml:3: job.node_dns_suffixes",
+                "\".Lan\" is not the end of a DNS name",
             ],
         ),
         ("site = 'a b'", &["agent.toml:1: site", "DNS label", "' '"]),
@@ -72,6 +82,16 @@ fn mistakes_name_line_and_allowed_values() {
         }
         assert_eq!(error.lines().count(), 1, "{text:?}: {error}");
     }
+}
+
+#[test]
+fn a_pair_that_names_no_two_namespaces_is_a_mistake() {
+    let error = parse("site = 'x'\n[policy]\npod_traffic = ['a:*', 'a/b']").unwrap_err();
+    let wanted = "\"a/b\" is not `NAMESPACE:NAMESPACE`";
+    assert!(
+        error.contains("agent.toml:3: policy.pod_traffic") && error.contains(wanted),
+        "{error}"
+    );
 }
 
 #[test]

@@ -9,6 +9,8 @@ use std::{
 use knoc_proto::{egress::PATIENCE, pb};
 use tokio::time::Instant;
 
+use super::counts::Reason;
+
 /// The most connections that wait, of all pods together.
 const WAITING: usize = 4096;
 /// The most connections of one pod that wait, so that one pod cannot keep out the others.
@@ -25,6 +27,16 @@ pub(super) enum Full {
     /// Of all pods of the node.
     #[error("{WAITING} connections of the node's pods wait to be taken")]
     Node,
+}
+
+impl Full {
+    /// As metrics show it.
+    pub(super) fn reason(self) -> Reason {
+        match self {
+            Self::Pod => Reason::LimitOfPod,
+            Self::Node => Reason::LimitOfNode,
+        }
+    }
 }
 
 /// The connections that wait, in the order of their arrival.
@@ -73,6 +85,12 @@ impl Queue {
                 return Some(attempt);
             }
         }
+    }
+
+    /// How many wait.
+    pub(super) fn waiting(&self, now: Instant) -> usize {
+        let waiting = self.waiting.iter();
+        waiting.filter(|(at, _)| !is_over(*at, now)).count()
     }
 
     /// The connection was taken or refused.
@@ -169,6 +187,7 @@ mod tests {
         }
         assert_eq!(queue.push(now, attempt("late", 1)), Err(Full::Node));
         let later = now + PATIENT;
+        assert_eq!((queue.waiting(now), queue.waiting(later)), (WAITING, 0));
         queue.push(later, attempt("late", 2)).unwrap();
         assert_eq!(queue.pop(later).map(|one| one.id), Some(2));
         assert_eq!(queue.pop(later), None);

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::{Client, Node};
+use super::{Client, Node, counts::Reason};
 
 /// How many messages to a shim may wait. A refusal beyond them is dropped: its connection then ends at the shim's own
 /// deadline.
@@ -63,13 +63,17 @@ fn announce(
     controls: &mpsc::Sender<pb::EgressControl>,
 ) {
     let announced = match checked(uid, attempt) {
-        Some(attempt) => node.announce(attempt).map_err(|full| full.to_string()),
-        None => Err(
+        Some(attempt) => node
+            .announce(attempt)
+            .map_err(|full| (full.to_string(), full.reason())),
+        None => Err((
             "the shim announced it with an address, a port or a protocol that does not exist"
                 .to_owned(),
-        ),
+            Reason::Malformed,
+        )),
     };
-    if let Err(why) = announced {
+    if let Err((why, reason)) = announced {
+        node.counts.refused(reason);
         node.log_refusal(uid, &why);
         controls.try_send(super::refused(attempt.id)).ok();
     }

@@ -1,4 +1,4 @@
-//! What `doctor` checks about images: the runtime, the cache, the image roots and the mirrors.
+//! What `doctor` checks about images: the runtime, their compression, the cache, the image roots and the mirrors.
 
 use std::path::Path;
 
@@ -19,6 +19,8 @@ impl Images {
             return all;
         };
         all.push(exec(program));
+        let (compression, cure) = self.compressor().describe(settings).await;
+        all.push(finding("images: compression", compression, &cure));
         all.push(self.kept().await);
         for root in &settings.roots {
             all.push(folder(

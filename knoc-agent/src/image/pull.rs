@@ -22,6 +22,7 @@ use super::{
     Settings,
     access::Access,
     cache::{Cache, Entry},
+    compression::{Compressor, Method},
     download::{Download, Layout},
     progress::{Progress, Step},
     reference::Source,
@@ -31,7 +32,7 @@ use super::{
     unpacked::{self, Budget, LayerError},
     untrusted::shown,
 };
-use crate::command::CommandError;
+use crate::command::{Command, CommandError, CommandErrorKind};
 
 /// How much of the runtime's output is kept.
 const MAX_OUTPUT: usize = 64 * 1024;
@@ -43,6 +44,8 @@ pub(super) const PULLS_EACH: usize = 2;
 /// The layout's name in the directory of its pull. The runtime is given only this relative name,
 /// because it would parse a colon in the state directory's path as the start of a tag.
 const LAYOUT: &str = "layout";
+/// The name there of the file that the runtime makes.
+const SIF: &str = "image.sif";
 
 /// Pulls an image that is not cached.
 #[derive(Debug, Clone)]
@@ -56,6 +59,8 @@ pub(super) struct Puller {
     pub(super) pulls: Arc<FairSlots>,
     /// Slots for conversions, which use the login node's processors.
     pub(super) conversions: Arc<FairSlots>,
+    /// Decides how the image's files are compressed.
+    pub(super) compressor: Arc<Compressor>,
 }
 
 impl Puller {
@@ -132,7 +137,7 @@ impl Puller {
     ) -> Result<(), String> {
         let (cache, room) = (Arc::clone(&self.cache), self.settings.limits.cache);
         blocking(move || {
-            let sif = temporary.0.join("image.sif");
+            let sif = temporary.0.join(SIF);
             // A SIF file may be larger than its layers.
             let about = std::fs::metadata(&sif);
             let about = about.map_err(|error| format!("{}: {error}", sif.display()))?;
@@ -174,24 +179,42 @@ impl Puller {
         .await
     }
 
+    /// Converts the layout to a SIF file. An image that cannot be compressed as it should be is compressed with gzip.
     async fn convert(&self, temporary: &Temporary) -> Result<(), String> {
+        let method = self.compressor.method(&self.settings).await;
+        let converted = self.conversion(method, temporary)?.run().await;
+        let Err(error) = converted else {
+            return Ok(());
+        };
+        let by_itself = matches!(error.kind, CommandErrorKind::Exit { code: Some(_), .. });
+        if method == Method::Gzip || !by_itself {
+            return Err(why(&error));
+        }
+        // Only if this succeeds was it the compression.
+        let again = self.conversion(Method::Gzip, temporary)?.run().await;
+        again.map_err(|error| why(&error))?;
+        self.compressor.failed(method, why(&error));
+        Ok(())
+    }
+
+    /// The command that converts the layout.
+    fn conversion(&self, method: Method, temporary: &Temporary) -> Result<Command, String> {
         let command = self
             .settings
             .command()
             .ok_or("this site has no container runtime")?;
+        let source = format!("oci:{LAYOUT}");
         let command = command
-            .args(["pull", "--disable-cache", "--force", "image.sif"])
-            .arg(format!("oci:{LAYOUT}"))
+            .args(method.argv(SIF, &source))
             .current_dir(&temporary.0)
             .deadline(self.settings.pull_timeout)
             .capture(MAX_OUTPUT);
         let folders = ["TMPDIR", "CACHEDIR"];
-        let command = folders.into_iter().fold(command, |command, folder| {
+        Ok(folders.into_iter().fold(command, |command, folder| {
             command
                 .env(format!("APPTAINER_{folder}"), &temporary.0)
                 .env(format!("SINGULARITY_{folder}"), &temporary.0)
-        });
-        command.run().await.map(drop).map_err(|err| why(&err))
+        }))
     }
 }
 

@@ -12,6 +12,7 @@ use super::{
     Credential, Hold, ImageError, ImageErrorKind, Name, ResolvedImage, Settings,
     access::{Access, Verdict},
     cache::{Cache, Entry},
+    compression::Compressor,
     file::ImageFile,
     flight::Flights,
     local::{self, Roots},
@@ -44,6 +45,7 @@ pub struct Images {
     registry: Arc<RegistryClient>,
     pull_slots: Arc<FairSlots>,
     conversions: Arc<FairSlots>,
+    compressor: Arc<Compressor>,
     resolutions: Flights<Source, Result<Resolution, String>>,
     pulls: Flights<PullKey, Result<(), String>>,
     /// The pulls in progress, by what they are shared by.
@@ -62,6 +64,7 @@ impl Images {
             pull_slots: FairSlots::new(PULLS, PULLS_EACH),
             // Conversions use processors and are short: those of one registry may have all slots.
             conversions: FairSlots::new(settings.concurrency, settings.concurrency),
+            compressor: Arc::new(Compressor::new(settings.compression)),
             resolutions: Flights::default(),
             pulls: Flights::default(),
             progress: Mutex::default(),
@@ -82,6 +85,15 @@ impl Images {
 
     pub(super) fn cache(&self) -> &Arc<Cache> {
         &self.cache
+    }
+
+    pub(super) fn compressor(&self) -> &Compressor {
+        &self.compressor
+    }
+
+    /// Takes note of the compressions of images that the runtime of a compute node could not mount.
+    pub(crate) fn unread(&self, node: &str, compressions: &[String]) {
+        self.compressor.unread(node, compressions);
     }
 
     /// Removes what pulls of an earlier agent left behind. Blocking; called once, at start.
@@ -339,6 +351,7 @@ impl Images {
             progress,
             pulls: Arc::clone(&self.pull_slots),
             conversions: Arc::clone(&self.conversions),
+            compressor: Arc::clone(&self.compressor),
         };
         let pull = || puller.pull(source, found, access);
         self.pulls.join(key, pull).await

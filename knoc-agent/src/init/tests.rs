@@ -279,7 +279,8 @@ fn every_setting_is_explained() {
     }
     // `tools` holds what `init` found; `env` and `gres` accept any names.
     let named = [
-        "listen", "tls", "registry", "policy", "job", "limits", "logs", "backoff", "values",
+        "listen", "tls", "registry", "policy", "job", "images", "limits", "logs", "backoff",
+        "values",
     ];
     for section in std::iter::once("").chain(named) {
         for key in keys(section) {

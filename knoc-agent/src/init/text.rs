@@ -267,6 +267,17 @@ registries = []
 # A network of a pod's own reaches the node's IPv4 networks only; with true its IPv6 networks too, and then the pod has the node's
 # IPv6 addresses.
 # network_ipv6 = false  # default
+# Pods in a network of their own ask the cluster's DNS for all names; names with one of these endings are asked at the compute
+# node's resolvers (its /etc/resolv.conf) instead.
+# node_dns_suffixes = ["hpc.example.org"]  # example
+
+# How images from registries are kept.
+[images]
+# How their files are compressed when they are converted to SIF files: gzip, which every runtime writes and reads; zstd, which is
+# written ten times as fast and from which programs start faster; lz4, from which they start fastest, in larger files; auto is zstd if
+# the runtime can write it (Apptainer from 1.4 on) and no compute node has been unable to read it, else gzip. Images that are in the
+# cache stay as they are.
+# compression = "auto"  # default
 
 [limits]
 # Submissions: the sustained rate per second, the burst after an idle period, and the number of concurrent sbatch calls.

@@ -263,16 +263,7 @@ impl Actor {
         }
         match input {
             Input::Link => self.relink(pod).await,
-            Input::Event(event) => {
-                let reported = matches!(event, Event::Report(_));
-                if let Event::Report(report) = &event {
-                    self.site.shim_steps.reported(&self.uid, report);
-                }
-                let pod = self.apply(pod, event).await;
-                self.push_values(&pod, reported);
-                self.add_ephemeral(&pod);
-                self.update_images(pod).await
-            }
+            Input::Event(event) => self.step(pod, event).await,
             Input::Ensure {
                 spec,
                 values,
@@ -311,6 +302,19 @@ impl Actor {
             Input::Address { reply } => self.tell_address(pod, reply).await,
             Input::Forget { reply } => self.forget(pod, reply).await,
         }
+    }
+
+    async fn step(&mut self, pod: Pod, event: Event) -> Pod {
+        let reported = matches!(event, Event::Report(_));
+        if let Event::Report(report) = &event {
+            self.site.shim_steps.reported(&self.uid, report);
+            let unmounted = &report.unmounted_compressions;
+            self.site.images.unread(&report.hostname, unmounted);
+        }
+        let pod = self.apply(pod, event).await;
+        self.push_values(&pod, reported);
+        self.add_ephemeral(&pod);
+        self.update_images(pod).await
     }
 
     async fn forget(&mut self, pod: Pod, reply: super::input::Reply<()>) -> Pod {

@@ -243,7 +243,8 @@ pub(crate) fn all_present(spec: &PodSpec) -> Vec<Note> {
         .collect()
 }
 
-/// The image of one container.
+/// The image of a container that was not part of the pod, or had another image, when the pod was admitted, if the site's
+/// policy allows it.
 pub(crate) async fn image_of(
     site: &Site,
     spec: &PodSpec,
@@ -251,14 +252,14 @@ pub(crate) async fn image_of(
     credentials: &Credentials,
     own: &mpsc::WeakSender<Input>,
 ) -> Result<Found, StageError> {
+    allowed(site, &container)?;
     let wanted = Wanted::of_container(&container);
     let found = image(site, spec, wanted, credentials, own).await?;
     Ok(Found::new(vec![found]))
 }
 
-/// Whether the site's policy allows a container that was not part of the pod, or had another image, when the pod was
-/// admitted.
-pub(crate) fn allowed(site: &Site, container: &pb::Container) -> Result<(), StageError> {
+/// Whether the site's policy allows the privileges and the image of the container.
+fn allowed(site: &Site, container: &pb::Container) -> Result<(), StageError> {
     let refused = |reason: &str, message: String| StageError {
         container: container.name.clone(),
         image: String::new(),
@@ -449,6 +450,7 @@ pub(crate) fn job_file(
             log_max_pod_bytes: config.logs.max_pod_bytes,
             network: pb::NetworkMode::from(config.job.network).into(),
             network_ipv6: config.job.network_ipv6,
+            node_dns_suffixes: config.job.node_dns_suffixes.clone(),
         }),
         cluster_id,
         version: site.versions.own().to_owned(),

@@ -270,6 +270,7 @@ pub async fn capacity(site: Arc<Site>, node: watch::Sender<pb::NodeInfo>, stop: 
                         certificate_until: kept.certificate_until,
                         policy_problem: kept.policy_problem.clone(),
                         maps_privileged: kept.maps_privileged,
+                        egress: Some(site.egress.counted()),
                         ..info
                     };
                     *known != kept

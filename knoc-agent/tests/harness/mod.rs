@@ -33,6 +33,8 @@ pub(crate) struct Job {
     pub(crate) file: pb::JobFile,
     pub(crate) values: pb::PodValues,
     child: Option<Child>,
+    /// The path of the image of all containers.
+    pub(crate) image: String,
     pub(crate) env: Vec<(String, String)>,
     /// What the shell does that becomes the shim.
     pub(crate) under: &'static str,
@@ -104,6 +106,7 @@ impl Job {
             file,
             values,
             child: None,
+            image: var("KNOC_TEST_IMAGE").unwrap_or_default(),
             env: Vec::new(),
             under: ":",
         }
@@ -139,7 +142,7 @@ impl Job {
             .into_iter()
             .map(|container| pb::ResolvedImage {
                 container,
-                path: var("KNOC_TEST_IMAGE").unwrap_or_default(),
+                path: self.image.clone(),
                 image_id: "test@sha256:0".to_owned(),
                 config: Some(pb::ImageConfig {
                     env: vec![format!("PATH={}", var("PATH").unwrap_or_default())],

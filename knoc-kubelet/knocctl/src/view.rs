@@ -273,8 +273,18 @@ pub(crate) fn node(node: &pb::NodeInfo) -> Value {
         "pidIsolation": node.pid_isolation,
         "podLimit": node.pod_limit,
         "scheduler": scheduler,
+        "connections": node.egress.as_ref().map(connections),
         "partitions": node.partitions.iter().map(partition).collect::<Vec<_>>(),
     }))
+}
+
+/// What the agent has counted about connections of pods to the cluster.
+fn connections(counts: &pb::EgressCounts) -> Value {
+    let refused = counts.refused.iter();
+    let refused: Map<_, _> = refused
+        .map(|(reason, count)| (reason.clone(), Value::from(*count)))
+        .collect();
+    compact(json!({"waiting": counts.waiting, "refused": refused}))
 }
 
 fn sorted(map: &std::collections::HashMap<String, i64>) -> Map<String, Value> {

@@ -200,10 +200,12 @@ impl Backend for KubeletBackend {
         let agents = agents.filter(|until| *until != 0);
         let sides = [("agent", agents), ("kubelet", ours)];
         let left = |(side, until): (_, Option<i64>)| Some((side, until? - now.as_second()));
+        let agent_egress = capacity.as_ref().and_then(|node| node.egress.clone());
         let scheduler = capacity.and_then(|node| node.scheduler.clone());
         Gauges {
             phases,
             agent,
+            agent_egress,
             link_changed: since.as_second(),
             scheduler: scheduler.map(|one| (one.reachable, age(one.last_round, Timestamp::now()))),
             certificates: sides.into_iter().filter_map(left).collect(),

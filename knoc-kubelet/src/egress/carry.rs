@@ -28,6 +28,7 @@ use super::decide::{DNS, Dial};
 use crate::{
     agent::Agent,
     halves::{self, OnWriteError, Part},
+    metrics::traffic::{Direction, Open, Reason},
     server::prepare,
 };
 
@@ -41,6 +42,8 @@ const IDLE: Duration = Duration::from_mins(1);
 const IDLE_DNS: Duration = Duration::from_secs(10);
 /// Messages that may wait for the agent; then the endpoint is not read.
 const QUEUE: usize = 4;
+/// The same for answers of DNS, since a flow has the questions of all containers of a pod. They are short.
+const QUEUE_DNS: usize = 64;
 /// The largest datagram.
 const DATAGRAM: usize = 65_535;
 
@@ -72,8 +75,23 @@ pub(super) enum Failed {
     Pod { why: String },
 }
 
+impl Failed {
+    /// As metrics show it.
+    pub(super) fn reason(&self) -> Reason {
+        match self {
+            Self::Dial { .. } => Reason::Dial,
+            Self::Policy { .. } => Reason::Policy,
+            Self::Pod { .. } => Reason::Pod,
+        }
+    }
+}
+
 /// Carries the connection until it ends. Fails if it was never made.
-pub(super) async fn run(agent: &Agent, connection: &Connection) -> Result<(), Failed> {
+pub(super) async fn run(
+    agent: &Agent,
+    connection: &Connection,
+    traffic: &Direction,
+) -> Result<(), Failed> {
     let endpoint = connection.dial.endpoint;
     let failed = |source| Failed::Dial {
         service: connection.dial.service.to_string(),
@@ -91,7 +109,7 @@ pub(super) async fn run(agent: &Agent, connection: &Connection) -> Result<(), Fa
             // endpoint lives is found out here. It works without these options, too.
             prepare(&stream).ok();
             let (input, output) = take(agent, connection).await?;
-            tcp(stream, input, output).await;
+            tcp(stream, input, output, &traffic.made()).await;
         }
         EgressProtocol::Udp => {
             let socket = udp_socket(endpoint).await.map_err(failed)?;
@@ -101,7 +119,7 @@ pub(super) async fn run(agent: &Agent, connection: &Connection) -> Result<(), Fa
             } else {
                 IDLE
             };
-            udp(&socket, &input, output, idle).await;
+            udp(&socket, (&input, output), idle, &traffic.made()).await;
         }
     }
     Ok(())
@@ -121,9 +139,17 @@ async fn udp_socket(endpoint: SocketAddr) -> io::Result<UdpSocket> {
 type ToPod = mpsc::Sender<pb::EgressInput>;
 type FromPod = Messages<pb::EgressOutput>;
 
+/// PURE: how many messages may wait for the agent.
+fn queue_length(connection: &Connection) -> usize {
+    match connection.protocol {
+        EgressProtocol::Udp if connection.dial.port == DNS => QUEUE_DNS,
+        EgressProtocol::Udp | EgressProtocol::Tcp | EgressProtocol::Unspecified => QUEUE,
+    }
+}
+
 /// Takes the pod's connection.
 async fn take(agent: &Agent, connection: &Connection) -> Result<(ToPod, FromPod), Failed> {
-    let (queue, input) = mpsc::channel(QUEUE);
+    let (queue, input) = mpsc::channel(queue_length(connection));
     let start = Input::Start(pb::EgressStart {
         uid: connection.uid.to_string(),
         id: connection.id,
@@ -162,13 +188,23 @@ async fn take(agent: &Agent, connection: &Connection) -> Result<(ToPod, FromPod)
 }
 
 /// Copies both ways. If either breaks, both the endpoint's connection and the pod's are reset.
-async fn tcp(stream: TcpStream, input: ToPod, output: FromPod) {
+async fn tcp(stream: TcpStream, input: ToPod, output: FromPod, open: &Open) {
     let (reader, guard) = halves::split(stream);
-    let to_cluster = halves::to_socket(output, guard, OnWriteError::Drain, part);
+    let counted = |message| {
+        let part = part(message);
+        if let Some(Part::Data(data)) = &part {
+            open.add_from_pod(data.len());
+        }
+        part
+    };
+    let to_cluster = halves::to_socket(output, guard, OnWriteError::Drain, counted);
     // The input ends with this direction.
     let from_cluster = async move {
         let wrap = |part: Part| match part {
-            Part::Data(data) => message(Input::Data(data)),
+            Part::Data(data) => {
+                open.add_to_pod(data.len());
+                message(Input::Data(data))
+            }
             Part::Closed => message(Input::Closed(true)),
         };
         halves::from_socket(&reader, &input, wrap).await
@@ -188,12 +224,18 @@ fn part(message: pb::EgressOutput) -> Option<Part> {
 }
 
 /// Copies datagrams until there was none for `idle`, or the pod's side has ended.
-async fn udp(socket: &UdpSocket, input: &ToPod, mut output: FromPod, idle: Duration) {
+async fn udp(
+    socket: &UdpSocket,
+    (input, mut output): (&ToPod, FromPod),
+    idle: Duration,
+    open: &Open,
+) {
     let mut deadline = Instant::now() + idle;
     loop {
         tokio::select! {
             next = output.message() => match next {
                 Ok(Some(pb::EgressOutput { output: Some(Output::Data(data)) })) => {
+                    open.add_from_pod(data.len());
                     // A datagram that cannot be sent is lost, like any other.
                     socket.send(&data).await.ok();
                 }
@@ -207,7 +249,12 @@ async fn udp(socket: &UdpSocket, input: &ToPod, mut output: FromPod, idle: Durat
                 let mut buffer = BytesMut::with_capacity(DATAGRAM);
                 match socket.try_recv_buf(&mut buffer) {
                     // If the pod's side is slow, the datagram is lost: UDP has no back-pressure.
-                    Ok(_) => drop(input.try_send(message(Input::Data(Bytes::copy_from_slice(&buffer))))),
+                    Ok(count) => {
+                        let data = Bytes::copy_from_slice(&buffer);
+                        if input.try_send(message(Input::Data(data))).is_ok() {
+                            open.add_to_pod(count);
+                        }
+                    }
                     // Also the answer that nobody listens there, after which others may.
                     Err(_) => continue,
                 }

@@ -1,11 +1,12 @@
 use std::{collections::HashSet, sync::Arc};
 
+use jiff::Timestamp;
 use knoc_link::{Carrier, ExpectPeer};
 use knoc_proto::egress::AllowList;
 use serde_json::{Value, json};
 
 use super::{decide::Surroundings, *};
-use crate::node::PodIp;
+use crate::{metrics::traffic::Reason, node::PodIp};
 
 /// A cluster whose API server is at that port of this host, and an agent that nobody reaches.
 fn connections(port: u16) -> Connections {
@@ -43,6 +44,7 @@ fn of(services: &[Value], slices: &[Value]) -> Connections {
         events: Events::channel().0,
         node: "n".to_owned(),
         described: Described::default(),
+        traffic: Direction::default(),
     };
     Connections::new(setup, cluster)
 }
@@ -89,6 +91,14 @@ async fn a_connection_that_is_not_made_is_refused_and_makes_room() {
     connections.take(&attempt(5, 443), &controls);
     assert_eq!(refused(&mut told), Some(5), "it has enough");
     assert!(connections.carried.is_empty());
+    let refused = connections.setup.traffic.counted().refused;
+    let expected = [
+        (Reason::Dial, 2),
+        (Reason::Limit, 1),
+        (Reason::Pod, 1),
+        (Reason::Unknown, 1),
+    ];
+    assert_eq!(refused, expected.into());
 }
 
 #[tokio::test]
@@ -134,6 +144,9 @@ async fn a_connection_to_a_pod_of_the_node_is_sent_back_and_never_dialled_from_h
     };
     assert_eq!(redirect, sent_back);
     assert!(connections.carried.is_empty());
+    let counted = connections.setup.traffic.counted();
+    assert_eq!(counted.made, 0, "the kubelet carries none");
+    assert_eq!(counted.refused, [(Reason::Endpoint, 2)].into());
 }
 
 #[test]

@@ -15,6 +15,21 @@ fn full() -> (Metrics, Gauges) {
         metrics.session("exec", protocol.to_owned());
     }
     metrics.session("exec", "websocket/v5.channel.k8s.io".to_owned());
+    let open = metrics.egress.made();
+    open.add_from_pod(100);
+    open.add_to_pod(2000);
+    std::mem::forget(open);
+    drop(metrics.relay.made());
+    metrics.egress.refused(traffic::Reason::NotListed);
+    metrics.egress.refused(traffic::Reason::Dial);
+    metrics.relay.refused(traffic::Reason::Limit);
+    let refused = [("policy", 2), ("limit_pod", 3), ("newer", 4), ("newest", 5)];
+    let agent_egress = pb::EgressCounts {
+        waiting: 1,
+        refused: refused
+            .map(|(reason, count)| (reason.to_owned(), count))
+            .into(),
+    };
     let agent = pb::AgentInfo {
         version: "0.1.0".to_owned(),
         site: "s".to_owned(),
@@ -25,6 +40,7 @@ fn full() -> (Metrics, Gauges) {
     let gauges = Gauges {
         phases: [("Running".to_owned(), 2)].into(),
         agent: Some(Arc::new(agent)),
+        agent_egress: Some(agent_egress),
         link_changed: 1_700_000_000,
         scheduler: Some((true, Some(Duration::from_millis(1500)))),
         certificates: vec![("agent", -5), ("kubelet", 86_400)],

@@ -66,6 +66,21 @@ pub struct Note {
     pub times: i32,
 }
 
+impl Note {
+    /// A Warning of what has happened now, once.
+    pub(crate) fn warning(object: ObjectReference, reason: &str, message: String) -> Self {
+        Self {
+            object,
+            warning: true,
+            reason: reason.to_owned(),
+            message,
+            at: Timestamp::now(),
+            salt: 0,
+            times: 1,
+        }
+    }
+}
+
 /// The sending end of the channel of Events; clones share the channel.
 #[derive(Clone, Debug)]
 pub struct Events {

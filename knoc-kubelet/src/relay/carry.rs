@@ -13,6 +13,7 @@ use super::plan::PodPort;
 use crate::{
     agent::Agent,
     halves::{self, OnWriteError, Part},
+    metrics::traffic::Direction,
     server::prepare,
 };
 
@@ -25,17 +26,33 @@ type ToPod = mpsc::Sender<pb::PortForwardInput>;
 type FromPod = Messages<pb::PortForwardOutput>;
 
 /// Carries the connection until it ends. If the pod cannot be reached, or if either side breaks, the client's connection is reset.
-pub(super) async fn run(agent: &Agent, stream: TcpStream, to: &PodPort) -> Result<(), Status> {
+pub(super) async fn run(
+    agent: &Agent,
+    stream: TcpStream,
+    to: &PodPort,
+    traffic: &Direction,
+) -> Result<(), Status> {
     // These options are improvements only: keepalive finds clients that are gone.
     prepare(&stream).ok();
     // If this function ends early, it drops the guard, which resets the connection.
     let (reader, guard) = halves::split(stream);
     let (input, output) = connect(agent, to).await?;
+    let open = traffic.made();
     let wrap = |part: Part| match part {
-        Part::Data(data) => message(Input::Data(data)),
+        Part::Data(data) => {
+            open.add_to_pod(data.len());
+            message(Input::Data(data))
+        }
         Part::Closed => message(Input::Closed(true)),
     };
-    let to_client = halves::to_socket(output, guard, OnWriteError::Break, part);
+    let counted = |message| {
+        let part = part(message);
+        if let Some(Part::Data(data)) = &part {
+            open.add_from_pod(data.len());
+        }
+        part
+    };
+    let to_client = halves::to_socket(output, guard, OnWriteError::Break, counted);
     let from_client = halves::until_broken(&reader, &input, wrap);
     // The call ends when both directions have ended. If the client's connection breaks, the call is dropped before its input:
     // the end of the input would be the end of the data.

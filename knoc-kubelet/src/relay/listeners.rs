@@ -24,7 +24,11 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{carry, plan::PodPort};
-use crate::{agent::Agent, halves};
+use crate::{
+    agent::Agent,
+    halves,
+    metrics::traffic::{Direction, Reason},
+};
 
 /// The most connections to all pods. The link has 2048 streams: egress, logs and commands have the others.
 const OF_ALL: usize = 256;
@@ -44,6 +48,8 @@ pub(super) type RefusedConnection = (PodUid, String);
 #[derive(Debug, Clone)]
 struct Shared {
     agent: Agent,
+    /// Counts the connections.
+    traffic: Direction,
     of_all: Arc<Semaphore>,
     /// Refused connections, for Events. One that finds no room is left out: the next one has the same reason.
     refused: mpsc::Sender<RefusedConnection>,
@@ -67,10 +73,15 @@ struct Open {
 }
 
 impl Listeners {
-    pub(super) fn new(agent: Agent, refused: mpsc::Sender<RefusedConnection>) -> Self {
+    pub(super) fn new(
+        agent: Agent,
+        traffic: Direction,
+        refused: mpsc::Sender<RefusedConnection>,
+    ) -> Self {
         Self {
             shared: Shared {
                 agent,
+                traffic,
                 of_all: Arc::new(Semaphore::new(OF_ALL)),
                 refused,
             },
@@ -174,16 +185,21 @@ impl Relayed {
             Ok(permits) => permits,
             Err(why) => {
                 halves::reset(stream);
+                self.shared.traffic.refused(Reason::Limit);
                 return note_refused(&self.shared, &self.to, &why);
             }
         };
         let (shared, to) = (self.shared.clone(), self.to.clone());
         let carry = async move {
             let _permits = permits;
-            if let Err(status) = carry::run(&shared.agent, stream, &to).await {
+            let carried = carry::run(&shared.agent, stream, &to, &shared.traffic).await;
+            if let Err(status) = carried {
                 tracing::debug!(%to, error = chain(&status), "a relayed connection was refused");
                 if ErrorReason::of(&status) == Some(ErrorReason::PolicyDenied) {
+                    shared.traffic.refused(Reason::Policy);
                     note_refused(&shared, &to, status.message());
+                } else {
+                    shared.traffic.refused(Reason::Pod);
                 }
             }
         };
@@ -240,7 +256,7 @@ mod tests {
         let channel = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
         let agent = Agent::new(channel.clone(), channel, "c");
         let (refuse, refused) = mpsc::channel(4);
-        (Listeners::new(agent, refuse), refused)
+        (Listeners::new(agent, Direction::default(), refuse), refused)
     }
 
     async fn free_port() -> u16 {

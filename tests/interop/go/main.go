@@ -53,6 +53,9 @@ func run(words []string) error {
 	if err != nil {
 		return err
 	}
+	if words[0] == "elect" {
+		return elect(config, words[1], words[2], words[3])
+	}
 	c := client{config: config, websocket: os.Getenv("KNOC_TRANSPORT") == "websocket", namespace: words[1], pod: words[2]}
 	what, command := words[3], words[4:]
 	switch words[0] {

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::bed::Bed;
+use super::egress::{Egress, WATCHED};
 use super::pods::Batch;
 use super::stats::Series;
 use super::streams::Stream;
@@ -121,6 +122,7 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
         20.0,
         " ms",
     ));
+    egress_bounds(figures, &mut bounds);
     stream_bounds(figures, &mut bounds);
     let load = &figures.load;
     let memory = [
@@ -133,6 +135,17 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
         bounds.push(bound(&what, mib(kib), limit, " MiB"));
     }
     bounds
+}
+
+/// The targets for what pods open to the cluster.
+fn egress_bounds(figures: &Figures, bounds: &mut Vec<Bound>) {
+    let egress = &figures.egress;
+    bounds.push(bound(
+        "connect and first byte from a pod to the API server / over 3 plain relays, p50",
+        egress.first.median() / egress.first_floor.median(),
+        3.0,
+        " ×",
+    ));
 }
 
 /// The targets for exec, logs and streams.
@@ -300,6 +313,7 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
         figures.beside.copies
     )?;
     streams(out, &figures.streams)?;
+    egress(out, &figures.egress)?;
     let load = &figures.load;
     writeln!(
         out,
@@ -313,6 +327,59 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
         load.rpcs,
         mib(figures.after_many.agent),
         mib(figures.after_many.kubelet),
+    )?;
+    Ok(())
+}
+
+/// What pods open to the cluster.
+pub(super) fn egress(out: &mut String, egress: &Egress) -> anyhow::Result<()> {
+    writeln!(
+        out,
+        "\n| from a pod to the cluster | p50 | p99 | n |\n|---|---|---|---|"
+    )?;
+    for (name, series, digits) in [
+        (
+            "connect and first byte of the API server, ms",
+            &egress.first,
+            2,
+        ),
+        (
+            "floor: over 3 plain relays, from the compute node, ms",
+            &egress.first_floor,
+            2,
+        ),
+        ("a DNS question about a new name, ms", &egress.new_names, 2),
+        (
+            "a DNS question about a name that the shim has kept, ms",
+            &egress.same_name,
+            2,
+        ),
+        ("bytes on one connection, MB/s", &egress.rate, 0),
+        ("floor: over 3 plain relays, MB/s", &egress.rate_floor, 0),
+    ] {
+        writeln!(
+            out,
+            "| {name} | {:.digits$} | {:.digits$} | {} |",
+            series.median(),
+            series.at(99),
+            series.count()
+        )?;
+    }
+    let idle = &egress.idle;
+    let [shim, agent, kubelet, ..] = idle.spent.map(|seconds| seconds * 1000.0);
+    writeln!(
+        out,
+        "\n{} idle connections of four pods: agent {:.1} MiB resident (without them {:.1}), kubelet {:.1} ({:.1}); largest shim {:.1} MiB \
+         anonymous ({:.1}). In {} s they take {agent:.0} ms of processor time of the agent, {kubelet:.0} ms of the kubelet and {shim:.0} ms of all \
+         shims.",
+        idle.connections,
+        mib(idle.with.agent),
+        mib(idle.before.agent),
+        mib(idle.with.kubelet),
+        mib(idle.before.kubelet),
+        mib(idle.shim.1),
+        mib(idle.shim.0),
+        WATCHED.as_secs(),
     )?;
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `knoc-bench [--quick] [PAGE]` measures the running stack and writes docs/performance.md;
 //! `knoc-bench [--quick] streams [NAME]` measures only the streams whose names contain NAME, and prints the results;
+//! `knoc-bench [--quick] egress` measures only what pods open to the cluster, and prints the results;
 //! `knoc-bench pods COUNT [ROUNDS]` measures T1 to T3 of that many pods at once, and prints the results;
 //! `knoc-bench [--quick] links FILE` measures what the way to the agent of the current profile costs, and adds a row to FILE;
 //! `knoc-bench links-page FILE` writes the table in docs/guide/links.md from these rows;
@@ -47,8 +48,8 @@ fn main() -> anyhow::Result<()> {
         [word, rows] if word == "links" => Some(PathBuf::from(rows)),
         _ => None,
     };
-    let pods = arguments.first().is_some_and(|word| word == "pods");
-    let streams = arguments.first().is_some_and(|word| word == "streams");
+    let is = |word: &str| arguments.first().is_some_and(|first| first == word);
+    let (pods, streams, egress) = (is("pods"), is("streams"), is("egress"));
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/performance.md");
     let page = arguments.first().map_or(page, PathBuf::from);
     // The client uses only one thread, so that it does not compete with the measured processes.
@@ -56,6 +57,9 @@ fn main() -> anyhow::Result<()> {
     let runtime = runtime.enable_all().build().context("start the runtime")?;
     if let Some(rows) = rows {
         return runtime.block_on(bench::links::measure(&rows, quick.is_some()));
+    }
+    if egress {
+        return runtime.block_on(bench::egress(quick.is_some()));
     }
     if pods {
         let count = arguments

@@ -124,6 +124,21 @@ fn told_by_now(kubelet: &Kubelet, reason: &str) -> Vec<String> {
     wanted.map(|event| event["message"].to_string()).collect()
 }
 
+/// Waits until the kubelet's own metrics have these lines.
+async fn counted(site: &Site, kubelet: &Kubelet, lines: &[String]) -> anyhow::Result<()> {
+    let client = kubelet.client(site)?;
+    wait_for("the metrics", SOON, async || {
+        let request = http::Request::get("/metrics").body(Vec::new())?;
+        let text = client.request_text(request).await?;
+        let missing = lines
+            .iter()
+            .find(|line| !text.lines().any(|one| one == **line));
+        ensure!(missing.is_none(), "{missing:?} is not in {text}");
+        Ok(())
+    })
+    .await
+}
+
 /// A site, a cluster and a kubelet with these settings.
 async fn start(
     tables: &str,
@@ -150,7 +165,19 @@ async fn a_pod_reaches_the_api_server_through_kubelet_agent_and_shim() -> anyhow
         let expected = format!("{number} got 300004 b'x end'");
         ensure!(log.contains(&expected), "{log}");
     }
-    Ok(())
+    let lines = [
+        "knoc_connections_total{direction=\"egress\"} 3",
+        "knoc_connections_open{direction=\"egress\"} 0",
+        "knoc_connection_bytes_total{direction=\"egress\",to=\"cluster\"} 900000",
+        "knoc_connection_bytes_total{direction=\"egress\",to=\"pod\"} 900012",
+    ];
+    counted(&site, &kubelet, &lines.map(str::to_owned)).await
+}
+
+/// The line that counts connections of pods that were refused for this reason.
+fn refused_line(reason: &str, count: u32) -> String {
+    let labels = format!("direction=\"egress\",reason=\"{reason}\"");
+    format!("knoc_connections_refused_total{{{labels}}} {count}")
 }
 
 #[tokio::test]
@@ -169,7 +196,7 @@ async fn a_service_that_the_cluster_does_not_list_is_refused_with_one_event() ->
         expected.iter().all(|text| refused[0].contains(text)),
         "{refused:?}"
     );
-    Ok(())
+    counted(&site, &kubelet, &[refused_line("not_listed", 3)]).await
 }
 
 #[tokio::test]
@@ -186,7 +213,7 @@ async fn a_service_that_the_site_does_not_list_is_refused_with_one_event() -> an
         refused[0].contains("is not among policy.egress of the site file"),
         "{refused:?}"
     );
-    Ok(())
+    counted(&site, &kubelet, &[refused_line("policy", 2)]).await
 }
 
 #[tokio::test]

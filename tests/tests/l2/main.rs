@@ -8,6 +8,7 @@ mod backpressure;
 mod carried;
 mod certificates;
 mod cluster;
+mod compression;
 mod crash;
 mod data;
 mod dial_out;

@@ -4,6 +4,7 @@
 use std::{
     io,
     os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -29,7 +30,7 @@ use super::{
         processes::{Helper, ProcessesError},
         signals::{self, Identity},
     },
-    Attempt, AttemptError,
+    Attempt, AttemptError, Event, News,
     folders::{Folders, PrepareError},
 };
 use crate::{
@@ -37,7 +38,8 @@ use crate::{
         beside::Beside,
         contain::spec::{ContainSpec, MountSpec},
     },
-    runtime::{Root, Sandbox},
+    runtime::{Root, Sandbox, names_squashfs},
+    sif,
 };
 
 /// How many bytes of the runtime's standard error are kept, counted from its end.
@@ -176,16 +178,17 @@ impl Starting<'_> {
         container: &pb::Container,
         named: Named,
     ) -> Result<Up, AttemptError> {
+        let Named {
+            image,
+            agent,
+            binds,
+            base,
+        } = named;
         let (pod, folders) = (self.pod, self.folders);
-        let mut roots = if container.read_only_root {
-            vec![Root::ReadOnly]
-        } else {
-            pod.runtime.writable_roots(&folders.root)
-        };
         let mut sandbox = Sandbox {
-            binds: named.binds,
-            image: named.image,
-            agent: named.agent,
+            binds,
+            image,
+            agent,
             folder: folders.shared.clone(),
             hostname: if pod.runtime.isolates() {
                 pod.facts.hostname.kernel.clone()
@@ -197,32 +200,98 @@ impl Starting<'_> {
             fakeroot: container.fakeroot,
             gpus: gpus::asked(container),
             shares_processes: self.beside.is_some(),
+            unpacked: false,
         };
+        let roots = if container.read_only_root {
+            vec![Root::ReadOnly]
+        } else {
+            pod.runtime.writable_roots(&folders.root)
+        };
+        let up = match self.try_roots(&mut sandbox, &roots).await {
+            Err(AttemptError::Runtime(message)) => {
+                self.try_unpacked(&mut sandbox, &roots, message).await
+            }
+            other => other,
+        }?;
+        let message = up.message.or(base);
+        Ok(Up { message, ..up })
+    }
+
+    /// Tries one kind of root after the other. If all fail, the first message counts.
+    async fn try_roots(&self, sandbox: &mut Sandbox, roots: &[Root]) -> Result<Up, AttemptError> {
         let mut first_message = None;
-        while !roots.is_empty() {
-            sandbox.root = roots.remove(0);
-            match self.start(&sandbox).await {
+        for root in roots {
+            sandbox.root = root.clone();
+            match self.start(sandbox).await {
                 Err(AttemptError::Runtime(message)) => {
-                    let message = folders.mounts().with_own_names(&message);
+                    let message = self.folders.mounts().with_own_names(&message);
                     tracing::warn!(root = ?sandbox.root, %message, "the runtime failed; the next kind of root is tried, if there is one");
                     first_message.get_or_insert(message);
                 }
-                Ok(up) => {
-                    let message = up.message.or(named.base);
-                    return Ok(Up { message, ..up });
-                }
-                Err(other) => return Err(other),
+                other => return other,
             }
         }
         Err(AttemptError::Runtime(first_message.unwrap_or_default()))
     }
 
+    /// Has the runtime unpack the image, if `message` and the image say that it could not mount it because of its
+    /// compression.
+    async fn try_unpacked(
+        &self,
+        sandbox: &mut Sandbox,
+        roots: &[Root],
+        message: String,
+    ) -> Result<Up, AttemptError> {
+        let compression = if names_squashfs(&message) {
+            self.other_compression().await?
+        } else {
+            None
+        };
+        let Some(compression) = compression else {
+            return Err(AttemptError::Runtime(message));
+        };
+        tracing::warn!(
+            compression,
+            "the runtime could not mount the image, and is to unpack it"
+        );
+        sandbox.unpacked = true;
+        match self.try_roots(sandbox, roots).await {
+            Ok(up) => {
+                let event = Event {
+                    id: self.attempt.spec.id,
+                    attempt: self.attempt.number,
+                    news: News::Unpacked(compression),
+                };
+                // In the helper of a rank nobody reads it.
+                self.attempt.events.send(event).await.ok();
+                Ok(up)
+            }
+            Err(AttemptError::Runtime(also)) => Err(AttemptError::Runtime(format!(
+                "{message}; nor could it unpack the image: {also}"
+            ))),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// The compression of the image, if it is not gzip. Read on a blocking thread: the file system may hang.
+    async fn other_compression(&self) -> Result<Option<&'static str>, AttemptError> {
+        let path = PathBuf::from(&self.attempt.spec.image.path);
+        let reading = tokio::task::spawn_blocking(move || sif::other_compression(&path));
+        tokio::select! {
+            biased;
+            read = reading => Ok(read.ok().flatten()),
+            () = self.attempt.abort.cancelled() => Err(AttemptError::Aborted),
+        }
+    }
+
     async fn start(&self, sandbox: &Sandbox) -> Result<Up, AttemptError> {
         let argv = self.pod.runtime.argv(sandbox);
         let argv = argv.map_err(PrepareError::Runtime)?;
+        // What is unpacked goes away with the folders of the attempt, however the runtime ends.
+        let unpack = sandbox.unpacked.then_some(&*self.folders.work);
         let (mut runtime, message) = match &self.specs {
             None => (
-                spawn(self.pod, &argv, Stdio::null()).map_err(PrepareError::Spawn)?,
+                spawn(self.pod, &argv, Stdio::null(), unpack).map_err(PrepareError::Spawn)?,
                 None,
             ),
             Some(mounts) => {
@@ -237,7 +306,7 @@ impl Starting<'_> {
                     mounts: mounts.clone(),
                     beside: self.beside,
                 };
-                self.contain(&spec, namespaces).await?
+                self.contain(&spec, namespaces, unpack).await?
             }
         };
         loop {
@@ -266,13 +335,14 @@ impl Starting<'_> {
         &self,
         spec: &ContainSpec,
         namespaces: Vec<OwnedFd>,
+        unpack: Option<&Path>,
     ) -> Result<(Runtime, Option<OwnedFd>), AttemptError> {
         let (ours, theirs) = StdUnixStream::pair().map_err(PrepareError::Pipes)?;
         ours.set_nonblocking(true).map_err(PrepareError::Pipes)?;
         let ours = UnixStream::from_std(ours).map_err(PrepareError::Pipes)?;
         let argv = [self.pod.agent.clone().into(), "contain".into()];
         let stdin = Stdio::from(OwnedFd::from(theirs));
-        let mut runtime = spawn(self.pod, &argv, stdin).map_err(PrepareError::Spawn)?;
+        let mut runtime = spawn(self.pod, &argv, stdin, unpack).map_err(PrepareError::Spawn)?;
         let contained = tokio::select! {
             biased;
             contained = handshake::contain(ours, spec, namespaces) => contained,
@@ -310,7 +380,12 @@ fn peer(socket: &UnixStream) -> Option<Identity> {
     clippy::disallowed_methods,
     reason = "the shim's one module that starts containers"
 )]
-fn spawn(pod: &Pod, argv: &[std::ffi::OsString], stdin: Stdio) -> io::Result<Runtime> {
+fn spawn(
+    pod: &Pod,
+    argv: &[std::ffi::OsString],
+    stdin: Stdio,
+    unpack: Option<&Path>,
+) -> io::Result<Runtime> {
     let [program, arguments @ ..] = argv else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
@@ -323,6 +398,11 @@ fn spawn(pod: &Pod, argv: &[std::ffi::OsString], stdin: Stdio) -> io::Result<Run
         .stdin(stdin)
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
+    if let Some(folder) = unpack {
+        for name in ["APPTAINER_TMPDIR", "SINGULARITY_TMPDIR"] {
+            command.env(name, folder);
+        }
+    }
     // Without isolation the launcher becomes the program, which must be able to create a session.
     let group = pod.runtime.isolates();
     let mut child = pod.children.spawn(&mut command, group)?;

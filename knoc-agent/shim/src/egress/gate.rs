@@ -10,13 +10,18 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use tokio::{
     net::TcpStream,
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
 };
 use tokio_util::task::TaskTracker;
 
-use super::{Egress, tcp};
+use super::{
+    Egress,
+    dns::{self, NodeNames},
+    tcp,
+};
 use crate::supervisor::Command;
 
 /// How many connections the containers of a pod may have open to the cluster at once.
@@ -27,6 +32,11 @@ const FLOWS: usize = 1024;
 
 /// The pause after a connection or a datagram could not be taken, for example because the shim has too many files open.
 pub(super) const PAUSE: Duration = Duration::from_millis(100);
+
+/// Why a connection is reset at a site whose compute nodes do not reach the agent.
+const CUT_OFF: &str = "A connection to the cluster was refused: the compute nodes of this site do not reach the agent, and no job step \
+                       carries the link of this pod at the moment. Pods reach the cluster if compute nodes reach one of \
+                       `listen.shim_addresses` of the site file";
 
 /// What admits connections.
 #[derive(Debug, Clone)]
@@ -39,6 +49,8 @@ pub(crate) struct Gate {
     notes: mpsc::Sender<Command>,
     /// Whether users were told that there are too many.
     told: Arc<AtomicBool>,
+    /// Whether they were told that nobody takes connections.
+    told_cut_off: Arc<AtomicBool>,
 }
 
 impl Gate {
@@ -50,6 +62,7 @@ impl Gate {
             tasks: TaskTracker::new(),
             notes,
             told: Arc::default(),
+            told_cut_off: Arc::default(),
         }
     }
 
@@ -62,13 +75,31 @@ impl Gate {
         let Some(slot) = self.slot() else { return };
         let egress = Arc::clone(&self.egress);
         self.tasks.spawn(async move {
-            tcp::serve(stream, target, &egress).await;
+            if egress.is_dns(target) && egress.node_names().is_some_and(NodeNames::are_any) {
+                dns::stream::serve(stream, target, &egress).await;
+            } else {
+                tcp::serve(stream, target, Bytes::new(), &egress).await;
+            }
             drop(slot);
         });
     }
 
-    /// Room for one more connection.
+    /// Whether there is a way to the cluster. If there is none, users are told once.
+    pub(super) fn has_way(&self) -> bool {
+        if !self.egress.is_cut_off() {
+            return true;
+        }
+        if !self.told_cut_off.swap(true, Ordering::Relaxed) {
+            self.note("EgressRefused", CUT_OFF.to_owned());
+        }
+        false
+    }
+
+    /// Room for one more connection, if there is a way.
     pub(super) fn slot(&self) -> Option<OwnedSemaphorePermit> {
+        if !self.has_way() {
+            return None;
+        }
         let slot = Arc::clone(&self.connections).try_acquire_owned();
         if slot.is_err() {
             self.note_once(format!(

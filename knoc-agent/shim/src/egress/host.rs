@@ -10,6 +10,7 @@ use std::{
     sync::Arc,
 };
 
+use bytes::Bytes;
 use tokio::net::{TcpListener, TcpStream};
 
 use super::{
@@ -63,7 +64,7 @@ fn admit(stream: TcpStream, client: SocketAddr, gate: &Gate) {
     let egress = Arc::clone(&gate.egress);
     gate.tasks.spawn(async move {
         if is_own(&stream, client).await {
-            tcp::serve(stream, target, &egress).await;
+            tcp::serve(stream, target, Bytes::new(), &egress).await;
         }
         drop(slot);
     });

@@ -6,9 +6,10 @@
 use std::{
     io,
     net::{SocketAddr, SocketAddrV4},
+    time::Duration,
 };
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use knoc_link::{bulk::Messages, reset};
 use knoc_proto::{
     CHUNK,
@@ -16,7 +17,7 @@ use knoc_proto::{
     reason::ErrorReason,
 };
 use tokio::{
-    io::{AsyncWriteExt as _, copy_bidirectional},
+    io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
@@ -27,6 +28,9 @@ use tonic::Status;
 
 use super::{Egress, Output, PATIENCE, Settled, Taken};
 use crate::{forward::take, launch::network::protocol::Kind};
+
+/// How long a connection to a server of the compute node may last.
+const BESIDE: Duration = Duration::from_mins(1);
 
 /// A connection that is reset if it is dropped before it is [finished](Self::finish).
 #[derive(Debug)]
@@ -44,6 +48,23 @@ impl Guarded {
         self.0.local_addr()
     }
 
+    /// Reads what the container has sent, and appends it. Returns how much it was.
+    pub(super) async fn read(&mut self, buffer: &mut BytesMut) -> io::Result<usize> {
+        self.0.read_buf(buffer).await
+    }
+
+    /// Relays the connection to a server of the compute node, for a limited time. `head` was read from it already.
+    pub(super) async fn relay(mut self, mut server: TcpStream, head: &[u8]) {
+        let both = async {
+            server.write_all(head).await?;
+            copy_bidirectional(&mut self.0, &mut server).await
+        };
+        let ended = timeout(BESIDE, both).await;
+        if matches!(ended, Ok(Ok(_))) {
+            self.finish();
+        }
+    }
+
     /// Both directions have ended: what was sent is still delivered.
     fn finish(self) {
         // It fails only if the connection is gone.
@@ -51,20 +72,20 @@ impl Guarded {
     }
 }
 
-/// Announces the connection, and carries it once it is taken.
-pub(super) async fn serve(mut stream: Guarded, target: SocketAddrV4, egress: &Egress) {
+/// Announces the connection, and carries it once it is taken. `head` was read from it already.
+pub(super) async fn serve(mut stream: Guarded, target: SocketAddrV4, head: Bytes, egress: &Egress) {
     let ended = match egress.announce(Kind::Tcp, target).await {
         None => return,
-        Some(Settled::Taken(taken)) => carry(&mut stream.0, taken).await,
-        Some(Settled::Redirected(pod)) => relay(&mut stream.0, pod, egress).await,
+        Some(Settled::Taken(taken)) => carry(&mut stream.0, head, taken).await,
+        Some(Settled::Redirected(pod)) => to_pod(&mut stream.0, &head, pod, egress).await,
     };
     if ended {
         stream.finish();
     }
 }
 
-/// Copies between the connection and another pod of the node. Returns whether both directions have ended.
-async fn relay(stream: &mut TcpStream, pod: SocketAddrV4, egress: &Egress) -> bool {
+/// Copies between the connection and another pod of the node, `head` first. Returns whether both directions have ended.
+async fn to_pod(stream: &mut TcpStream, head: &[u8], pod: SocketAddrV4, egress: &Egress) -> bool {
     let Some(inside) = egress.inside.get() else {
         return false;
     };
@@ -73,7 +94,11 @@ async fn relay(stream: &mut TcpStream, pod: SocketAddrV4, egress: &Egress) -> bo
         return false;
     };
     let mut other = Guarded::new(other);
-    let ended = copy_bidirectional(stream, &mut other.0).await.is_ok();
+    let both = async {
+        other.0.write_all(head).await?;
+        copy_bidirectional(stream, &mut other.0).await
+    };
+    let ended = both.await.is_ok();
     if ended {
         other.finish();
     }
@@ -81,9 +106,12 @@ async fn relay(stream: &mut TcpStream, pod: SocketAddrV4, egress: &Egress) -> bo
 }
 
 /// Copies until both directions have ended, or until the call or the connection breaks. Returns whether both have ended.
-async fn carry(stream: &mut TcpStream, taken: Taken) -> bool {
+async fn carry(stream: &mut TcpStream, head: Bytes, taken: Taken) -> bool {
     let Taken { input, output } = taken;
     if !send(&output, egress_output::Output::Connected(true)).await {
+        return false;
+    }
+    if !head.is_empty() && !send(&output, egress_output::Output::Data(head)).await {
         return false;
     }
     let (reader, writer) = stream.split();

@@ -19,6 +19,8 @@ use tonic::{
 use super::{gate::Gate, *};
 use crate::{launch::network::protocol::Range, supervisor::Command};
 
+mod names;
+
 const SOON: Duration = Duration::from_secs(30);
 
 /// Addresses of the loopback interface, as if they were those of a cluster.
@@ -218,6 +220,53 @@ async fn connections_beyond_the_limit_are_reset_and_one_note_says_so() {
     gate.egress.table.send_replace(Arc::new(table));
     let (mut client, _) = dial(&gate).await;
     assert!(is_reset(&mut client).await);
+}
+
+#[tokio::test]
+async fn a_connection_that_nobody_will_take_is_reset_at_once_and_one_note_says_so() {
+    let (gate, mut orders) = gate();
+    gate.egress.set_isolated(true);
+    for _ in 0..2 {
+        let (mut client, _) = dial(&gate).await;
+        assert!(is_reset(&mut client).await);
+    }
+    let note = orders.recv().await.unwrap();
+    let Command::Note { reason, message } = &note else {
+        panic!("{note:?}");
+    };
+    assert_eq!(*reason, "EgressRefused");
+    assert!(message.contains("listen.shim_addresses"), "{message}");
+    orders.try_recv().unwrap_err();
+    assert_eq!(gate.egress.waiting.borrow().after(0), None);
+    // A job step carries the link for another reason.
+    let followed = gate.egress.followed();
+    let (_client, _) = dial(&gate).await;
+    let first = attempt(&gate.egress, 0).await;
+    drop(followed);
+    let (mut client, _) = dial(&gate).await;
+    assert!(is_reset(&mut client).await);
+    // Compute nodes reach the agent after all.
+    gate.egress.set_isolated(false);
+    let (_client, _) = dial(&gate).await;
+    attempt(&gate.egress, first.id).await;
+}
+
+#[test]
+fn names_resolve_as_on_the_node_if_the_clusters_dns_may_be_out_of_reach() {
+    let network = pb::EgressNetwork {
+        ranges: vec!["10.96.0.0/12".to_owned()],
+        dns: "10.96.0.10".to_owned(),
+        api_address: "10.96.0.1".to_owned(),
+        api_port: 443,
+        ..pb::EgressNetwork::default()
+    };
+    let egress = Egress::default();
+    egress.replace(&network).unwrap();
+    assert!(egress.table().dns.is_some());
+    egress.keep_resolvers();
+    egress.replace(&network).unwrap();
+    let table = egress.table();
+    assert!(table.dns.is_none() && table.api.is_some());
 }
 
 #[tokio::test]

@@ -2,26 +2,21 @@
 //!
 //! A flow is what one local address of the pod exchanges with one target. Each flow has a call of `EgressStream`, which is
 //! announced with its first datagram and ends when it is idle. Answers leave with the address as their source to which the
-//! container has sent. As with any network, what does not fit is dropped.
+//! container has sent. As with any network, what does not fit is dropped. Questions to the cluster's DNS are no flows: [`dns`]
+//! answers them.
+//!
+//! [`dns`]: super::dns
 
 use std::{
     collections::HashMap,
-    io::{self, IoSlice, IoSliceMut},
     net::{Ipv4Addr, SocketAddrV4},
-    os::fd::AsRawFd as _,
     sync::Arc,
     time::Duration,
 };
 
 use bytes::Bytes;
 use knoc_proto::pb::{EgressInput, egress_input::Input, egress_output::Output};
-use nix::{
-    cmsg_space,
-    libc::{in_addr, in_pktinfo},
-    sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, recvmsg, sendmsg},
-};
 use tokio::{
-    io::Interest,
     net::UdpSocket,
     sync::{OwnedSemaphorePermit, mpsc},
     task::{AbortHandle, JoinSet},
@@ -29,7 +24,9 @@ use tokio::{
 };
 
 use super::{
-    Egress, Settled, Taken,
+    DNS, Egress, Settled, Taken,
+    datagram::{Key, receive, reply},
+    dns::Names,
     gate::{Gate, PAUSE},
     tcp::send,
 };
@@ -50,13 +47,9 @@ const IDLE: Duration = Duration::from_mins(1);
 /// After which time a flow to a DNS server ends if every question has its answer: resolvers use a port for a few
 /// questions only.
 const ANSWERED: Duration = Duration::from_secs(1);
-const DNS: u16 = 53;
 
 /// How long the datagrams of a refused flow are dropped, before the next one is announced as a new flow.
 const REFUSED: Duration = Duration::from_secs(5);
-
-/// The container's address, and the target's.
-type Key = (SocketAddrV4, SocketAddrV4);
 
 /// A flow, as its port sees it.
 #[derive(Debug)]
@@ -68,8 +61,11 @@ struct Flow {
 
 /// Task: serves one port until it is dropped; its flows end with it.
 pub(super) async fn serve(socket: UdpSocket, port: u16, gate: Gate) {
+    let socket = Arc::new(socket);
+    let names = (port == DNS).then(|| Names::start(Arc::clone(&gate.egress), Arc::clone(&socket)));
     let mut port = Port {
-        socket: Arc::new(socket),
+        socket,
+        names,
         gate,
         flows: HashMap::new(),
         tasks: JoinSet::new(),
@@ -96,6 +92,8 @@ pub(super) async fn serve(socket: UdpSocket, port: u16, gate: Gate) {
 
 struct Port {
     socket: Arc<UdpSocket>,
+    /// What answers questions to the cluster's DNS.
+    names: Option<Names>,
     gate: Gate,
     flows: HashMap<Key, Flow>,
     tasks: JoinSet<Key>,
@@ -108,6 +106,11 @@ impl Port {
             return;
         }
         let key = (from, SocketAddrV4::new(to, self.number));
+        if let Some(names) = self.names.as_ref()
+            && self.gate.egress.is_dns(key.1)
+        {
+            return names.ask(key, data);
+        }
         let data = match self.flows.get_mut(&key) {
             None => data,
             Some(flow) => match flow.datagrams.try_send(data) {
@@ -124,6 +127,9 @@ impl Port {
     }
 
     fn begin(&mut self, key: Key, data: Bytes) {
+        if !self.gate.has_way() {
+            return;
+        }
         if self.flows.len() >= FLOWS
             && let Some(oldest) = oldest(&self.flows)
             && let Some(flow) = self.flows.remove(&oldest)
@@ -248,55 +254,6 @@ impl State {
     }
 }
 
-/// Receives a datagram: from which address, to which address, and how many bytes.
-async fn receive(
-    socket: &UdpSocket,
-    buffer: &mut [u8],
-) -> io::Result<(SocketAddrV4, Ipv4Addr, usize)> {
-    let received = socket.async_io(Interest::READABLE, || {
-        let mut space = cmsg_space!(in_pktinfo);
-        let mut parts = [IoSliceMut::new(&mut *buffer)];
-        let fd = socket.as_raw_fd();
-        let message = recvmsg::<SockaddrIn>(fd, &mut parts, Some(&mut space), MsgFlags::empty())?;
-        let to = message.cmsgs()?.find_map(|control| {
-            let ControlMessageOwned::Ipv4PacketInfo(info) = control else {
-                return None;
-            };
-            Some(Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes()))
-        });
-        let from = message.address.map(SocketAddrV4::from);
-        let (from, to) = from.zip(to).ok_or(io::ErrorKind::InvalidData)?;
-        Ok((from, to, message.bytes))
-    });
-    received.await
-}
-
-/// Sends a datagram to the container, from the address that it has sent to.
-async fn reply(socket: &UdpSocket, (to, from): Key, data: &[u8]) -> io::Result<()> {
-    let info = in_pktinfo {
-        ipi_ifindex: 0,
-        ipi_spec_dst: in_addr {
-            s_addr: u32::from_ne_bytes(from.ip().octets()),
-        },
-        ipi_addr: in_addr { s_addr: 0 },
-    };
-    let to = SockaddrIn::from(to);
-    socket
-        .async_io(Interest::WRITABLE, || {
-            let control = [ControlMessage::Ipv4PacketInfo(&info)];
-            let parts = [IoSlice::new(data)];
-            sendmsg(
-                socket.as_raw_fd(),
-                &parts,
-                &control,
-                MsgFlags::empty(),
-                Some(&to),
-            )?;
-            Ok(())
-        })
-        .await
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -308,27 +265,6 @@ mod tests {
         // Another question is open, or an answer was lost.
         assert_eq!(of(true, 1), IDLE);
         assert_eq!(of(false, 0), IDLE);
-    }
-
-    #[tokio::test]
-    async fn an_answer_comes_from_the_address_that_was_asked() {
-        let socket = UdpSocket::bind("0.0.0.0:0").await.unwrap();
-        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Ipv4PacketInfo, &true)
-            .unwrap();
-        let port = socket.local_addr().unwrap().port();
-        let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let target = SocketAddrV4::new(Ipv4Addr::new(127, 9, 9, 9), port);
-        client.send_to(b"question", target).await.unwrap();
-        let mut buffer = vec![0; 100];
-        let (from, to, count) = receive(&socket, &mut buffer).await.unwrap();
-        assert_eq!(
-            (to, buffer.get(..count)),
-            (*target.ip(), Some(&b"question"[..]))
-        );
-        reply(&socket, (from, target), b"answer").await.unwrap();
-        let (count, source) = client.recv_from(&mut buffer).await.unwrap();
-        assert_eq!(source, target.into());
-        assert_eq!(buffer.get(..count), Some(&b"answer"[..]));
     }
 
     #[tokio::test]

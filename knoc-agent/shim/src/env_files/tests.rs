@@ -58,7 +58,11 @@ fn get(volumes: &Volumes, value: Value) -> Result<String, String> {
         ],
         ..pb::PodValues::default()
     };
-    let resolved = resolve(&container, &values, volumes).map_err(|error| chain(&error))?;
+    let places = Places {
+        volumes,
+        network: &Network::Host,
+    };
+    let resolved = resolve(&container, &values, places).map_err(|error| chain(&error))?;
     let [own] = &resolved.env[..] else {
         panic!("{resolved:?}");
     };

@@ -245,19 +245,26 @@ pub(super) fn receive(shim: &UnixStream) -> Result<(ContainSpec, Vec<OwnedFd>), 
     Ok((spec, namespaces))
 }
 
-/// Joins the pod's user namespace and then its network namespace, which gives all rights in both.
+/// Joins the pod's user namespace and then its network namespace, which gives all rights in both. If the pod has volumes in
+/// memory with a size, it then joins the mount namespace in which they are.
 pub(super) fn join(namespaces: &[OwnedFd]) -> Result<(), ContainError> {
     let on = || ContainError::on("join the pod's network");
-    let [user, net] = namespaces else {
-        return Err(on()(io::ErrorKind::InvalidInput.into()));
+    let (user, net, mounts) = match namespaces {
+        [user, net] => (user, net, None),
+        [user, net, mounts] => (user, net, Some(mounts)),
+        _ => return Err(on()(io::ErrorKind::InvalidInput.into())),
     };
-    for (namespace, kind) in [
-        (user, LinkNameSpaceType::User),
-        (net, LinkNameSpaceType::Network),
-    ] {
-        move_into_link_name_space(namespace.as_fd(), Some(kind))
-            .map_err(io::Error::from)
-            .map_err(on())?;
+    let enter = |namespace: &OwnedFd, kind| {
+        move_into_link_name_space(namespace.as_fd(), Some(kind)).map_err(io::Error::from)
+    };
+    enter(user, LinkNameSpaceType::User).map_err(on())?;
+    enter(net, LinkNameSpaceType::Network).map_err(on())?;
+    if let Some(mounts) = mounts {
+        let on = || ContainError::on("join the mounts of the pod's volumes in memory");
+        // Joining leads to the root of the namespace.
+        let here = std::env::current_dir().map_err(on())?;
+        enter(mounts, LinkNameSpaceType::Mount).map_err(on())?;
+        std::env::set_current_dir(here).map_err(on())?;
     }
     Ok(())
 }

@@ -12,6 +12,7 @@
 //!      ──Socket──────► ◄─Done── with a socket               any number of times
 //!      ──Lead────────► ◄─Done── after routes were changed    any number of times
 //!      ──EdgeSocket──► ◄─Done── with a socket of the edge    any number of times
+//!      ──Memory──────► ◄─Done── with the mount namespace and the volume    once for each volume, before the others
 //!      ──Mesh────────► ◄─Done── with the packets of the mesh
 //! ```
 //!
@@ -21,6 +22,7 @@
 //! It ends with the shim's end of the socket pair, its standard input. Single-threaded, as `unshare(2)` requires.
 
 mod edge;
+mod memory;
 mod mesh;
 mod netlink;
 pub(crate) mod protocol;
@@ -123,8 +125,8 @@ fn run(shim: &UnixStream) -> Result<ExitCode, NetworkError> {
         .map_err(NetworkError::on("let pasta find the namespaces"))?;
     match begun? {
         Begun::Mapper(code) => Ok(code),
-        Begun::Held(mut edge) => {
-            serve_until(shim, &mut edge, false)?;
+        Begun::Held(mut made) => {
+            serve_until(shim, &mut made, false)?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -133,8 +135,16 @@ fn run(shim: &UnixStream) -> Result<ExitCode, NetworkError> {
 enum Begun {
     /// The child that wrote the id maps.
     Mapper(ExitCode),
-    /// The namespaces are there. Some nodes allow no edge.
-    Held(Option<Edge>),
+    /// The namespaces are there.
+    Held(Made),
+}
+
+/// What the helper has made beside the namespaces.
+struct Made {
+    /// Some nodes allow none.
+    edge: Option<Edge>,
+    /// Whether this process is in a mount namespace of its own.
+    left_node: bool,
 }
 
 /// Creates the namespaces, and answers until the shim has found its way to other networks.
@@ -146,14 +156,18 @@ fn begin(shim: &UnixStream, users: &[String], address: Ipv4Addr) -> Result<Begun
     // The change of credentials may have reset it.
     super::die_with_parent();
     set_up(address)?;
-    let (mut edge, no_edge) = match Edge::create(address, free_ports) {
+    let (edge, no_edge) = match Edge::create(address, free_ports) {
         Ok(edge) => (Some(edge), None),
         Err(lost @ EdgeError::Lost(_)) => return Err(lost.into()),
         Err(error) => (None, Some(knoc_proto::error::chain(&error))),
     };
     hand_over(shim, ids, no_edge)?;
-    serve_until(shim, &mut edge, true)?;
-    Ok(Begun::Held(edge))
+    let mut made = Made {
+        edge,
+        left_node: false,
+    };
+    serve_until(shim, &mut made, true)?;
+    Ok(Begun::Held(made))
 }
 
 /// Prepares the new network namespace.
@@ -186,13 +200,13 @@ fn hand_over(shim: &UnixStream, ids: Ids, no_edge: Option<String>) -> Result<(),
 }
 
 /// Answers requests until the shim ends, or with `seal` until [`Request::Seal`].
-fn serve_until(shim: &UnixStream, edge: &mut Option<Edge>, seal: bool) -> Result<(), NetworkError> {
+fn serve_until(shim: &UnixStream, made: &mut Made, seal: bool) -> Result<(), NetworkError> {
     while let Some(request) = receive(shim)? {
         let sealed = seal && request == Request::Seal;
-        match carry_out(request, edge) {
-            Ok((done, made)) => {
-                let made: Vec<_> = made.iter().map(OwnedFd::as_fd).collect();
-                answer(shim, &done, &made)?;
+        match carry_out(request, made) {
+            Ok((done, descriptors)) => {
+                let descriptors: Vec<_> = descriptors.iter().map(OwnedFd::as_fd).collect();
+                answer(shim, &done, &descriptors)?;
             }
             Err(error @ NetworkError::Edge(EdgeError::Lost(_))) => return Err(error),
             Err(error) => {
@@ -207,46 +221,52 @@ fn serve_until(shim: &UnixStream, edge: &mut Option<Edge>, seal: bool) -> Result
     Ok(())
 }
 
-/// Returns the answer, and the descriptor that goes with it.
-fn carry_out(
-    request: Request,
-    edge: &mut Option<Edge>,
-) -> Result<(Answer, Option<OwnedFd>), NetworkError> {
+/// Returns the answer, and the descriptors that go with it.
+fn carry_out(request: Request, made: &mut Made) -> Result<(Answer, Vec<OwnedFd>), NetworkError> {
     match request {
         Request::Create { .. } => {
             let why = "the namespaces exist already".to_owned();
-            Ok((Answer::Failed { why }, None))
+            Ok((Answer::Failed { why }, Vec::new()))
         }
-        Request::Seal => Ok((Answer::Done, None)),
+        Request::Seal => Ok((Answer::Done, Vec::new())),
         Request::IsRouted => {
             let routes = fs::read_to_string(ROUTES).unwrap_or_default();
-            Ok((Answer::Routed(has_default(&routes)), None))
+            Ok((Answer::Routed(has_default(&routes)), Vec::new()))
         }
         Request::Socket(family) => {
-            let made = stream_socket(family).map_err(io::Error::from);
-            let made = made.map_err(NetworkError::on("make a socket"))?;
-            Ok((Answer::Done, Some(made)))
+            let socket = stream_socket(family).map_err(io::Error::from);
+            let socket = socket.map_err(NetworkError::on("make a socket"))?;
+            Ok((Answer::Done, vec![socket]))
         }
         Request::Lead(ranges) => {
-            let edge = edge.as_mut().ok_or(NetworkError::NoEdge)?;
+            let edge = made.edge.as_mut().ok_or(NetworkError::NoEdge)?;
             edge.lead(&ranges)?;
-            Ok((Answer::Done, None))
+            Ok((Answer::Done, Vec::new()))
         }
         Request::EdgeSocket(kind) => {
-            let edge = edge.as_ref().ok_or(NetworkError::NoEdge)?;
-            Ok((Answer::Done, Some(edge.socket(kind)?)))
+            let edge = made.edge.as_ref().ok_or(NetworkError::NoEdge)?;
+            Ok((Answer::Done, vec![edge.socket(kind)?]))
+        }
+        Request::Memory(volume) => {
+            if !made.left_node {
+                memory::leave_node().map_err(NetworkError::on("create a mount namespace"))?;
+                made.left_node = true;
+            }
+            let mounted = memory::mount_volume(&volume);
+            let mounted = mounted.map_err(NetworkError::on("mount a volume in memory"))?;
+            Ok((Answer::Done, mounted))
         }
         Request::Mesh { address, range } => {
-            let made = mesh::create(address, range);
-            let made = made.map_err(NetworkError::on(
+            let packets = mesh::create(address, range);
+            let packets = packets.map_err(NetworkError::on(
                 "create the interface that leads to other pods",
             ))?;
-            Ok((Answer::Done, Some(made)))
+            Ok((Answer::Done, vec![packets]))
         }
         Request::MeshRoutes(ranges) => {
             let led = mesh::lead(&ranges);
             led.map_err(NetworkError::on("add a route to other pods"))?;
-            Ok((Answer::Done, None))
+            Ok((Answer::Done, Vec::new()))
         }
     }
 }

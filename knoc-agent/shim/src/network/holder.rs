@@ -16,7 +16,7 @@ use crate::{
     launch::{
         fds,
         ids::Ids,
-        network::protocol::{Answer, Family, Kind, LONGEST, Range, Request},
+        network::protocol::{Answer, Family, Kind, LONGEST, Range, Request, Tmpfs},
     },
 };
 
@@ -89,6 +89,12 @@ impl Holder {
         let (_, mut descriptors) = self.ask(request).await?;
         let socket = descriptors.pop();
         socket.ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    /// Mounts a volume in memory. Returns the mount namespace in which it is, and the volume.
+    pub(super) async fn mount(self: &Arc<Self>, volume: Tmpfs) -> io::Result<[OwnedFd; 2]> {
+        let (_, made) = self.ask(Request::Memory(volume)).await?;
+        <[OwnedFd; 2]>::try_from(made).map_err(|_| io::ErrorKind::InvalidData.into())
     }
 
     /// Has exactly these ranges lead to the edge.

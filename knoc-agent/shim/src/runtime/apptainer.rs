@@ -55,6 +55,14 @@ impl Apptainer {
         options
     }
 
+    /// The option by which the files of the image are unpacked.
+    fn unpacks(&self) -> &'static str {
+        match self.flavour {
+            Flavour::Apptainer => "--unsquash",
+            Flavour::Singularity => "--tmp-sandbox",
+        }
+    }
+
     /// The options that decide what `/tmp` and `/var/tmp` are.
     fn temporary(&self, sandbox: &Sandbox) -> Result<Vec<OsString>, RuntimeError> {
         let mut argv = Vec::new();
@@ -114,6 +122,9 @@ impl Runtime for Apptainer {
             Root::ReadOnly => {}
         }
         argv.extend(self.temporary(sandbox)?);
+        if sandbox.unpacked {
+            argv.push(self.unpacks().into());
+        }
         if sandbox.fakeroot {
             argv.push("--fakeroot".into());
         }
@@ -247,6 +258,7 @@ mod tests {
             fakeroot: false,
             gpus: Gpus::default(),
             shares_processes: false,
+            unpacked: false,
         }
     }
 
@@ -277,6 +289,16 @@ mod tests {
              /.knoc/launch.sock"
         );
         assert!(!argv(Flavour::Singularity).contains("--no-eval"));
+        let unpacked = |flavour| {
+            let sandbox = Sandbox {
+                unpacked: true,
+                ..sandbox(Vec::new())
+            };
+            let runtime = Apptainer::new(Path::new("/usr/bin/x"), flavour);
+            runtime.argv(&sandbox).unwrap()
+        };
+        assert!(unpacked(Flavour::Apptainer).contains(&"--unsquash".into()));
+        assert!(unpacked(Flavour::Singularity).contains(&"--tmp-sandbox".into()));
         let shares = Sandbox {
             shares_processes: true,
             ..sandbox(Vec::new())

@@ -1,4 +1,4 @@
-//! The supervisor's part in another image for a container.
+//! The supervisor's part in another image for a container, and in an image that the runtime could not mount.
 
 use knoc_proto::pb;
 
@@ -49,6 +49,26 @@ impl Supervisor {
                 container: name,
                 ..pb::PodNote::default()
             });
+        }
+    }
+
+    /// Reports that the runtime could not mount an image with this compression and has unpacked it. An Event says so once.
+    pub(super) fn image_unpacked(&mut self, compression: &str) {
+        let mut first = false;
+        self.publisher.update(|report| {
+            let all = &mut report.unmounted_compressions;
+            first = all.iter().all(|known| known != compression);
+            if first {
+                all.push(compression.to_owned());
+            }
+        });
+        if first {
+            let message = format!(
+                "the container runtime of this node cannot mount images that are compressed with {compression}, so it unpacks \
+                 them at each start of a container, which takes longer; the site's administrators can install the version of \
+                 the login node on it, or set compression = \"gzip\" under [images] of the site file"
+            );
+            self.publisher.note("ImageUnpacked", message, "");
         }
     }
 }

@@ -215,3 +215,31 @@ fn the_site_mounts_by_partition_and_a_pods_own_mount_replaces_it() {
     assert!(of_site.iter().all(|mounted| mounted.read_only));
     assert_eq!(of_partition(&binds, "").len(), 1);
 }
+
+#[test]
+fn a_volume_in_memory_with_a_limit_is_no_larger_than_the_memory_of_the_job() {
+    let base = tempfile::tempdir().unwrap();
+    let scratch = Scratch::create(base.path().to_str().unwrap(), Fallback::Disk).unwrap();
+    let volume = |name: &str, memory, size_limit_bytes| pb::Volume {
+        name: name.to_owned(),
+        source: Some(Source::EmptyDir(pb::EmptyDir {
+            memory,
+            size_limit_bytes,
+        })),
+    };
+    let shape = [
+        volume("disk", false, 9),
+        volume("unlimited", true, 0),
+        volume("small", true, 1 << 20),
+        volume("large", true, 1 << 40),
+    ];
+    let volumes = Volumes::create(&shape, &scratch, &pb::HostPathPolicy::default(), &[]).unwrap();
+    let sizes = |job| {
+        let all = volumes.in_memory(job).into_iter();
+        all.map(|volume| volume.bytes).collect::<Vec<_>>()
+    };
+    assert_eq!(sizes(0), [1 << 20, 1 << 40]);
+    assert_eq!(sizes(1 << 30), [1 << 20, 1 << 30]);
+    let small = volumes.in_memory(0).remove(0);
+    assert_eq!(Some(&*small.path), volumes.folder("small"));
+}

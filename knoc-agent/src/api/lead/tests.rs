@@ -6,7 +6,8 @@ use super::*;
 
 const NOW: i64 = 1_795_000_000;
 
-fn tls(identity: Identity) -> Peer {
+/// A peer that has proved this identity over TLS.
+pub(in crate::api) fn tls(identity: Identity) -> Peer {
     let pair = Ca::generate("ca").unwrap().issue(&identity, &[]).unwrap();
     let der = CertificateDer::from_pem_slice(pair.cert_pem.as_bytes()).unwrap();
     Peer::Tls {

@@ -14,11 +14,12 @@ use super::super::Bounds;
 use super::super::digest::Digest;
 use super::*;
 use crate::{
-    config::{Policy, Registry},
+    config::{Compression, Policy, Registry},
     policy::Live,
 };
 
 mod cached;
+mod compressed;
 mod fake;
 mod hostile;
 mod private;
@@ -116,6 +117,7 @@ fn settings(dir: &Path, registry: &str, program: PathBuf) -> Settings {
             credentials: false,
         }],
         policy: Live::fixed(Policy::default()),
+        compression: Compression::Gzip,
         limits: Bounds {
             size: 1 << 20,
             unpacked: 8 << 20,
@@ -277,6 +279,7 @@ async fn doctor_says_what_is_there() {
     let expected = [
         (true, "images: runtime"),
         (true, "runtime: exec"),
+        (true, "images: compression"),
         (true, "images: cache"),
         (true, "images: mirror of docker.io"),
     ];

@@ -217,7 +217,7 @@ impl Actor {
                 let container = container.clone();
                 self.ephemeral.tasks.start(name.clone(), async move {
                     tokio::time::sleep(pause).await;
-                    let image = match allowed(&site, &spec, &container) {
+                    let image = match may_mount(&site, &spec, &container) {
                         Ok(()) => {
                             let find = stage::image_of(&site, &spec, container, &credentials, &own);
                             Box::pin(find).await
@@ -294,19 +294,19 @@ impl Actor {
     }
 }
 
-/// Whether the site's policy allows the container, which was not part of the pod when that was admitted.
-fn allowed(site: &Site, spec: &PodSpec, container: &pb::Container) -> Result<(), StageError> {
+/// Whether the site's policy allows the paths of the node that the container mounts.
+fn may_mount(site: &Site, spec: &PodSpec, container: &pb::Container) -> Result<(), StageError> {
     let policy = site.policy.now();
     let problems = host_paths::problems_of(container, spec, &policy, &site.host_paths());
-    if !problems.is_empty() {
-        return Err(StageError {
-            container: container.name.clone(),
-            image: String::new(),
-            reason: "CreateContainerConfigError".to_owned(),
-            message: problems.join("; "),
-        });
+    if problems.is_empty() {
+        return Ok(());
     }
-    stage::allowed(site, container)
+    Err(StageError {
+        container: container.name.clone(),
+        image: String::new(),
+        reason: "CreateContainerConfigError".to_owned(),
+        message: problems.join("; "),
+    })
 }
 
 /// Gives a container to the shim. If compute nodes cannot reach the agent, a job step carries the link.

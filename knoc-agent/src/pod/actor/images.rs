@@ -258,16 +258,10 @@ impl Actor {
         self.updates.telling.remove(&name);
         self.updates.tasks.start(name.clone(), async move {
             tokio::time::sleep(wait).await;
-            let image = match stage::allowed(&site, &container) {
-                Ok(()) => {
-                    let find = stage::image_of(&site, &spec, container, &credentials, &own);
-                    Box::pin(find).await
-                }
-                Err(error) => Err(error),
-            };
+            let find = stage::image_of(&site, &spec, container, &credentials, &own);
             Step::Found {
                 container: name,
-                image,
+                image: Box::pin(find).await,
             }
         });
     }

@@ -30,7 +30,8 @@ pub(crate) struct ContainSpec {
     /// Whether the container's programs have root's rights inside: `--fakeroot`.
     pub root: bool,
     /// The ids that are mapped in the pod's user namespace, if the pod has a network of its own. The descriptors of the
-    /// user namespace and of the network namespace come with this message.
+    /// user namespace, of the network namespace and, if it has volumes in memory with a size, of the mount namespace come with
+    /// this message.
     pub network: Option<Ids>,
     /// In the order of mounting.
     pub mounts: Vec<MountSpec>,

@@ -1,7 +1,7 @@
 //! What the shim and the helper that holds a pod's network say to each other. Both are the same binary, so it needs no
 //! version. Each message is JSON with its length first; descriptors are attached to its first byte.
 
-use std::{collections::BTreeSet, net::Ipv4Addr};
+use std::{collections::BTreeSet, net::Ipv4Addr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,17 @@ pub(crate) enum Request {
     Mesh { address: Ipv4Addr, range: Range },
     /// What the pod sends to these ranges can be read from it, too.
     MeshRoutes(BTreeSet<Range>),
+    /// Mounts a volume in memory, in a mount namespace that the helper creates with the first of them.
+    Memory(Tmpfs),
+}
+
+/// A volume in memory with a size of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Tmpfs {
+    /// The shim's folder at which it is mounted.
+    pub(crate) path: PathBuf,
+    /// Its size.
+    pub(crate) bytes: u64,
 }
 
 /// The family of a socket.
@@ -62,7 +73,7 @@ pub(crate) enum Answer {
         no_edge: Option<String>,
     },
     Routed(bool),
-    /// With the socket, if one was asked for.
+    /// With the socket, if one was asked for; with the mount namespace and the volume, if that was mounted.
     Done,
     Failed {
         why: String,

@@ -1,0 +1,93 @@
+//! The shim and an image that the runtime cannot mount. The runtime is a script that notes how it was called and starts nothing.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
+mod harness;
+
+use std::{os::unix::fs::PermissionsExt as _, path::Path};
+
+use harness::{Job, sh, terminated};
+use knoc_contract::jobdir::atomic;
+use knoc_proto::pb;
+
+/// It can neither mount nor unpack.
+const RUNTIME: &str = "#!/bin/sh
+kind=mounts
+for word; do
+    [ \"$word\" != --unsquash ] || kind=unpacks
+done
+echo \"$kind $APPTAINER_TMPDIR\" >>'@CALLS@'
+if [ $kind = mounts ]; then
+    echo 'FATAL:   squashfuse_ll exited: Squashfs image uses another compression, this version supports only zlib.' >&2
+else
+    echo 'FATAL:   while extracting: No space left on device' >&2
+fi
+exit 255
+";
+
+/// A SIF file whose partition begins with the superblock of a squashfs with this compression.
+fn sif(compression: u16) -> Vec<u8> {
+    let mut bytes = vec![0; 12_288];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    put(32, b"SIF_MAGIC\0");
+    put(88, &1_u64.to_le_bytes());
+    put(96, &4096_u64.to_le_bytes());
+    // The descriptor: a partition, used, its id, where it begins, a squashfs, of the primary system.
+    put(4096, &0x4004_u32.to_le_bytes());
+    put(4100, &[1]);
+    put(4101, &4_u32.to_le_bytes());
+    put(4096 + 17, &8192_u64.to_le_bytes());
+    put(4096 + 201, &1_u32.to_le_bytes());
+    put(4096 + 205, &2_u32.to_le_bytes());
+    put(8192, b"hsqs");
+    put(8192 + 20, &compression.to_le_bytes());
+    bytes
+}
+
+/// Runs a pod with such an image to its end. Returns how the container ended, and how the runtime was called.
+async fn run(compression: u16) -> (pb::Terminated, Vec<String>) {
+    let mut job = Job::new(vec![sh("a", "true")]);
+    let path = |name: &str| job.dir.path().join(name);
+    let (image, runtime, calls) = (path("a.sif"), path("apptainer"), path("calls"));
+    atomic::write(&image, &sif(compression), 0o600).unwrap();
+    let script = RUNTIME.replace("@CALLS@", &calls.display().to_string());
+    atomic::write(&runtime, script.as_bytes(), 0o700).unwrap();
+    std::fs::set_permissions(&runtime, PermissionsExt::from_mode(0o700)).unwrap();
+    job.image = image.display().to_string();
+    "apptainer".clone_into(&mut job.file.runtime);
+    job.file.runtime_path = runtime.display().to_string();
+    let settings = job.file.settings.as_mut().unwrap();
+    settings.network = pb::NetworkMode::Host.into();
+    job.start();
+    assert_eq!(job.code().await, 64, "{}", job.state_words());
+    let report = job.report();
+    // Only what helped is told.
+    assert!(report.unmounted_compressions.is_empty(), "{report:?}");
+    let calls = std::fs::read_to_string(calls).unwrap();
+    let calls = calls.lines().map(|line| line.trim().to_owned()).collect();
+    (terminated(&report.containers[0]), calls)
+}
+
+#[tokio::test]
+async fn an_image_in_another_compression_is_unpacked_below_the_folder_of_the_attempt() {
+    let (ended, calls) = run(6).await;
+    // A container has three kinds of root.
+    assert_eq!(calls.len(), 6, "{calls:?}");
+    assert!(calls[..3].iter().all(|call| call == "mounts"), "{calls:?}");
+    for call in &calls[3..] {
+        let folder = call.strip_prefix("unpacks ").unwrap();
+        let name = Path::new(folder).file_name().unwrap().to_string_lossy();
+        assert!(name.starts_with('w'), "{calls:?}");
+        assert!(!Path::new(folder).exists(), "{folder} is left");
+    }
+    assert_eq!(ended.reason, "ContainerCannotRun");
+    for words in ["supports only zlib", "No space left on device"] {
+        assert!(ended.message.contains(words), "{}", ended.message);
+    }
+}
+
+#[tokio::test]
+async fn an_image_that_every_runtime_can_mount_is_never_unpacked() {
+    let (ended, calls) = run(1).await;
+    assert_eq!(calls, ["mounts"; 3]);
+    assert!(ended.message.contains("squashfuse_ll"), "{}", ended.message);
+}

@@ -1,0 +1,40 @@
+#!/bin/bash
+# Redis of Debian, for tests/tests/l3_cluster.rs: redis.sh image | up | down
+# `image` makes the image with its programs once (about half a minute), a sandbox of the nodes: /images/redis. `up` does so, too, and starts a server on this
+# host, which stands for a server in the cluster. It keeps everything in memory, and listens only while the tests need it.
+. "$(dirname "$0")/lib.sh"
+. "$testbed/stack.sh"
+image=$HPC_PREFIX/shared/images/redis
+pidfile=$run/redis.pid
+address=10.77.0.1 # of the host on the network of the login node
+port=6379
+
+make_image() {
+    [ ! -x "$image/usr/bin/redis-server" ] || return 0
+    apt_install mmdebstrap mmdebstrap
+    say "making the image of Redis"
+    rm -rf --one-file-system "${image:?}" "$image.new"
+    mmdebstrap --quiet --mode=root --variant=minbase --include=redis-server --aptopt='Acquire::Check-Valid-Until "false"' \
+        --aptopt='APT::Install-Recommends "false"' --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' \
+        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' trixie "$image.new"
+    rm -rf "$image.new"/dev/* "$image.new"/var/{lib/apt/lists,cache/apt}/*
+    chmod -R a+rX "$image.new"
+    mv "$image.new" "$image"
+}
+answers() { (exec 3<>"/dev/tcp/$address/$port" && printf 'PING\r\n' >&3 && read -r -t 2 line <&3 && [ "${line:0:5}" = +PONG ]); }
+up() {
+    make_image
+    alive "$pidfile" || start "$pidfile" "$log/redis.log" chroot "$image" /usr/bin/redis-server --bind $address --port $port \
+        --protected-mode no --save '' --appendonly no --dir /tmp
+    wait_for 20 "Redis at $address:$port" answers || { tail -5 "$log/redis.log" >&2; exit 1; }
+}
+
+[ "$STACK" = full ] || die "STACK=$STACK ($why): Redis is for the full stack"
+exec 9>"$run/redis.lock"
+flock 9
+case ${1:-} in
+image) make_image 9>&- ;;
+up) up 9>&- ;;
+down) stop "$pidfile" ;;
+*) die "usage: redis.sh image | up | down" ;;
+esac
