@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "knoc/v1/stats.proto",
         "knoc/v1/link.proto",
         "knoc/v1/egress.proto",
+        "knoc/v1/mesh.proto",
         "knoc/v1/agent.proto",
         "knoc/v1/shim.proto",
         "knoc/v1/rank.proto",

@@ -14,6 +14,7 @@ mod images;
 mod limits;
 mod listen;
 mod mapped;
+mod mesh;
 mod network;
 mod privileged;
 mod serve;
@@ -320,6 +321,9 @@ pub struct Policy {
     /// The Services of the cluster that pods may reach, as `NAMESPACE/SERVICE`, where `*` stands for any characters. If empty:
     /// none.
     pub egress: Vec<String>,
+    /// Between which namespaces pods reach each other at their own addresses, as `NAMESPACE:NAMESPACE`, where `*` stands for any
+    /// characters. Pods of one namespace always do.
+    pub pod_traffic: Vec<String>,
     /// The paths of the compute nodes that pods may mount, with everything below them.
     pub host_paths: Vec<HostPath>,
     /// Where the compute nodes have the exports of NFS volumes.
@@ -352,6 +356,7 @@ impl Default for Policy {
             privileged: Privileged::Reject,
             host_ports: Vec::new(),
             egress: knoc_proto::egress::DEFAULT_ALLOW.map(str::to_owned).into(),
+            pod_traffic: Vec::new(),
             host_paths: Vec::new(),
             nfs: Vec::new(),
             csi: Vec::new(),

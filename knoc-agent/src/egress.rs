@@ -264,6 +264,15 @@ impl Call {
         }
     }
 
+    /// Passes on to the pod's shim to which pod of the node the connection leads.
+    pub(crate) fn redirect(&self, redirect: pb::EgressRedirect) {
+        lock(&self.node.queue).settle(&redirect.uid, redirect.id);
+        let shims = lock(&self.node.shims);
+        if let Some((_, controls)) = shims.get(redirect.uid.as_str()) {
+            controls.try_send(redirected(redirect)).ok();
+        }
+    }
+
     /// The next connection; `None` once a newer call has replaced this one.
     pub(crate) async fn next(&self) -> Option<pb::EgressAttempt> {
         loop {
@@ -303,6 +312,18 @@ fn refused(id: u64) -> pb::EgressControl {
     };
     pb::EgressControl {
         control: Some(pb::egress_control::Control::Refusal(refusal)),
+        caller: None,
+    }
+}
+
+/// The redirection as a shim gets it.
+fn redirected(redirect: pb::EgressRedirect) -> pb::EgressControl {
+    let redirect = pb::EgressRedirect {
+        uid: String::new(),
+        ..redirect
+    };
+    pb::EgressControl {
+        control: Some(pb::egress_control::Control::Redirect(redirect)),
         caller: None,
     }
 }
@@ -443,6 +464,14 @@ mod tests {
             id: 6,
         });
         assert_eq!(newer.try_recv().unwrap(), refused(5));
+        let redirect = |uid: &str| pb::EgressRedirect {
+            uid: uid.to_owned(),
+            id: 7,
+            address: "10.200.0.7".to_owned(),
+            port: 80,
+        };
+        call.redirect(redirect("u"));
+        assert_eq!(newer.try_recv().unwrap(), redirected(redirect("")));
         newer.try_recv().unwrap_err();
         older.try_recv().unwrap_err();
     }

@@ -26,6 +26,7 @@ pub mod init;
 pub mod lease;
 pub mod linger;
 pub mod manage;
+pub mod mesh;
 pub mod on_demand;
 mod open_files;
 mod own_limits;

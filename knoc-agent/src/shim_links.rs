@@ -17,7 +17,7 @@ use std::{
 };
 
 use futures::{FutureExt as _, StreamExt as _};
-use knoc_contract::capability::EGRESS;
+use knoc_contract::capability::{EGRESS, MESH};
 use knoc_link::{Connection, Incoming, Peer, admission::Source, bulk::RawClient};
 use knoc_proto::{
     error::chain,
@@ -35,6 +35,7 @@ use tonic::{Status, Streaming, transport::Channel};
 
 use crate::{
     egress::Egress,
+    mesh::{Mesh, Shim},
     pod::{input::Input, state::Event},
     shim_route::ShimRoute,
 };
@@ -53,16 +54,17 @@ const FIRST_REPORT: Duration = Duration::from_secs(20);
 pub type Client = ShimClient<RawClient<Channel>>;
 
 /// The links of all running shims.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct ShimLinks(Arc<Shared>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     /// Which pod a key belongs to, by the SHA-256 of the public key.
     pins: Mutex<HashMap<String, Route>>,
     links: Mutex<HashMap<PodUid, Link>>,
     counter: AtomicU64,
     egress: Egress,
+    mesh: Mesh,
 }
 
 #[derive(Debug, Clone)]
@@ -70,6 +72,11 @@ struct Route {
     uid: PodUid,
     /// The pod's node.
     node: String,
+    namespace: String,
+    /// Whether the pod is to have an address of its own.
+    addressed: bool,
+    /// The pin of the shim's key.
+    spki: String,
     input: mpsc::Sender<Input>,
     /// Limits the links of this pod.
     permits: Arc<Semaphore>,
@@ -116,28 +123,35 @@ impl About {
 }
 
 impl ShimLinks {
-    /// No links yet; what pods of shims with the capability open to the cluster goes to `egress`.
+    /// No links yet. If their shims have the capabilities, what pods open to the cluster goes to `egress`, and `mesh` tells them
+    /// about each other.
     #[must_use]
-    pub fn new(egress: Egress) -> Self {
+    pub fn new(egress: Egress, mesh: Mesh) -> Self {
         Self(Arc::new(Shared {
+            pins: Mutex::default(),
+            links: Mutex::default(),
+            counter: AtomicU64::default(),
             egress,
-            ..Shared::default()
+            mesh,
         }))
     }
 
-    /// Registers the shim of `uid`, a pod of `node`, which will present the key `spki`; its reports go to `input`.
+    /// Registers the shim of `uid`, a pod with this shape, which will present the key `spki`; its reports go to `input`.
     pub(crate) fn expect(
         &self,
         uid: &PodUid,
-        node: &str,
+        shape: &pb::PodSpec,
         spki: String,
         input: mpsc::Sender<Input>,
     ) {
         lock(&self.0.pins).insert(
-            spki,
+            spki.clone(),
             Route {
+                spki,
                 uid: uid.clone(),
-                node: node.to_owned(),
+                node: shape.node_name.clone(),
+                namespace: shape.namespace.clone(),
+                addressed: !shape.pod_range.is_empty(),
                 input,
                 permits: Arc::new(Semaphore::new(LINKS_OF_ONE)),
             },
@@ -313,17 +327,12 @@ async fn follow(
         }
     };
     let about = first.as_ref().map(About::of).unwrap_or_default();
-    let egress = {
-        // A step carries its link for a while only: names that resolve now would not soon.
-        let able = about.has(EGRESS) && opened.is_none();
-        let (egress, client) = (links.0.egress.clone(), client.clone());
-        let (node, uid) = (route.node.clone(), uid.clone());
-        async move {
-            if able {
-                egress.follow(&node, &uid, client).await;
-            }
-            std::future::pending::<()>().await;
-        }
+    let network = {
+        // A step carries its link for a while only: names and addresses that work now would not soon.
+        let dialled = opened.is_none();
+        let cluster = dialled && about.has(EGRESS);
+        let pods = dialled && about.has(MESH) && route.addressed && is_private(first.as_ref());
+        serve_network(links.clone(), &route, client.clone(), (cluster, pods))
     };
     let number = links.open(uid, client, about);
     tracing::debug!(%uid, "the shim's link is up");
@@ -334,12 +343,45 @@ async fn follow(
     tokio::select! {
         biased;
         () = pass_on(&route, first, reports, &stop) => {}
-        () = egress => {}
+        () = network => {}
     }
     if links.close(uid, number) {
         // If the actor has ended, no one needs to know.
         drop(route.input.send(Input::Link).await);
     }
+}
+
+/// Whether the pod has a network of its own.
+fn is_private(report: Option<&pb::Report>) -> bool {
+    let network = report.and_then(|report| report.network.as_ref());
+    network.is_some_and(|network| network.mode() == pb::NetworkMode::Private)
+}
+
+/// What goes on beside the reports, until it is dropped: the pod's connections to the cluster, and to other pods. `able`: whether
+/// the shim serves either.
+async fn serve_network(links: ShimLinks, route: &Route, client: Client, able: (bool, bool)) {
+    let (cluster, pods) = able;
+    let to_cluster = async {
+        if cluster {
+            let (egress, client) = (&links.0.egress, client.clone());
+            egress.follow(&route.node, &route.uid, client).await;
+        }
+    };
+    let to_pods = async {
+        if pods {
+            let shim = Shim {
+                uid: route.uid.clone(),
+                namespace: route.namespace.clone(),
+                spki: route.spki.clone(),
+                input: route.input.clone(),
+                client: client.clone(),
+            };
+            // Most pods have no address, and need no room for it.
+            Box::pin(links.0.mesh.follow(shim)).await;
+        }
+    };
+    tokio::join!(to_cluster, to_pods);
+    std::future::pending::<()>().await;
 }
 
 /// Makes each report an event of the pod's actor, until the final one or until the link is gone.

@@ -11,6 +11,7 @@ use crate::{
     egress::Egress,
     image::Images,
     lease::{Holder, LeaseError},
+    mesh::Mesh,
     policy::Live,
     registry::board::Board,
     scheduler::{Scheduler, SubmitError, SubmitErrorKind},
@@ -66,6 +67,8 @@ pub struct Site {
     pub dial_out: crate::dial_out::DialStates,
     /// What pods open to the cluster.
     pub egress: Egress,
+    /// The pods that have addresses of their own.
+    pub mesh: Mesh,
     /// The links of running shims.
     pub shim_links: ShimLinks,
     /// How shims are reached.

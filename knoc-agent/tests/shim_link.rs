@@ -447,3 +447,36 @@ async fn volumes_are_mounted_and_refreshed() {
     assert_eq!(job.code().await, 0);
     assert!(job.log("b", 0).ends_with("shared\n"));
 }
+
+#[tokio::test]
+async fn a_pod_in_the_nodes_network_has_no_address_of_its_own_and_starts_without() {
+    use knoc_proto::{pb::mesh_control::Control, reason::ErrorReason};
+
+    let mut job = Job::new(vec![sh("a", SLEEPER)]);
+    "10.200.0.0/16".clone_into(&mut job.spec().pod_range);
+    job.spec().set_network(pb::NetworkMode::Host);
+    let mut agent = job.agent().await;
+    job.start();
+    let mut shim = agent.shim().await;
+    job.until(running).await;
+    let address = pb::MeshAddress {
+        address: "10.200.0.3".to_owned(),
+        ..pb::MeshAddress::default()
+    };
+    let first = pb::MeshControl {
+        control: Some(Control::Address(address)),
+    };
+    let refused = shim.join_mesh(tokio_stream::iter([first])).await;
+    let refused = refused.unwrap_err();
+    assert_eq!(ErrorReason::of(&refused), Some(ErrorReason::InvalidRequest));
+    let first = pb::MeshBytes {
+        content: Some(pb::mesh_bytes::Content::Carried(pb::MeshCarried::default())),
+    };
+    let refused = shim.mesh_stream(tokio_stream::iter([first])).await;
+    let refused = refused.unwrap_err();
+    assert_eq!(ErrorReason::of(&refused), Some(ErrorReason::NotFound));
+    stop(&mut shim).await;
+    job.code().await;
+    let network = job.report().network.unwrap();
+    assert!(network.address.is_empty(), "{network:?}");
+}

@@ -234,3 +234,77 @@ fn one_listener_in_the_edge_takes_the_connections_to_every_address_of_the_cluste
     assert_eq!(gone.unwrap_err(), rustix::io::Errno::NETUNREACH);
     helper.end();
 }
+
+const POD_A: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 3);
+const POD_B: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 7);
+
+/// The packets of a pod with this address; `None` on a host where nobody may create such interfaces.
+fn mesh(helper: &mut Helper, address: Ipv4Addr) -> Option<OwnedFd> {
+    helper.create();
+    let range = json!({"first": "10.200.0.0", "prefix": 16});
+    let (answer, mut fds) = helper.ask(&json!({"Mesh": {"address": address, "range": range}}));
+    if let Some(why) = answer["Failed"]["why"].as_str() {
+        eprintln!("no interface: {why}");
+        assert!(why.contains("leads to other pods"), "{why}");
+        return None;
+    }
+    let packets = fds.pop()?;
+    rustix::io::ioctl_fionbio(&packets, false).unwrap();
+    Some(packets)
+}
+
+/// Carries packets in one direction until the test ends.
+fn carry(from: OwnedFd, to: OwnedFd) {
+    std::thread::spawn(move || {
+        let mut packet = vec![0; 65_535];
+        while let Ok(count @ 1..) = rustix::io::read(&from, packet.as_mut_slice()) {
+            rustix::io::write(&to, &packet[..count]).ok();
+        }
+    });
+}
+
+#[test]
+fn pods_reach_each_other_at_their_own_addresses_on_any_port() {
+    let [mut a, mut b] = [Helper::start(), Helper::start()];
+    let (Some(of_a), Some(of_b)) = (mesh(&mut a, POD_A), mesh(&mut b, POD_B)) else {
+        return;
+    };
+    carry(of_a.try_clone().unwrap(), of_b.try_clone().unwrap());
+    carry(of_b, of_a);
+    let listener = a.client();
+    bind(&listener, &SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 80)).unwrap();
+    listen(&listener, 5).unwrap();
+    let listener = TcpListener::from(listener);
+    let loopback = a.tcp();
+    bind(&loopback, &SocketAddrV4::new(LOCALHOST, 81)).unwrap();
+    listen(&loopback, 5).unwrap();
+    let client = b.client();
+    connect(&client, &SocketAddrV4::new(POD_A, 80)).unwrap();
+    let (mut accepted, peer) = listener.accept().unwrap();
+    assert_eq!(peer.ip(), POD_B, "the address of the pod that called");
+    // More than a packet.
+    let mut client = std::net::TcpStream::from(client);
+    let sent = vec![7; 1 << 20];
+    let sending = sent.clone();
+    let sender = std::thread::spawn(move || {
+        client.write_all(&sending).unwrap();
+    });
+    let mut received = Vec::new();
+    accepted.read_to_end(&mut received).unwrap();
+    sender.join().unwrap();
+    assert!(received == sent, "{} bytes", received.len());
+    // Neither where nobody listens nor where only the pod itself is to be heard.
+    for port in [79, 81] {
+        let refused = connect(b.client(), &SocketAddrV4::new(POD_A, port));
+        assert_eq!(
+            refused.unwrap_err(),
+            rustix::io::Errno::CONNREFUSED,
+            "{port}"
+        );
+    }
+    // The pod's own address is its own.
+    let own = connect(a.client(), &SocketAddrV4::new(POD_A, 80));
+    own.unwrap();
+    a.end();
+    b.end();
+}

@@ -24,7 +24,7 @@ use crate::{
         watch::AgentWatch,
     },
     certs::StartError,
-    config::{Config, IdentityConfig},
+    config::{Config, IdentityConfig, settings::PodIpPolicy},
     egress,
     leader::{Leader, LeaderError},
     metrics::Metrics,
@@ -280,6 +280,7 @@ impl App {
         let setup = egress::Setup {
             config,
             domain: self.config.node.cluster_domain.clone(),
+            unit: Arc::clone(&context.node),
             agent: self.agent.clone(),
             link: context.site.link.clone(),
             store: self.store.clone(),
@@ -347,7 +348,12 @@ impl App {
             pods: config.pods,
             queue_factor: config.queue_factor,
             cluster_domain: config.cluster_domain.clone(),
-            pod_ip_of_node: config.pod_ip_of_node,
+            pod_ip: match config.pod_ip {
+                PodIpPolicy::None => node::PodIp::None,
+                PodIpPolicy::Node => node::PodIp::Node,
+                PodIpPolicy::Own => node::PodIp::Own,
+            },
+            pod_range: config.pod_range,
             taint: config.taint,
             websockets: self.config.server.websockets,
         }

@@ -17,10 +17,11 @@ use std::{
 use knoc_link::{Carrier, Route, proxy::Via};
 use knoc_proto::{
     egress::{AllowList, Range},
+    mesh::PodRange,
     settings::{Document, Mistakes},
 };
 
-use settings::Settings;
+use settings::{PodIpPolicy, Settings};
 
 /// The prefix of our environment variables.
 pub const PREFIX: &str = "KNOC_";
@@ -189,8 +190,10 @@ pub struct NodeConfig {
     pub taint: bool,
     /// The DNS domain of the cluster.
     pub cluster_domain: String,
-    /// Whether pods have the address of their compute node as `status.podIP`; otherwise they have none.
-    pub pod_ip_of_node: bool,
+    /// What pods have as `status.podIP`.
+    pub pod_ip: PodIpPolicy,
+    /// From which range pods get addresses of their own, if the Node has no `spec.podCIDR`.
+    pub pod_range: Option<PodRange>,
 }
 
 /// The kubelet's HTTPS API.

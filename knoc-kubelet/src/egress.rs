@@ -6,6 +6,7 @@
 //!                                                           │  ◄──attempts────
 //!                                        decide (pure) ◄────┘
 //!                                           ├─► refusal, and one Event for each pod and reason; the same if no endpoint answers
+//!                                           ├─► redirection to a pod of the node, which the shim reaches by itself
 //!                                           └─► carry: dial the endpoint ═EgressStream═► the pod
 //! ```
 //!
@@ -13,6 +14,7 @@
 
 mod carry;
 mod decide;
+mod own_pod;
 mod refused;
 pub(crate) mod table;
 pub(crate) mod told;
@@ -21,6 +23,7 @@ pub(crate) mod watch;
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -52,6 +55,7 @@ use crate::{
     agent::{Agent, Link},
     config::EgressConfig,
     metrics::traffic::Direction,
+    node::unit::Unit,
     pods::{
         Services, Store,
         events::{Events, Note, about_node, about_pod},
@@ -115,6 +119,8 @@ pub struct Setup {
     pub config: EgressConfig,
     /// The DNS domain of the cluster.
     pub domain: String,
+    /// The node, whose pods may have addresses of their own.
+    pub unit: Arc<Unit>,
     /// The agent.
     pub agent: Agent,
     /// The state of the link to it.
@@ -366,6 +372,9 @@ impl Connections {
         let Ok(uid) = PodUid::try_from(attempt.uid.as_str()) else {
             return;
         };
+        if self.send_back(&uid, attempt, controls) {
+            return;
+        }
         match self.decide(&uid, attempt) {
             Ok(connection) => self.carry(connection),
             Err(refused) => {
@@ -379,12 +388,7 @@ impl Connections {
         let of_pod = self.open.get(uid).copied().unwrap_or_default();
         has_room(self.carried.len(), of_pod)?;
         let malformed = || Refused::Malformed(attempt.address.clone());
-        let address: IpAddr = attempt.address.parse().map_err(|_| malformed())?;
-        let port = u16::try_from(attempt.port).map_err(|_| malformed())?;
-        let to = (
-            SocketAddr::new(address.to_canonical(), port),
-            attempt.protocol(),
-        );
+        let to = (target(attempt).ok_or_else(malformed)?, attempt.protocol());
         let allow = &self.setup.config.allow;
         let random = rand::random::<u64>();
         let decided = self.cluster.look(|state| {
@@ -397,6 +401,10 @@ impl Connections {
             )
         });
         let dial = decided.ok_or(Refused::NotRead)??;
+        // Nobody but a shim reaches it: for the kubelet, another host may have the address.
+        if self.setup.unit.is_own_pod(dial.endpoint.ip()) {
+            return Err(Refused::OwnPod(dial.service));
+        }
         Ok(Connection {
             uid: uid.clone(),
             id: attempt.id,
@@ -494,6 +502,13 @@ impl Connections {
             self.setup.events.record(note);
         }
     }
+}
+
+/// PURE: what the pod has dialled; `None` if that cannot exist.
+fn target(attempt: &pb::EgressAttempt) -> Option<SocketAddr> {
+    let address: IpAddr = attempt.address.parse().ok()?;
+    let port = u16::try_from(attempt.port).ok()?;
+    Some(SocketAddr::new(address.to_canonical(), port))
 }
 
 /// PURE: may a pod that has `of_pod` of `all` open connections have one more?

@@ -40,7 +40,7 @@ use release::Release;
 use status::Facts;
 use unit::Unit;
 
-pub use identity::Identity;
+pub use identity::{Identity, PodIp};
 
 /// How often the status is computed.
 const UPDATE: Duration = Duration::from_secs(10);
@@ -159,6 +159,7 @@ impl NodeTask {
             tracing::warn!(%error, "could not label the node with its role, which `kubectl get nodes` then does not show");
         }
         self.unit.set_attributes(NodeAttributes::of(&node));
+        self.unit.see_range(&node);
         Ok(node)
     }
 
@@ -216,6 +217,7 @@ impl NodeTask {
             None => self.register().await?,
         };
         self.unit.set_attributes(NodeAttributes::of(&node));
+        self.unit.see_range(&node);
         self.ask_version().await;
         let link = self.link.borrow().clone();
         self.taint(&node, link.down_for() >= TAINT_AFTER).await?;

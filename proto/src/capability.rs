@@ -50,6 +50,9 @@ pub const MAPPED_VOLUMES: &str = "mapped-volumes";
 /// The agent mounts images as volumes.
 pub const IMAGE_VOLUMES: &str = "image-volumes";
 
+/// The agent gives pods addresses of their own.
+pub const POD_ADDRESSES: &str = "pod-addresses";
+
 /// The agent's shims read variables from files that containers write (`fileKeyRef`).
 pub const ENV_FILES: &str = "env-files";
 
@@ -57,7 +60,7 @@ pub const ENV_FILES: &str = "env-files";
 pub const MPI: &str = "mpi";
 
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 20] = [
+pub const OF_PODS: [&str; 21] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -76,6 +79,7 @@ pub const OF_PODS: [&str; 20] = [
     HOST_PATHS,
     MAPPED_VOLUMES,
     IMAGE_VOLUMES,
+    POD_ADDRESSES,
     ENV_FILES,
     MPI,
 ];
@@ -129,6 +133,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         (HOST_PATHS, spec.volumes.iter().any(is_host_path)),
         (MAPPED_VOLUMES, spec.volumes.iter().any(is_mapped)),
         (IMAGE_VOLUMES, spec.volumes.iter().any(is_image)),
+        (POD_ADDRESSES, !spec.pod_range.is_empty()),
         (
             ENV_FILES,
             containers()
@@ -226,6 +231,7 @@ mod tests {
             source: Some(source),
         };
         spec.volumes = sources.map(volume).into();
+        spec.pod_range = "10.200.0.0/16".to_owned();
         spec.job = Some(pb::JobRequest {
             mpi: Some(pb::Mpi::default()),
             ..pb::JobRequest::default()

@@ -81,7 +81,7 @@ impl ServicePattern {
 }
 
 /// Does `text` match `pattern`, in which `*` stands for any bytes? Takes at most the product of both lengths.
-fn glob(pattern: &[u8], text: &[u8]) -> bool {
+pub(crate) fn glob(pattern: &[u8], text: &[u8]) -> bool {
     let (mut at, mut seen) = (0, 0);
     // Where to go on if what follows the last `*` does not match: after that `*`, one byte later.
     let mut again = None;

@@ -15,6 +15,7 @@ pub mod log;
 pub mod log_limit;
 pub mod login;
 pub mod manage;
+pub mod mesh;
 pub mod names;
 pub mod paths;
 pub mod pod;

@@ -2,7 +2,7 @@
 # The kubelet of the full stack, on the host, with the chart's ServiceAccount: kubelet.sh up | down | kill (-9) | running
 # KNOC_IDENTITY=node: runs as system:node:NAME, and this script approves the first certificate; KNOC_SERVING=csr: uses a serving
 # certificate of the cluster's signer. KNOC_NODE_TAINT=false: the node is without its taint. KNOC_NODE_QUEUE_FACTOR, KNOC_NODE_POD_IP,
-# KNOC_RELAY_ALLOW, KNOC_EGRESS_ALLOW: the kubelet's settings of these names.
+# KNOC_NODE_POD_RANGE, KNOC_RELAY_ALLOW, KNOC_EGRESS_ALLOW: the kubelet's settings of these names.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 . "$testbed/profile.sh"
@@ -86,7 +86,7 @@ launch() {
         KNOC_AGENT_CA="$state/agent-ca.crt" KNOC_AGENT_CERT="$state/agent-tls.crt" KNOC_AGENT_KEY="$state/agent-tls.key" \
         KNOC_KUBERNETES_KUBECONFIG="$state/kubeconfig" KNOC_KUBERNETES_NAMESPACE=$namespace KNOC_KUBERNETES_IDENTITY=testbed \
         KNOC_NODE_NAME=$node KNOC_NODE_TAINT="${KNOC_NODE_TAINT:-true}" \
-        KNOC_NODE_QUEUE_FACTOR="${KNOC_NODE_QUEUE_FACTOR:-}" KNOC_NODE_POD_IP="${KNOC_NODE_POD_IP:-}" \
+        KNOC_NODE_QUEUE_FACTOR="${KNOC_NODE_QUEUE_FACTOR:-}" KNOC_NODE_POD_IP="${KNOC_NODE_POD_IP:-}" KNOC_NODE_POD_RANGE="${KNOC_NODE_POD_RANGE:-}" \
         KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys KNOC_RELAY_ALLOW="${KNOC_RELAY_ALLOW:-*/*}" \
         KNOC_EGRESS_ALLOW="${KNOC_EGRESS_ALLOW:-default/kubernetes,kube-system/kube-dns,knoc-redis/redis}" \
         KNOC_RELAY_ADDRESS=$address "${settings[@]}" \

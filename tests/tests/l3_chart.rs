@@ -29,6 +29,8 @@ async fn mistakes_in_values_are_named() -> anyhow::Result<()> {
         ("agent.site=Not_A_Name", "/agent/site"),
         ("node.pod=3", "'pod' not allowed"),
         ("node.queueFactor=0", "/node/queueFactor"),
+        ("node.podIP=mine", "'none', 'node', 'own'"),
+        ("node.podRange=10.200.0.0", "/node/podRange"),
         ("server.port=80", "/server/port"),
         ("log.format=xml", "'text', 'json'"),
         ("image.digest=md5:1", "/image/digest"),
@@ -44,6 +46,10 @@ async fn mistakes_in_values_are_named() -> anyhow::Result<()> {
         ("relay.allow={web}", "/relay/allow"),
         (
             "relay.allow={team/web},node.podIP=node",
+            "relay.allow needs node.podIP=none",
+        ),
+        (
+            "relay.allow={team/web},node.podIP=own",
             "relay.allow needs node.podIP=none",
         ),
     ];

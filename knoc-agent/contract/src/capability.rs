@@ -25,11 +25,14 @@ pub const EPHEMERAL: &str = "ephemeral-containers";
 /// The shim serves `UpdateImage`.
 pub const IMAGE_UPDATES: &str = "image-updates";
 
+/// The shim serves `JoinMesh`.
+pub const MESH: &str = "mesh";
+
 /// The shim runs commands in the ranks of a container other than the first one.
 pub const EXEC_IN_RANKS: &str = "exec-in-ranks";
 
 /// All capabilities of this version's shim.
-pub const ALL: [&str; 10] = [
+pub const ALL: [&str; 11] = [
     ATTACH,
     EGRESS,
     ENV_FILES,
@@ -37,6 +40,7 @@ pub const ALL: [&str; 10] = [
     EXEC_IN_RANKS,
     IMAGE_UPDATES,
     LOG_POSITIONS,
+    MESH,
     PORT_FORWARD,
     STATS,
     STOP_SIGNAL,

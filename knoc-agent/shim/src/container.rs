@@ -316,7 +316,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let container = &attempt.spec.container;
     let config = attempt.spec.image.config.clone().unwrap_or_default();
     let values = environment_of(pod, attempt).await?;
-    let mut spec = environment::launch_spec(container, &config, &values, &pod.facts);
+    let mut spec = environment::launch_spec(container, &config, &values, &pod.facts_now());
     if spec.argv.is_empty() {
         return Err(AttemptError::NoCommand);
     }

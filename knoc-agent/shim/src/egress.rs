@@ -33,7 +33,7 @@ mod udp;
 mod waiting;
 
 use std::{
-    net::SocketAddrV4,
+    net::{Ipv4Addr, SocketAddrV4},
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -55,7 +55,7 @@ pub(crate) use self::{
     dns::NodeNames,
     table::{Table, TableError},
 };
-use crate::launch::network::protocol::Kind;
+use crate::{launch::network::protocol::Kind, mesh::Mesh, network::Private};
 
 /// How long a connection waits until it is taken.
 const PATIENCE: Duration = Duration::from_secs(knoc_proto::egress::PATIENCE);
@@ -76,6 +76,22 @@ pub(crate) struct Taken {
     pub(crate) output: Output,
 }
 
+/// What becomes of a connection that waits, if it is not refused.
+#[derive(Debug)]
+pub(crate) enum Settled {
+    /// The call carries it.
+    Taken(Taken),
+    /// It leads to a pod of the node, which is reached over the mesh.
+    Redirected(SocketAddrV4),
+}
+
+/// The pod's own network, from which other pods are reached.
+#[derive(Debug)]
+struct Inside {
+    network: Arc<Private>,
+    mesh: Arc<Mesh>,
+}
+
 /// What the listeners, the calls of the agent and the containers' files have in common.
 #[derive(Debug, Default)]
 pub(crate) struct Egress {
@@ -84,6 +100,8 @@ pub(crate) struct Egress {
     waiting: watch::Sender<Waiting>,
     /// The number of the newest call of `WatchEgress`.
     watch: watch::Sender<u64>,
+    /// Set if the node's pods have addresses of their own.
+    inside: OnceLock<Inside>,
     /// The names that the resolvers of the compute node answer.
     node_names: OnceLock<NodeNames>,
     /// Compute nodes are known not to reach the agent.
@@ -156,8 +174,18 @@ impl Egress {
         Arc::clone(&self.table.borrow())
     }
 
-    /// Announces a connection, and waits until it is taken. `None` if it was refused or nobody took it.
-    async fn announce(&self, kind: Kind, target: SocketAddrV4) -> Option<Taken> {
+    /// Connections may lead to other pods of the node, which are reached from the pod's own network.
+    pub(crate) fn leads_to_pods(&self, network: &Arc<Private>, mesh: &Arc<Mesh>) {
+        let inside = Inside {
+            network: Arc::clone(network),
+            mesh: Arc::clone(mesh),
+        };
+        // It is called once.
+        self.inside.set(inside).ok();
+    }
+
+    /// Announces a connection, and waits until it is settled. `None` if it was refused or nobody took it.
+    async fn announce(&self, kind: Kind, target: SocketAddrV4) -> Option<Settled> {
         if self.is_cut_off() {
             return None;
         }
@@ -172,7 +200,7 @@ impl Egress {
         stream.ok()?.ok()
     }
 
-    fn withdraw(&self, id: u64) -> Option<oneshot::Sender<Taken>> {
+    fn withdraw(&self, id: u64) -> Option<oneshot::Sender<Settled>> {
         let mut taker = None;
         self.waiting.send_if_modified(|waiting| {
             taker = waiting.remove(id);
@@ -185,7 +213,8 @@ impl Egress {
     /// Gives a connection to the call that takes it.
     pub(crate) fn take(&self, id: u64, stream: Taken) -> Result<(), Status> {
         let taker = self.withdraw(id);
-        let given = taker.is_some_and(|taker| taker.send(stream).is_ok());
+        let settled = Settled::Taken(stream);
+        let given = taker.is_some_and(|taker| taker.send(settled).is_ok());
         given.then_some(()).ok_or_else(|| {
             let message = format!(
                 "connection {id} does not wait: it was taken or refused before, or the container has given up"
@@ -204,8 +233,28 @@ impl Egress {
                 drop(self.withdraw(refusal.id));
                 Ok(())
             }
+            Some(Control::Redirect(redirect)) => {
+                self.redirect(&redirect);
+                Ok(())
+            }
             // A message that a newer agent knows.
             None => Ok(()),
+        }
+    }
+
+    /// The connection leads to another pod. If its address cannot be one, or this pod has none itself, it is refused.
+    fn redirect(&self, redirect: &pb::EgressRedirect) {
+        let Some(taker) = self.withdraw(redirect.id) else {
+            return;
+        };
+        let address: Option<Ipv4Addr> = redirect.address.parse().ok();
+        let port = u16::try_from(redirect.port).ok().filter(|port| *port > 0);
+        let inside = self.inside.get();
+        let is_pod = |address: &Ipv4Addr| inside.is_some_and(|it| it.mesh.reaches(*address));
+        if let Some((address, port)) = address.filter(is_pod).zip(port) {
+            let pod = SocketAddrV4::new(address, port);
+            // The container may have given up.
+            taker.send(Settled::Redirected(pod)).ok();
         }
     }
 

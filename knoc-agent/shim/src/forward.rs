@@ -127,10 +127,12 @@ async fn connect_inside(
     port: u16,
     reach: Reach,
 ) -> Result<Reached, ForwardError> {
-    let own = (reach == Reach::Anywhere).then_some(private.address);
+    let own = private.own_address().map(IpAddr::from);
+    let others = std::iter::once(private.address).chain(own);
+    let others = others.filter(|_| reach == Reach::Anywhere);
     let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
     let mut tried = Vec::new();
-    for address in loopback.into_iter().chain(own) {
+    for address in loopback.into_iter().chain(others) {
         match private.connect(SocketAddr::new(address, port)).await {
             Ok(stream) => {
                 // The connection works without it, too.

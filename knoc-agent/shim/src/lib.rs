@@ -7,6 +7,7 @@
 //! - [`report::keep`]: keeps a durable copy of the newest report.
 //! - [`link`]: dials the agent and serves [`serve`] over the connection, with one task for each stream.
 //! - [`egress`]: listens for the containers' connections to the cluster, with one task for each.
+//! - [`mesh`]: exchanges packets with other pods, with one task for each of them and one for each tunnel.
 //! - [`values_poll`]: looks for newer values in the job directory while the link is down.
 //! - [`job_signals`]: turns signals to the job into a stop of its containers.
 //! - the reaper ([`children`]), and [`scratch::keep_clean`], which removes what ended attempts wrote.
@@ -35,6 +36,7 @@ pub mod launch;
 mod link;
 mod listeners;
 mod measure;
+mod mesh;
 mod mount_points;
 mod mounts;
 mod network;
@@ -286,7 +288,7 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
     let route = route_to(listener.as_ref());
     let publisher = begin_report(&pod, previous.as_ref(), &route, &brought_up);
     background.spawn(tell_if_lost(brought_up, commands.clone()));
-    listen_for_egress(&pod, api, commands.clone(), &mut background).await;
+    lead_out(&pod, api, commands.clone(), &mut background).await;
     let mut reports = publisher.subscribe();
     background.spawn(scratch::keep_clean(Cleaner::of(&pod.scratch)));
     let mut keeper = JoinSet::new();
@@ -331,13 +333,17 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
     Ok(exit_code(reported, reports.borrow_and_update().outcome()))
 }
 
-/// Starts to take the containers' connections to the cluster: in the edge of the pod's network, or for the API server.
-async fn listen_for_egress(
+/// Starts to take what containers send to other pods, and their connections to the cluster: in the edge of the pod's network, or
+/// for the API server.
+async fn lead_out(
     pod: &Pod,
     api: Option<egress::host::ApiPort>,
     commands: mpsc::Sender<Command>,
     background: &mut JoinSet<()>,
 ) {
+    if let Some(router) = mesh::router::Router::of(pod, commands.clone()) {
+        background.spawn(router.run());
+    }
     let gate = egress::gate::Gate::new(&pod.egress, commands);
     if let Some(ports) = egress::ports::Ports::open(pod, gate.clone()).await {
         background.spawn(ports.keep());

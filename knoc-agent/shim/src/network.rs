@@ -15,7 +15,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use anyhow::Context as _;
@@ -58,8 +58,10 @@ pub(crate) struct Private {
     holder: Arc<Holder>,
     /// `None`: the pod has no volumes in memory with a size, or they could not be mounted.
     memory: Option<Memory>,
-    /// The pod's address in it.
+    /// The address that every pod has in its own network.
     pub(crate) address: IpAddr,
+    /// The address at which other pods reach it, once it has one. It is never another one.
+    own: OnceLock<Ipv4Addr>,
     /// Replaces the node's `/etc/resolv.conf`.
     resolv_conf: Option<String>,
     /// Why the pod has no edge, without which it does not reach the cluster.
@@ -143,6 +145,24 @@ impl Private {
     /// A socket in the edge, where the shim takes what the pod sends to the cluster.
     pub(crate) async fn edge_socket(&self, kind: Kind) -> io::Result<OwnedFd> {
         self.holder.edge_socket(kind).await
+    }
+
+    /// Gives the pod this address, at which the pods of `range` reach it. The result has the packets that they exchange.
+    pub(crate) async fn join(&self, address: Ipv4Addr, range: Range) -> io::Result<OwnedFd> {
+        let packets = self.holder.mesh(address, range).await?;
+        // It is called once.
+        self.own.set(address).ok();
+        Ok(packets)
+    }
+
+    /// Has these ranges lead to other pods, too.
+    pub(crate) async fn reach(&self, ranges: BTreeSet<Range>) -> io::Result<()> {
+        self.holder.reach(ranges).await
+    }
+
+    /// The address at which other pods reach it, if it has one.
+    pub(crate) fn own_address(&self) -> Option<Ipv4Addr> {
+        self.own.get().copied()
     }
 
     /// Has exactly these ranges lead from the pod to the edge.
@@ -256,6 +276,7 @@ impl Up {
         pb::PodNetwork {
             mode: mode.into(),
             reason: first.or_else(|| self.shared.clone()).unwrap_or_default(),
+            address: String::new(),
         }
     }
 
@@ -318,6 +339,7 @@ fn private(holder: Arc<Holder>, held: Held, names: Names, memory: Option<Memory>
         holder,
         memory,
         address: ADDRESS.into(),
+        own: OnceLock::new(),
         resolv_conf: match names {
             Names::Instead(text) => Some(text),
             Names::OfNode | Names::Lost => None,

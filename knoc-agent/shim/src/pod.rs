@@ -1,6 +1,7 @@
 //! What stays the same for the life of the shim: the pod, its folders, its runtime, and facts about the node.
 
 use std::{
+    borrow::Cow,
     net::{IpAddr, ToSocketAddrs as _, UdpSocket},
     path::PathBuf,
     sync::Arc,
@@ -25,6 +26,7 @@ use super::{
     egress::{Egress, NodeNames},
     environment::Facts,
     gpus,
+    mesh::Mesh,
     mounts::Mounting,
     network::{self, Network, Tools, Up, Wish},
     oom::OomCounter,
@@ -38,6 +40,11 @@ use super::{
 use crate::runtime::{self, Runtime};
 
 const LOG_MAX_BYTES: u64 = 100 << 20;
+
+/// What a pod lacks that should have an address of its own.
+const NO_ADDRESS: &str =
+    "it has no address at which other pods reach it, because compute nodes do not reach the agent";
+
 const LOG_MAX_FILES: u32 = 20;
 const LOG_MAX_POD_BYTES: u64 = 4 << 30;
 
@@ -62,6 +69,8 @@ pub(crate) struct Pod {
     pub(crate) network: Network,
     /// The containers' connections to the cluster.
     pub(crate) egress: Arc<Egress>,
+    /// The pod's own address, and those of other pods.
+    pub(crate) mesh: Arc<Mesh>,
     /// Of the PID namespace that the containers share, if they share one.
     pub(crate) holder: Holder,
     /// In the helper of a rank: what its container shares with those of other ranks.
@@ -107,6 +116,7 @@ impl Pod {
             mounting: Mounting::of(&job),
             network: Network::Host,
             egress: Arc::default(),
+            mesh: Mesh::of(&spec),
             holder: Holder::default(),
             shared: None,
             jobdir,
@@ -145,6 +155,10 @@ impl Pod {
             self.facts.fields.pod_ip = private.address.to_string();
         }
         self.network = up.network.clone();
+        if isolated && self.wants_address() {
+            self.mesh = Arc::default();
+            up.lacks.push(NO_ADDRESS.to_owned());
+        }
         up.no_cluster = self.begin_egress(isolated);
         Ok(up)
     }
@@ -185,6 +199,26 @@ impl Pod {
             domain: table.domain.clone(),
             namespace: self.spec.namespace.clone(),
         })
+    }
+
+    /// Whether the pod is to have an address of its own, for which its containers wait.
+    pub(crate) fn wants_address(&self) -> bool {
+        matches!(self.network, Network::Private(_)) && self.mesh.range().is_some()
+    }
+
+    /// What containers are told that start now. Other pods reach the pod at its own address, if it has one.
+    pub(crate) fn facts_now(&self) -> Cow<'_, Facts> {
+        let Network::Private(private) = &self.network else {
+            return Cow::Borrowed(&self.facts);
+        };
+        match private.own_address() {
+            None => Cow::Borrowed(&self.facts),
+            Some(own) => {
+                let mut facts = self.facts.clone();
+                facts.fields.pod_ip = own.to_string();
+                Cow::Owned(facts)
+            }
+        }
     }
 
     /// The pod's shape.

@@ -182,8 +182,8 @@ impl Probed {
     }
 
     async fn command(&self, action: &pb::ExecAction, limit: Duration) -> Outcome {
-        let facts = &self.pod.facts;
-        let vars = environment::variables(&self.spec.container, &self.values, facts);
+        let facts = self.pod.facts_now();
+        let vars = environment::variables(&self.spec.container, &self.values, &facts);
         let env = expand::pod_environment(&vars, &facts.fields);
         let argv = expand::argv(&action.command, &env);
         let mut problem = String::new();

@@ -23,7 +23,7 @@ use super::{
     directory::{Directory, Entry},
     egress,
     exec::{self, Session},
-    forward, measure,
+    forward, measure, mesh,
     network::Network,
     pod::Pod,
     proc,
@@ -40,7 +40,7 @@ const MAX_FORWARDS: usize = 256;
 /// How many messages of output may wait for a slow reader of exec, attach, port-forward or a connection to the cluster.
 const OUTPUTS: usize = 4;
 
-/// How many announcements of connections may be on their way. The others wait in order.
+/// How many announcements of connections, or questions about addresses, may be on their way. The others wait in order.
 const ATTEMPTS: usize = 16;
 
 /// The limits of streams into the pod.
@@ -402,6 +402,39 @@ impl Shim for Service {
         let (attempts, stream) = mpsc::channel(ATTEMPTS);
         self.streams
             .spawn(async move { egress.follow(watch, calls, attempts).await });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type JoinMeshStream = Stream<pb::MeshQuestion>;
+
+    async fn join_mesh(
+        &self,
+        request: Request<Streaming<pb::MeshControl>>,
+    ) -> Result<Response<Self::JoinMeshStream>, Status> {
+        if !self.pod.wants_address() {
+            let message = "the pod is not in a network of its own, or was accepted without the range of its address";
+            return Err(ErrorReason::InvalidRequest.status(message));
+        }
+        let mut calls = request.into_inner();
+        let members = Arc::clone(&self.pod.mesh);
+        let call = members.begin(&mut calls).await?;
+        let (questions, stream) = mpsc::channel(ATTEMPTS);
+        self.streams
+            .spawn(async move { members.follow(call, calls, questions).await });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type MeshStreamStream = Stream<pb::MeshBytes>;
+
+    async fn mesh_stream(
+        &self,
+        request: Request<Streaming<pb::MeshBytes>>,
+    ) -> Result<Response<Self::MeshStreamStream>, Status> {
+        let mut calls = request.into_inner();
+        let tunnel = self.pod.mesh.take_carried(&mut calls).await?;
+        let (output, stream) = mpsc::channel(OUTPUTS);
+        self.streams
+            .spawn(mesh::carried::copy(tunnel, calls, output));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 

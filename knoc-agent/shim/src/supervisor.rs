@@ -4,6 +4,7 @@
 //! the plan names. Each time it performs the actions of [`plan::decide`], then publishes the report and the [`Directory`].
 //! What is known about a container is in its [`slot`], which attempts refer to by its [`SlotId`].
 
+mod address;
 mod ephemeral;
 mod image;
 mod probing;
@@ -12,7 +13,7 @@ mod slots;
 mod stats;
 mod timeouts;
 
-use std::{sync::Arc, time::Duration};
+use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use knoc_contract::logs::writer::Losses;
@@ -77,6 +78,8 @@ pub(crate) enum Command {
         reason: &'static str,
         message: String,
     },
+    /// The pod has its own address, or starts without one.
+    Addressed(Option<Ipv4Addr>),
     /// An ephemeral container, which was checked against the pod's shape.
     AddEphemeral {
         container: Box<pb::Container>,
@@ -104,6 +107,8 @@ pub(crate) struct Supervisor {
     values: Option<Arc<PodValues>>,
     /// Why there are no values, or none that are still valid; shown in container statuses.
     values_missing: String,
+    /// Whether the containers wait for the pod's own address.
+    waits_for_address: bool,
     timeouts: Timeouts,
     stop: Option<Stop>,
     attempts: JoinSet<(SlotId, Ended)>,
@@ -149,6 +154,7 @@ impl Supervisor {
             slots.add(role, container, image, before)?;
         }
         Ok(Self {
+            waits_for_address: pod.wants_address(),
             pod,
             began: Instant::now(),
             slots,
@@ -198,7 +204,12 @@ impl Supervisor {
     }
 
     fn check_timeouts(&mut self) {
-        match self.timeouts.check(&self.view()) {
+        // The wait for the address has a limit of its own, after which containers start without.
+        let view = View {
+            values: self.has_values(),
+            ..self.view()
+        };
+        match self.timeouts.check(&view) {
             None => {}
             Some(Expired::ActiveDeadline) => {
                 let reason = "Pod was active on the node longer than the specified deadline";
@@ -235,7 +246,7 @@ impl Supervisor {
     fn view(&self) -> View {
         View {
             containers: self.slots.view(),
-            values: self.has_values(),
+            values: self.has_values() && !self.waits_for_address,
             kill_at: self.stop.as_ref().map(|stop| stop.kill_at),
             now: self.now(),
         }
@@ -282,6 +293,7 @@ impl Supervisor {
             }
             Command::Route(route) => self.publisher.update(|report| report.route = Some(route)),
             Command::Note { reason, message } => self.publisher.note(reason, message, ""),
+            Command::Addressed(address) => self.addressed(address),
             Command::AddEphemeral {
                 container,
                 image,
@@ -436,7 +448,7 @@ impl Supervisor {
             pod: self.pod.spec(),
             initialized: view.initialized(),
             stopping: self.stop.is_some(),
-            values_missing: (!view.values).then_some(self.values_missing.as_str()),
+            values_missing: (!view.values).then(|| self.missing()),
             now: view.now,
         };
         let mut all = Statuses::default();
@@ -462,7 +474,7 @@ impl Supervisor {
 
     fn publish(&mut self) {
         let statuses = self.statuses();
-        let waits = !self.view().values && self.stop.is_none();
+        let waits = !self.has_values() && self.stop.is_none();
         let revision = self.values.as_ref().map_or(0, |values| values.revision);
         let stop = self
             .stop

@@ -129,6 +129,8 @@ fn take(call: &Call, policy: &Policy, control: pb::EgressControl) -> Result<(), 
     match control.control {
         Some(Control::Network(network)) => call.set_network(acceptable(network, policy)?),
         Some(Control::Refusal(refusal)) => call.refuse(&refusal),
+        // Between pods of a node `policy.pod_traffic` decides, which the mesh applies.
+        Some(Control::Redirect(redirect)) => call.redirect(redirect),
         // Of a newer kubelet.
         None => {}
     }

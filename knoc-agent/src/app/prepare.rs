@@ -28,6 +28,7 @@ use crate::{
     egress::Egress,
     image::{self, Images},
     lease::{Holder, LeaseError, Process},
+    mesh::Mesh,
     open_files, own_limits, policy,
     registry::board::Board,
     scheduler::{Scheduler, local, slurm},
@@ -135,6 +136,7 @@ pub(super) async fn prepare(
     let (shim_steps, step_requests) =
         ShimSteps::new(shim_route.clone(), limits.srun_links, limits.srun_idle);
     let egress = Egress::default();
+    let mesh = Mesh::new(live.clone(), rand::random());
     let site = Arc::new(Site {
         sockets: socket_places(&config).candidates(),
         board: Board::new(lease.epoch()),
@@ -145,8 +147,9 @@ pub(super) async fn prepare(
             version,
         },
         dial_out: crate::dial_out::DialStates::default(),
-        shim_links: ShimLinks::new(egress.clone()),
+        shim_links: ShimLinks::new(egress.clone(), mesh.clone()),
         egress,
+        mesh,
         shim_route,
         shim_steps,
         poll_soon: Arc::new(Notify::new()),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use knoc_link::{Carrier, Identity};
-use knoc_proto::{egress::AllowList, ids::SiteName, settings::Document};
+use knoc_proto::{egress::AllowList, ids::SiteName, mesh::NamespacePairs, settings::Document};
 
 use super::{Config, dial_out, host_ports::HostPorts, network};
 use crate::policy::{denied::Denied, nodes::assigned};
@@ -88,6 +88,9 @@ impl Check<'_> {
         }
         if let Err(wrong) = AllowList::parse(&config.policy.egress) {
             self.wrong("policy.egress", wrong.join("; "));
+        }
+        if let Err(wrong) = NamespacePairs::parse(&config.policy.pod_traffic) {
+            self.wrong("policy.pod_traffic", wrong.join("; "));
         }
         let wrong = network::suffix_mistakes(&config.job.node_dns_suffixes);
         if !wrong.is_empty() {

@@ -85,6 +85,16 @@ fn mistakes_name_line_and_allowed_values() {
 }
 
 #[test]
+fn a_pair_that_names_no_two_namespaces_is_a_mistake() {
+    let error = parse("site = 'x'\n[policy]\npod_traffic = ['a:*', 'a/b']").unwrap_err();
+    let wanted = "\"a/b\" is not `NAMESPACE:NAMESPACE`";
+    assert!(
+        error.contains("agent.toml:3: policy.pod_traffic") && error.contains(wanted),
+        "{error}"
+    );
+}
+
+#[test]
 fn all_mistakes_of_a_site_file_are_named_at_once() {
     let text = "\
 site = 'My-Site'

@@ -32,6 +32,12 @@ fn judge(setting: NetworkSetting, networks: &[PodNetwork]) -> Finding {
     let mut text = format!(
         "job.network is {setting}; of the running pods, {own} have a network of their own and {of_node} are in the node's"
     );
+    let addressed = networks.iter().filter(|one| !one.address.is_empty());
+    let addressed = addressed.count();
+    if addressed > 0 {
+        text += "; with addresses of their own: ";
+        text += &addressed.to_string();
+    }
     if networks.is_empty() {
         text += "; what the compute nodes can do is known once a pod runs";
     }
@@ -62,6 +68,7 @@ mod tests {
 
     fn one(mode: NetworkMode, reason: &str) -> PodNetwork {
         PodNetwork {
+            address: String::new(),
             mode: mode.into(),
             reason: reason.to_owned(),
         }

@@ -53,7 +53,7 @@ pub(super) async fn run(site: &Arc<Site>) -> Vec<Finding> {
         Ok(Err(error)) => return vec![finding("probe: stage", Err(chain(&error)), "see state")],
         Err(error) => return vec![finding("probe: stage", Err(chain(&error)), "see the log")],
     };
-    site.shim_links.expect(&uid, "", pin, input);
+    site.shim_links.expect(&uid, &spec, pin, input);
     let shape = PodSpec::accepted_before(uid.clone(), spec);
     let findings = travel(site, &uid, shape, &dir, inputs).await;
     site.shim_links.forget(&uid);
@@ -171,6 +171,7 @@ async fn follow(
                     | Input::Ensure { .. }
                     | Input::Values { .. }
                     | Input::Delete { .. }
+                    | Input::Address { .. }
                     | Input::Forget { .. } => {}
                 },
                 () = &mut pause => break,

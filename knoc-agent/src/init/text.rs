@@ -217,6 +217,9 @@ registries = []
 # Services of the cluster that pods can reach, as NAMESPACE/SERVICE, where `*` stands for any characters. The cluster has a list too, and a
 # Service has to be in both. If empty, none.
 # egress = ["default/kubernetes", "kube-system/kube-dns"]  # default
+# Between which namespaces pods reach each other at addresses of their own, as NAMESPACE:NAMESPACE, where `*` stands for any characters.
+# Pods of one namespace always do. It is for both directions.
+# pod_traffic = ["team-a:team-b", "*:shared"]  # example
 # Paths of the compute nodes that pods can mount as hostPath volumes, with everything below them; the most specific path decides. Links
 # in these paths are followed; below them, a link that leads out is not. Your home directory itself, ~/.ssh, keys and KNoC's own folders
 # are never mounted, and neither is a folder that contains them. A job keeps the paths that it was submitted with.

@@ -6,6 +6,7 @@
 //! the actor only performs. The record is written before any effect that follows `Persist`. A
 //! shim's final report is published at once, since the report itself is on disk already.
 
+mod address;
 mod create;
 mod credentials;
 mod effects;
@@ -160,6 +161,7 @@ impl NewActor {
         if !stop.is_cancelled() {
             site.shim_links.forget(&uid);
             site.shim_steps.forget(&uid);
+            site.mesh.take_back(&uid);
             site.board.remove(uid.as_str());
             // Closed before the end is announced: whoever learns of the end removes a handle that
             // nobody serves any more.
@@ -297,11 +299,8 @@ impl Actor {
                 drop(reply.send(self.saved().map(|()| self.observed(&pod))));
                 pod
             }
-            Input::Forget { reply } => {
-                let pod = self.apply(pod, Event::Forget).await;
-                drop(reply.send(self.forgotten(&pod)));
-                pod
-            }
+            Input::Address { reply } => self.tell_address(pod, reply).await,
+            Input::Forget { reply } => self.forget(pod, reply).await,
         }
     }
 
@@ -316,6 +315,12 @@ impl Actor {
         self.push_values(&pod, reported);
         self.add_ephemeral(&pod);
         self.update_images(pod).await
+    }
+
+    async fn forget(&mut self, pod: Pod, reply: super::input::Reply<()>) -> Pod {
+        let pod = self.apply(pod, Event::Forget).await;
+        drop(reply.send(self.forgotten(&pod)));
+        pod
     }
 
     /// The answer to `ForgetPod`.
@@ -409,6 +414,7 @@ impl Actor {
             self.show(&pod);
         }
         self.perform(&pod, effects).await;
+        self.take_address_back(&pod);
         if final_report {
             crash::point("agent.report.after");
         }

@@ -3,7 +3,7 @@
 //! They are apart from the actor, so that the modules that only send to it ([`crate::shim_links`],
 //! [`super::stage`]) do not depend on its code.
 
-use std::time::Duration;
+use std::{net::Ipv4Addr, time::Duration};
 
 use knoc_proto::{
     pb,
@@ -89,6 +89,11 @@ pub enum Input {
         /// Answers once the intent is on disk.
         reply: Reply<pb::PodObserved>,
     },
+    /// The shim of the pod's job asks for the address of the pod's own.
+    Address {
+        /// Answers once the address is on disk.
+        reply: Reply<Ipv4Addr>,
+    },
     /// `ForgetPod`.
     Forget {
         /// Answers once nothing of the pod is left on disk.
@@ -104,6 +109,7 @@ impl Input {
             Self::Event(_) | Self::Link => {}
             Self::Ensure { reply, .. } => drop(reply.send(Err(error))),
             Self::Delete { reply, .. } => drop(reply.send(Err(error))),
+            Self::Address { reply } => drop(reply.send(Err(error))),
             Self::Values { reply, .. } | Self::Forget { reply } => {
                 drop(reply.send(Err(error)));
             }

@@ -57,10 +57,7 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
             .report
             .as_ref()
             .map_or_else(String::new, |report| report.host_ip.clone()),
-        network: pod
-            .report
-            .as_ref()
-            .and_then(|report| report.network.clone()),
+        network: network(pod),
         notes: pod.notes.clone(),
         shim_connected: pod.link,
         values_wanted: pod
@@ -77,6 +74,16 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
         images_are_fixed: false,
         ephemeral_containers: Vec::new(),
     }
+}
+
+/// The network as the shim reports it. That the pod has its address, the shim says; which one that is, the agent does.
+fn network(pod: &Pod) -> Option<pb::PodNetwork> {
+    let mut network = pod.report.as_ref()?.network.clone()?;
+    let given = pod.address.map(|address| address.to_string());
+    if given.as_deref() != Some(&*network.address) {
+        network.address.clear();
+    }
+    Some(network)
 }
 
 fn encode(outcome: &Outcome) -> pb::Outcome {

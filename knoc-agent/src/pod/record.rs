@@ -9,7 +9,7 @@
 //! the job's ID as `job`. That field is still read, and still written for an agent that is
 //! downgraded.
 
-use std::time::Duration;
+use std::{net::Ipv4Addr, time::Duration};
 
 use jiff::Timestamp;
 use knoc_proto::{
@@ -61,6 +61,8 @@ pub struct Record {
     batch_tail: String,
     #[serde(default)]
     notes: Vec<RecordedNote>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    address: Option<Ipv4Addr>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -200,6 +202,7 @@ impl Record {
             overdue: pod.is_overdue(),
             batch_tail: pod.batch_tail.clone(),
             notes: pod.notes.iter().map(note).collect(),
+            address: pod.address,
         }
     }
 
@@ -224,6 +227,7 @@ impl Record {
         });
         pod.batch_tail = self.batch_tail;
         pod.notes = self.notes.into_iter().map(unnote).collect();
+        pod.address = self.address;
         // Takes what the shim noted while no agent was running. Two notes are the same if text and
         // time are.
         for note in report.iter().flat_map(|report| &report.notes) {

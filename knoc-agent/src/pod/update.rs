@@ -12,6 +12,8 @@ pub(super) fn merged(old: &pb::PodSpec, new: PodSpec) -> PodSpec {
     let known = |name: &str| old.ephemeral_containers.iter().any(|one| one.name == name);
     all.extend(sent.into_iter().filter(|one| !known(&one.name)));
     new.ephemeral_containers = all;
+    // Its shim may have an address of that range.
+    new.pod_range.clone_from(&old.pod_range);
     PodSpec::accepted_before(uid, new)
 }
 
@@ -75,6 +77,7 @@ pub(super) fn same(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
         containers.for_each(forget_additions);
         spec.cluster_domain.clear();
         spec.resolver = None;
+        spec.pod_range.clear();
         // An older kubelet does not send them.
         spec.ephemeral_containers.clear();
         spec

@@ -15,6 +15,7 @@ use knoc_link::{
 use knoc_proto::{
     egress::{AllowList, Range},
     ids::SiteName,
+    mesh::PodRange,
     names,
     settings::Document,
 };
@@ -402,10 +403,7 @@ impl Resolver<'_> {
             let what = format!("`{}`: {why}", node.cluster_domain);
             self.wrong("node.clusterDomain", what);
         }
-        if node.pod_ip == PodIpPolicy::Own {
-            let what = "`own` is not possible: this version serves no addresses of pods to the cluster; set it to `none` or `node`";
-            self.wrong("node.podIP", what);
-        }
+        let pod_range = self.pod_range();
         Some(NodeConfig {
             name: node.name.clone()?,
             internal_ip: node.internal_ip,
@@ -414,8 +412,22 @@ impl Resolver<'_> {
             queue_factor: node.queue_factor,
             taint: node.taint,
             cluster_domain: node.cluster_domain.clone(),
-            pod_ip_of_node: node.pod_ip == PodIpPolicy::Node,
+            pod_ip: node.pod_ip,
+            pod_range,
         })
+    }
+
+    /// The range of the pods' own addresses, if there is one and it is right.
+    fn pod_range(&mut self) -> Option<PodRange> {
+        let node = &self.settings.node;
+        let range = node.pod_range.as_ref()?.parse::<PodRange>();
+        if node.pod_ip != PodIpPolicy::Own {
+            let what = "is of use with `node.podIP: own` only";
+            self.wrong("node.podRange", what);
+        }
+        range
+            .map_err(|error| self.wrong("node.podRange", error))
+            .ok()
     }
 
     fn server(&mut self) -> Option<ServerConfig> {

@@ -211,6 +211,9 @@ pub struct Node {
     /// What pods have as `status.podIP`.
     #[serde(rename = "podIP")]
     pub pod_ip: PodIpPolicy,
+    /// From which range pods get addresses of their own (`podIP: own`), such as `10.200.0.0/16`, if the Node has no
+    /// `spec.podCIDR`.
+    pub pod_range: Option<String>,
 }
 
 /// What pods have as `status.podIP`, which Kubernetes' controllers publish as the endpoint of Services.
@@ -222,7 +225,7 @@ pub enum PodIpPolicy {
     None,
     /// The address of the compute node.
     Node,
-    /// An address of the pod's own. Nobody serves these yet, so it is refused.
+    /// An address of the pod's own, at which the pods of its agent reach it.
     Own,
 }
 
@@ -237,6 +240,7 @@ impl Default for Node {
             taint: true,
             cluster_domain: "cluster.local".to_owned(),
             pod_ip: PodIpPolicy::None,
+            pod_range: None,
         }
     }
 }

@@ -120,8 +120,15 @@ fn what_contradicts_the_way_to_the_agent_is_named() {
             "agent.proxy: begins with socks5://, and only http:// proxies are supported",
         ),
         (
-            &[("KNOC_NODE_POD_IP", "own")],
-            "node.podIP: `own` is not possible: this version serves no addresses of pods to the cluster",
+            &[
+                ("KNOC_NODE_POD_IP", "own"),
+                ("KNOC_NODE_POD_RANGE", "10.200.0.0"),
+            ],
+            "node.podRange: \"10.200.0.0\" is not a range of IPv4 addresses for pods such as `10.200.0.0/16`",
+        ),
+        (
+            &[("KNOC_NODE_POD_RANGE", "10.200.0.0/16")],
+            "node.podRange: is of use with `node.podIP: own` only",
         ),
         (
             &[("KNOC_AGENT_PROXY_CREDENTIALS", "/p")],
@@ -152,7 +159,7 @@ fn all_mistakes_are_named_at_once_with_line_and_allowed_values() {
     for expected in [
         "$KNOC_NODE_NAEM: unknown variable; known: KNOC_AGENT_ADDRESS, ",
         "; did you mean KNOC_NODE_NAME?",
-        "kubelet.yaml:13: node.colour: unknown field `colour`, expected one of `name`, `internalIP`, `labels`, `pods`, `queueFactor`, `taint`, `clusterDomain`, `podIP`",
+        "kubelet.yaml:13: node.colour: unknown field `colour`, expected one of `name`, `internalIP`, `labels`, `pods`, `queueFactor`, `taint`, `clusterDomain`, `podIP`, `podRange`",
         "kubelet.yaml:18: extra: unknown field `extra`, expected one of `agent`, `egress`, `identity`, `keys`, `kubernetes`, `log`, `node`, `relay`, `server`",
         "kubelet.yaml:17: log.format: unknown variant `xml`, expected `text` or `json`",
         "kubelet.yaml:12: node.queueFactor: invalid type: string \"lots\", expected a number from 1 to 10000",
@@ -345,6 +352,10 @@ fn what_is_relayed_and_what_contradicts_it() {
     for (variable, expected) in [
         (
             ("KNOC_NODE_POD_IP", "node"),
+            "relay.allow: needs `node.podIP: none`",
+        ),
+        (
+            ("KNOC_NODE_POD_IP", "own"),
             "relay.allow: needs `node.podIP: none`",
         ),
         (

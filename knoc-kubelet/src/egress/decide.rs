@@ -110,17 +110,7 @@ pub(crate) fn decide(
     let reachable =
         |endpoint: &&SocketAddr| obstacle(allow, around, &service, endpoint.ip()).is_none();
     let endpoints: Vec<_> = target.endpoints.iter().filter(reachable).collect();
-    let chosen = if target.sticky {
-        endpoints
-            .iter()
-            .max_by_key(|endpoint| weight(uid, &service, endpoint))
-            .copied()
-    } else {
-        let count = u64::try_from(endpoints.len()).unwrap_or(1).max(1);
-        let index = usize::try_from(random % count).unwrap_or_default();
-        endpoints.get(index).copied()
-    };
-    if let Some(endpoint) = chosen {
+    if let Some(endpoint) = choose(target, &endpoints, (uid, random)) {
         return Ok(Dial {
             endpoint: *endpoint,
             service,
@@ -140,6 +130,37 @@ pub(crate) fn decide(
         },
         None => Refusal::NoEndpoint { service, port },
     })
+}
+
+/// The pod of this node that takes the connection of the pod `uid`, if the Service has one. The kubelet does not reach it, and whether
+/// the two pods may reach each other is decided between their shims.
+pub(crate) fn own_pod(
+    table: &Table,
+    (to, protocol): (SocketAddr, EgressProtocol),
+    (uid, random): (&str, u64),
+    is_own: impl Fn(IpAddr) -> bool,
+) -> Option<SocketAddr> {
+    let targets = table.targets(to, protocol);
+    targets.iter().find_map(|target| {
+        let own = target.endpoints.iter().filter(|one| is_own(one.ip()));
+        let own: Vec<_> = own.collect();
+        choose(target, &own, (uid, random)).copied()
+    })
+}
+
+/// One of these endpoints of a Service: with session affinity always the same one for a pod, while it is there.
+fn choose<'a>(
+    target: &Target,
+    endpoints: &[&'a SocketAddr],
+    (uid, random): (&str, u64),
+) -> Option<&'a SocketAddr> {
+    if target.sticky {
+        let of_pod = |endpoint: &&&SocketAddr| weight(uid, &target.service, endpoint);
+        return endpoints.iter().max_by_key(of_pod).copied();
+    }
+    let count = u64::try_from(endpoints.len()).unwrap_or(1).max(1);
+    let index = usize::try_from(random % count).unwrap_or_default();
+    endpoints.get(index).copied()
 }
 
 /// Why an endpoint is not dialled.

@@ -1,6 +1,6 @@
 //! PURE: why a connection of a pod is not opened, for people and for metrics.
 
-use super::{CROWDED, OF_ALL, OF_ONE, SHARE, decide::Refusal};
+use super::{CROWDED, OF_ALL, OF_ONE, SHARE, decide::Refusal, table::Name};
 use crate::metrics::traffic::Reason;
 
 /// Why a connection is not opened.
@@ -20,6 +20,11 @@ pub(super) enum Refused {
     Crowded,
     #[error("the kubelet has not read the cluster's Services yet")]
     NotRead,
+    #[error(
+        "Service {0} leads to a pod of this node at its own address, which is reached over TCP only, and only through an agent that \
+         gives pods addresses"
+    )]
+    OwnPod(Name),
     #[error("the agent announced a connection to {0:?}")]
     Malformed(String),
 }
@@ -36,6 +41,7 @@ impl Refused {
             },
             Self::ManyOfPod | Self::ManyOfNode | Self::Crowded => Reason::Limit,
             Self::NotRead => Reason::NotRead,
+            Self::OwnPod(_) => Reason::Endpoint,
             Self::Malformed(_) => Reason::Malformed,
         }
     }

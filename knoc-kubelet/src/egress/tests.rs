@@ -1,11 +1,12 @@
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::Arc};
 
+use jiff::Timestamp;
 use knoc_link::{Carrier, ExpectPeer};
 use knoc_proto::egress::AllowList;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{decide::Surroundings, *};
-use crate::metrics::traffic::Reason;
+use crate::{metrics::traffic::Reason, node::PodIp};
 
 /// A cluster whose API server is at that port of this host, and an agent that nobody reaches.
 fn connections(port: u16) -> Connections {
@@ -14,11 +15,16 @@ fn connections(port: u16) -> Connections {
     let slice = json!({"metadata": {"namespace": "default", "name": "kubernetes",
         "labels": {"kubernetes.io/service-name": "kubernetes"}}, "addressType": "IPv4",
         "ports": [{"name": "https", "port": port}], "endpoints": [{"addresses": ["127.0.0.1"]}]});
+    of(&[api], &[slice])
+}
+
+/// A cluster with these Services and slices, and an agent that nobody reaches.
+fn of(services: &[Value], slices: &[Value]) -> Connections {
     let around = Surroundings {
         service_ranges: vec!["10.96.0.0/12".parse().unwrap()],
         nodes: HashSet::new(),
     };
-    let cluster = Cluster::of(table::tests::table(&[api], &[slice]), around);
+    let cluster = Cluster::of(table::tests::table(services, slices), around);
     let nobody = || {
         let carrier = Carrier::Unix("/there/is/no/agent".into());
         knoc_link::dial(carrier, None, ExpectPeer::AnyAgent).unwrap()
@@ -31,6 +37,7 @@ fn connections(port: u16) -> Connections {
             dns: None,
         },
         domain: String::new(),
+        unit: Arc::new(Unit::fixture(PodIp::Own, Some("10.200.0.0/16"))),
         agent: Agent::new(nobody(), nobody(), "cluster"),
         link: channel::Sender::new(Link::never()).subscribe(),
         store: Store::default(),
@@ -92,6 +99,54 @@ async fn a_connection_that_is_not_made_is_refused_and_makes_room() {
         (Reason::Unknown, 1),
     ];
     assert_eq!(refused, expected.into());
+}
+
+#[tokio::test]
+async fn a_connection_to_a_pod_of_the_node_is_sent_back_and_never_dialled_from_here() {
+    let web = json!({"metadata": {"namespace": "default", "name": "web"},
+        "spec": {"clusterIP": "10.96.0.5", "ports": [
+            {"name": "http", "port": 80}, {"name": "dns", "port": 53, "protocol": "UDP"}]}});
+    let slice = json!({"metadata": {"namespace": "default", "name": "web",
+        "labels": {"kubernetes.io/service-name": "web"}}, "addressType": "IPv4",
+        "ports": [{"name": "http", "port": 8080}, {"name": "dns", "port": 53, "protocol": "UDP"}],
+        "endpoints": [{"addresses": ["10.200.0.7"]}]});
+    let mut connections = of(&[web], &[slice]);
+    let (controls, mut told) = mpsc::channel(4);
+    let to_web = |id, port, protocol: pb::EgressProtocol| pb::EgressAttempt {
+        address: "10.96.0.5".to_owned(),
+        protocol: protocol.into(),
+        ..attempt(id, port)
+    };
+    // Without an agent that gives addresses, nobody reaches it.
+    let tcp = to_web(1, 80, pb::EgressProtocol::Tcp);
+    connections.take(&tcp, &controls);
+    assert_eq!(refused(&mut told), Some(1));
+    let info = pb::AgentInfo {
+        capabilities: vec![knoc_proto::capability::POD_ADDRESSES.to_owned()],
+        ..pb::AgentInfo::default()
+    };
+    let up = Link::Up {
+        info: Arc::new(info),
+        since: Timestamp::now(),
+    };
+    connections.setup.link = channel::Sender::new(up).subscribe();
+    connections.take(&to_web(2, 53, pb::EgressProtocol::Udp), &controls);
+    assert_eq!(refused(&mut told), Some(2));
+    connections.take(&tcp, &controls);
+    let sent_back = pb::EgressRedirect {
+        uid: "u".to_owned(),
+        id: 1,
+        address: "10.200.0.7".to_owned(),
+        port: 8080,
+    };
+    let Some(Control::Redirect(redirect)) = told.try_recv().unwrap().control else {
+        panic!("it is not sent back");
+    };
+    assert_eq!(redirect, sent_back);
+    assert!(connections.carried.is_empty());
+    let counted = connections.setup.traffic.counted();
+    assert_eq!(counted.made, 0, "the kubelet carries none");
+    assert_eq!(counted.refused, [(Reason::Endpoint, 2)].into());
 }
 
 #[test]

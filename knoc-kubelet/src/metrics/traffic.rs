@@ -14,7 +14,7 @@ use std::{
 pub enum Reason {
     /// The endpoint does not answer.
     Dial,
-    /// The endpoints are addresses that pods never reach, or of nodes.
+    /// The endpoints are addresses that pods never reach, or of nodes, or of pods of the node that are not reached like this.
     Endpoint,
     /// The pod or the node has too many connections.
     Limit,

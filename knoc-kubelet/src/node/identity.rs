@@ -2,6 +2,19 @@
 
 use std::collections::BTreeMap;
 
+use knoc_proto::mesh::PodRange;
+
+/// What pods have as `status.podIP`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PodIp {
+    /// Nothing.
+    None,
+    /// The address of their compute node.
+    Node,
+    /// An address of their own, if they have a network of their own, else that of their compute node.
+    Own,
+}
+
 /// The properties of a node that do not change while the process runs.
 #[derive(Clone, Debug)]
 pub struct Identity {
@@ -21,8 +34,10 @@ pub struct Identity {
     pub taint: bool,
     /// The DNS domain of the cluster.
     pub cluster_domain: String,
-    /// Whether pods have the address of their compute node as `status.podIP`; otherwise they have none.
-    pub pod_ip_of_node: bool,
+    /// What pods have as `status.podIP`.
+    pub pod_ip: PodIp,
+    /// From which range pods get addresses of their own, if the Node has no `spec.podCIDR`.
+    pub pod_range: Option<PodRange>,
     /// Whether the node declares that the API server may pass WebSockets on to it.
     pub websockets: bool,
 }

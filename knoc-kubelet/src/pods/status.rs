@@ -8,6 +8,8 @@ mod conditions;
 mod containers;
 mod phase;
 
+use std::net::Ipv4Addr;
+
 use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{HostIP, Pod, PodIP, PodStatus},
@@ -19,6 +21,7 @@ use knoc_proto::{
 };
 use knoc_translate::Lacking;
 
+use crate::node::PodIp;
 use phase::Phase;
 
 /// The longest message in bytes. Messages come from the agent, Slurm and registries.
@@ -42,8 +45,8 @@ pub struct Input<'a> {
     pub refused: &'a [String],
     /// Whether the link has been down for longer than a restart of the agent takes.
     pub unreachable: bool,
-    /// Whether the compute node's address is the pod's, too; otherwise the pod has none.
-    pub pod_ip_of_node: bool,
+    /// What pods have as their address.
+    pub pod_ip: PodIp,
     /// The pod's generation if it was judged; if None, `observedGeneration` stays as the API server has it.
     pub judged: Option<i64>,
     /// The current time, for conditions that change.
@@ -123,7 +126,7 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
     let host_ip = host_ip.filter(|ip| !ip.is_empty());
     // The address stays while it is not known, for example after a restart.
     let host_ip = host_ip.or_else(|| input.pod.status.as_ref()?.host_ip.clone());
-    let pod_ip = host_ip.clone().filter(|_| input.pod_ip_of_node);
+    let pod_ip = pod_ip(input, host_ip.as_deref());
     Some(sanitized(PodStatus {
         phase: Some(phase.as_str().to_owned()),
         reason,
@@ -140,6 +143,26 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
         ephemeral_container_statuses: containers::ephemeral(input),
         ..PodStatus::default()
     }))
+}
+
+/// The address of the pod, by the policy.
+fn pod_ip(input: &Input<'_>, host_ip: Option<&str>) -> Option<String> {
+    let network = || input.observed?.network.as_ref();
+    match input.pod_ip {
+        PodIp::None => None,
+        PodIp::Node => host_ip.map(str::to_owned),
+        PodIp::Own => match network() {
+            Some(network) if network.mode() == pb::NetworkMode::Host => host_ip.map(str::to_owned),
+            Some(network) if network.address.parse::<Ipv4Addr>().is_ok() => {
+                Some(network.address.clone())
+            }
+            // It stays while it is not known, unless it was that of the node before the policy changed.
+            Some(_) | None => {
+                let known = input.pod.status.as_ref()?.pod_ip.clone();
+                known.filter(|known| Some(known.as_str()) != host_ip)
+            }
+        },
+    }
 }
 
 /// The status with its messages bounded and without control characters. The message of a terminated container comes

@@ -169,7 +169,6 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     }
     let mut annotations = meta.annotations.clone().unwrap_or_default();
     annotations.retain(|name, _| !NOT_SENT.contains(&name.as_str()));
-    let labels = meta.labels.clone().unwrap_or_default();
     Ok(pb::PodSpec {
         uid: meta.uid.clone().unwrap_or_default(),
         namespace: meta.namespace.as_deref().unwrap_or("default").to_owned(),
@@ -184,17 +183,18 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         active_deadline_seconds: spec.active_deadline_seconds.unwrap_or(0),
         hostname: hostname(spec, &name),
         subdomain: subdomain(spec),
-        // Set by the kubelet from its configuration.
+        // Set by the kubelet from its configuration, as `pod_range` is.
         cluster_domain: String::new(),
         set_hostname_as_fqdn: *spec.set_hostname_as_fqdn == Some(true),
         resolver: resolver(spec),
         network: network.into(),
+        pod_range: String::new(),
         name,
         volumes,
         job: Some(job),
         node_name: spec.node_name.clone().unwrap_or_default(),
         service_account: spec.service_account_name.clone().unwrap_or_default(),
-        labels: labels.into_iter().collect(),
+        labels: meta.labels.clone().into_iter().flatten().collect(),
         annotations: annotations.into_iter().collect(),
         host_aliases: host_aliases(spec),
         image_pull_secrets: keyring::names(spec),

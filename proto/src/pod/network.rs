@@ -1,8 +1,8 @@
-//! PURE: the host names of a pod, and the bounds of its host ports and its DNS configuration.
+//! PURE: the host names of a pod, and the bounds of its host ports, its DNS configuration and the range of its address.
 
 use std::net::IpAddr;
 
-use crate::{egress::is_port, names, pb, text::quote};
+use crate::{egress::is_port, mesh::PodRange, names, pb, text::quote};
 
 use super::{SHOWN, check};
 
@@ -85,6 +85,11 @@ pub(super) fn check_network(spec: &pb::PodSpec, problems: &mut Vec<String>) {
     check_host_ports(spec, problems);
     if let Some(resolver) = &spec.resolver {
         check_resolver(resolver, problems);
+    }
+    if !spec.pod_range.is_empty()
+        && let Err(why) = spec.pod_range.parse::<PodRange>()
+    {
+        problems.push(format!("the range of the node's pods: {why}"));
     }
 }
 
@@ -210,6 +215,17 @@ mod tests {
         let mut problems = Vec::new();
         check_network(spec, &mut problems);
         problems
+    }
+
+    #[test]
+    fn the_range_of_the_pods_is_checked() {
+        let of = |range: &str| problems(&spec(|spec| spec.pod_range = range.to_owned()));
+        assert!(of("").is_empty() && of("10.200.0.0/16").is_empty());
+        let said = of("127.0.0.0/8").join("; ");
+        assert!(
+            said.contains("range of the node's pods") && said.contains("no host"),
+            "{said}"
+        );
     }
 
     #[test]

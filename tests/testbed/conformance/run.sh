@@ -4,7 +4,8 @@
 # they need only on SELinux hosts: the site allows them, without the privileges. Some mount folders below /tmp of the node, and one has a
 # host port: the site allows those too. The Kubernetes node offers no more than the compute nodes have, and of these one takes jobs, or
 # with NODES=exclusive each job gets one (nodes.sh). Pods have the address of their compute node as status.podIP, unless KNOC_NODE_POD_IP says
-# otherwise, so that Services have endpoints; the relay, which needs pods without an address, is then off.
+# otherwise, so that Services have endpoints; the relay, which needs pods without an address, is then off. KNOC_NODE_POD_IP=own also needs
+# KNOC_NODE_POD_RANGE.
 . "$(dirname "$0")/../lib.sh"
 . "$testbed/stack.sh"
 [ "$STACK" = full ] || die "the conformance suite needs STACK=full (STACK=$STACK: $why)"
@@ -20,7 +21,7 @@ policy() { # policy LINE…: replaces these settings of the policy; the agent re
     sed -i -e '/^privileged *=/d; /^host_paths *=/d; /^host_ports *=/d' -e "s|^\[policy\]$|&$lines|" "$agent_home_here/.config/knoc/agent.toml"
 }
 # If this script is killed, sweep.sh does the same.
-trap 'policy; kubelet -u KNOC_NODE_POD_IP; "$testbed/conformance/nodes.sh" all' EXIT
+trap 'policy; kubelet -u KNOC_NODE_POD_IP -u KNOC_NODE_POD_RANGE; "$testbed/conformance/nodes.sh" all' EXIT
 policy 'privileged = "unprivileged"' 'host_paths = [{ path = "/tmp", writable = true }]' 'host_ports = ["21017"]'
 "$testbed/conformance/nodes.sh" "${NODES:-one}"
 pod_ip=${KNOC_NODE_POD_IP:-node} relay=off

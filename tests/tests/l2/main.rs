@@ -24,6 +24,7 @@ mod lifecycle;
 mod link;
 mod links;
 mod logs;
+mod mesh;
 mod network;
 mod old_kernel;
 mod packages;

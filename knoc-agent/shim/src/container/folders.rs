@@ -91,7 +91,7 @@ impl Folders {
         let (id, container) = (spec.id, &spec.container);
         let folder = |kind: &str| pod.scratch.disk(&format!("{kind}{id}-{number}"));
         let private = folder("p")?;
-        let mounts = environment::mounts(container, values, &pod.facts)?;
+        let mounts = environment::mounts(container, values, &pod.facts_now())?;
         let mut volumes = pod.volumes.mounts(&mounts)?;
         if pod.runtime.isolates() {
             volumes.extend(pod.volumes.of_site(&volumes));
@@ -148,7 +148,7 @@ impl Folders {
         };
         if !mounts(volumes, HOSTS) {
             let node = fs::read_to_string(HOSTS).unwrap_or_default();
-            let text = environment::hosts(&node, &pod.facts, &pod.spec().host_aliases);
+            let text = environment::hosts(&node, &pod.facts_now(), &pod.spec().host_aliases);
             let source = self.write("hosts", &text)?;
             volumes.push(own_file(source, Path::new(HOSTS), false));
         }

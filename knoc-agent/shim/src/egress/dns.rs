@@ -38,7 +38,7 @@ use self::{
     pending::{Asked, PATIENCE, Pending},
 };
 use super::{
-    Egress, Taken,
+    Egress, Settled, Taken,
     datagram::{Key, reply},
     tcp::send,
 };
@@ -339,9 +339,10 @@ struct Exchange {
 
 impl Exchange {
     async fn run(mut self, egress: Arc<Egress>, target: SocketAddrV4) -> Ended {
-        let taken = egress.announce(Kind::Udp, target).await;
-        let is_refused = taken.is_none();
-        if let Some(taken) = taken {
+        let settled = egress.announce(Kind::Udp, target).await;
+        // Only connections of TCP are redirected to pods of the node.
+        let is_refused = !matches!(settled, Some(Settled::Taken(_)));
+        if let Some(Settled::Taken(taken)) = settled {
             self.carry(taken).await;
         }
         Ended {

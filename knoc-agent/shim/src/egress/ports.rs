@@ -23,7 +23,8 @@ use super::{
     udp,
 };
 use crate::{
-    launch::network::protocol::Kind,
+    launch::network::protocol::{Kind, Range},
+    mesh::Mesh,
     network::{Network, Private},
     pod::Pod,
 };
@@ -42,6 +43,7 @@ pub(crate) struct Ports {
     open: HashMap<(Kind, u16), AbortHandle>,
     tasks: JoinSet<()>,
     gate: Gate,
+    mesh: Arc<Mesh>,
     /// What failed last, of which the pod was told; `None` if nothing did.
     trouble: Option<String>,
 }
@@ -55,11 +57,15 @@ impl Ports {
         if private.no_edge.is_some() {
             return None;
         }
+        if pod.mesh.range().is_some() {
+            pod.egress.leads_to_pods(private, &pod.mesh);
+        }
         let mut ports = Self {
             private: Arc::clone(private),
             open: HashMap::new(),
             tasks: JoinSet::new(),
             gate,
+            mesh: Arc::clone(&pod.mesh),
             trouble: None,
         };
         ports.follow(&pod.egress.table()).await;
@@ -98,7 +104,7 @@ impl Ports {
 
     /// Makes routes and listeners those of the table.
     async fn follow(&mut self, table: &Table) {
-        let led = self.private.lead(table.ranges.clone()).await;
+        let led = self.private.lead(self.to_cluster(table)).await;
         let mut trouble = led
             .err()
             .map(|error| format!("the pod does not reach the cluster: {error}"));
@@ -128,6 +134,12 @@ impl Ports {
             self.gate.note("EgressUnavailable", news.clone());
         }
         self.trouble = trouble;
+    }
+
+    /// What leads to the cluster: not the addresses of the node's own pods, to which the mesh leads.
+    fn to_cluster(&self, table: &Table) -> BTreeSet<Range> {
+        let ranges = table.ranges.iter().copied();
+        ranges.filter(|range| !self.mesh.covers(*range)).collect()
     }
 
     async fn listen(&mut self, kind: Kind, port: u16) -> io::Result<AbortHandle> {

@@ -26,7 +26,7 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{Egress, Output, Taken};
+use super::{Egress, Output, PATIENCE, Settled, Taken};
 use crate::{forward::take, launch::network::protocol::Kind};
 
 /// How long a connection to a server of the compute node may last.
@@ -74,12 +74,35 @@ impl Guarded {
 
 /// Announces the connection, and carries it once it is taken. `head` was read from it already.
 pub(super) async fn serve(mut stream: Guarded, target: SocketAddrV4, head: Bytes, egress: &Egress) {
-    let Some(taken) = egress.announce(Kind::Tcp, target).await else {
-        return;
+    let ended = match egress.announce(Kind::Tcp, target).await {
+        None => return,
+        Some(Settled::Taken(taken)) => carry(&mut stream.0, head, taken).await,
+        Some(Settled::Redirected(pod)) => to_pod(&mut stream.0, &head, pod, egress).await,
     };
-    if carry(&mut stream.0, head, taken).await {
+    if ended {
         stream.finish();
     }
+}
+
+/// Copies between the connection and another pod of the node, `head` first. Returns whether both directions have ended.
+async fn to_pod(stream: &mut TcpStream, head: &[u8], pod: SocketAddrV4, egress: &Egress) -> bool {
+    let Some(inside) = egress.inside.get() else {
+        return false;
+    };
+    let connecting = inside.network.connect(pod.into());
+    let Ok(Ok(other)) = timeout(PATIENCE, connecting).await else {
+        return false;
+    };
+    let mut other = Guarded::new(other);
+    let both = async {
+        other.0.write_all(head).await?;
+        copy_bidirectional(stream, &mut other.0).await
+    };
+    let ended = both.await.is_ok();
+    if ended {
+        other.finish();
+    }
+    ended
 }
 
 /// Copies until both directions have ended, or until the call or the connection breaks. Returns whether both have ended.

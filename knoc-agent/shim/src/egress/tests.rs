@@ -324,6 +324,25 @@ async fn datagrams_of_each_source_and_target_are_a_flow_and_answers_come_from_th
     assert_eq!(newer.address, two);
 }
 
+#[tokio::test]
+async fn a_redirection_to_what_is_no_pod_resets_the_connection() {
+    let (gate, _orders) = gate();
+    let (mut client, _) = dial(&gate).await;
+    let found = attempt(&gate.egress, 0).await;
+    let redirect = pb::EgressRedirect {
+        uid: String::new(),
+        id: found.id,
+        address: "127.0.0.1".to_owned(),
+        port: 22,
+    };
+    let control = pb::EgressControl {
+        control: Some(Control::Redirect(redirect)),
+        caller: None,
+    };
+    gate.egress.obey(control).unwrap();
+    assert!(is_reset(&mut client).await);
+}
+
 #[tokio::test(start_paused = true)]
 async fn nobody_is_told_of_a_connection_that_was_given_up() {
     let egress = Egress::default();

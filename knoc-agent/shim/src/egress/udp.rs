@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use super::{
-    DNS, Egress, Taken,
+    DNS, Egress, Settled, Taken,
     datagram::{Key, receive, reply},
     dns::Names,
     gate::{Gate, PAUSE},
@@ -190,7 +190,7 @@ struct Exchange {
 
 impl Exchange {
     async fn run(mut self, egress: Arc<Egress>) -> Key {
-        if let Some(taken) = egress.announce(Kind::Udp, self.key.1).await {
+        if let Some(Settled::Taken(taken)) = egress.announce(Kind::Udp, self.key.1).await {
             self.carry(taken).await;
         } else {
             let drained = async { while self.queue.recv().await.is_some() {} };

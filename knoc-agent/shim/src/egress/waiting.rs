@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::SocketAddrV4};
 use knoc_proto::pb;
 use tokio::sync::oneshot;
 
-use super::Taken;
+use super::Settled;
 use crate::launch::network::protocol::Kind;
 
 /// All attempts, by their id.
@@ -20,7 +20,7 @@ pub(super) struct Waiting {
 struct Attempt {
     kind: Kind,
     target: SocketAddrV4,
-    taker: oneshot::Sender<Taken>,
+    taker: oneshot::Sender<Settled>,
 }
 
 impl Waiting {
@@ -29,7 +29,7 @@ impl Waiting {
         &mut self,
         kind: Kind,
         target: SocketAddrV4,
-        taker: oneshot::Sender<Taken>,
+        taker: oneshot::Sender<Settled>,
     ) -> u64 {
         self.last += 1;
         let attempt = Attempt {
@@ -42,7 +42,7 @@ impl Waiting {
     }
 
     /// Removes an attempt, which is refused if the result is dropped.
-    pub(super) fn remove(&mut self, id: u64) -> Option<oneshot::Sender<Taken>> {
+    pub(super) fn remove(&mut self, id: u64) -> Option<oneshot::Sender<Settled>> {
         self.attempts.remove(&id).map(|attempt| attempt.taker)
     }
 

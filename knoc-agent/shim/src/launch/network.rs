@@ -13,14 +13,17 @@
 //!      ──Lead────────► ◄─Done── after routes were changed    any number of times
 //!      ──EdgeSocket──► ◄─Done── with a socket of the edge    any number of times
 //!      ──Memory──────► ◄─Done── with the mount namespace and the volume    once for each volume, before the others
+//!      ──Mesh────────► ◄─Done── with the packets of the mesh
 //! ```
 //!
-//! The [`edge`] is a second network namespace, in which the shim takes what the pod sends to the cluster.
+//! The [`edge`] is a second network namespace, in which the shim takes what the pod sends to the cluster. The interface of the
+//! [`mesh`] leads to other pods: the shim reads from its descriptor what the pod sends to them, and writes what they send.
 //!
 //! It ends with the shim's end of the socket pair, its standard input. Single-threaded, as `unshare(2)` requires.
 
 mod edge;
 mod memory;
+mod mesh;
 mod netlink;
 pub(crate) mod protocol;
 mod range;
@@ -252,6 +255,18 @@ fn carry_out(request: Request, made: &mut Made) -> Result<(Answer, Vec<OwnedFd>)
             let mounted = memory::mount_volume(&volume);
             let mounted = mounted.map_err(NetworkError::on("mount a volume in memory"))?;
             Ok((Answer::Done, mounted))
+        }
+        Request::Mesh { address, range } => {
+            let packets = mesh::create(address, range);
+            let packets = packets.map_err(NetworkError::on(
+                "create the interface that leads to other pods",
+            ))?;
+            Ok((Answer::Done, vec![packets]))
+        }
+        Request::MeshRoutes(ranges) => {
+            let led = mesh::lead(&ranges);
+            led.map_err(NetworkError::on("add a route to other pods"))?;
+            Ok((Answer::Done, Vec::new()))
         }
     }
 }

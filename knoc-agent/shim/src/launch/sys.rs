@@ -1,5 +1,5 @@
 //! The audited unsafe calls of the launcher: `fork(2)`, resetting signal dispositions, marking inherited descriptors
-//! close-on-exec, and the owner of a namespace.
+//! close-on-exec, the owner of a namespace, and a TUN interface.
 #![expect(
     unsafe_code,
     reason = "these have no safe form; each states why it is sound"
@@ -35,6 +35,51 @@ fn related_namespace(namespace: &OwnedFd, which: nix::libc::Ioctl) -> io::Result
     let found = nix::errno::Errno::result(found)?;
     // SAFETY: the kernel has just opened it for this process, and nothing else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(found) })
+}
+
+/// The device through which TUN interfaces are created.
+const TUN: &str = "/dev/net/tun";
+
+/// The longest name of an interface, with the NUL at its end (`IFNAMSIZ`).
+const INTERFACE_NAME: usize = 16;
+
+/// `struct ifreq` of `net/if.h` with `ifr_flags`, in its full size.
+#[repr(C)]
+struct InterfaceRequest {
+    name: [u8; INTERFACE_NAME],
+    flags: nix::libc::c_short,
+    rest: [u8; 22],
+}
+
+/// Creates an interface whose packets are read from and written to the result, which does not block, in the network namespace
+/// of this process.
+pub(super) fn tun(name: &str) -> io::Result<OwnedFd> {
+    let flags = nix::libc::IFF_TUN | nix::libc::IFF_NO_PI;
+    let mut request = InterfaceRequest {
+        name: [0; INTERFACE_NAME],
+        flags: flags.try_into().map_err(io::Error::other)?,
+        rest: [0; 22],
+    };
+    // The last byte stays 0.
+    let (place, _nul) = request.name.split_at_mut(INTERFACE_NAME - 1);
+    let place = place
+        .get_mut(..name.len())
+        .ok_or(io::ErrorKind::InvalidInput)?;
+    place.copy_from_slice(name.as_bytes());
+    let options =
+        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NONBLOCK;
+    let device = rustix::fs::open(TUN, options, rustix::fs::Mode::empty())?;
+    // SAFETY: the descriptor is open, and the kernel reads and writes one `struct ifreq`, which `request` is as large as and
+    // which lives until the call has returned.
+    let made = unsafe {
+        nix::libc::ioctl(
+            device.as_raw_fd(),
+            nix::libc::TUNSETIFF,
+            std::ptr::from_mut(&mut request),
+        )
+    };
+    nix::errno::Errno::result(made)?;
+    Ok(device)
 }
 
 /// Forks the calling process.

@@ -102,6 +102,20 @@ impl Holder {
         self.ask(Request::Lead(ranges)).await.map(drop)
     }
 
+    /// The interface of the mesh, with this address of the pod; the result has the packets that go over it.
+    pub(super) async fn mesh(
+        self: &Arc<Self>,
+        address: Ipv4Addr,
+        range: Range,
+    ) -> io::Result<OwnedFd> {
+        self.ask_for_one(Request::Mesh { address, range }).await
+    }
+
+    /// Has these ranges lead over the interface of the mesh.
+    pub(super) async fn reach(self: &Arc<Self>, ranges: BTreeSet<Range>) -> io::Result<()> {
+        self.ask(Request::MeshRoutes(ranges)).await.map(drop)
+    }
+
     /// Whether the pod has a way to other networks.
     pub(super) async fn is_routed(self: &Arc<Self>) -> io::Result<bool> {
         Ok(self.ask(Request::IsRouted).await?.0 == Answer::Routed(true))

@@ -30,6 +30,7 @@ for program in apptainer singularity; do
     if command -v $program >/dev/null; then say runtime "$($program --version 2>/dev/null)"; break; fi
 done
 if command -v pasta >/dev/null; then say pasta yes; else say pasta no; fi
+if [ -c /dev/net/tun ] && [ -r /dev/net/tun ] && [ -w /dev/net/tun ]; then say tun yes; else say tun no; fi
 say shm "$(stat -f -c %T /dev/shm 2>/dev/null)"
 said=$(LC_ALL=C timeout 5 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$2" "$3" 2>&1)
 case $?:$said in
@@ -140,6 +141,7 @@ fn findings(output: &str, took: Duration) -> Vec<(&'static str, Found)> {
             ),
         ),
         ("job: private networks", Ok(job_pasta(said("pasta")))),
+        ("job: addresses of pods", Ok(job_tun(said("tun")))),
         ("job: memory", job_memory(said("shm"))),
         ("job: way to this host", Ok(job_dial(said("dial")))),
     ]
@@ -159,6 +161,18 @@ fn job_pasta(said: Option<&str>) -> String {
     match said {
         Some("yes") => "pasta is on the compute node, so pods can have a network of their own",
         _ => "pasta is not on the compute node: pods use the network of their node",
+    }
+    .to_owned()
+}
+
+fn job_tun(said: Option<&str>) -> String {
+    match said {
+        Some("yes") => {
+            "the account may use /dev/net/tun on the compute node, so pods can have addresses of their own (node.podIP: own)"
+        }
+        _ => {
+            "the account may not use /dev/net/tun on the compute node: pods have no addresses of their own (node.podIP: own)"
+        }
     }
     .to_owned()
 }
@@ -194,7 +208,7 @@ mod tests {
 
     const GOOD: &str = "Welcome\nknoc-preflight node c1\nknoc-preflight machine x86_64\nknoc-preflight shared yes\n\
         knoc-preflight namespaces yes\nknoc-preflight runtime apptainer version 1.4.5\nknoc-preflight pasta no\n\
-        knoc-preflight shm tmpfs\nknoc-preflight dial reached\n";
+        knoc-preflight tun yes\nknoc-preflight shm tmpfs\nknoc-preflight dial reached\n";
 
     fn bad(output: &str) -> Vec<&'static str> {
         let found = findings(output, Duration::from_secs(3)).into_iter();
@@ -207,7 +221,7 @@ mod tests {
     #[test]
     fn each_line_of_the_job_is_a_finding() {
         assert!(bad(GOOD).is_empty());
-        assert_eq!(findings(GOOD, Duration::ZERO).len(), 7);
+        assert_eq!(findings(GOOD, Duration::ZERO).len(), 8);
         for (line, worse, what) in [
             ("machine x86_64", "machine aarch64", "job"),
             ("shared yes", "shared no", "job: home directory"),
@@ -219,6 +233,7 @@ mod tests {
         }
         // Neither is a reason not to install.
         assert!(bad(&GOOD.replace("dial reached", "dial not")).is_empty());
+        assert!(bad(&GOOD.replace("tun yes", "tun no")).is_empty());
         assert_eq!(bad("srun: job 7 queued\n"), ["job"]);
     }
 }

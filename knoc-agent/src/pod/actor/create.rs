@@ -37,7 +37,7 @@ impl NewActor {
         published: oneshot::Sender<()>,
     ) -> (Actor, Pod) {
         let Restored {
-            pod,
+            mut pod,
             spec,
             cluster_id,
             version,
@@ -45,6 +45,7 @@ impl NewActor {
         } = restored;
         let mut actor = self.of(spec, cluster_id);
         actor.version = version;
+        actor.take_up_address(&mut pod);
         actor.take_up(&pod, values_revision).await;
         // The registry may have stopped waiting.
         published.send(()).ok();
@@ -71,6 +72,7 @@ impl NewActor {
                 other @ (Input::Event(_)
                 | Input::Link
                 | Input::Values { .. }
+                | Input::Address { .. }
                 | Input::Delete { .. }
                 | Input::Forget { .. }) => other.reject(not_found(&self.uid)),
             }
@@ -204,7 +206,7 @@ impl Actor {
         match (pin, self.own.upgrade()) {
             (Ok(pin), Some(own)) => {
                 let links = &self.site.shim_links;
-                links.expect(&self.uid, &self.spec.node_name, pin, own);
+                links.expect(&self.uid, &self.spec, pin, own);
             }
             (Err(error), _) => tracing::warn!(uid = %self.uid, error = error.message, "link keys"),
             (Ok(_), None) => {}

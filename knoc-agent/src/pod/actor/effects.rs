@@ -138,7 +138,7 @@ impl Actor {
     }
 
     /// Writes the record.
-    async fn persist(&self, pod: &Pod) -> Result<(), String> {
+    pub(super) async fn persist(&self, pod: &Pod) -> Result<(), String> {
         let submitting = matches!(
             pod.state,
             State::BeforeJob(BeforeJob::Submitting { look: None })

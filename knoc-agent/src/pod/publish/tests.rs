@@ -198,3 +198,26 @@ fn containers_that_a_failed_init_container_kept_from_starting_still_wait() {
         }
     }
 }
+
+#[test]
+fn a_shim_cannot_claim_an_address_that_its_pod_does_not_have() {
+    let shown = |given: Option<&str>, claimed: &str| {
+        let network = pb::PodNetwork {
+            mode: pb::NetworkMode::Private.into(),
+            address: claimed.to_owned(),
+            ..pb::PodNetwork::default()
+        };
+        let report = pb::Report {
+            network: Some(network),
+            ..pb::Report::default()
+        };
+        let mut pod = Pod::that_reports(Some(report));
+        pod.address = given.map(|text| text.parse().unwrap());
+        observed(&pod, &spec(), "c").network.unwrap().address
+    };
+    let own = "10.200.0.7";
+    assert_eq!(shown(Some(own), own), own);
+    assert_eq!(shown(Some(own), ""), "", "its network is not up yet");
+    assert_eq!(shown(Some(own), "10.200.0.8"), "");
+    assert_eq!(shown(None, own), "");
+}

@@ -160,3 +160,15 @@ fn a_phase_with_a_job_but_without_a_placement_starts_a_search() {
     let looking = BeforeJob::Submitting { look: None };
     assert_eq!(pod.state, State::BeforeJob(looking));
 }
+
+#[test]
+fn the_address_of_a_pod_outlives_the_agent() {
+    let mut pod = Pod::that_reports(None);
+    let without = serde_json::to_string(&Record::of(&pod, "c", 3)).unwrap();
+    assert!(!without.contains("address"), "{without}");
+    pod.address = Some(Ipv4Addr::new(10, 200, 0, 7));
+    let with = serde_json::to_string(&Record::of(&pod, "c", 3)).unwrap();
+    let read: Record = serde_json::from_str(&with).unwrap();
+    let restored = read.restore(Facts::of_u(), None);
+    assert_eq!(restored.address, pod.address);
+}

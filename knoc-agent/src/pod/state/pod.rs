@@ -1,6 +1,6 @@
 //! PURE: one pod as the machine sees it: its state, and what was seen of it.
 
-use std::time::Duration;
+use std::{net::Ipv4Addr, time::Duration};
 
 use jiff::Timestamp;
 use knoc_proto::{ids::PodUid, pb};
@@ -105,6 +105,8 @@ pub struct Pod {
     pub unclaimed: bool,
     /// The notes, which become Events.
     pub notes: Vec<pb::PodNote>,
+    /// The address of its own that the pod has from its job's start until the job has ended. It is never another one.
+    pub address: Option<Ipv4Addr>,
 }
 
 /// The request to end the pod.
@@ -158,6 +160,17 @@ impl Pod {
             batch_tail: String::new(),
             unclaimed: false,
             notes: Vec::new(),
+            address: None,
+        }
+    }
+
+    /// Whether nothing of the pod runs any more.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        match &self.state {
+            State::Finished { lingering, .. } => lingering.is_none(),
+            State::Forgotten => true,
+            State::BeforeJob(_) | State::WithJob { .. } => false,
         }
     }
 

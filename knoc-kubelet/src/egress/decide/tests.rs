@@ -279,3 +279,20 @@ fn ports_of_allowed_services_come_first() {
         most.last()
     );
 }
+
+#[test]
+fn a_service_leads_to_pods_of_the_node_at_their_own_addresses_whatever_the_list_says() {
+    let table = table(&[web()], &[slice_of("one", "web", &three())]);
+    let to = (at("10.96.0.5:80"), EgressProtocol::Tcp);
+    let own = |random, own: &[&str]| {
+        let own: Vec<IpAddr> = own.iter().map(|text| text.parse().unwrap()).collect();
+        own_pod(&table, to, ("u", random), |address| own.contains(&address))
+    };
+    assert_eq!(own(0, &[]), None);
+    assert_eq!(own(5, &["10.1.0.2"]), Some(at("10.1.0.2:8080")));
+    let two = ["10.1.0.1", "10.1.0.3"];
+    let chosen: HashSet<_> = (0..4).filter_map(|random| own(random, &two)).collect();
+    assert_eq!(chosen, [at("10.1.0.1:8080"), at("10.1.0.3:8080")].into());
+    let unknown = (at("10.96.0.6:80"), EgressProtocol::Tcp);
+    assert_eq!(own_pod(&table, unknown, ("u", 0), |_| true), None);
+}

@@ -18,7 +18,8 @@ fn identity() -> Identity {
         pods: 100,
         queue_factor: 10,
         cluster_domain: "cluster.local".to_owned(),
-        pod_ip_of_node: false,
+        pod_ip: crate::node::PodIp::None,
+        pod_range: None,
         taint: true,
         websockets: true,
     }

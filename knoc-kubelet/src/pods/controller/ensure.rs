@@ -65,6 +65,11 @@ impl Worker<'_> {
             self.retry();
             return;
         }
+        if let Some(why) = self.context.node.lacks_range(&shape) {
+            self.hold("", &why);
+            self.retry();
+            return;
+        }
         if let Some(lacking) = self.context.lacking(&shape) {
             // The pod waits and does not fail, because the agent may be upgraded.
             self.hold("", &lacking);

@@ -78,7 +78,7 @@ impl Worker<'_> {
             // A pod that the agent has reports its state itself.
             rejection: rejection.filter(|_| observed.is_none()),
             unreachable: self.unreachable(),
-            pod_ip_of_node: self.context.node.identity().pod_ip_of_node,
+            pod_ip: self.context.node.identity().pod_ip,
             judged: self.judged(&view.pod),
             now: Timestamp::now(),
         })

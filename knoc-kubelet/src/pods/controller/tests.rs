@@ -27,7 +27,7 @@ use crate::{
     agent::{Link, watch::AgentWatch},
     egress::Described,
     metrics::Metrics,
-    node::{Identity, allocations::Allocatable, unit::Unit},
+    node::{Identity, PodIp, allocations::Allocatable, unit::Unit},
     pods::events::Recorder,
 };
 use agent::FakeAgent;
@@ -71,7 +71,8 @@ fn identity() -> Identity {
         pods: 10,
         queue_factor: 10,
         cluster_domain: "cluster.local".to_owned(),
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
+        pod_range: None,
         taint: true,
         websockets: true,
     }

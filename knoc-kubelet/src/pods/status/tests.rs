@@ -2,6 +2,7 @@ use serde_json::{Value, json};
 
 use super::*;
 
+mod address;
 mod ephemeral;
 mod gates;
 mod sidecars;
@@ -93,7 +94,7 @@ fn compute(pod: &Pod, observed: Option<&pb::PodObserved>) -> PodStatus {
         lacking: &[],
         refused: &[],
         unreachable: false,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: pod.metadata.generation,
         now: at(1000),
     };
@@ -154,7 +155,7 @@ fn a_process_that_knows_nothing_changes_nothing() {
             lacking: &[],
             refused: &[],
             unreachable: false,
-            pod_ip_of_node: false,
+            pod_ip: PodIp::None,
             judged: Some(2),
             now: at(now),
         };
@@ -199,38 +200,6 @@ fn running_and_ready() {
         Some(&observed),
     );
     insta::assert_snapshot!(json_of(&status));
-}
-
-#[test]
-fn a_pod_has_the_nodes_address_only_if_the_policy_says_so() {
-    let mut observed = observed(PodPhase::Running, vec![container("a", running())]);
-    observed.host_ip = "10.0.0.7".to_owned();
-    let pod = pod("Never", false, &json!({"phase": "Pending"}));
-    let of = |pod_ip_of_node: bool, observed: Option<&pb::PodObserved>| {
-        let input = Input {
-            pod: &pod,
-            observed,
-            hold: None,
-            rejection: None,
-            lacking: &[],
-            refused: &[],
-            unreachable: false,
-            pod_ip_of_node,
-            judged: pod.metadata.generation,
-            now: at(1000),
-        };
-        let status = status(&input).unwrap();
-        let all = status.pod_ips.unwrap_or_default();
-        (
-            status.pod_ip,
-            all.into_iter().map(|one| one.ip).collect::<Vec<_>>(),
-        )
-    };
-    let node = "10.0.0.7".to_owned();
-    assert_eq!(of(true, Some(&observed)), (Some(node.clone()), vec![node]));
-    assert_eq!(of(false, Some(&observed)), (None, Vec::new()));
-    // It is not known yet where the pod runs.
-    assert_eq!(of(true, None), (None, Vec::new()));
 }
 
 type Case = (
@@ -381,7 +350,7 @@ fn a_terminal_phase_is_never_left() {
         lacking: &[],
         refused: &[],
         unreachable: false,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: pod.metadata.generation,
         now: at(1),
     };
@@ -403,7 +372,7 @@ fn a_rejected_pod_fails_with_its_whole_message() {
         lacking: &[],
         refused: &[],
         unreachable: false,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: pod.metadata.generation,
         now: at(1),
     };
@@ -427,7 +396,7 @@ fn a_missing_config_map_is_shown_by_the_containers() {
         lacking: &[],
         refused: &[],
         unreachable: false,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: pod.metadata.generation,
         now: at(1),
     };
@@ -460,7 +429,7 @@ fn a_cut_link_only_takes_readiness() {
         lacking: &[],
         refused: &[],
         unreachable: true,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: pod.metadata.generation,
         now: at(1000),
     };
@@ -492,7 +461,7 @@ fn a_generation_counts_once_it_was_judged_whether_it_is_taken_over_or_not() {
             lacking: &[],
             refused: &[],
             unreachable: judged.is_none(),
-            pod_ip_of_node: false,
+            pod_ip: PodIp::None,
             judged,
             now: at(1000),
         };
@@ -552,7 +521,7 @@ fn messages_are_shown_safely_and_bounded_and_a_programs_own_stays() {
         lacking: &[],
         refused: &[],
         unreachable: false,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: None,
         now: Timestamp::UNIX_EPOCH,
     };

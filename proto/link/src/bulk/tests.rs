@@ -51,6 +51,8 @@ impl Shim for Echo {
     type PortForwardStream = NoMessages<pb::PortForwardOutput>;
     type WatchEgressStream = NoMessages<pb::EgressAttempt>;
     type EgressStreamStream = NoMessages<pb::EgressOutput>;
+    type JoinMeshStream = NoMessages<pb::MeshQuestion>;
+    type MeshStreamStream = NoMessages<pb::MeshBytes>;
 
     async fn exec(
         &self,
@@ -163,6 +165,20 @@ impl Shim for Echo {
         &self,
         _: Request<Streaming<pb::EgressInput>>,
     ) -> Result<Response<Self::EgressStreamStream>, Status> {
+        Err(nothing())
+    }
+
+    async fn join_mesh(
+        &self,
+        _: Request<Streaming<pb::MeshControl>>,
+    ) -> Result<Response<Self::JoinMeshStream>, Status> {
+        Err(nothing())
+    }
+
+    async fn mesh_stream(
+        &self,
+        _: Request<Streaming<pb::MeshBytes>>,
+    ) -> Result<Response<Self::MeshStreamStream>, Status> {
         Err(nothing())
     }
 }

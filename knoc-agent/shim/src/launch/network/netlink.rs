@@ -28,6 +28,7 @@ const CREATE: u16 = REQUEST | 0x600;
 const REPLACE: u16 = REQUEST | 0x500;
 const IFF_UP: u32 = 1;
 const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_INFO_KIND: u16 = 1;
@@ -79,6 +80,11 @@ pub(super) struct Route {
 /// Brings an interface up.
 pub(super) fn bring_up(device: u32) -> io::Result<()> {
     ask(&message(RTM_NEWLINK, REQUEST, &link_up(device)))
+}
+
+/// Sets the size of the largest packet.
+pub(super) fn set_mtu(device: u32, mtu: u32) -> io::Result<()> {
+    ask(&message(RTM_NEWLINK, REQUEST, &link_mtu(device, mtu)))
 }
 
 /// Adds `address` to an interface, without a network.
@@ -152,6 +158,13 @@ fn interface(device: u32, flags: u32) -> Vec<u8> {
 /// PURE: sets the flag `IFF_UP`.
 fn link_up(device: u32) -> Vec<u8> {
     interface(device, IFF_UP)
+}
+
+/// PURE: sets the size of the largest packet.
+fn link_mtu(device: u32, mtu: u32) -> Vec<u8> {
+    let mut body = interface(device, 0);
+    attribute(&mut body, IFLA_MTU, &mtu.to_ne_bytes());
+    body
 }
 
 /// PURE: the pair of interfaces. `there` is the descriptor of the peer's network namespace.
@@ -238,6 +251,9 @@ mod tests {
         let up = message(RTM_NEWLINK, REQUEST, &link_up(LOOPBACK));
         assert_eq!(up.len(), 32);
         assert_eq!(up.get(..4), Some(&32_u32.to_ne_bytes()[..]));
+        let mtu = link_mtu(7, 65_000);
+        assert_eq!(mtu.len(), 16 + 8);
+        assert!(mtu.ends_with(&65_000_u32.to_ne_bytes()));
         let body = new_address(LOOPBACK, Ipv4Addr::new(192, 0, 0, 2));
         assert_eq!(body.len(), 24);
         assert!(body.ends_with(&[192, 0, 0, 2]));

@@ -31,6 +31,10 @@ pub(crate) enum Request {
     Lead(BTreeSet<Range>),
     /// A new socket in the edge.
     EdgeSocket(Kind),
+    /// The interface of the mesh: the pod has this address on it, and what it sends to the range can be read from it. Sent once.
+    Mesh { address: Ipv4Addr, range: Range },
+    /// What the pod sends to these ranges can be read from it, too.
+    MeshRoutes(BTreeSet<Range>),
     /// Mounts a volume in memory, in a mount namespace that the helper creates with the first of them.
     Memory(Tmpfs),
 }

@@ -24,7 +24,7 @@ fn said(pod: &Pod, ephemeral: Option<State>, change: fn(&mut Input<'_>)) -> Cont
         lacking: &[],
         refused: &[],
         unreachable: false,
-        pod_ip_of_node: false,
+        pod_ip: PodIp::None,
         judged: pod.metadata.generation,
         now: at(100),
     };

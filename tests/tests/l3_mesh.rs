@@ -1,0 +1,275 @@
+//! Pods that reach each other at addresses of their own, on the real stack. The kubelet gets another policy for it, and the agent another
+//! list, so all of it is one test; `sweep.sh` removes what an interrupted run leaves.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use anyhow::ensure;
+use k8s_openapi::api::{
+    core::v1::{Pod, Service},
+    discovery::v1::EndpointSlice,
+};
+use knoc_tests::{Output, PodBuilder, World, wait_for, world::SOON};
+use kube::{
+    Api,
+    api::{ListParams, PostParams},
+};
+use serde_json::json;
+
+/// The time for a script of the test bed.
+const SCRIPT: Duration = Duration::from_mins(3);
+/// How long the site's list may take to hold: it is read every ten seconds, and then tunnels are dialled.
+const POLICY: Duration = Duration::from_mins(1);
+const SITE_FILE: &str = "/home/hpcuser/.config/knoc/agent.toml";
+/// The size of the large file.
+const LARGE: u32 = 64 << 20;
+
+/// Starts the kubelet with these settings.
+async fn kubelet(world: &World, settings: &[(&str, &str)]) -> anyhow::Result<()> {
+    world.service("kubelet.sh", "down").ok().await?;
+    let up = world.service("kubelet.sh", "up").deadline(SCRIPT);
+    let up = settings
+        .iter()
+        .fold(up, |up, (name, value)| up.env(name, value));
+    up.ok().await.map(drop)
+}
+
+/// Sets the site's list of pairs of namespaces, which the agent reads while it runs.
+async fn pod_traffic(world: &World, pairs: &str) -> anyhow::Result<()> {
+    let script = format!(
+        "f={SITE_FILE}; sed -i '/^pod_traffic *=/d' $f; \
+         if [ -n '{pairs}' ]; then sed -i '/^\\[policy\\]/a pod_traffic = [\"{pairs}\"]' $f; fi"
+    );
+    let run = world.on("login", ["sh", "-ec", &script]);
+    run.ok().await.map(drop)
+}
+
+/// A pod in a network of its own that waits.
+fn waiting(name: &str) -> PodBuilder {
+    let resources = json!({"requests": {"cpu": "100m"}, "limits": {"memory": "128Mi"}});
+    PodBuilder::new(name)
+        .annotation("knoc.io/network", "private")
+        .set("resources", resources)
+        .command(["sleep", "3600"])
+}
+
+/// A web server on all addresses of its pod, on a node of another partition.
+fn server(name: &str) -> PodBuilder {
+    let serve = format!(
+        "echo {name} >/www/name && echo $POD_IP >/www/address && head -c {LARGE} /dev/urandom >/www/large && \
+         mkdir /www/cgi-bin && printf '#!/bin/sh\\necho Content-Type: text/plain; echo; echo $REMOTE_ADDR\\n' >/www/cgi-bin/caller && \
+         chmod +x /www/cgi-bin/caller && httpd -p 127.0.0.1:81 -h /www && exec httpd -f -p 80 -h /www"
+    );
+    let address =
+        json!([{"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}]);
+    waiting(name)
+        .annotation("knoc.io/partition", "gpu")
+        .set("env", address)
+        .empty_dir("/www")
+        .sh(&serve)
+}
+
+/// The address in the pod's status, once it has one.
+async fn address(world: &World, name: &str) -> anyhow::Result<Ipv4Addr> {
+    let known = |pod: &Pod| {
+        let status = pod.status.as_ref()?;
+        let address: Ipv4Addr = status.pod_ip.as_ref()?.parse().ok()?;
+        let same = status.host_ip.as_deref() == status.pod_ip.as_deref();
+        (!same).then_some(address)
+    };
+    world
+        .wait_for_state(name, "it has an address of its own", SOON, known)
+        .await
+}
+
+async fn inside(world: &World, uid: &str, script: &str) -> anyhow::Result<Output> {
+    world.exec(uid, "main", ["sh", "-c", script]).output().await
+}
+
+/// Waits until the pod gets this page from the other one.
+async fn gets(world: &World, uid: &str, from: Ipv4Addr, page: &str) -> anyhow::Result<String> {
+    wait_for("an answer of the other pod", SOON * 2, async || {
+        let script = format!("wget -T 5 -qO- http://{from}/{page}");
+        let answer = inside(world, uid, &script).await?;
+        ensure!(answer.code == 0, "{answer}");
+        Ok(answer.text())
+    })
+    .await
+}
+
+#[tokio::test]
+async fn pods_reach_each_other_at_addresses_of_their_own() -> anyhow::Result<()> {
+    let world = World::new("mesh").await?;
+    let own = [
+        ("KNOC_NODE_POD_IP", "own"),
+        ("KNOC_NODE_POD_RANGE", "10.200.0.0/16"),
+        // It needs pods without addresses.
+        ("KNOC_RELAY_ALLOW", "off"),
+    ];
+    kubelet(&world, &own).await?;
+    let checked = check(&world).await;
+    let policy = pod_traffic(&world, "").await;
+    kubelet(&world, &[]).await?;
+    checked?;
+    policy?;
+    world.finish().await
+}
+
+async fn check(world: &World) -> anyhow::Result<()> {
+    let served = world.running(&server("server")).await?;
+    let client = world.running(&waiting("client")).await?;
+    let there = address(world, "server").await?;
+    let here = address(world, "client").await?;
+    ensure!(there != here, "{there}");
+    let nodes = (
+        world.compute_node(&served).await?,
+        world.compute_node(&client).await?,
+    );
+    ensure!(nodes.0 != nodes.1, "both are on {}", nodes.0);
+    connections(world, (&served, there), (&client, here)).await?;
+    endpoints(world, &client, there).await?;
+    namespaces(world, there).await?;
+    restarted_agent(world, &client, there).await?;
+    // A pod that is gone does not leave its clients waiting.
+    world.delete("server", Some(1)).await?;
+    world.wait_gone("server", SOON).await?;
+    wait_for("a refusal", SOON, async || {
+        let began = std::time::Instant::now();
+        let script = format!("wget -T 30 -qO- http://{there}/name");
+        let answer = inside(world, &client, &script).await?;
+        ensure!(answer.code != 0, "{answer}");
+        ensure!(is_unreachable(&answer), "{answer}");
+        ensure!(
+            began.elapsed() < Duration::from_secs(15),
+            "{:?}",
+            began.elapsed()
+        );
+        Ok(())
+    })
+    .await
+}
+
+async fn connections(
+    world: &World,
+    (server, there): (&str, Ipv4Addr),
+    (client, here): (&str, Ipv4Addr),
+) -> anyhow::Result<()> {
+    ensure!(gets(world, client, there, "name").await?.trim() == "server");
+    // Programs and the pod's own name lead to the same address.
+    ensure!(gets(world, client, there, "address").await?.trim() == there.to_string());
+    let named = inside(world, server, "hostname -i").await?;
+    ensure!(named.text().trim() == there.to_string(), "{named}");
+    let sums = [
+        inside(world, server, "md5sum </www/large").await?.text(),
+        inside(
+            world,
+            client,
+            &format!("wget -qO- http://{there}/large | md5sum"),
+        )
+        .await?
+        .text(),
+    ];
+    ensure!(sums[0] == sums[1] && !sums[0].is_empty(), "{sums:?}");
+    // A port on which nobody listens refuses, and so does one of the loopback interface.
+    for port in [79, 81] {
+        let refused = inside(
+            world,
+            client,
+            &format!("wget -T 20 -qO- http://{there}:{port}/"),
+        )
+        .await?;
+        ensure!(refused.stderr.contains("refused"), "{port}: {refused}");
+    }
+    let echo = inside(world, client, &format!("ping -c 1 -w 20 {there}")).await?;
+    ensure!(echo.code == 0, "{echo}");
+    // The server sees who has called.
+    let caller = gets(world, client, there, "cgi-bin/caller").await?;
+    ensure!(caller.contains(&here.to_string()), "{caller}");
+    Ok(())
+}
+
+/// Kubernetes' own controllers publish the pod's address for a headless Service, from which cluster DNS has its names. A Service with
+/// an address leads to it, too.
+async fn endpoints(world: &World, client: &str, there: Ipv4Addr) -> anyhow::Result<()> {
+    let label = world.kubectl(["label", "pod", "server", "app=web"]);
+    label.ok().await?;
+    let services: Api<Service> = world.api();
+    let object = json!({"metadata": {"name": "web"}, "spec": {"clusterIP": "None", "selector": {"app": "web"}, "ports": [{"port": 80}]}});
+    let service = serde_json::from_value(object)?;
+    services.create(&PostParams::default(), &service).await?;
+    let slices: Api<EndpointSlice> = world.api();
+    let of = ListParams::default().labels("kubernetes.io/service-name=web");
+    wait_for("the pod among the endpoints", SOON, async || {
+        let found = slices.list(&of).await?.items;
+        let endpoints = found
+            .iter()
+            .flat_map(|slice| slice.endpoints.iter().flatten());
+        let mut all = endpoints.flat_map(|endpoint| &endpoint.addresses);
+        ensure!(all.any(|one| *one == there.to_string()), "{found:?}");
+        Ok(())
+    })
+    .await?;
+    let object = json!({"metadata": {"name": "front"}, "spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]}});
+    let service = serde_json::from_value(object)?;
+    let created = services.create(&PostParams::default(), &service).await?;
+    let address = created.spec.and_then(|spec| spec.cluster_ip);
+    let address: Ipv4Addr = address.unwrap_or_default().parse()?;
+    ensure!(gets(world, client, address, "name").await? == "server");
+    // It is the same pod that calls.
+    let caller = gets(world, client, address, "cgi-bin/caller").await?;
+    let own = self::address(world, "client").await?;
+    ensure!(caller.contains(&own.to_string()), "{caller}");
+    Ok(())
+}
+
+/// Between namespaces the site decides.
+async fn namespaces(world: &World, there: Ipv4Addr) -> anyhow::Result<()> {
+    let other = World::new("mesh-other").await?;
+    let stranger = other.running(&waiting("stranger")).await?;
+    address(&other, "stranger").await?;
+    let script = format!("wget -T 30 -qO- http://{there}/name");
+    let denied = inside(&other, &stranger, &script).await?;
+    ensure!(denied.code != 0, "{denied}");
+    ensure!(is_unreachable(&denied), "{denied}");
+    pod_traffic(&other, "t-mesh-other-*:t-mesh-*").await?;
+    wait_for("an answer from the other namespace", POLICY, async || {
+        let answer = inside(&other, &stranger, &script).await?;
+        ensure!(answer.text() == "server", "{answer}");
+        Ok(())
+    })
+    .await?;
+    pod_traffic(&other, "").await?;
+    wait_for("no answer any more", POLICY, async || {
+        let answer = inside(&other, &stranger, &script).await?;
+        ensure!(answer.code != 0 && is_unreachable(&answer), "{answer}");
+        Ok(())
+    })
+    .await?;
+    ensure!(world.namespace != other.namespace, "{}", world.namespace);
+    other.finish().await
+}
+
+fn is_unreachable(answer: &Output) -> bool {
+    let texts = ["unreachable", "No route to host"];
+    texts.iter().any(|text| answer.stderr.contains(text))
+}
+
+/// Pods keep their addresses, and reach each other while there is no agent.
+async fn restarted_agent(world: &World, client: &str, there: Ipv4Addr) -> anyhow::Result<()> {
+    // Exec needs the agent: the client tries by itself meanwhile.
+    let script = format!(
+        "rm -f /tmp/end /tmp/failed; (until [ -e /tmp/end ]; do wget -T 20 -qO /dev/null http://{there}/name || echo x >>/tmp/failed; done) \
+         >/dev/null 2>&1 </dev/null &"
+    );
+    inside(world, client, &script).await?;
+    world.service("agent.sh", "kill").ok().await?;
+    world
+        .service("agent.sh", "up")
+        .deadline(SCRIPT)
+        .ok()
+        .await?;
+    ensure!(gets(world, client, there, "name").await? == "server");
+    let failed = inside(world, client, "touch /tmp/end; cat /tmp/failed").await?;
+    ensure!(failed.text().is_empty(), "{failed}");
+    ensure!(address(world, "server").await? == there);
+    Ok(())
+}
