@@ -114,7 +114,25 @@ async fn pods_reach_each_other_at_addresses_of_their_own() -> anyhow::Result<()>
     world.finish().await
 }
 
+/// A pod in the network of its node has the node's address.
+async fn in_the_nodes_network(world: &World) -> anyhow::Result<()> {
+    let pod = PodBuilder::new("host")
+        .spec("hostNetwork", json!(true))
+        .command(["sleep", "3600"]);
+    world.running(&pod).await?;
+    let the_nodes = |pod: &Pod| {
+        let status = pod.status.as_ref()?;
+        (status.pod_ip.is_some() && status.pod_ip == status.host_ip).then_some(())
+    };
+    world
+        .wait_for_state("host", "it has the node's address", SOON, the_nodes)
+        .await?;
+    world.delete("host", Some(0)).await?;
+    world.wait_gone("host", SOON).await
+}
+
 async fn check(world: &World) -> anyhow::Result<()> {
+    in_the_nodes_network(world).await?;
     let served = world.running(&server("server")).await?;
     let client = world.running(&waiting("client")).await?;
     let there = address(world, "server").await?;

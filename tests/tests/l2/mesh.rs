@@ -6,10 +6,10 @@ use std::time::Duration;
 use anyhow::ensure;
 use knoc_proto::pb;
 use knoc_tests::{
-    site::{Kubelet, NODE, Options, Pod, Site, container},
+    site::{Kubelet, Options, Pod, Site, container},
     wait_for,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(40);
 const OWN: (&str, &str) = ("KNOC_NODE_POD_IP", "own");
@@ -17,13 +17,6 @@ const OWN: (&str, &str) = ("KNOC_NODE_POD_IP", "own");
 fn sleeper(kubelet: &Kubelet, name: &str) -> anyhow::Result<String> {
     let main = json!({"name": "main", "image": "none", "command": ["sleep", "600"]});
     kubelet.create_pod(name, json!({"containers": [main]}))
-}
-
-/// A node that was there before the kubelet, with this range in the cluster's plan of addresses.
-fn node(kubelet: &Kubelet, range: &str) -> anyhow::Result<Value> {
-    let spec = json!({"podCIDR": range, "podCIDRs": [range]});
-    let node = json!({"metadata": {"name": NODE, "labels": {}}, "spec": spec, "status": {}});
-    kubelet.api.create("v1", "nodes", "", node)
 }
 
 #[tokio::test]
@@ -44,27 +37,6 @@ async fn a_pod_waits_for_a_range_of_addresses_and_says_where_it_is_set() -> anyh
     let _process = kubelet.start(&site, &[OWN, range]).await?;
     kubelet.phase("waits", "Running", SOON).await?;
     Ok(())
-}
-
-#[tokio::test]
-async fn a_pod_in_the_nodes_network_has_the_nodes_address() -> anyhow::Result<()> {
-    let (site, _agent, _) = Site::start(Options::default()).await?;
-    let kubelet = Kubelet::prepare(&site).await?;
-    node(&kubelet, "10.244.7.0/24")?;
-    let _process = kubelet.start(&site, &[OWN]).await?;
-    sleeper(&kubelet, "host")?;
-    kubelet.phase("host", "Running", SOON).await?;
-    wait_for("the address", SOON, async || {
-        let pod = kubelet.api.get("v1", "pods", "default", "host");
-        let status = pod.map_err(|error| error.to_string())?["status"].clone();
-        let (host, pod) = (&status["hostIP"], &status["podIP"]);
-        if host.is_string() && host == pod {
-            Ok(())
-        } else {
-            Err(status.to_string())
-        }
-    })
-    .await
 }
 
 #[tokio::test]
