@@ -228,8 +228,8 @@ impl Session<'_> {
         let member = self.look(address);
         let present = member.state() == MeshMemberState::Present;
         let takes_part = self.registered.is_some() && self.tunnels.len() < CARRIED;
-        let to = self.mesh.client(address);
-        let Some(to) = to.filter(|_| present && takes_part) else {
+        let to = self.mesh.client(address).filter(|_| present && takes_part);
+        let Some((to, place)) = to.and_then(|to| Some((to, self.mesh.carried()?))) else {
             tracing::debug!(uid = %self.shim.uid, %address, "a tunnel is not carried");
             return;
         };
@@ -238,6 +238,7 @@ impl Session<'_> {
             if let Err(status) = carry(from, to, address).await {
                 tracing::debug!(%uid, %address, error = status.message(), "a tunnel that is carried has ended");
             }
+            drop(place);
         });
     }
 
@@ -480,6 +481,30 @@ mod tests {
         assert_eq!(session.tunnels.len(), 1);
         drop(registered);
         assert!(mesh.client(OTHER).is_none());
+    }
+
+    #[tokio::test]
+    async fn the_tunnels_that_are_carried_for_all_shims_together_are_bounded() {
+        let (mesh, shim) = (mesh(), shim());
+        let (mut session, _sent) = session(&mesh, &shim, Some(OWN));
+        session.answer(endpoint("10.0.0.3:4001")).await.unwrap();
+        let place = "10.0.0.7:4001".parse().unwrap();
+        let other = mesh.register(&uid("b"), ("shop", "key-b"), place).unwrap();
+        mesh.lend(&other, shim.client.clone());
+        let carry = || pb::MeshQuestion {
+            question: Some(Question::Carry(OTHER.to_string())),
+        };
+        let mut others: Vec<_> = std::iter::from_fn(|| mesh.carried()).collect();
+        session.answer(carry()).await.unwrap();
+        assert_eq!(session.tunnels.len(), 0);
+        drop(others.pop());
+        session.answer(carry()).await.unwrap();
+        assert_eq!(session.tunnels.len(), 1);
+        assert!(mesh.carried().is_none());
+        // It ends, because nobody is at the other end.
+        let ended = session.tunnels.join_next().await;
+        ended.unwrap().unwrap();
+        assert!(mesh.carried().is_some());
     }
 
     #[tokio::test]
