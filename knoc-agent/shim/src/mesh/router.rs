@@ -106,6 +106,7 @@ impl Router {
 
     /// Task: runs until it is dropped.
     pub(crate) async fn run(self) {
+        self.bar().await;
         let own = self.address().await;
         let mut told = false;
         let (up, endpoint) = loop {
@@ -129,10 +130,19 @@ impl Router {
             error = self.keep_routes() => error,
         };
         self.mesh.endpoint.send_replace(None);
+        self.bar().await;
         self.note(format!(
             "the pod is not reached at {own} any more: its interface has failed: {error}"
         ))
         .await;
+    }
+
+    /// As long as there is no interface, packets to other pods must not leave over the networks of the compute node, where somebody else
+    /// may have their addresses.
+    async fn bar(&self) {
+        if let Err(error) = self.private.bar(self.range).await {
+            tracing::warn!(range = %self.range, %error, "what the pod sends to other pods may leave over the networks of the node");
+        }
     }
 
     /// Waits for the pod's address. Containers wait, too, for a while: one may become free, and the agent may be back soon.
