@@ -285,7 +285,7 @@ mod tests {
             ("10.96.0.0/12", true),
             ("10.96.7.0/24", true),
             ("10.97.0.0/16", false),
-            ("0.0.0.0/0", true),
+            ("0.0.0.0/1", true),
             ("fd00::/8", false),
         ] {
             let other: egress::Range = text.parse().unwrap();

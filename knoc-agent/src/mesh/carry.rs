@@ -51,7 +51,7 @@ pub(super) async fn carry(
         let near = End::open(&mut from, address.to_string()).await?;
         Ok::<_, Status>((far, near))
     };
-    let opened = timeout(OPENING, opening).await;
+    let opened = timeout(OPENING, Box::pin(opening)).await;
     let (mut far, mut near) =
         opened.map_err(|_| Status::deadline_exceeded("a shim did not open its end in time"))??;
     tokio::select! {
