@@ -21,6 +21,7 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use knoc_link::{
     Connection, Incoming, Peer,
+    admission::Bounds,
     pinned::{self, KeyPair},
 };
 use knoc_proto::error::chain;
@@ -55,6 +56,13 @@ const WAIT: Duration = Duration::from_mins(1);
 const AGAIN: Duration = Duration::from_secs(30);
 /// How many tunnels that the agent carries may wait to be taken.
 const ARRIVALS: usize = 16;
+/// How many connections may be open without a byte, in their handshake, and [`super::unproven`]. Strangers can open them all, and their
+/// memory is that of the pod's job; half of them may be from one node, whose pods may all begin at once.
+const BOUNDS: Bounds = Bounds {
+    silent: 256,
+    handshakes: 256,
+    finished: 256,
+};
 /// How many packets are read before other work is done.
 const BATCH: usize = 64;
 
@@ -221,7 +229,8 @@ impl Router {
         let read = tokio::task::spawn_blocking(move || KeyPair::from_files(&certificate, &key));
         let pair = read.await.map_err(|error| chain(&error))?;
         let pair = pair.map_err(|error| chain(&error))?;
-        let listening = pinned::listen(SocketAddr::new(node, 0), pair.clone()).await;
+        let here = SocketAddr::new(node, 0);
+        let listening = pinned::listen_within(here, pair.clone(), BOUNDS).await;
         let incoming = listening.map_err(|error| chain(&error))?;
         let endpoint = incoming.local_addr();
         let endpoint = endpoint.ok_or_else(|| "the listener has no address".to_owned())?;
