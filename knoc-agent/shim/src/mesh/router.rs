@@ -56,8 +56,8 @@ const WAIT: Duration = Duration::from_mins(1);
 const AGAIN: Duration = Duration::from_secs(30);
 /// How many tunnels that the agent carries may wait to be taken.
 const ARRIVALS: usize = 16;
-/// How many connections may be open without a byte, in their handshake, and [`super::unproven`]. Strangers can open them all, and their
-/// memory is that of the pod's job; half of them may be from one node, whose pods may all begin at once.
+/// How many connections may be open without a byte, and how many in their handshake; those after it are bounded by
+/// [`super::unproven`]. Strangers can open them all, and their memory is that of the pod's job. The pods of a node may all begin at once.
 const BOUNDS: Bounds = Bounds {
     silent: 256,
     handshakes: 256,
