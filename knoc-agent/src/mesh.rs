@@ -171,6 +171,11 @@ impl Mesh {
         Arc::clone(&self.0.carried).try_acquire_owned().ok()
     }
 
+    /// Whether more than half of these places are taken, so that a pod should not have many.
+    fn is_crowded(&self) -> bool {
+        self.0.carried.available_permits() < CARRIED / 2
+    }
+
     /// Between which namespaces pods reach each other now.
     fn permitted(&self) -> NamespacePairs {
         self.0.policy.now().pod_traffic()

@@ -36,6 +36,8 @@ const POLICY: Duration = Duration::from_secs(10);
 const SETTLE: Duration = Duration::from_millis(50);
 /// How many tunnels are carried for one shim that asks: each takes streams of two links.
 const CARRIED: usize = 32;
+/// The same while those of all shims take up more than half of what there is, so that a few pods leave some to the others.
+const SHARE: usize = 4;
 /// How much of a wrong text an error shows.
 const SHOWN: usize = 80;
 /// The pause after the call has ended although the link is up, and before a pod without an address is tried again.
@@ -227,7 +229,12 @@ impl Session<'_> {
     fn carry(&mut self, address: Ipv4Addr) {
         let member = self.look(address);
         let present = member.state() == MeshMemberState::Present;
-        let takes_part = self.registered.is_some() && self.tunnels.len() < CARRIED;
+        let most = if self.mesh.is_crowded() {
+            SHARE
+        } else {
+            CARRIED
+        };
+        let takes_part = self.registered.is_some() && self.tunnels.len() < most;
         let to = self.mesh.client(address).filter(|_| present && takes_part);
         let Some((to, place)) = to.and_then(|to| Some((to, self.mesh.carried()?))) else {
             tracing::debug!(uid = %self.shim.uid, %address, "a tunnel is not carried");
@@ -497,6 +504,15 @@ mod tests {
         let mut others: Vec<_> = std::iter::from_fn(|| mesh.carried()).collect();
         session.answer(carry()).await.unwrap();
         assert_eq!(session.tunnels.len(), 0);
+        // With half of them free, a pod does not get all of these.
+        let half = others.split_off(others.len() / 2 + 1);
+        drop(half);
+        for _ in 0..=SHARE {
+            session.answer(carry()).await.unwrap();
+        }
+        assert_eq!(session.tunnels.len(), SHARE);
+        while session.tunnels.join_next().await.is_some() {}
+        others.extend(std::iter::from_fn(|| mesh.carried()));
         drop(others.pop());
         session.answer(carry()).await.unwrap();
         assert_eq!(session.tunnels.len(), 1);
