@@ -174,6 +174,11 @@ impl Session<'_> {
         match question.question {
             Some(Question::Endpoint(text)) => self.take_part(&text),
             Some(Question::Ask(text)) => {
+                if self.address.is_none() {
+                    // Whoever has the key of a pod that has ended does not learn where others are.
+                    let message = "a pod without an address reaches no others";
+                    return Err(ErrorReason::InvalidRequest.status(message));
+                }
                 let address = parsed(&text)?;
                 if self.asked.len() >= MAX_ASKED && !self.asked.contains_key(&address) {
                     let message = format!("a shim asks for at most {MAX_ASKED} addresses");
@@ -424,6 +429,8 @@ mod tests {
                 .message()
                 .contains("without an address")
         );
+        let refused = without.answer(ask(OTHER)).await;
+        assert!(refused.unwrap_err().message().contains("reaches no others"));
         let (mut with, _sent) = session(&mesh, &shim, Some(OWN));
         let refused = with.answer(endpoint("127.0.0.1:22")).await;
         assert!(refused.unwrap_err().message().contains("127.0.0.1:22"));
