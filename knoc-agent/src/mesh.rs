@@ -29,7 +29,10 @@ use knoc_proto::{
     mesh::{MAX_RANGES, NamespacePairs, PodRange},
     pb::{self, MeshMemberState, shim_client::ShimClient},
 };
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    time::Instant,
+};
 use tonic::transport::Channel;
 
 use self::{
@@ -39,6 +42,9 @@ use self::{
 use crate::policy::Live;
 
 pub(crate) use self::{addresses::Exhausted, shim::Shim};
+
+/// How many tunnels are carried for all shims: each has buffers here, and takes streams of two links.
+const CARRIED: usize = 1024;
 
 /// The client of a shim.
 type Client = ShimClient<RawClient<Channel>>;
@@ -53,6 +59,8 @@ struct Shared {
     members: Mutex<Members>,
     /// The shims that are present, each with the number of its link.
     clients: Mutex<HashMap<Ipv4Addr, (u64, Client)>>,
+    /// The tunnels that may still be carried.
+    carried: Arc<Semaphore>,
     /// Grows with every change of `members`, and of the ranges of `addresses`.
     changes: watch::Sender<u64>,
     /// The number of the newest link of a shim.
@@ -68,6 +76,7 @@ impl Mesh {
             addresses: Mutex::new(Addresses::new(seed)),
             members: Mutex::default(),
             clients: Mutex::default(),
+            carried: Arc::new(Semaphore::new(CARRIED)),
             changes: watch::Sender::new(0),
             newest: AtomicU64::new(0),
             policy,
@@ -155,6 +164,16 @@ impl Mesh {
     fn client(&self, address: Ipv4Addr) -> Option<Client> {
         let clients = lock(&self.0.clients);
         clients.get(&address).map(|(_, client)| client.clone())
+    }
+
+    /// A place for one more tunnel that is carried, until it is dropped. `None` if there are too many.
+    fn carried(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.0.carried).try_acquire_owned().ok()
+    }
+
+    /// Whether more than half of these places are taken, so that a pod should not have many.
+    fn is_crowded(&self) -> bool {
+        self.0.carried.available_permits() < CARRIED / 2
     }
 
     /// Between which namespaces pods reach each other now.

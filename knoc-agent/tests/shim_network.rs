@@ -241,7 +241,16 @@ const POD_B: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 7);
 /// The packets of a pod with this address; `None` on a host where nobody may create such interfaces.
 fn mesh(helper: &mut Helper, address: Ipv4Addr) -> Option<OwnedFd> {
     helper.create();
-    let range = json!({"first": "10.200.0.0", "prefix": 16});
+    interface(helper, address)
+}
+
+fn pod_range() -> Value {
+    json!({"first": "10.200.0.0", "prefix": 16})
+}
+
+/// The same in the network that the helper has created already.
+fn interface(helper: &mut Helper, address: Ipv4Addr) -> Option<OwnedFd> {
+    let range = pod_range();
     let (answer, mut fds) = helper.ask(&json!({"Mesh": {"address": address, "range": range}}));
     if let Some(why) = answer["Failed"]["why"].as_str() {
         eprintln!("no interface: {why}");
@@ -307,4 +316,26 @@ fn pods_reach_each_other_at_their_own_addresses_on_any_port() {
     own.unwrap();
     a.end();
     b.end();
+}
+
+#[test]
+fn a_pod_without_an_address_sends_nothing_for_other_pods_to_other_networks() {
+    let mut pod = Helper::start();
+    pod.create();
+    let (answer, _) = pod.ask(&json!({"MeshBar": pod_range()}));
+    assert_eq!(answer, json!("Done"));
+    let there = SocketAddrV4::new(POD_B, 80);
+    let refused = connect(pod.client(), &there).unwrap_err();
+    assert_eq!(refused, rustix::io::Errno::HOSTUNREACH);
+    // The interface takes the place of the route.
+    if let Some(_packets) = interface(&mut pod, POD_A) {
+        let begun = connect(pod.tcp(), &there).unwrap_err();
+        assert_eq!(begun, rustix::io::Errno::INPROGRESS);
+        // It goes back if the interface is lost.
+        let (answer, _) = pod.ask(&json!({"MeshBar": pod_range()}));
+        assert_eq!(answer, json!("Done"));
+        let refused = connect(pod.client(), &there).unwrap_err();
+        assert_eq!(refused, rustix::io::Errno::HOSTUNREACH);
+    }
+    pod.end();
 }

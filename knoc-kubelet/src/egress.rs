@@ -338,7 +338,9 @@ impl Connections {
 
     /// Tells the node what keeps pods from the cluster, as far as that is news.
     fn tell_node(&mut self) {
-        for message in self.troubles.news(self.cluster.troubles()) {
+        let mut troubles = self.cluster.troubles();
+        troubles.extend(self.hidden_services());
+        for message in self.troubles.news(troubles) {
             tracing::warn!("{message}");
             let object = about_node(&self.setup.node);
             let note = Note::warning(object, "EgressUnavailable", message);

@@ -113,6 +113,13 @@ impl PodRange {
         )
     }
 
+    /// Is an address in both this range and that one?
+    #[must_use]
+    pub fn meets(self, other: &egress::Range) -> bool {
+        let other = other.ipv4();
+        other.is_some_and(|(address, prefix)| self.overlaps(Self::new(address, prefix)))
+    }
+
     fn overlaps(self, other: Self) -> bool {
         let common = mask(self.prefix.min(other.prefix));
         self.first & common == other.first & common
@@ -268,6 +275,21 @@ mod tests {
                 error.contains(why) && error.contains("10.200.0.0/16"),
                 "{text}: {error}"
             );
+        }
+    }
+
+    #[test]
+    fn a_range_meets_another_one_if_an_address_is_in_both() {
+        let range: PodRange = "10.96.0.0/16".parse().unwrap();
+        for (text, expected) in [
+            ("10.96.0.0/12", true),
+            ("10.96.7.0/24", true),
+            ("10.97.0.0/16", false),
+            ("0.0.0.0/1", true),
+            ("fd00::/8", false),
+        ] {
+            let other: egress::Range = text.parse().unwrap();
+            assert_eq!(range.meets(&other), expected, "{text}");
         }
     }
 

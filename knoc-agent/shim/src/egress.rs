@@ -247,12 +247,8 @@ impl Egress {
         let Some(taker) = self.withdraw(redirect.id) else {
             return;
         };
-        let address: Option<Ipv4Addr> = redirect.address.parse().ok();
-        let port = u16::try_from(redirect.port).ok().filter(|port| *port > 0);
         let inside = self.inside.get();
-        let is_pod = |address: &Ipv4Addr| inside.is_some_and(|it| it.mesh.reaches(*address));
-        if let Some((address, port)) = address.filter(is_pod).zip(port) {
-            let pod = SocketAddrV4::new(address, port);
+        if let Some(pod) = inside.and_then(|inside| other_pod(redirect, &inside.mesh)) {
             // The container may have given up.
             taker.send(Settled::Redirected(pod)).ok();
         }
@@ -321,6 +317,15 @@ impl Egress {
             }
         }
     }
+}
+
+/// The pod to which a redirection leads. `None` if its address cannot be that of a pod, or as long as this pod has none itself: what it
+/// sent there would go to the networks of the compute node.
+fn other_pod(redirect: &pb::EgressRedirect, mesh: &Mesh) -> Option<SocketAddrV4> {
+    let address: Ipv4Addr = redirect.address.parse().ok()?;
+    let port = u16::try_from(redirect.port).ok()?;
+    let is_pod = port > 0 && mesh.is_up() && mesh.reaches(address);
+    is_pod.then(|| SocketAddrV4::new(address, port))
 }
 
 /// A call of `WatchEgress` that is followed.

@@ -111,6 +111,11 @@ impl Mesh {
         self.ranges.borrow().iter().any(|one| one.contains(address))
     }
 
+    /// Does the pod have its address, and the interface that leads to other pods?
+    pub(crate) fn is_up(&self) -> bool {
+        self.endpoint.borrow().is_some()
+    }
+
     /// Is every address of this range that of a pod?
     pub(crate) fn covers(&self, range: Range) -> bool {
         let covers = |one: &Range| one.prefix <= range.prefix && one.contains(range.first);
@@ -282,6 +287,17 @@ impl Mesh {
             mesh: Arc::clone(self),
             address,
         })
+    }
+}
+
+#[cfg(test)]
+impl Mesh {
+    /// The mesh of a pod of this range, which has its address or has none yet.
+    pub(crate) fn fixture(range: &str, is_up: bool) -> Arc<Self> {
+        let mesh = Self::with(Range::parse(range));
+        let endpoint = SocketAddr::from(([10, 0, 0, 7], 4001));
+        mesh.endpoint.send_replace(is_up.then_some(endpoint));
+        mesh
     }
 }
 

@@ -147,6 +147,11 @@ impl Private {
         self.holder.edge_socket(kind).await
     }
 
+    /// Has what the pod sends to this range, of which pods have addresses, go nowhere as long as it has none itself.
+    pub(crate) async fn bar(&self, range: Range) -> io::Result<()> {
+        self.holder.bar(range).await
+    }
+
     /// Gives the pod this address, at which the pods of `range` reach it. The result has the packets that they exchange.
     pub(crate) async fn join(&self, address: Ipv4Addr, range: Range) -> io::Result<OwnedFd> {
         let packets = self.holder.mesh(address, range).await?;

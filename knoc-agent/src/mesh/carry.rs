@@ -3,10 +3,10 @@
 //! The bytes are TLS between the two shims, which compare each other's keys as on any tunnel. The agent has looked only whether
 //! they may reach each other, and copies, with back-pressure, until either side ends.
 
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, time::Duration};
 
 use knoc_proto::pb::{self, mesh_bytes::Content};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
@@ -14,6 +14,9 @@ use super::Client;
 
 /// How many messages may wait for a slow shim.
 const WAITING: usize = 4;
+
+/// How long both shims may take to open their ends. The one that has asked waits no longer.
+const OPENING: Duration = Duration::from_secs(10);
 
 /// One shim's end of the tunnel.
 struct End {
@@ -43,8 +46,14 @@ pub(super) async fn carry(
     mut to: Client,
     address: Ipv4Addr,
 ) -> Result<(), Status> {
-    let mut far = End::open(&mut to, String::new()).await?;
-    let mut near = End::open(&mut from, address.to_string()).await?;
+    let opening = async {
+        let far = End::open(&mut to, String::new()).await?;
+        let near = End::open(&mut from, address.to_string()).await?;
+        Ok::<_, Status>((far, near))
+    };
+    let opened = timeout(OPENING, Box::pin(opening)).await;
+    let (mut far, mut near) =
+        opened.map_err(|_| Status::deadline_exceeded("a shim did not open its end in time"))??;
     tokio::select! {
         ended = copy(&mut near.input, &far.output) => ended,
         ended = copy(&mut far.input, &near.output) => ended,
@@ -63,4 +72,28 @@ async fn copy(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use knoc_link::bulk::RawClient;
+    use knoc_proto::pb::shim_client::ShimClient;
+    use tonic::transport::Endpoint;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_shim_that_never_answers_keeps_no_place() {
+        // The kernel takes the connections, and nobody says anything.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", silent.local_addr().unwrap());
+        let client = || {
+            let endpoint = Endpoint::from_shared(address.clone()).unwrap();
+            ShimClient::new(RawClient::new(endpoint.connect_lazy()))
+        };
+        let carried = carry(client(), client(), Ipv4Addr::new(10, 200, 0, 7));
+        let carried = timeout(Duration::from_mins(1), carried).await;
+        let status = carried.expect("it waits for ever").unwrap_err();
+        assert_eq!(status.code(), tonic::Code::DeadlineExceeded, "{status}");
+    }
 }

@@ -36,6 +36,8 @@ const POLICY: Duration = Duration::from_secs(10);
 const SETTLE: Duration = Duration::from_millis(50);
 /// How many tunnels are carried for one shim that asks: each takes streams of two links.
 const CARRIED: usize = 32;
+/// The same while those of all shims take up more than half of what there is, so that a few pods leave some to the others.
+const SHARE: usize = 4;
 /// How much of a wrong text an error shows.
 const SHOWN: usize = 80;
 /// The pause after the call has ended although the link is up, and before a pod without an address is tried again.
@@ -172,6 +174,11 @@ impl Session<'_> {
         match question.question {
             Some(Question::Endpoint(text)) => self.take_part(&text),
             Some(Question::Ask(text)) => {
+                if self.address.is_none() {
+                    // Whoever has the key of a pod that has ended does not learn where others are.
+                    let message = "a pod without an address reaches no others";
+                    return Err(ErrorReason::InvalidRequest.status(message));
+                }
                 let address = parsed(&text)?;
                 if self.asked.len() >= MAX_ASKED && !self.asked.contains_key(&address) {
                     let message = format!("a shim asks for at most {MAX_ASKED} addresses");
@@ -227,9 +234,14 @@ impl Session<'_> {
     fn carry(&mut self, address: Ipv4Addr) {
         let member = self.look(address);
         let present = member.state() == MeshMemberState::Present;
-        let takes_part = self.registered.is_some() && self.tunnels.len() < CARRIED;
-        let to = self.mesh.client(address);
-        let Some(to) = to.filter(|_| present && takes_part) else {
+        let most = if self.mesh.is_crowded() {
+            SHARE
+        } else {
+            CARRIED
+        };
+        let takes_part = self.registered.is_some() && self.tunnels.len() < most;
+        let to = self.mesh.client(address).filter(|_| present && takes_part);
+        let Some((to, place)) = to.and_then(|to| Some((to, self.mesh.carried()?))) else {
             tracing::debug!(uid = %self.shim.uid, %address, "a tunnel is not carried");
             return;
         };
@@ -238,6 +250,7 @@ impl Session<'_> {
             if let Err(status) = carry(from, to, address).await {
                 tracing::debug!(%uid, %address, error = status.message(), "a tunnel that is carried has ended");
             }
+            drop(place);
         });
     }
 
@@ -416,6 +429,8 @@ mod tests {
                 .message()
                 .contains("without an address")
         );
+        let refused = without.answer(ask(OTHER)).await;
+        assert!(refused.unwrap_err().message().contains("reaches no others"));
         let (mut with, _sent) = session(&mesh, &shim, Some(OWN));
         let refused = with.answer(endpoint("127.0.0.1:22")).await;
         assert!(refused.unwrap_err().message().contains("127.0.0.1:22"));
@@ -480,6 +495,39 @@ mod tests {
         assert_eq!(session.tunnels.len(), 1);
         drop(registered);
         assert!(mesh.client(OTHER).is_none());
+    }
+
+    #[tokio::test]
+    async fn the_tunnels_that_are_carried_for_all_shims_together_are_bounded() {
+        let (mesh, shim) = (mesh(), shim());
+        let (mut session, _sent) = session(&mesh, &shim, Some(OWN));
+        session.answer(endpoint("10.0.0.3:4001")).await.unwrap();
+        let place = "10.0.0.7:4001".parse().unwrap();
+        let other = mesh.register(&uid("b"), ("shop", "key-b"), place).unwrap();
+        mesh.lend(&other, shim.client.clone());
+        let carry = || pb::MeshQuestion {
+            question: Some(Question::Carry(OTHER.to_string())),
+        };
+        let mut others: Vec<_> = std::iter::from_fn(|| mesh.carried()).collect();
+        session.answer(carry()).await.unwrap();
+        assert_eq!(session.tunnels.len(), 0);
+        // With half of them free, a pod does not get all of these.
+        let half = others.split_off(others.len() / 2 + 1);
+        drop(half);
+        for _ in 0..=SHARE {
+            session.answer(carry()).await.unwrap();
+        }
+        assert_eq!(session.tunnels.len(), SHARE);
+        while session.tunnels.join_next().await.is_some() {}
+        others.extend(std::iter::from_fn(|| mesh.carried()));
+        drop(others.pop());
+        session.answer(carry()).await.unwrap();
+        assert_eq!(session.tunnels.len(), 1);
+        assert!(mesh.carried().is_none());
+        // It ends, because nobody is at the other end.
+        let ended = session.tunnels.join_next().await;
+        ended.unwrap().unwrap();
+        assert!(mesh.carried().is_some());
     }
 
     #[tokio::test]

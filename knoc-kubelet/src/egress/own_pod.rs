@@ -13,6 +13,22 @@ use tokio::sync::mpsc;
 use super::{Connections, control, decide, target};
 
 impl Connections {
+    /// What is wrong with the range of the pods' addresses: it hides Services from the pods. `None` if nothing is known to be.
+    pub(super) fn hidden_services(&self) -> Option<String> {
+        let range = self.setup.unit.own_range()?;
+        let hidden = self.cluster.look(|state| {
+            let mut services = state.around.service_ranges.iter();
+            services
+                .find(|one| range.meets(one))
+                .map(ToString::to_string)
+        });
+        let hidden = hidden.flatten()?;
+        Some(format!(
+            "the range {range} of the pods' own addresses has addresses of the cluster's Services in it ({hidden}), which pods do not reach: \
+             choose another range (spec.podCIDR of the Node, or node.podRange of the kubelet)"
+        ))
+    }
+
     /// Sends the connection back if it leads to a pod of the node. Returns whether it does.
     pub(super) fn send_back(
         &self,

@@ -149,6 +149,21 @@ async fn a_connection_to_a_pod_of_the_node_is_sent_back_and_never_dialled_from_h
     assert_eq!(counted.refused, [(Reason::Endpoint, 2)].into());
 }
 
+#[tokio::test]
+async fn a_range_of_pods_that_hides_services_is_named() {
+    let mut connections = of(&[], &[]);
+    assert_eq!(connections.hidden_services(), None);
+    let unit = |pod_ip| Arc::new(Unit::fixture(pod_ip, Some("10.96.0.0/16")));
+    connections.setup.unit = unit(PodIp::Own);
+    let named = connections.hidden_services().unwrap();
+    assert!(
+        named.contains("10.96.0.0/16") && named.contains("10.96.0.0/12"),
+        "{named}"
+    );
+    connections.setup.unit = unit(PodIp::None);
+    assert_eq!(connections.hidden_services(), None);
+}
+
 #[test]
 fn two_pods_with_many_connections_leave_room_for_others() {
     has_room(OF_ONE - 1, OF_ONE - 1).unwrap();

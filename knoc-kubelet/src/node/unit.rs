@@ -101,12 +101,17 @@ impl Unit {
         self.range.borrow().or(self.identity.pod_range)
     }
 
+    /// The range of the pods' own addresses, if they are to have any.
+    pub(crate) fn own_range(&self) -> Option<PodRange> {
+        self.pod_range()
+            .filter(|_| self.identity.pod_ip == PodIp::Own)
+    }
+
     /// Is this the address of a pod's own, at which nobody but pods of the node reach it?
     pub(crate) fn is_own_pod(&self, address: IpAddr) -> bool {
-        let range = self.pod_range();
-        match (self.identity.pod_ip, range, address) {
-            (PodIp::Own, Some(range), IpAddr::V4(address)) => range.contains(address),
-            (PodIp::Own | PodIp::Node | PodIp::None, ..) => false,
+        match (self.own_range(), address) {
+            (Some(range), IpAddr::V4(address)) => range.contains(address),
+            (Some(_), IpAddr::V6(_)) | (None, _) => false,
         }
     }
 

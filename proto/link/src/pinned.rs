@@ -123,15 +123,25 @@ impl KeyPair {
 }
 
 /// Listens on `addr`. Each connection has the pin of the key that its peer proved to hold as its [`Peer::Pinned`].
+pub async fn listen(addr: SocketAddr, pair: KeyPair) -> Result<Incoming, LinkError> {
+    listen_within(addr, pair, Bounds::own()).await
+}
+
+/// The same within these bounds, for a process that has less memory than its limit of open files suggests. How many connections are
+/// open after their handshakes is the caller's to bound.
 #[expect(
     clippy::unused_async,
     reason = "a listener needs a runtime, which only an async function is sure to have"
 )]
-pub async fn listen(addr: SocketAddr, pair: KeyPair) -> Result<Incoming, LinkError> {
+pub async fn listen_within(
+    addr: SocketAddr,
+    pair: KeyPair,
+    bounds: Bounds,
+) -> Result<Incoming, LinkError> {
     let carrier = Carrier::Tcp(addr.to_string());
     let failed = |source| LinkError::Listen { carrier, source };
     let listener = tcp::Listener::bind(addr).map_err(failed)?;
-    let accept = Accept::new(listener, Bounds::own(), move |connection| {
+    let accept = Accept::new(listener, bounds, move |connection| {
         let pair = pair.clone();
         Box::pin(async move {
             let accepted = accept(connection, &pair).await;

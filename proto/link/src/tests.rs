@@ -462,6 +462,29 @@ async fn a_key_that_is_not_the_pinned_one_is_rejected() {
     );
 }
 
+#[tokio::test]
+async fn a_listener_may_have_smaller_bounds_than_its_process() {
+    let pair = pinned::KeyPair::generate("x").unwrap();
+    // Three of the silent ones may be of one source.
+    let bounds = admission::Bounds {
+        silent: 4,
+        handshakes: 4,
+        finished: 4,
+    };
+    let listening = pinned::listen_within(([127, 0, 0, 1], 0).into(), pair, bounds);
+    let mut incoming = listening.await.unwrap();
+    let target = incoming.local_addr().unwrap();
+    let mut server = JoinSet::new();
+    server.spawn(async move { while incoming.next().await.is_some() {} });
+    let mut silent = Vec::new();
+    for _ in 0..4 {
+        silent.push(tokio::net::TcpStream::connect(target).await.unwrap());
+    }
+    // Sooner than one is closed that only stays silent.
+    let oldest = tokio::time::timeout(Duration::from_secs(4), silent[0].read_u8()).await;
+    assert!(oldest.unwrap().is_err(), "it is closed for the newest one");
+}
+
 #[test]
 fn a_pinned_pair_is_read_back_from_its_files() {
     let pair = pinned::KeyPair::generate("x").unwrap();

@@ -247,6 +247,8 @@ impl Resolver {
         let Some(asked) = self.pending.answered(flow, message) else {
             return;
         };
+        // An older flow may have waited in vain until the link was back, while a newer one works.
+        self.refused = None;
         if let Some(question) = &asked.question {
             self.cache.keep(question, message, Instant::now());
         }

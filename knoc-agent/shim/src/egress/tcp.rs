@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use knoc_link::{bulk::Messages, reset};
+use knoc_link::{bulk::Messages, carrier::tcp::keep_alive, reset};
 use knoc_proto::{
     CHUNK,
     pb::{EgressInput, EgressOutput, egress_input::Input, egress_output},
@@ -90,9 +90,16 @@ async fn to_pod(stream: &mut TcpStream, head: &[u8], pod: SocketAddrV4, egress: 
         return false;
     };
     let connecting = inside.network.connect(pod.into());
-    let Ok(Ok(other)) = timeout(PATIENCE, connecting).await else {
-        return false;
-    };
+    match timeout(PATIENCE, connecting).await {
+        Ok(Ok(other)) => join(stream, head, other).await,
+        Ok(Err(_)) | Err(_) => false,
+    }
+}
+
+/// Copies between the connection and that to another pod, `head` first. Returns whether both directions have ended.
+pub(super) async fn join(stream: &mut TcpStream, head: &[u8], other: TcpStream) -> bool {
+    // The container cannot find out itself that the pod has gone: what it asks the other side is answered here.
+    keep_alive(&other);
     let mut other = Guarded::new(other);
     let both = async {
         other.0.write_all(head).await?;

@@ -343,6 +343,60 @@ async fn a_redirection_to_what_is_no_pod_resets_the_connection() {
     assert!(is_reset(&mut client).await);
 }
 
+#[test]
+fn a_redirection_leads_to_pods_only_and_only_if_the_pod_has_an_address_itself() {
+    let redirect = |address: &str, port| pb::EgressRedirect {
+        uid: String::new(),
+        id: 1,
+        address: address.to_owned(),
+        port,
+    };
+    let range = "10.200.0.0/16";
+    let (pod, up) = (redirect("10.200.0.7", 80), Mesh::fixture(range, true));
+    let expected: SocketAddrV4 = "10.200.0.7:80".parse().unwrap();
+    assert_eq!(other_pod(&pod, &up), Some(expected));
+    for wrong in [
+        redirect("10.201.0.7", 80),
+        redirect("web-0", 80),
+        redirect("10.200.0.7", 0),
+        redirect("10.200.0.7", 65_536),
+    ] {
+        assert_eq!(other_pod(&wrong, &up), None, "{wrong:?}");
+    }
+    // It would be dialled over the networks of the compute node, where another host may have the address.
+    assert_eq!(other_pod(&pod, &Mesh::fixture(range, false)), None);
+}
+
+#[tokio::test]
+async fn a_connection_to_another_pod_asks_whether_that_pod_is_still_there() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let here = listener.local_addr().unwrap();
+    let pair = async || {
+        let near = TcpStream::connect(here).await.unwrap();
+        (near, listener.accept().await.unwrap().0)
+    };
+    let (mut container, mut edge) = pair().await;
+    let (other, mut pod) = pair().await;
+    let same = rustix::io::dup(&other).unwrap();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move { tcp::join(&mut edge, b"question", other).await });
+    let mut head = [0; 8];
+    let reading = tokio::time::timeout(SOON, pod.read_exact(&mut head)).await;
+    reading.unwrap().unwrap();
+    assert_eq!(&head, b"question");
+    assert!(rustix::net::sockopt::socket_keepalive(&same).unwrap());
+    pod.write_all(b"answer").await.unwrap();
+    pod.shutdown().await.unwrap();
+    container.shutdown().await.unwrap();
+    let ended = tokio::time::timeout(SOON, tasks.join_next()).await;
+    assert!(
+        ended.unwrap().unwrap().unwrap(),
+        "both directions have ended"
+    );
+    drop(same);
+    assert_eq!(read(&mut container).await.unwrap(), b"answer");
+}
+
 #[tokio::test(start_paused = true)]
 async fn nobody_is_told_of_a_connection_that_was_given_up() {
     let egress = Egress::default();

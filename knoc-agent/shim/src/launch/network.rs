@@ -13,6 +13,7 @@
 //!      ──Lead────────► ◄─Done── after routes were changed    any number of times
 //!      ──EdgeSocket──► ◄─Done── with a socket of the edge    any number of times
 //!      ──Memory──────► ◄─Done── with the mount namespace and the volume    once for each volume, before the others
+//!      ──MeshBar─────► ◄─Done── what the pod sends to other pods goes nowhere
 //!      ──Mesh────────► ◄─Done── with the packets of the mesh
 //! ```
 //!
@@ -255,6 +256,11 @@ fn carry_out(request: Request, made: &mut Made) -> Result<(Answer, Vec<OwnedFd>)
             let mounted = memory::mount_volume(&volume);
             let mounted = mounted.map_err(NetworkError::on("mount a volume in memory"))?;
             Ok((Answer::Done, mounted))
+        }
+        Request::MeshBar(range) => {
+            let barred = mesh::bar(range);
+            barred.map_err(NetworkError::on("add the route that leads nowhere"))?;
+            Ok((Answer::Done, Vec::new()))
         }
         Request::Mesh { address, range } => {
             let packets = mesh::create(address, range);

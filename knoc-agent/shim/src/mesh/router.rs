@@ -21,6 +21,7 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use knoc_link::{
     Connection, Incoming, Peer,
+    admission::Bounds,
     pinned::{self, KeyPair},
 };
 use knoc_proto::error::chain;
@@ -55,6 +56,13 @@ const WAIT: Duration = Duration::from_mins(1);
 const AGAIN: Duration = Duration::from_secs(30);
 /// How many tunnels that the agent carries may wait to be taken.
 const ARRIVALS: usize = 16;
+/// How many connections may be open without a byte, and how many in their handshake; those after it are bounded by
+/// [`super::unproven`]. Strangers can open them all, and their memory is that of the pod's job. The pods of a node may all begin at once.
+const BOUNDS: Bounds = Bounds {
+    silent: 256,
+    handshakes: 256,
+    finished: 256,
+};
 /// How many packets are read before other work is done.
 const BATCH: usize = 64;
 
@@ -106,6 +114,7 @@ impl Router {
 
     /// Task: runs until it is dropped.
     pub(crate) async fn run(self) {
+        self.bar().await;
         let own = self.address().await;
         let mut told = false;
         let (up, endpoint) = loop {
@@ -129,10 +138,19 @@ impl Router {
             error = self.keep_routes() => error,
         };
         self.mesh.endpoint.send_replace(None);
+        self.bar().await;
         self.note(format!(
             "the pod is not reached at {own} any more: its interface has failed: {error}"
         ))
         .await;
+    }
+
+    /// As long as there is no interface, packets to other pods must not leave over the networks of the compute node, where somebody else
+    /// may have their addresses.
+    async fn bar(&self) {
+        if let Err(error) = self.private.bar(self.range).await {
+            tracing::warn!(range = %self.range, %error, "what the pod sends to other pods may leave over the networks of the node");
+        }
     }
 
     /// Waits for the pod's address. Containers wait, too, for a while: one may become free, and the agent may be back soon.
@@ -211,7 +229,8 @@ impl Router {
         let read = tokio::task::spawn_blocking(move || KeyPair::from_files(&certificate, &key));
         let pair = read.await.map_err(|error| chain(&error))?;
         let pair = pair.map_err(|error| chain(&error))?;
-        let listening = pinned::listen(SocketAddr::new(node, 0), pair.clone()).await;
+        let here = SocketAddr::new(node, 0);
+        let listening = pinned::listen_within(here, pair.clone(), BOUNDS).await;
         let incoming = listening.map_err(|error| chain(&error))?;
         let endpoint = incoming.local_addr();
         let endpoint = endpoint.ok_or_else(|| "the listener has no address".to_owned())?;

@@ -12,9 +12,10 @@ use knoc_link::{
 };
 use tokio::sync::oneshot;
 
-/// How many there may be, and how many of one source.
-const ALL: usize = 64;
-const OF_ONE: usize = 16;
+/// How many there may be, and how many of one source: as many as a large node has pods that may all begin at once, such as the workers of
+/// a program that look for its scheduler.
+const ALL: usize = 256;
+const OF_ONE: usize = 128;
 
 /// A handle to them; clones share it.
 #[derive(Debug, Clone)]
@@ -97,6 +98,13 @@ mod tests {
 
     fn is_lost(place: &mut Place) -> bool {
         place.lost().now_or_never().is_some()
+    }
+
+    #[test]
+    fn the_pods_of_a_whole_node_begin_at_once() {
+        let all = Unproven::default();
+        let mut pods: Vec<Place> = (0..128).map(|_| all.admit(from(1))).collect();
+        assert!(!pods.iter_mut().any(is_lost));
     }
 
     #[test]

@@ -102,6 +102,11 @@ impl Holder {
         self.ask(Request::Lead(ranges)).await.map(drop)
     }
 
+    /// Has what the pod sends to this range go nowhere, until there is the interface of the mesh.
+    pub(super) async fn bar(self: &Arc<Self>, range: Range) -> io::Result<()> {
+        self.ask(Request::MeshBar(range)).await.map(drop)
+    }
+
     /// The interface of the mesh, with this address of the pod; the result has the packets that go over it.
     pub(super) async fn mesh(
         self: &Arc<Self>,

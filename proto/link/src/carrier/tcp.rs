@@ -24,7 +24,7 @@ const PROBES: u32 = 5;
 
 /// Lets the kernel find out whether the other host is still there, which works although the processes at both ends may be
 /// suspended.
-fn keep_alive(io: &TcpStream) {
+pub fn keep_alive(io: &TcpStream) {
     // A kernel that lacks an option probes later.
     sockopt::set_tcp_keepidle(io, SILENT).ok();
     sockopt::set_tcp_keepintvl(io, BETWEEN_PROBES).ok();

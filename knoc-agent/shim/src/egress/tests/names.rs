@@ -173,6 +173,41 @@ async fn questions_fail_at_once_if_the_flow_is_refused_and_nobody_is_asked_again
 }
 
 #[tokio::test]
+async fn questions_are_asked_again_as_soon_as_a_flow_has_an_answer() {
+    let container = Container::new().await;
+    container.ask(&samples::question(1, "slow.ns"));
+    let flow = attempt(&container.egress, 0).await;
+    let mut call = take(&container.egress, &flow).await;
+    let slow = asked(&mut call).await;
+    let Call { input, mut output } = call;
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move { while output.recv().await.is_some() {} });
+    // A flow that owes an answer is replaced after a while.
+    let newer = async {
+        loop {
+            container.ask(&samples::question(2, "other.ns"));
+            let newer = attempt(&container.egress, flow.id);
+            if let Ok(newer) = tokio::time::timeout(Duration::from_millis(50), newer).await {
+                return newer;
+            }
+        }
+    };
+    let newer = tokio::time::timeout(SOON, newer).await.unwrap();
+    drop(container.egress.withdraw(newer.id));
+    let failed = container.answer().await;
+    assert_eq!((message::id(&failed), failed[3] & 0xf), (Some(2), 2));
+    let found = samples::found(&slow, 20, ADDRESS);
+    let answer = EgressInput {
+        input: Some(Input::Data(found.into())),
+    };
+    input.send(answer).await.unwrap();
+    // The newer flow may have had the question more than once.
+    while message::id(&container.answer().await) != Some(1) {}
+    container.ask(&samples::question(3, "third.ns"));
+    attempt(&container.egress, newer.id).await;
+}
+
+#[tokio::test]
 async fn what_is_no_question_is_dropped_and_what_is_not_read_is_passed_on() {
     let container = Container::new().await;
     let question = samples::question(3, "web.ns");

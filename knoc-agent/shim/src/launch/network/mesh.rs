@@ -20,6 +20,16 @@ const NAME: &str = "pods0";
 /// records.
 const MTU: u32 = 65_000;
 
+/// Has what the pod sends to this range go nowhere, until there is the interface. Over the networks of the node it would reach
+/// whoever has the address there.
+pub(super) fn bar(range: Range) -> io::Result<()> {
+    netlink::add_route(Route {
+        to: range,
+        device: netlink::LOOPBACK,
+        way: Way::Nowhere,
+    })
+}
+
 /// Creates the interface in the network namespace of this process. The pod has `address` on it, and `range` is reached over it.
 pub(super) fn create(address: Ipv4Addr, range: Range) -> io::Result<OwnedFd> {
     let packets = sys::tun(NAME)?;

@@ -48,6 +48,7 @@ const RT_SCOPE_LINK: u8 = 253;
 const RT_SCOPE_HOST: u8 = 254;
 const RTN_UNICAST: u8 = 1;
 const RTN_LOCAL: u8 = 2;
+const RTN_UNREACHABLE: u8 = 7;
 const AF_UNSPEC: u8 = 0;
 const AF_INET: u8 = 2;
 const HEADER: usize = 16;
@@ -67,6 +68,8 @@ pub(super) enum Way {
     Link,
     /// Through a router at the other end, with this address of the host's own as the source.
     Via { router: Ipv4Addr, source: Ipv4Addr },
+    /// Not at all, over no interface: whoever sends there learns that the host is unreachable.
+    Nowhere,
 }
 
 /// A route to `to` over the interface with the index `device`.
@@ -199,6 +202,7 @@ fn route_body(route: Route) -> Vec<u8> {
         Way::Local => (RT_TABLE_LOCAL, RT_SCOPE_HOST, RTN_LOCAL),
         Way::Link => (RT_TABLE_MAIN, RT_SCOPE_LINK, RTN_UNICAST),
         Way::Via { .. } => (RT_TABLE_MAIN, RT_SCOPE_UNIVERSE, RTN_UNICAST),
+        Way::Nowhere => (RT_TABLE_MAIN, RT_SCOPE_UNIVERSE, RTN_UNREACHABLE),
     };
     // No source range, no type of service; no flags at the end.
     let mut body = vec![
@@ -213,7 +217,9 @@ fn route_body(route: Route) -> Vec<u8> {
     ];
     body.extend([0; 4]);
     attribute(&mut body, RTA_DST, &route.to.first.octets());
-    attribute(&mut body, RTA_OIF, &route.device.to_ne_bytes());
+    if route.way != Way::Nowhere {
+        attribute(&mut body, RTA_OIF, &route.device.to_ne_bytes());
+    }
     if let Way::Via { router, source } = route.way {
         attribute(&mut body, RTA_GATEWAY, &router.octets());
         attribute(&mut body, RTA_PREFSRC, &source.octets());
@@ -268,6 +274,9 @@ mod tests {
         // The header, the destination and the interface.
         assert_eq!(local.len(), 12 + 8 + 8);
         assert_eq!(of(Way::Link).get(4..8), Some(&[254, 4, 253, 1][..]));
+        let nowhere = of(Way::Nowhere);
+        assert_eq!(nowhere.get(4..8), Some(&[254, 4, 0, 7][..]));
+        assert_eq!(nowhere.len(), 12 + 8, "without an interface");
         let way = Way::Via {
             router: Ipv4Addr::new(169, 254, 1, 1),
             source: Ipv4Addr::new(192, 0, 0, 2),

@@ -31,6 +31,8 @@ pub(crate) enum Request {
     Lead(BTreeSet<Range>),
     /// A new socket in the edge.
     EdgeSocket(Kind),
+    /// What the pod sends to this range goes nowhere, as long as there is no interface of the mesh.
+    MeshBar(Range),
     /// The interface of the mesh: the pod has this address on it, and what it sends to the range can be read from it. Sent once.
     Mesh { address: Ipv4Addr, range: Range },
     /// What the pod sends to these ranges can be read from it, too.
