@@ -28,7 +28,7 @@ mod write;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
@@ -272,8 +272,8 @@ impl Relay {
     async fn open_one(&mut self, key: &PodPort, namespace: &Arc<str>) -> Result<(), NoPort> {
         for _ in 0..TRIES {
             let port = self.ports.assign(key, namespace, Instant::now())?;
-            let at = self.setup.config.listen;
-            match self.listeners.open(key.clone(), at, port).await {
+            let at = SocketAddr::new(self.setup.config.listen, port);
+            match self.listeners.open(key.clone(), namespace, at).await {
                 Ok(()) => return Ok(()),
                 Err(error) => {
                     tracing::warn!(%error, port, "a port of `relay.ports` cannot be used, trying another one");
