@@ -229,7 +229,7 @@ impl Relay {
         let named = self.cluster.look(|_, slices| {
             let ports = slices.iter().flat_map(|(name, one)| {
                 let ports = slice::ports_at(one, address).into_iter();
-                ports.map(|port| (port, Arc::clone(&name.namespace)))
+                ports.map(move |port| (port, Arc::clone(&name.namespace)))
             });
             ports.collect::<HashMap<_, _>>()
         })?;
