@@ -201,13 +201,16 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let line = format!("knoc-agent: {}\n", escape_lines(&chain(error.as_ref())));
-            // If standard error is closed, the exit code still tells.
-            drop(std::io::stderr().write_all(line.as_bytes()));
-            ExitCode::FAILURE
-        }
+        Err(error) => failed(&error),
     }
+}
+
+/// Says why the command has failed.
+fn failed(error: &anyhow::Error) -> ExitCode {
+    let line = format!("knoc-agent: {}\n", escape_lines(&chain(error.as_ref())));
+    // If standard error is closed, the exit code still tells.
+    drop(std::io::stderr().write_all(line.as_bytes()));
+    ExitCode::FAILURE
 }
 
 fn home() -> anyhow::Result<Home> {

@@ -373,6 +373,7 @@ async fn a_helper_that_is_killed_ends_its_program_and_the_other_ranks() {
     wait_until_gone(program).await;
     wait_until_gone(other).await;
     assert_eq!(job.code().await, 64, "{}", job.state_words());
+    assert_eq!(job.report().ended_by(), pb::EndedBy::LostRank);
     let ended = terminated(&job.report().containers[0]);
     assert_eq!(ended.exit_code, 137);
     assert!(

@@ -27,14 +27,13 @@ use crate::{
     config::{Config, IdentityConfig, settings::PodIpPolicy},
     egress,
     leader::{Leader, LeaderError},
-    metrics::Metrics,
     node::{
         self, NodeError,
         unit::{Capacity, Unit},
     },
     pods::{
-        ApiServer, Context, Controller, KnownPods, LoopHealth, PodLookup, Process, References,
-        Services, Site, Store,
+        ApiServer, Context, Controller, KnownPods, PodLookup, Process, References, Services, Site,
+        Store,
         events::{Events, Recorder},
         queue::Queue,
         watch::PodWatch,
@@ -215,12 +214,7 @@ impl App {
         let own = self.certificates(tasks, shutdown, &events).await?;
         let (client, own_account) = (own.clients.node.clone(), own.clients.account.clone());
         let (queue, services) = (Queue::default(), Services::default());
-        let process = Process {
-            started: Timestamp::now(),
-            deposed: deposed.clone(),
-            health: LoopHealth::default(),
-            metrics: Metrics::default(),
-        };
+        let process = Process::new(Timestamp::now(), deposed.clone());
         let certificate = self.renew(tasks, shutdown, link.clone());
         let backend = self.backend(&process, &link, &capacity, certificate.clone());
         let port = self.serve(tasks, shutdown, &own, backend).await?;

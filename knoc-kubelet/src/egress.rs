@@ -22,6 +22,7 @@ pub(crate) mod watch;
 
 use std::{
     collections::HashMap,
+    hash::Hash,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -71,6 +72,10 @@ const OF_ALL: usize = 1280;
 /// From this number on, a pod that has its share gets no more, so that two pods cannot keep out all others.
 const CROWDED: usize = OF_ALL / 4 * 3;
 const SHARE: usize = 32;
+/// The last ones are for namespaces whose pods have fewer than [`OF_NAMESPACE`], so that one namespace with many pods cannot keep out all
+/// others.
+const LAST: usize = OF_ALL / 10;
+const OF_NAMESPACE: usize = SHARE;
 /// How many messages to the agent may wait. A refusal beyond them is dropped: the connection then ends at the shim's deadline.
 const CONTROLS: usize = 1024;
 /// How long changes of the network are gathered.
@@ -214,9 +219,12 @@ struct Connections {
     setup: Setup,
     cluster: Cluster,
     carried: JoinSet<Ended>,
-    pods: HashMap<Id, PodUid>,
+    /// Whose connection each task carries: the pod, and its namespace.
+    pods: HashMap<Id, (PodUid, Arc<str>)>,
     /// How many connections each pod has.
     open: HashMap<PodUid, usize>,
+    /// How many the pods of each namespace have.
+    of_namespace: HashMap<Arc<str>, usize>,
     told: Told,
     troubles: Troubles,
 }
@@ -236,6 +244,7 @@ impl Connections {
             carried: JoinSet::new(),
             pods: HashMap::new(),
             open: HashMap::new(),
+            of_namespace: HashMap::new(),
             told: Told::default(),
             troubles: Troubles::default(),
         }
@@ -388,7 +397,10 @@ impl Connections {
 
     fn decide(&self, uid: &PodUid, attempt: &pb::EgressAttempt) -> Result<Connection, Refused> {
         let of_pod = self.open.get(uid).copied().unwrap_or_default();
-        has_room(self.carried.len(), of_pod)?;
+        let namespace = self.namespace_of(uid);
+        let of_namespace = self.of_namespace.get(&namespace).copied();
+        let of_namespace = of_namespace.unwrap_or_default();
+        has_room(self.carried.len(), of_pod, of_namespace)?;
         let malformed = || Refused::Malformed(attempt.address.clone());
         let to = (target(attempt).ok_or_else(malformed)?, attempt.protocol());
         let allow = &self.setup.config.allow;
@@ -409,14 +421,26 @@ impl Connections {
         }
         Ok(Connection {
             uid: uid.clone(),
+            namespace,
             id: attempt.id,
             protocol: attempt.protocol(),
             dial,
         })
     }
 
+    /// The namespace of the pod; empty if the pod is not known, or not known any more.
+    fn namespace_of(&self, uid: &PodUid) -> Arc<str> {
+        let view = self.setup.store.by_uid(uid);
+        let namespace = view.as_ref().and_then(|view| {
+            let namespace = view.pod.metadata.namespace.as_deref()?;
+            Some(Arc::from(namespace))
+        });
+        namespace.unwrap_or_else(|| Arc::from(""))
+    }
+
     fn carry(&mut self, connection: Connection) {
         let (agent, uid) = (self.setup.agent.clone(), connection.uid.clone());
+        let namespace = Arc::clone(&connection.namespace);
         tracing::debug!(%uid, service = %connection.dial.service, endpoint = %connection.dial.endpoint, "a pod connects");
         let traffic = self.setup.traffic.clone();
         let carry = async move {
@@ -428,7 +452,9 @@ impl Connections {
         };
         let task = self.carried.spawn(Box::pin(carry)).id();
         *self.open.entry(uid.clone()).or_default() += 1;
-        self.pods.insert(task, uid);
+        let of_namespace = self.of_namespace.entry(Arc::clone(&namespace));
+        *of_namespace.or_default() += 1;
+        self.pods.insert(task, (uid, namespace));
     }
 
     fn ended(
@@ -443,15 +469,11 @@ impl Connections {
                 (error.id(), None)
             }
         };
-        let Some(uid) = self.pods.remove(&task) else {
+        let Some((uid, namespace)) = self.pods.remove(&task) else {
             return;
         };
-        if let Some(count) = self.open.get_mut(&uid) {
-            *count -= 1;
-            if *count == 0 {
-                self.open.remove(&uid);
-            }
-        }
+        one_less(&mut self.open, &uid);
+        one_less(&mut self.of_namespace, &namespace);
         let Some(Ended {
             id,
             failed: Some(failed),
@@ -513,14 +535,26 @@ fn target(attempt: &pb::EgressAttempt) -> Option<SocketAddr> {
     Some(SocketAddr::new(address.to_canonical(), port))
 }
 
-/// PURE: may a pod that has `of_pod` of `all` open connections have one more?
-fn has_room(all: usize, of_pod: usize) -> Result<(), Refused> {
+/// PURE: one connection less; whoever has none is forgotten.
+fn one_less<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
+}
+
+/// PURE: may a pod that has `of_pod` of `all` open connections, and whose namespace has `of_namespace`, have one more?
+fn has_room(all: usize, of_pod: usize, of_namespace: usize) -> Result<(), Refused> {
     if all >= OF_ALL {
         Err(Refused::ManyOfNode)
     } else if of_pod >= OF_ONE {
         Err(Refused::ManyOfPod)
     } else if all >= CROWDED && of_pod >= SHARE {
         Err(Refused::Crowded)
+    } else if all >= OF_ALL - LAST && of_namespace >= OF_NAMESPACE {
+        Err(Refused::ManyOfNamespace)
     } else {
         Ok(())
     }

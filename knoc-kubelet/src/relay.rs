@@ -27,8 +27,9 @@ mod watch;
 mod write;
 
 use std::{
-    collections::{BTreeMap, HashSet},
-    net::IpAddr,
+    collections::{BTreeMap, HashMap, HashSet},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -44,7 +45,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     listeners::{Listeners, RefusedConnection},
-    plan::{Plan, PodPort, Refusal},
+    plan::{NoPort, Plan, PodPort, Refusal},
     ports::Ports,
     retries::Retries,
     slice::{Change, Publisher},
@@ -215,6 +216,9 @@ impl Relay {
             let jitter = rand::random_range(0.5..1.5);
             self.retries.failed(name, Instant::now(), jitter);
         }
+        for rejected in written.rejected {
+            self.tell_once(&rejected.pod, &rejected.cause(), rejected.to_string());
+        }
         all_tried
     }
 
@@ -223,9 +227,11 @@ impl Relay {
     fn rest_named_ports(&mut self) -> Option<()> {
         let address = self.setup.address;
         let named = self.cluster.look(|_, slices| {
-            let slices = slices.values();
-            let ports = slices.flat_map(|one| slice::ports_at(one, address));
-            ports.collect::<HashSet<_>>()
+            let ports = slices.iter().flat_map(|(name, one)| {
+                let ports = slice::ports_at(one, address).into_iter();
+                ports.map(move |port| (port, Arc::clone(&name.namespace)))
+            });
+            ports.collect::<HashMap<_, _>>()
         })?;
         self.ports.rest(&named, Instant::now());
         Some(())
@@ -252,9 +258,10 @@ impl Relay {
                 if open.contains_key(&key) || !tried.insert(key.clone()) {
                     continue;
                 }
-                if !self.open_one(&key).await {
+                let namespace = &endpoint.service.namespace;
+                if let Err(why) = self.open_one(&key, namespace).await {
                     let (service, port) = (endpoint.service.clone(), port.number);
-                    let why = Refusal::NoPort { service, port };
+                    let why = Refusal::NoPort { service, port, why };
                     without.push((endpoint.uid.clone(), why.to_string()));
                 }
             }
@@ -262,21 +269,19 @@ impl Relay {
         without
     }
 
-    async fn open_one(&mut self, key: &PodPort) -> bool {
+    async fn open_one(&mut self, key: &PodPort, namespace: &Arc<str>) -> Result<(), NoPort> {
         for _ in 0..TRIES {
-            let Some(port) = self.ports.assign(key, Instant::now()) else {
-                return false;
-            };
-            let at = self.setup.config.listen;
-            match self.listeners.open(key.clone(), at, port).await {
-                Ok(()) => return true,
+            let port = self.ports.assign(key, namespace, Instant::now())?;
+            let at = SocketAddr::new(self.setup.config.listen, port);
+            match self.listeners.open(key.clone(), namespace, at).await {
+                Ok(()) => return Ok(()),
                 Err(error) => {
                     tracing::warn!(%error, port, "a port of `relay.ports` cannot be used, trying another one");
-                    self.ports.release(key, Instant::now());
+                    self.ports.set_aside(key, Instant::now());
                 }
             }
         }
-        false
+        Err(NoPort::All)
     }
 
     fn changes(&self, plan: &Plan) -> Vec<Change> {
@@ -304,12 +309,17 @@ impl Relay {
 
     /// Records an Event of the pod, unless there was the same before.
     fn tell(&mut self, uid: &PodUid, text: &str) {
+        self.tell_once(uid, text, text.to_owned());
+    }
+
+    /// Records an Event of the pod, unless there was one with this cause before.
+    fn tell_once(&mut self, uid: &PodUid, cause: &str, text: String) {
         let Some(view) = self.setup.store.by_uid(uid) else {
             return;
         };
-        if self.told.is_news(uid, text) {
+        if self.told.is_news(uid, cause) {
             tracing::info!(%uid, "{text}");
-            self.warn(about_pod(&view.pod, ""), "RelayRefused", text.to_owned());
+            self.warn(about_pod(&view.pod, ""), "RelayRefused", text);
         }
     }
 

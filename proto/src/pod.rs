@@ -234,6 +234,34 @@ fn check_numbers(spec: &pb::PodSpec, problems: &mut Vec<String>) {
     }
 }
 
+/// Checks the files of a volume, and replaces their paths by those that were checked.
+fn check_files(volume: &mut pb::VolumeFiles, problems: &mut Vec<String>) {
+    let mut known = HashSet::new();
+    for file in &mut volume.files {
+        match paths::of_file(&file.path) {
+            Err(error) => problems.push(format!(
+                "volume {:?}: the file path {:?} {error}",
+                volume.volume, file.path
+            )),
+            Ok(path) => {
+                if !known.insert(path.clone()) {
+                    problems.push(format!(
+                        "volume {:?} has {:?} twice",
+                        volume.volume, file.path
+                    ));
+                }
+                file.path = path;
+            }
+        }
+        if file.mode > 0o7777 {
+            problems.push(format!(
+                "volume {:?}: invalid mode {:o}",
+                volume.volume, file.mode
+            ));
+        }
+    }
+}
+
 fn check_volumes(spec: &pb::PodSpec, problems: &mut Vec<String>) {
     let mut names = HashSet::new();
     for volume in &spec.volumes {
@@ -385,30 +413,7 @@ impl PodValues {
                     volume.volume
                 ));
             }
-            let mut known = HashSet::new();
-            for file in &mut volume.files {
-                match paths::of_file(&file.path) {
-                    Err(error) => problems.push(format!(
-                        "volume {:?}: the file path {:?} {error}",
-                        volume.volume, file.path
-                    )),
-                    Ok(path) => {
-                        if !known.insert(path.clone()) {
-                            problems.push(format!(
-                                "volume {:?} has {:?} twice",
-                                volume.volume, file.path
-                            ));
-                        }
-                        file.path = path;
-                    }
-                }
-                if file.mode > 0o7777 {
-                    problems.push(format!(
-                        "volume {:?}: invalid mode {:o}",
-                        volume.volume, file.mode
-                    ));
-                }
-            }
+            check_files(volume, &mut problems);
         }
         if problems.is_empty() {
             Ok(Self(values))

@@ -40,11 +40,17 @@ struct Shared {
     newest: watch::Sender<u64>,
     /// The resources that nobody may list or watch.
     denied: Mutex<BTreeSet<String>>,
+    /// The resources of which the API creates none, as beyond a quota.
+    full: Mutex<BTreeSet<String>>,
 }
 
 impl Shared {
     fn denied(&self) -> MutexGuard<'_, BTreeSet<String>> {
         self.denied.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn full(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.full.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn store(&self) -> MutexGuard<'_, Store> {
@@ -71,6 +77,7 @@ impl FakeApi {
             store: Mutex::new(Store::default()),
             newest: watch::Sender::new(0),
             denied: Mutex::default(),
+            full: Mutex::default(),
         });
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
@@ -167,6 +174,15 @@ impl FakeApi {
             self.shared.denied().insert(resource.to_owned());
         } else {
             self.shared.denied().remove(resource);
+        }
+    }
+
+    /// From now on requests to create objects of this resource are rejected, as beyond a quota, or no longer.
+    pub fn exceed_quota(&self, resource: &str, exceeded: bool) {
+        if exceeded {
+            self.shared.full().insert(resource.to_owned());
+        } else {
+            self.shared.full().remove(resource);
         }
     }
 

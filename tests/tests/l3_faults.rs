@@ -7,7 +7,7 @@ use anyhow::ensure;
 use k8s_openapi::api::core::v1::Pod;
 use knoc_tests::{
     PodBuilder, World, wait_for,
-    world::{SOON, STATE, container_reason, exit_code, has_condition, why},
+    world::{SOON, STATE, exit_code, has_condition, why},
 };
 
 const MINUTES: Duration = Duration::from_mins(3);
@@ -84,9 +84,8 @@ async fn a_node_that_loses_power_fails_a_pod_whose_ranks_run_on_other_nodes_too(
     world.power("node-up", &second).ok().await?;
     let ended = ended?;
     // Whoever notices it first says it: Slurm, which ends the job, or the shim on the other node.
-    let (_, message) = container_reason(&ended, "main").unwrap_or_default();
     ensure!(
-        why(&ended).0 == "NodeFailed" || message.contains("the connection to rank 1"),
+        has_condition(&ended, "DisruptionTarget") && why(&ended).0 == "NodeFailed",
         "{:?}",
         ended.status
     );

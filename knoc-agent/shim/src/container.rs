@@ -49,7 +49,7 @@ use super::{
     passwd,
     pod::Pod,
     processes::ProcessesError,
-    ranks::command::Ranks,
+    ranks::{command::Ranks, table::Loss},
     role::{ContainerSpec, SlotId},
     signals::{self, Identity},
     usage::{Counters, Used},
@@ -114,6 +114,8 @@ pub(crate) struct Ended {
     pub(crate) losses: Losses,
     /// What all its processes used; zero if the program never ran.
     pub(crate) used: Counters,
+    /// A rank was lost, and with it the true exit code.
+    pub(crate) lost: Option<Loss>,
 }
 
 /// What an attempt, or a task that works for it, tells the supervisor while it lasts.
@@ -216,11 +218,16 @@ impl AttemptError {
 
 /// Runs the attempt to its end.
 pub(crate) async fn run(pod: Arc<Pod>, attempt: Attempt) -> Ended {
-    let outcome = if parallel::has_ranks(&pod, &attempt.spec) {
-        Box::pin(parallel::try_run(&pod, &attempt)).await
-    } else {
-        Box::pin(try_run(&pod, &attempt)).await
-    };
+    if parallel::has_ranks(&pod, &attempt.spec) {
+        return match Box::pin(parallel::try_run(&pod, &attempt)).await {
+            Ok((done, lost)) => Ended {
+                lost,
+                ..ended(&attempt, Ok(done))
+            },
+            Err(error) => ended(&attempt, Err(error)),
+        };
+    }
+    let outcome = Box::pin(try_run(&pod, &attempt)).await;
     ended(&attempt, outcome)
 }
 
@@ -234,6 +241,7 @@ fn ended(attempt: &Attempt, outcome: Result<Done, AttemptError>) -> Ended {
             finished_at,
             losses,
             used,
+            lost: None,
         },
         Err(error) => {
             tracing::warn!(container = attempt.spec.name(), "{}", chain(&error));
@@ -249,6 +257,7 @@ fn ended(attempt: &Attempt, outcome: Result<Done, AttemptError>) -> Ended {
                 finished_at,
                 losses: Losses::default(),
                 used: Counters::default(),
+                lost: None,
             }
         }
     }

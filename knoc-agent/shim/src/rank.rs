@@ -148,21 +148,23 @@ async fn run(path: &Path, attempt: u32, addresses: &[String]) -> anyhow::Result<
     .await;
     let code = match ran {
         Ok(code) => code,
-        Err(error) => {
-            let end = pb::RankEnded {
-                exit_code: CANNOT_START.into(),
-                reason: "CreateContainerError".to_owned(),
-                message: cut(&format!("{error:#}")),
-                ..pb::RankEnded::default()
-            };
-            tell_end(&mut writer, end).await
-        }
+        Err(error) => tell_end(&mut writer, not_run(&error)).await,
     };
     // Until now the shim knows by the connection that the helper still removes what the rank wrote.
     tokio::time::timeout(LAST_MESSAGE, writer.shutdown())
         .await
         .ok();
     Ok(code)
+}
+
+/// PURE: the end of a rank whose program could not be started.
+fn not_run(error: &anyhow::Error) -> pb::RankEnded {
+    pb::RankEnded {
+        exit_code: CANNOT_START.into(),
+        reason: "CreateContainerError".to_owned(),
+        message: cut(&format!("{error:#}")),
+        ..pb::RankEnded::default()
+    }
 }
 
 /// Tells the shim how the rank ended. Returns the exit code of the helper.

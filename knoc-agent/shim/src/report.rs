@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use super::{
     container::Ended,
     plan::{Health, Phase, Time},
+    ranks::table::Loss,
     role::{ContainerSpec, RestartRule, Role},
 };
 
@@ -226,6 +227,15 @@ pub(crate) fn terminated(
         started_at: started_at.map(nanos).unwrap_or_default(),
         finished_at: nanos(ended.finished_at),
         container_id,
+    }
+}
+
+/// By what containers ended that nobody has stopped, if a rank of theirs was lost in this way.
+pub(crate) fn by_themselves(lost: Option<Loss>) -> pb::EndedBy {
+    match lost {
+        None => pb::EndedBy::Themselves,
+        Some(Loss::Rank) => pb::EndedBy::LostRank,
+        Some(Loss::Node) => pb::EndedBy::LostNode,
     }
 }
 
@@ -510,6 +520,13 @@ mod tests {
             [0, 1]
         );
         assert_eq!([shown(ended, 1), shown(Phase::Starting, 2)], [1, 1]);
+    }
+
+    #[test]
+    fn a_rank_that_was_lost_is_why_the_containers_ended() {
+        assert_eq!(by_themselves(None), pb::EndedBy::Themselves);
+        assert_eq!(by_themselves(Some(Loss::Rank)), pb::EndedBy::LostRank);
+        assert_eq!(by_themselves(Some(Loss::Node)), pb::EndedBy::LostNode);
     }
 
     #[tokio::test(start_paused = true)]

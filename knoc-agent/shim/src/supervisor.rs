@@ -501,10 +501,13 @@ impl Supervisor {
 
     fn finish(&mut self) {
         let statuses = self.statuses();
-        let by = self
-            .stop
-            .as_ref()
-            .map_or(EndedBy::Themselves, |stop| stop.by);
+        let by = match self.stop.as_ref().map(|stop| stop.by) {
+            None | Some(EndedBy::Themselves) => {
+                let lost = self.slots.iter().filter_map(|slot| slot.lost_rank);
+                report::by_themselves(lost.max())
+            }
+            Some(by) => by,
+        };
         let succeeded =
             self.view().succeeded() && matches!(by, EndedBy::Themselves | EndedBy::Stop);
         let outcome = if succeeded {
@@ -535,7 +538,12 @@ impl Supervisor {
                 EndedBy::NoValues => no_values.clone_into(&mut report.reason),
                 EndedBy::TimeLimit => "SlurmTimeLimit".clone_into(&mut report.reason),
                 EndedBy::Evicted => EVICTED.clone_into(&mut report.reason),
-                EndedBy::Unspecified | EndedBy::Themselves | EndedBy::Stop | EndedBy::Signal => {}
+                EndedBy::Unspecified
+                | EndedBy::Themselves
+                | EndedBy::Stop
+                | EndedBy::Signal
+                | EndedBy::LostRank
+                | EndedBy::LostNode => {}
             }
             report.message = message;
         });

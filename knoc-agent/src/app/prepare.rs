@@ -124,12 +124,7 @@ pub(super) async fn prepare(
     for tool in config.tools.unused() {
         tracing::warn!("tools.{tool} of the site file is not used: remove its line");
     }
-    let (name, path) = runtime(&config)?;
-    let program = (name != "process").then(|| path.clone());
-    let settings = image::Settings::of_site(&config, program, state.clone(), live.clone());
-    let version = runtime_version(&settings).await;
-    let images = Images::new(settings);
-    images.sweep();
+    let (runtime, images) = containers(&config, &state, &live).await?;
     let limit = pod_limit(&config);
     let limits = &config.limits;
     let shim_route = ShimRoute::load(&state, limits.srun_links > 0, Timestamp::now());
@@ -140,12 +135,7 @@ pub(super) async fn prepare(
     let site = Arc::new(Site {
         sockets: socket_places(&config).candidates(),
         board: Board::new(lease.epoch()),
-        runtime: RuntimeInfo {
-            name: name.to_owned(),
-            exec: setuid::starter(name, &path).is_none(),
-            path,
-            version,
-        },
+        runtime,
         dial_out: crate::dial_out::DialStates::default(),
         shim_links: ShimLinks::new(egress.clone(), mesh.clone()),
         egress,
@@ -171,6 +161,26 @@ pub(super) async fn prepare(
         policy: publisher,
         step_requests,
     })
+}
+
+/// What the jobs' containers are made with, and their images, without what an earlier process left half done.
+async fn containers(
+    config: &Config,
+    state: &StateDir,
+    live: &policy::Live,
+) -> Result<(RuntimeInfo, Images), PrepareError> {
+    let (name, path) = runtime(config)?;
+    let program = (name != "process").then(|| path.clone());
+    let settings = image::Settings::of_site(config, program, state.clone(), live.clone());
+    let info = RuntimeInfo {
+        name: name.to_owned(),
+        exec: setuid::starter(name, &path).is_none(),
+        path,
+        version: runtime_version(&settings).await,
+    };
+    let images = Images::new(settings);
+    images.sweep();
+    Ok((info, images))
 }
 
 async fn runtime_version(settings: &image::Settings) -> String {

@@ -3,8 +3,8 @@
 //!
 //! A synced final report beats every Slurm state: one OOM-killed child makes a *job* OUT_OF_MEMORY
 //! although its containers succeeded. If a signal from outside ended the containers, the exit codes
-//! come from the report and the reason from Slurm. Without a report the pod never counts as
-//! succeeded.
+//! come from the report and the reason from Slurm, and so they do if a rank was lost. Without a report
+//! the pod never counts as succeeded.
 
 use std::time::Duration;
 
@@ -105,7 +105,9 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
             },
             ..own
         },
-        pb::EndedBy::Signal => by_signal(evidence, own),
+        // As with a signal, Slurm may have ended the job, and killed the helper of the rank on the way.
+        pb::EndedBy::Signal | pb::EndedBy::LostRank => by_signal(evidence, own),
+        pb::EndedBy::LostNode => by_signal(evidence, node_lost(own)),
         pb::EndedBy::TimeLimit => at_time_limit(evidence, own),
     }
 }
@@ -140,6 +142,15 @@ fn by_signal(evidence: &Evidence<'_>, own: Outcome) -> Outcome {
         // Slurm knows nothing about it (the job went on and completed), so the report stands.
         None => own,
     }
+}
+
+/// The shim has noticed that a node does not answer any more before Slurm has, or the job ended before Slurm could say so.
+fn node_lost(own: Outcome) -> Outcome {
+    disrupted(
+        "NodeFailed",
+        "a compute node of the job, or the network to it, does not answer any more; the message of the container names it",
+        own.finished_at,
+    )
 }
 
 fn failed(cause: &Cause, finished_at: Timestamp) -> Outcome {

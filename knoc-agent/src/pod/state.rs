@@ -62,16 +62,7 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
             batch_tail,
             claimed,
         } => with_job::files(&mut pod, batch_tail, claimed, now),
-        Event::Link(up) => {
-            pod.link = up;
-            pod.read_soon(now);
-            // A link that breaks may mean that the job has ended.
-            if up || pod.job().is_none() {
-                Vec::new()
-            } else {
-                vec![Effect::PollSoon]
-            }
-        }
+        Event::Link(up) => link(&mut pod, up, now),
         Event::Delete { grace, reason } => ending::delete(&mut pod, grace, reason, now),
         Event::Update(facts) => {
             pod.facts = facts;
@@ -92,6 +83,18 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
         Event::Forget => ending::forget(&mut pod, now),
     };
     (pod, effects)
+}
+
+/// The link to the shim was established, or broke.
+fn link(pod: &mut Pod, up: bool, now: Timestamp) -> Vec<Effect> {
+    pod.link = up;
+    pod.read_soon(now);
+    // A link that breaks may mean that the job has ended.
+    if up || pod.job().is_none() {
+        Vec::new()
+    } else {
+        vec![Effect::PollSoon]
+    }
 }
 
 /// The actor has started, perhaps after a restart of the agent: no effect that the state waits for is under way.

@@ -6,6 +6,7 @@
 use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -51,6 +52,7 @@ const DATAGRAM: usize = 65_535;
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) uid: PodUid,
+    pub(super) namespace: Arc<str>,
     pub(super) id: u64,
     pub(super) protocol: EgressProtocol,
     pub(super) dial: Dial,

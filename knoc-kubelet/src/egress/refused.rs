@@ -1,6 +1,6 @@
 //! PURE: why a connection of a pod is not opened, for people and for metrics.
 
-use super::{CROWDED, OF_ALL, OF_ONE, SHARE, decide::Refusal, table::Name};
+use super::{CROWDED, LAST, OF_ALL, OF_NAMESPACE, OF_ONE, SHARE, decide::Refusal, table::Name};
 use crate::metrics::traffic::Reason;
 
 /// Why a connection is not opened.
@@ -18,6 +18,10 @@ pub(super) enum Refused {
         "the pods of this node have {CROWDED} open connections to the cluster or more, and then a pod gets no more than {SHARE}"
     )]
     Crowded,
+    #[error(
+        "the last {LAST} connections of this node to the cluster are for namespaces whose pods have fewer than {OF_NAMESPACE}"
+    )]
+    ManyOfNamespace,
     #[error("the kubelet has not read the cluster's Services yet")]
     NotRead,
     #[error(
@@ -39,7 +43,9 @@ impl Refused {
                 Refusal::NoEndpoint { .. } => Reason::NoEndpoint,
                 Refusal::OfNode { .. } | Refusal::Never { .. } => Reason::Endpoint,
             },
-            Self::ManyOfPod | Self::ManyOfNode | Self::Crowded => Reason::Limit,
+            Self::ManyOfPod | Self::ManyOfNode | Self::Crowded | Self::ManyOfNamespace => {
+                Reason::Limit
+            }
             Self::NotRead => Reason::NotRead,
             Self::OwnPod(_) => Reason::Endpoint,
             Self::Malformed(_) => Reason::Malformed,

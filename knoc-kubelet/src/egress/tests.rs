@@ -76,11 +76,13 @@ async fn a_connection_that_is_not_made_is_refused_and_makes_room() {
     for id in 1..4 {
         connections.take(&attempt(id, 443), &controls);
         assert_eq!(connections.open.get(&uid), Some(&1));
+        assert_eq!(connections.of_namespace.get(""), Some(&1));
         assert_eq!(refused(&mut told), None, "it is being made");
         let ended = connections.carried.join_next_with_id().await.unwrap();
         connections.ended(ended, &controls);
         assert_eq!(refused(&mut told), Some(id));
         assert!(connections.open.is_empty() && connections.pods.is_empty());
+        assert!(connections.of_namespace.is_empty());
         // At first the agent does not give the pod's side, and then the endpoint does not accept either.
         drop(listener.take());
     }
@@ -166,12 +168,23 @@ async fn a_range_of_pods_that_hides_services_is_named() {
 
 #[test]
 fn two_pods_with_many_connections_leave_room_for_others() {
-    has_room(OF_ONE - 1, OF_ONE - 1).unwrap();
-    let full = has_room(OF_ONE, OF_ONE).unwrap_err();
+    has_room(OF_ONE - 1, OF_ONE - 1, OF_ONE - 1).unwrap();
+    let full = has_room(OF_ONE, OF_ONE, OF_ONE).unwrap_err();
     assert!(matches!(full, Refused::ManyOfPod), "{full}");
-    let crowded = has_room(CROWDED, SHARE).unwrap_err();
+    let crowded = has_room(CROWDED, SHARE, SHARE).unwrap_err();
     assert!(matches!(crowded, Refused::Crowded), "{crowded}");
-    has_room(OF_ALL - 1, SHARE - 1).unwrap();
-    let full = has_room(OF_ALL, 0).unwrap_err();
+    has_room(OF_ALL - 1, SHARE - 1, SHARE - 1).unwrap();
+    let full = has_room(OF_ALL, 0, 0).unwrap_err();
     assert!(matches!(full, Refused::ManyOfNode), "{full}");
+}
+
+#[test]
+fn the_pods_of_one_namespace_leave_room_for_those_of_others() {
+    let most = OF_ALL - LAST;
+    has_room(most - 1, 0, most - 1).unwrap();
+    let full = has_room(most, 0, most).unwrap_err();
+    assert!(matches!(full, Refused::ManyOfNamespace), "{full}");
+    has_room(OF_ALL - 1, 0, OF_NAMESPACE - 1).unwrap();
+    let full = has_room(OF_ALL - 1, 0, OF_NAMESPACE).unwrap_err();
+    assert!(full.to_string().contains("the last 128"), "{full}");
 }

@@ -10,7 +10,7 @@
 use std::{
     collections::{HashMap, HashSet},
     io,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     sync::Arc,
     time::Duration,
 };
@@ -38,6 +38,10 @@ const OF_ONE: usize = 224;
 /// out those of all others.
 const RESERVED: usize = OF_ALL - OF_ONE;
 const SHARE: usize = 8;
+/// Once no more than this is free for all pods, a namespace whose pods have [`OF_NAMESPACE`] gets no more, so that one namespace with
+/// many pods does not keep out all others.
+const LAST: usize = 16;
+const OF_NAMESPACE: usize = 8;
 /// The pause after an error of the system, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -62,6 +66,8 @@ pub(super) struct Listeners {
     open: HashMap<PodPort, Open>,
     /// For each pod that has a port: how many more connections it may have.
     of_one: HashMap<PodUid, Arc<Semaphore>>,
+    /// The same for each namespace; it only counts.
+    of_namespace: HashMap<Arc<str>, Arc<Semaphore>>,
     tasks: JoinSet<()>,
 }
 
@@ -87,6 +93,7 @@ impl Listeners {
             },
             open: HashMap::new(),
             of_one: HashMap::new(),
+            of_namespace: HashMap::new(),
             tasks: JoinSet::new(),
         }
     }
@@ -97,15 +104,24 @@ impl Listeners {
         ports.map(|(key, open)| (key.clone(), open.port)).collect()
     }
 
-    /// Opens a port for a port of a pod.
-    pub(super) async fn open(&mut self, key: PodPort, at: IpAddr, port: u16) -> io::Result<()> {
-        let listener = TcpListener::bind(SocketAddr::new(at, port)).await?;
+    /// Opens a port for a port of a pod of the namespace.
+    pub(super) async fn open(
+        &mut self,
+        key: PodPort,
+        namespace: &Arc<str>,
+        at: SocketAddr,
+    ) -> io::Result<()> {
+        let listener = TcpListener::bind(at).await?;
+        let port = at.port();
         let of_one = self.of_one.entry(key.uid.clone());
         let of_one = of_one.or_insert_with(|| Arc::new(Semaphore::new(OF_ONE)));
+        let of_namespace = self.of_namespace.entry(Arc::clone(namespace));
+        let of_namespace = of_namespace.or_insert_with(|| Arc::new(Semaphore::new(OF_ALL)));
         let accepts = CancellationToken::new();
         let relayed = Relayed {
             shared: self.shared.clone(),
             of_one: Arc::clone(of_one),
+            of_namespace: Arc::clone(of_namespace),
             to: key.clone(),
         };
         tracing::debug!(%key, port, "relaying");
@@ -132,6 +148,9 @@ impl Listeners {
         }
         let pods: HashSet<_> = self.open.keys().map(|key| &key.uid).collect();
         self.of_one.retain(|uid, _| pods.contains(uid));
+        // Connections of closed ports count as well, until they end.
+        self.of_namespace
+            .retain(|_, count| Arc::strong_count(count) > 1);
         over
     }
 
@@ -150,11 +169,12 @@ impl Listeners {
 struct Relayed {
     shared: Shared,
     of_one: Arc<Semaphore>,
+    of_namespace: Arc<Semaphore>,
     to: PodPort,
 }
 
 /// Permission for one connection, until it is dropped.
-type Permits = (OwnedSemaphorePermit, OwnedSemaphorePermit);
+type Permits = [OwnedSemaphorePermit; 3];
 
 impl Relayed {
     async fn serve(self, listener: TcpListener, stop: CancellationToken) {
@@ -207,8 +227,15 @@ impl Relayed {
     }
 
     fn permits(&self) -> Result<Permits, String> {
+        let free = self.shared.of_all.available_permits();
+        let of_namespace = OF_ALL.saturating_sub(self.of_namespace.available_permits());
+        if of_namespace >= OF_NAMESPACE && free <= LAST {
+            return Err(format!(
+                "the last {LAST} relayed connections of this node are for namespaces whose pods have fewer than {OF_NAMESPACE}"
+            ));
+        }
         let of_pod = OF_ONE.saturating_sub(self.of_one.available_permits());
-        if of_pod >= SHARE && self.shared.of_all.available_permits() <= RESERVED {
+        if of_pod >= SHARE && free <= RESERVED {
             let most = OF_ALL - RESERVED;
             return Err(format!(
                 "the pods of this node have {most} relayed connections or more, and then each pod gets at most {SHARE}"
@@ -218,10 +245,12 @@ impl Relayed {
         let of_one = of_one
             .map_err(|_| format!("the pod has {OF_ONE} relayed connections, which is the limit"))?;
         let of_all = Arc::clone(&self.shared.of_all).try_acquire_owned();
-        let of_all = of_all.map_err(|_| {
+        let full = |_| {
             format!("the pods of this node have {OF_ALL} relayed connections, which is the limit")
-        })?;
-        Ok((of_one, of_all))
+        };
+        let of_all = of_all.map_err(full)?;
+        let of_namespace = Arc::clone(&self.of_namespace).try_acquire_owned();
+        Ok([of_one, of_all, of_namespace.map_err(full)?])
     }
 }
 
@@ -259,38 +288,86 @@ mod tests {
         (Listeners::new(agent, Direction::default(), refuse), refused)
     }
 
-    async fn free_port() -> u16 {
+    async fn free_port() -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        listener.local_addr().unwrap().port()
+        listener.local_addr().unwrap()
+    }
+
+    /// A port of a pod whose namespace has this count.
+    fn relayed(listeners: &Listeners, number: u16, of_namespace: &Arc<Semaphore>) -> Relayed {
+        Relayed {
+            shared: listeners.shared.clone(),
+            of_one: Arc::new(Semaphore::new(OF_ONE)),
+            of_namespace: Arc::clone(of_namespace),
+            to: key(number),
+        }
+    }
+
+    fn namespace() -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(OF_ALL))
+    }
+
+    /// As many connections as the pod gets.
+    fn all_of(pod: &Relayed) -> Vec<Permits> {
+        let permits = std::iter::from_fn(|| pod.permits().ok());
+        permits.collect()
+    }
+
+    #[tokio::test]
+    async fn the_clients_of_one_namespace_leave_room_for_those_of_others() {
+        let (listeners, _refused) = listeners();
+        let greedy = namespace();
+        let pods: Vec<_> = (1..40)
+            .map(|number| relayed(&listeners, number, &greedy))
+            .collect();
+        let taken: Vec<_> = pods.iter().flat_map(all_of).collect();
+        assert_eq!(taken.len(), OF_ALL - LAST);
+        let full = pods[39 - 1].permits().unwrap_err();
+        assert!(
+            full.contains("for namespaces whose pods have fewer than 8"),
+            "{full}"
+        );
+        let mut others = Vec::new();
+        for number in [100, 101] {
+            let other = relayed(&listeners, number, &namespace());
+            let of_other = all_of(&other);
+            assert_eq!(of_other.len(), OF_NAMESPACE);
+            others.push(of_other);
+        }
+        drop(taken);
+        assert!(pods[0].permits().is_ok());
     }
 
     #[tokio::test]
     async fn a_pod_that_is_not_reached_resets_and_a_closed_port_refuses() {
         let (mut listeners, _refused) = listeners();
-        let (at, port) = (IpAddr::from([127, 0, 0, 1]), free_port().await);
-        listeners.open(key(80), at, port).await.unwrap();
+        let at = free_port().await;
+        let port = at.port();
+        listeners.open(key(80), &"team".into(), at).await.unwrap();
         assert_eq!(listeners.ports(), HashMap::from([(key(80), port)]));
-        let mut client = TcpStream::connect((at, port)).await.unwrap();
+        let mut client = TcpStream::connect(at).await.unwrap();
         let error = client.read(&mut [0]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
         assert!(listeners.retain(|_| true).is_empty());
         assert_eq!(listeners.retain(|_| false), [key(80)]);
         listeners.joined().await;
-        let error = TcpStream::connect((at, port)).await.unwrap_err();
+        let error = TcpStream::connect(at).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
         assert!(listeners.of_one.is_empty(), "nothing of the pod is left");
+        listeners.retain(|_| true);
+        assert!(listeners.of_namespace.is_empty(), "nor of its namespace");
     }
 
     #[tokio::test]
     async fn connections_beyond_the_limit_are_refused_and_the_pod_is_told() {
         let (mut listeners, mut refused) = listeners();
-        let (at, port) = (IpAddr::from([127, 0, 0, 1]), free_port().await);
-        listeners.open(key(80), at, port).await.unwrap();
+        let at = free_port().await;
+        listeners.open(key(80), &"team".into(), at).await.unwrap();
         let all = Arc::clone(&listeners.shared.of_all);
         let _taken = all
             .try_acquire_many_owned(OF_ALL.try_into().unwrap())
             .unwrap();
-        let mut client = TcpStream::connect((at, port)).await.unwrap();
+        let mut client = TcpStream::connect(at).await.unwrap();
         client.read(&mut [0]).await.unwrap_err();
         let (uid, text) = refused.recv().await.unwrap();
         assert_eq!(uid.as_str(), "u-1");
@@ -300,16 +377,8 @@ mod tests {
     #[tokio::test]
     async fn the_clients_of_two_pods_leave_room_for_those_of_others() {
         let (listeners, _refused) = listeners();
-        let pod = |number| Relayed {
-            shared: listeners.shared.clone(),
-            of_one: Arc::new(Semaphore::new(OF_ONE)),
-            to: key(number),
-        };
+        let pod = |number| relayed(&listeners, number, &namespace());
         let (one, other, third) = (pod(1), pod(2), pod(3));
-        let all_of = |pod: &Relayed| {
-            let permits = std::iter::from_fn(|| pod.permits().ok());
-            permits.collect::<Vec<_>>()
-        };
         let of_one = all_of(&one);
         assert_eq!(of_one.len(), OF_ONE);
         let of_other = all_of(&other);

@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
+    sync::Arc,
 };
 
 use k8s_openapi::{
@@ -113,9 +114,13 @@ pub(super) enum Refusal {
         protocol: String,
     },
     #[error(
-        "Service {service} does not lead to the pod: the kubelet has no free port for port {port} of the pod; a pod gets at most {OF_POD}, and `relay.ports` can be larger"
+        "Service {service} does not lead to the pod: the kubelet has no port for port {port} of the pod: {why}"
     )]
-    NoPort { service: Name, port: u16 },
+    NoPort {
+        service: Name,
+        port: u16,
+        why: NoPort,
+    },
     #[error(
         "Service {service}, and perhaps others, does not lead to the pod: more than {SERVICES} Services select it; delete some of them, or \
          change their selectors"
@@ -126,6 +131,20 @@ pub(super) enum Refusal {
          `relay.allow`"
     )]
     NodeFull { service: Name },
+}
+
+/// Why a port of a pod gets no port of the kubelet.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum NoPort {
+    #[error("it has {OF_POD} relayed ports, which is the limit of a pod")]
+    Pod,
+    #[error(
+        "the last ports of `relay.ports` are for namespaces that have fewer than {share} of them, and the pods of {namespace} have \
+         as many, or gave them back within the last minute; `relay.ports` can be larger"
+    )]
+    Namespace { namespace: Arc<str>, share: usize },
+    #[error("all of `relay.ports` are in use or rest for a minute; `relay.ports` can be larger")]
+    All,
 }
 
 /// The Services that may lead to pods, found by the first label that they select.

@@ -19,6 +19,7 @@ use k8s_openapi::{
     },
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
 };
+use knoc_proto::ids::PodUid;
 
 use super::plan::{Endpoint, PORTS, PodPort};
 use crate::egress::table::Name;
@@ -240,6 +241,18 @@ impl Change {
             Self::Create(name, _) | Self::Replace(name, _) | Self::Delete(name, _) => name,
         }
     }
+
+    /// The Service and the pod that the slice joins; `None` if the slice is deleted.
+    pub(super) fn joins(&self) -> Option<(Name, PodUid)> {
+        let (name, slice) = match self {
+            Self::Create(name, slice) | Self::Replace(name, slice) => (name, slice),
+            Self::Delete(..) => return None,
+        };
+        let service = slice.metadata.labels.as_ref()?.get(OF_SERVICE)?;
+        let owner = slice.metadata.owner_references.as_ref()?.first()?;
+        let pod = PodUid::try_from(owner.uid.clone()).ok()?;
+        Some((Name::new(&name.namespace, service), pod))
+    }
 }
 
 /// What has to be written so that `stored` becomes `wanted`. New endpoints come first.
@@ -420,10 +433,12 @@ mod tests {
         let at = publisher("10.0.0.7");
         let (name, wanted) = slice(&endpoint(true), &at, &ports).unwrap();
         let all = BTreeMap::from([(name.clone(), wanted.clone())]);
-        assert_eq!(
-            changes(&all, &HashMap::new()),
-            [Change::Create(name.clone(), wanted.clone())]
-        );
+        let created = changes(&all, &HashMap::new());
+        assert_eq!(created, [Change::Create(name.clone(), wanted.clone())]);
+        let joined = (Name::new("team", "web"), UID.parse().unwrap());
+        assert_eq!(created[0].joins(), Some(joined));
+        let deleted = Change::Delete(name.clone(), wanted.metadata.clone());
+        assert_eq!(deleted.joins(), None);
         let mut stored = wanted.clone();
         stored.metadata.resource_version = Some("7".to_owned());
         stored.metadata.uid = Some("x".to_owned());

@@ -4,7 +4,7 @@ use std::{collections::HashSet, net::IpAddr, time::Duration};
 
 use futures::{StreamExt as _, stream};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use knoc_proto::error::chain;
+use knoc_proto::{error::chain, ids::PodUid};
 use kube::{
     Api, Client,
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions},
@@ -21,29 +21,75 @@ const DEADLINE: Duration = Duration::from_secs(10);
 const ROUND: Duration = Duration::from_secs(15);
 /// The most slices that are deleted when the kubelet stops. As many are published.
 const MOST: u32 = 4096;
+/// The longest message of the API server that is told, in characters.
+const MESSAGE: usize = 512;
 
 /// The slices whose writes were tried. Those that are missing were not: the time of the round was over.
 #[derive(Debug, Default)]
 pub(super) struct Written {
     pub(super) done: HashSet<Name>,
     pub(super) failed: HashSet<Name>,
+    /// Why some of them failed, as far as that is for the owners of the pods.
+    pub(super) rejected: Vec<Rejected>,
+}
+
+/// The API server does not accept the slice as it is: a quota, an admission webhook, or a right that the kubelet does not have.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "The EndpointSlice with which Service {service} leads to the pod could not be written and is tried again: the API server rejected it \
+     ({code}): {message}"
+)]
+pub(super) struct Rejected {
+    pub(super) pod: PodUid,
+    service: Name,
+    code: u16,
+    message: String,
+}
+
+impl Rejected {
+    /// Identifies the cause: the message may contain what changes from one write to the next, such as how much of a quota is used.
+    pub(super) fn cause(&self) -> String {
+        format!("slice of {}: {}", self.service, self.code)
+    }
+}
+
+/// Why the API server rejected the slice, by which the Service leads to the pod. `None` if it did not, or if another write of the same
+/// slice may succeed.
+fn rejected(joins: Option<(Name, PodUid)>, error: &WriteError) -> Option<Rejected> {
+    let WriteError::Api { source, .. } = error else {
+        return None;
+    };
+    let kube::Error::Api(status) = source else {
+        return None;
+    };
+    if !matches!(status.code, 400 | 403 | 409 | 413 | 422) {
+        return None;
+    }
+    let (service, pod) = joins?;
+    Some(Rejected {
+        pod,
+        service,
+        code: status.code,
+        message: status.message.chars().take(MESSAGE).collect(),
+    })
 }
 
 /// Makes these changes.
 pub(super) async fn all(client: &Client, changes: Vec<Change>) -> Written {
     let writes = stream::iter(changes).take_until(tokio::time::sleep(ROUND));
     let writes = writes.map(|change| {
-        let name = change.name().clone();
+        let (name, joins) = (change.name().clone(), change.joins());
         let written = one(client.clone(), change);
-        async move { (name, written.await) }
+        async move { (name, joins, written.await) }
     });
     let mut writes = std::pin::pin!(writes.buffer_unordered(AT_ONCE));
     let (mut all, mut last) = (Written::default(), None);
-    while let Some((name, written)) = writes.next().await {
+    while let Some((name, joins, written)) = writes.next().await {
         match written {
             Ok(()) => drop(all.done.insert(name)),
             Err(error) => {
                 all.failed.insert(name);
+                all.rejected.extend(rejected(joins, &error));
                 last = Some(error);
             }
         }
@@ -138,7 +184,7 @@ pub(super) async fn withdraw(client: &Client, node: &str, address: IpAddr) {
 mod tests {
     use http::{Request, Response};
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-    use kube::client::Body;
+    use kube::{client::Body, core::Status};
     use serde_json::json;
     use tower_test::mock;
 
@@ -168,6 +214,38 @@ mod tests {
         };
         assert_eq!(written.done, [name("changed"), name("gone")].into());
         assert_eq!(written.failed, [name("new")].into());
+    }
+
+    #[test]
+    fn what_the_api_server_rejects_is_told_by_its_cause() {
+        let failed = |code, message: &str| WriteError::Api {
+            name: Name::new("team", "web-1"),
+            source: kube::Error::Api(Box::new(Status {
+                code,
+                message: message.to_owned(),
+                ..Status::default()
+            })),
+        };
+        let joins = || Some((Name::new("team", "web"), "u-1".parse().unwrap()));
+        let quota = rejected(joins(), &failed(403, "exceeded quota: q, used: 5")).unwrap();
+        let later = rejected(joins(), &failed(403, "exceeded quota: q, used: 6")).unwrap();
+        assert_eq!(quota.cause(), later.cause());
+        assert_eq!(quota.pod.as_str(), "u-1");
+        let text = quota.to_string();
+        for part in ["Service team/web", "(403): exceeded quota: q, used: 5"] {
+            assert!(text.contains(part), "{text}");
+        }
+        let long = rejected(joins(), &failed(422, &"ü".repeat(10_000))).unwrap();
+        assert!(long.to_string().chars().count() < 1024);
+        assert_ne!(long.cause(), quota.cause());
+        assert_eq!(rejected(None, &failed(403, "it is deleted")), None);
+        let late = WriteError::Late {
+            name: Name::new("team", "web-1"),
+        };
+        assert_eq!(rejected(joins(), &late), None);
+        for code in [401, 404, 429, 500, 503] {
+            assert_eq!(rejected(joins(), &failed(code, "later")), None, "{code}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -148,10 +148,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let meta = &pod.metadata;
     let name = meta.name.clone().unwrap_or_default();
     let containers = container::of_pod(pod, spec, &mut problems);
-    let volumes = spec.volumes.iter().flatten();
-    let volumes: Vec<_> = volumes
-        .filter_map(|volume| volume::shape(volume, &mut problems))
-        .collect();
+    let volumes = volumes(spec, &mut problems);
     let whole = job::Whole::of(spec, &mut problems);
     let both = (&*containers.init, &*containers.regular);
     let job = job::request(pod, both, &whole, &mut problems);
@@ -167,8 +164,6 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     if !problems.is_empty() {
         return Err(problems);
     }
-    let mut annotations = meta.annotations.clone().unwrap_or_default();
-    annotations.retain(|name, _| !NOT_SENT.contains(&name.as_str()));
     Ok(pb::PodSpec {
         uid: meta.uid.clone().unwrap_or_default(),
         namespace: meta.namespace.as_deref().unwrap_or("default").to_owned(),
@@ -195,13 +190,24 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         node_name: spec.node_name.clone().unwrap_or_default(),
         service_account: spec.service_account_name.clone().unwrap_or_default(),
         labels: meta.labels.clone().into_iter().flatten().collect(),
-        annotations: annotations.into_iter().collect(),
+        annotations: sent_annotations(pod).collect(),
         host_aliases: host_aliases(spec),
         image_pull_secrets: keyring::names(spec),
         requests: whole.requests,
         limits: whole.limits,
         overhead: whole.overhead,
     })
+}
+
+fn volumes(spec: PodSpec<'_>, problems: &mut Vec<String>) -> Vec<pb::Volume> {
+    let volumes = spec.volumes.iter().flatten();
+    let volumes = volumes.filter_map(|volume| volume::shape(volume, problems));
+    volumes.collect()
+}
+
+fn sent_annotations(pod: &Pod) -> impl Iterator<Item = (String, String)> {
+    let all = pod.metadata.annotations.clone().into_iter().flatten();
+    all.filter(|(name, _)| !NOT_SENT.contains(&name.as_str()))
 }
 
 /// Translates the values of the pod, or returns everything that is missing.

@@ -56,9 +56,7 @@ pub(super) async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> R
             message,
         });
     };
-    if method == Method::GET && target.name.is_empty() && shared.denied().contains(&target.resource)
-    {
-        let message = format!("{} may not be listed", target.resource);
+    if let Some(message) = forbidden(&shared, &method, &target) {
         return error_response(&ApiError {
             code: 403,
             reason: "Forbidden",
@@ -79,6 +77,16 @@ pub(super) async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> R
         Ok((code, object)) => reply(code, &typed(&target, object)),
         Err(error) => error_response(&error),
     }
+}
+
+/// Why a test wants the request to be rejected, if it does.
+fn forbidden(shared: &Shared, method: &Method, target: &Target) -> Option<String> {
+    let resource = &target.resource;
+    if method == Method::GET && target.name.is_empty() && shared.denied().contains(resource) {
+        return Some(format!("{resource} may not be listed"));
+    }
+    (method == Method::POST && shared.full().contains(resource))
+        .then(|| format!("{resource} is forbidden: exceeded quota: few"))
 }
 
 fn act(

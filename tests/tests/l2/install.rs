@@ -177,6 +177,7 @@ async fn an_agent_is_installed_over_ssh_and_a_second_run_completes_the_first() -
     let said = first.text();
     for part in [
         "helm install",
+        "--set image.repository=REGISTRY/knoc-kubelet",
         "agent.ssh.onDemand=true",
         "serve --stdio",
         "Everybody who can create a pod",

@@ -139,6 +139,23 @@ async fn refused(kubelet: &Kubelet, address: SocketAddr) -> anyhow::Result<()> {
     .await
 }
 
+/// Waits for Events about what is not relayed; returns their messages.
+async fn refusals(kubelet: &Kubelet) -> anyhow::Result<Vec<String>> {
+    wait_for("the Event", SOON, async || {
+        let events = kubelet.api.list("v1", "events", "default");
+        let told = events
+            .iter()
+            .filter(|event| event["reason"] == "RelayRefused");
+        let told: Vec<_> = told.map(|event| event["message"].to_string()).collect();
+        if told.is_empty() {
+            Err(format!("{events:?}"))
+        } else {
+            Ok(told)
+        }
+    })
+    .await
+}
+
 #[tokio::test]
 async fn a_service_leads_to_its_pods_until_they_are_gone() -> anyhow::Result<()> {
     let (_site, kubelet, _running) = start().await?;
@@ -208,23 +225,33 @@ async fn a_pod_that_a_network_policy_selects_is_relayed_to_no_more_and_told() ->
         .api
         .create(policies.0, policies.1, "default", policy)?;
     refused(&kubelet, address).await?;
-    let told = wait_for("the Event", SOON, async || {
-        let events = kubelet.api.list("v1", "events", "default");
-        let told = events
-            .iter()
-            .filter(|event| event["reason"] == "RelayRefused");
-        let told: Vec<_> = told.map(|event| event["message"].to_string()).collect();
-        if told.is_empty() {
-            Err(format!("{events:?}"))
-        } else {
-            Ok(told)
-        }
-    })
-    .await?;
+    let told = refusals(&kubelet).await?;
     ensure!(
         told.len() == 1 && told[0].contains("NetworkPolicy deny selects the pod"),
         "{told:?}"
     );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_pod_whose_slice_the_api_server_rejects_is_told_once_and_published_later()
+-> anyhow::Result<()> {
+    let (_site, kubelet, _running) = start().await?;
+    kubelet.api.exceed_quota(SLICES.1, true);
+    service(&kubelet)?;
+    web(&kubelet, "one")?;
+    let told = refusals(&kubelet).await?;
+    ensure!(
+        told.len() == 1
+            && told[0].contains("Service default/web")
+            && told[0].contains("exceeded quota"),
+        "{told:?}"
+    );
+    kubelet.api.exceed_quota(SLICES.1, false);
+    let addresses = ready(&kubelet, 1).await?;
+    answers(*addresses.first().context("no address")?).await?;
+    let told = refusals(&kubelet).await?;
+    ensure!(told.len() == 1, "{told:?}");
     Ok(())
 }
 

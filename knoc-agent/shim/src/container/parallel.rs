@@ -3,6 +3,7 @@
 //!
 //! The output is what srun writes: each line begins with the number of its rank, and srun's own messages have none.
 
+mod begins;
 mod conductor;
 mod outcome;
 
@@ -31,7 +32,10 @@ use super::{
         environment, fdio,
         output::{self, Source},
         pod::Pod,
-        ranks::step::{self, Step},
+        ranks::{
+            step::{self, Step},
+            table::Loss,
+        },
         role::{ContainerSpec, Role},
     },
     Attempt, AttemptError, Done, log,
@@ -50,8 +54,11 @@ fn cannot_run(message: String) -> AttemptError {
     }
 }
 
-/// Runs all ranks to their ends.
-pub(super) async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
+/// Runs all ranks to their ends. Returns as well how the rank that decides was lost, if it was.
+pub(super) async fn try_run(
+    pod: &Arc<Pod>,
+    attempt: &Attempt,
+) -> Result<(Done, Option<Loss>), AttemptError> {
     let container = &attempt.spec.container;
     let config = attempt.spec.image.config.clone().unwrap_or_default();
     let spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
@@ -82,7 +89,7 @@ pub(super) async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, A
     let (losses, conducted) = tokio::join!(pump, conducting);
     let exit = conducted.srun;
     let outcome = outcome::of(conducted, attempt, losses, live).await;
-    keeper.end(outcome.as_ref().map_or(exit, |done| done.0));
+    keeper.end(outcome.as_ref().map_or(exit, |(done, _)| done.0));
     outcome
 }
 

@@ -2,7 +2,7 @@
 //! pod's key; what it says is checked here as far as one connection can be, and by [`super::table`] otherwise. A
 //! connection that a helper has opened for a command is passed on after its first message.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use bytes::Bytes;
 use knoc_proto::pb::{self, from_rank::Message};
@@ -12,7 +12,7 @@ use tokio::{
 };
 
 use super::{
-    table::{End, Input},
+    table::{End, Input, Loss},
     wire,
 };
 
@@ -118,9 +118,14 @@ async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
     // The receiver outlives its connections.
     events.send(Told::Event(begun)).await.ok();
     let reading = async {
-        while let Ok(Some(message)) = wire::read(&mut reader, wire::FROM_RANK).await {
+        loop {
+            let message = match wire::read(&mut reader, wire::FROM_RANK).await {
+                Ok(Some(message)) => message,
+                Ok(None) => return Loss::Rank,
+                Err(error) => return loss(&error),
+            };
             let Some(said) = said(message) else {
-                return;
+                return Loss::Rank;
             };
             let told = Event {
                 pid: said.pid,
@@ -132,17 +137,34 @@ async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
     };
     let writing = async {
         while let Some(frame) = frames.recv().await {
-            if writer.write_all(&frame).await.is_err() || writer.flush().await.is_err() {
-                return;
+            let written = async {
+                writer.write_all(&frame).await?;
+                writer.flush().await
+            };
+            if let Err(error) = written.await {
+                return loss(&error);
             }
         }
+        Loss::Rank
     };
-    tokio::select! {
+    let loss = tokio::select! {
         biased;
-        () = reading => {}
-        () = writing => {}
-    }
-    events.send(Told::Event(event(Input::Lost))).await.ok();
+        loss = reading => loss,
+        loss = writing => loss,
+    };
+    let lost = event(Input::Lost(loss));
+    events.send(Told::Event(lost)).await.ok();
+}
+
+/// PURE: what the error of a connection says about its rank. If a process ends, its kernel closes the connection. Only a host that
+/// is gone does not answer; the kernel of this one asks it even if nobody writes.
+fn loss(error: &io::Error) -> Loss {
+    use io::ErrorKind::{HostUnreachable, NetworkDown, NetworkUnreachable, TimedOut};
+    let unanswered = matches!(
+        error.kind(),
+        TimedOut | HostUnreachable | NetworkUnreachable | NetworkDown
+    );
+    if unanswered { Loss::Node } else { Loss::Rank }
 }
 
 /// With what a connection begins.
@@ -186,6 +208,7 @@ fn said(message: pb::FromRank) -> Option<Said> {
                 code: ended.exit_code,
                 reason: ended.reason,
                 message: ended.message,
+                lost: None,
             }),
             pid: None,
             used: Usage {
@@ -199,7 +222,12 @@ fn said(message: pb::FromRank) -> Option<Said> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::DuplexStream;
+    use std::{
+        pin::Pin,
+        task::{Context, Poll, ready},
+    };
+
+    use tokio::io::{DuplexStream, ReadBuf};
 
     use super::*;
 
@@ -284,10 +312,73 @@ mod tests {
             assert!(matches!(told.input, Input::Ended(end) if end.code == 3));
             assert_eq!(told.used.cpu_nanos, 5);
             drop(theirs);
-            assert_eq!(next(&mut events).await.input, Input::Lost);
+            let lost = next(&mut events).await.input;
+            assert_eq!(lost, Input::Lost(Loss::Rank), "its process closed it");
             drop(line);
         };
         tokio::join!(serving, talking);
+    }
+
+    /// A connection whose peer says who it is and whose host then answers no more, as TCP reports it.
+    struct Vanishing(DuplexStream, io::ErrorKind);
+
+    impl AsyncRead for Vanishing {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            let before = buf.filled().len();
+            ready!(Pin::new(&mut self.0).poll_read(cx, buf))?;
+            let ended = buf.filled().len() == before;
+            Poll::Ready(if ended { Err(self.1.into()) } else { Ok(()) })
+        }
+    }
+
+    impl AsyncWrite for Vanishing {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            data: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.0).poll_write(cx, data)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_shutdown(cx)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_host_that_does_not_answer_is_told_from_a_connection_that_breaks() {
+        for (kind, loss) in [
+            (io::ErrorKind::TimedOut, Loss::Node),
+            (io::ErrorKind::HostUnreachable, Loss::Node),
+            (io::ErrorKind::ConnectionReset, Loss::Rank),
+            (io::ErrorKind::UnexpectedEof, Loss::Rank),
+        ] {
+            let (ours, mut theirs) = tokio::io::duplex(4096);
+            let (sender, mut events) = mpsc::channel(4);
+            send(&mut theirs, &hello(2)).await;
+            drop(theirs);
+            let serving = serve(Vanishing(ours, kind), OWN, sender);
+            let watching = async {
+                let mut lines = Vec::new();
+                while let Some(Told::Event(event)) = events.recv().await {
+                    if event.input == Input::Lost(loss) {
+                        return true;
+                    }
+                    lines.extend(event.line);
+                }
+                false
+            };
+            let ((), lost) = tokio::join!(serving, watching);
+            assert!(lost, "{kind}");
+        }
     }
 
     #[tokio::test]

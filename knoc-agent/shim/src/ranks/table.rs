@@ -17,12 +17,39 @@ use std::cmp::Reverse;
 /// The exit code of a rank whose helper or node was lost, as if it had been killed.
 const LOST: i32 = 137;
 
+/// How a rank was lost whose end nobody has reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Loss {
+    /// The connection to its helper broke: the helper may have been killed, or its node have failed.
+    Rank,
+    /// Its node, or the network to it, did not answer any more. No program brings that about.
+    Node,
+}
+
 /// What is known about a rank that has ended.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct End {
     pub(crate) code: i32,
     pub(crate) reason: String,
     pub(crate) message: String,
+    /// Its end is not known, because it was lost.
+    pub(crate) lost: Option<Loss>,
+}
+
+impl End {
+    /// A rank that was lost ends as if it had been killed.
+    fn lost(rank: usize, host: &str, loss: Loss) -> Self {
+        let why = match loss {
+            Loss::Rank => "its node, its helper or the network failed",
+            Loss::Node => "its node or the network to it does not answer any more",
+        };
+        Self {
+            code: LOST,
+            reason: "Error".to_owned(),
+            message: format!("the connection to rank {rank} on {host} was lost: {why}"),
+            lost: Some(loss),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,7 +74,7 @@ pub(crate) enum Input {
     /// Its program has ended, or could not be started.
     Ended(End),
     /// Its connection has ended before its program did.
-    Lost,
+    Lost(Loss),
 }
 
 /// What is to be done.
@@ -113,6 +140,16 @@ impl Table {
         rank.is_some_and(|rank| rank.state == State::Running)
     }
 
+    /// Whether the ranks are being ended: by the pod, or because one has failed.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.stopping || self.failed
+    }
+
+    /// The node of the rank, once its helper has connected.
+    pub(crate) fn host(&self, rank: usize) -> &str {
+        self.ranks.get(rank).map_or("", |rank| &rank.host)
+    }
+
     /// From now on every exit code counts, and no rank ends another one.
     pub(crate) fn stop(&mut self) {
         self.stopping = true;
@@ -149,14 +186,9 @@ impl Table {
                 };
             }
             (State::Connected | State::Running, Input::Ended(end)) => end,
-            (State::Awaited | State::Connected | State::Running, Input::Lost) => End {
-                code: LOST,
-                reason: "Error".to_owned(),
-                message: format!(
-                    "the connection to rank {number} on {} was lost: its node, its helper or the network failed",
-                    rank.host
-                ),
-            },
+            (State::Awaited | State::Connected | State::Running, Input::Lost(loss)) => {
+                End::lost(number, &rank.host, loss)
+            }
             // A helper says nothing else; if it does, it is not believed.
             (State::Awaited, Input::Running | Input::Ended(_))
             | (State::Connected, Input::Hello { .. })
@@ -265,10 +297,12 @@ mod tests {
         let mut table = running(3);
         assert_eq!(table.step(1, ended(3)), Effect::EndOthers);
         assert_eq!(table.step(0, ended(143)), Effect::Nothing);
-        assert_eq!(table.step(2, Input::Lost), Effect::Nothing);
+        let lost = table.step(2, Input::Lost(Loss::Node));
+        assert_eq!(lost, Effect::Nothing);
         assert!(table.is_over());
         let worst = table.worst().unwrap();
         assert_eq!((worst.rank, worst.end.code), (1, 3));
+        assert_eq!(worst.end.lost, None);
     }
 
     #[test]
@@ -293,11 +327,16 @@ mod tests {
 
     #[test]
     fn a_rank_that_is_lost_is_a_failure_that_names_its_node() {
-        let mut table = running(2);
-        assert_eq!(table.step(1, Input::Lost), Effect::EndOthers);
-        let worst = table.worst().unwrap();
-        assert_eq!((worst.rank, worst.end.code), (1, 137));
-        assert!(worst.end.message.contains("rank 1 on c1"));
+        for loss in [Loss::Rank, Loss::Node] {
+            let mut table = running(2);
+            assert!(!table.is_ending());
+            assert_eq!(table.step(1, Input::Lost(loss)), Effect::EndOthers);
+            assert!(table.is_ending());
+            let worst = table.worst().unwrap();
+            assert_eq!((worst.rank, worst.end.code), (1, 137));
+            assert_eq!(worst.end.lost, Some(loss));
+            assert!(worst.end.message.contains("rank 1 on c1 was lost"));
+        }
     }
 
     #[test]
@@ -316,7 +355,7 @@ mod tests {
             Just(hello()),
             Just(Input::Running),
             (0..256_i32).prop_map(ended),
-            Just(Input::Lost),
+            Just(Input::Lost(Loss::Rank)),
         ]
     }
 

@@ -14,6 +14,7 @@ use super::super::{
     directory::{Entry, Log},
     health::{self, Change},
     plan::{AFTER_HOOK, Backoff, Container, Health, Liveness, Phase, StopStage, Time},
+    ranks::table::Loss,
     report::{self, History},
     role::{ContainerSpec, RestartRule, Role},
     signals::Identity,
@@ -54,6 +55,8 @@ pub(super) struct Slot {
     pub(super) target: Option<Identity>,
     /// How many lost lines of the running attempt's log were reported.
     pub(super) lost_lines: u64,
+    /// How a rank of the attempt that ended last was lost, if one was.
+    pub(super) lost_rank: Option<Loss>,
     backoff: Backoff,
     /// Whether any attempt has begun, in this job or in an earlier run of it.
     tried: bool,
@@ -128,6 +131,7 @@ impl Slot {
             replaced: None,
             target: None,
             lost_lines: 0,
+            lost_rank: None,
             backoff,
             tried,
             ending: None,
@@ -355,6 +359,7 @@ impl Slot {
         if let Some(ending) = self.ending.take() {
             ending.send_replace(true);
         }
+        self.lost_rank = ended.lost;
         self.history.ended_before = self.history.ended.take();
         self.history.ended = Some(report::terminated(ended, started_at, id));
         let ran = started_at.map_or(Time::ZERO, |at| {
@@ -453,6 +458,7 @@ mod tests {
             finished_at: Timestamp::UNIX_EPOCH,
             losses: knoc_contract::logs::writer::Losses::default(),
             used: Counters::default(),
+            lost: None,
         }
     }
 

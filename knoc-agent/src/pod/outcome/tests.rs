@@ -106,6 +106,37 @@ fn after_a_signal_the_reason_is_slurms() {
     assert_eq!(fine.reason, "");
 }
 
+#[test]
+fn a_rank_that_was_lost_is_slurms_doing_or_a_failure_and_a_lost_node_is_a_disruption() {
+    use pb::EndedBy::{LostNode, LostRank};
+    for (by, state, reason, disruption) in [
+        (LostRank, Some(JobState::NodeFail), "NodeFailed", true),
+        (LostRank, Some(JobState::Preempted), "Preempted", true),
+        (LostRank, Some(JobState::OutOfMemory), "OOMKilled", false),
+        (LostRank, Some(JobState::Failed), "", false),
+        (LostRank, None, "", false),
+        (LostNode, Some(JobState::NodeFail), "NodeFailed", true),
+        (LostNode, Some(JobState::Timeout), "SlurmTimeLimit", false),
+        (LostNode, Some(JobState::Failed), "NodeFailed", true),
+        (LostNode, Some(JobState::Running), "NodeFailed", true),
+        (LostNode, None, "NodeFailed", true),
+    ] {
+        let ended = report(by, pb::OutcomeKind::Failed);
+        let view = state.map(|state| view(state, None));
+        let outcome = judge(view.as_ref(), Some(&ended), None, None);
+        let told = (outcome.reason.as_str(), outcome.disruption);
+        assert_eq!(told, (reason, disruption), "{by:?} {view:?}");
+        assert!(!outcome.succeeded);
+    }
+    let deleted = Cause::Deleted("deleted".to_owned());
+    let ended = report(LostNode, pb::OutcomeKind::Failed);
+    let outcome = judge(None, Some(&ended), Some(&deleted), None);
+    assert_eq!(
+        (outcome.reason.as_str(), outcome.disruption),
+        ("Deleted", false)
+    );
+}
+
 /// The site's prelude runs before the shim in the batch script.
 #[test]
 fn a_prelude_that_fails_is_cannot_start() {

@@ -108,16 +108,17 @@ fn take_notes(pod: &mut Pod, report: &pb::Report) {
 
 /// All containers have ended, and the report of it is synced to disk.
 fn final_report(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
-    let by_signal = pod
-        .report
-        .as_ref()
-        .is_some_and(|report| report.ended_by() == pb::EndedBy::Signal);
+    // What ended the program may have been the end of the job, and so may what broke the connection to a rank.
+    let from_outside = pod.report.as_ref().is_some_and(|report| {
+        let by = report.ended_by();
+        matches!(by, pb::EndedBy::Signal | pb::EndedBy::LostRank)
+    });
     let Some(stage) = pod.stage() else {
         return Vec::new();
     };
     match stage {
         // Only Slurm knows why; and only the end of the job finishes a pod that is being deleted.
-        JobStage::Running if by_signal => {
+        JobStage::Running if from_outside => {
             let until = now + pod.facts.timeouts.report_grace;
             let settling = JobStage::Settling {
                 cause: None,
@@ -128,7 +129,7 @@ fn final_report(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
             vec![Effect::Persist, Effect::PollSoon]
         }
         JobStage::Running => conclude(pod, None, now),
-        JobStage::Settling { cause: None, .. } if by_signal && !job_ended(pod) => {
+        JobStage::Settling { cause: None, .. } if from_outside && !job_ended(pod) => {
             vec![Effect::PollSoon]
         }
         JobStage::Settling { cause, .. } => {

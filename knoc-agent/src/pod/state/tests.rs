@@ -484,12 +484,29 @@ fn a_node_failure_waits_for_nothing() {
 
 /// The final report of job 1, whose containers a signal from outside ended.
 fn by_signal() -> Event {
+    failed_by(pb::EndedBy::Signal)
+}
+
+fn failed_by(by: pb::EndedBy) -> Event {
     let Event::Report(mut last) = report("1", 5, true) else {
         panic!()
     };
-    last.ended_by = pb::EndedBy::Signal.into();
+    last.ended_by = by.into();
     last.outcome = pb::OutcomeKind::Failed.into();
     Event::Report(last)
+}
+
+#[test]
+fn a_lost_rank_waits_for_slurms_state_and_a_lost_node_does_not() {
+    let (pod, _) = feed(and(running(), [failed_by(pb::EndedBy::LostRank)]));
+    assert!(matches!(pod.stage(), Some(JobStage::Settling { .. })));
+    let (failed, _) = step(pod.clone(), seen("1", JobState::Failed), at(7));
+    assert_eq!(outcome(&failed), (false, ""));
+    let (pod, _) = step(pod, seen("1", JobState::NodeFail), at(7));
+    assert_eq!(outcome(&pod), (false, "NodeFailed"));
+    let (pod, _) = feed(and(running(), [failed_by(pb::EndedBy::LostNode)]));
+    assert_eq!(outcome(&pod), (false, "NodeFailed"));
+    assert!(pod.outcome().unwrap().disruption);
 }
 
 #[test]

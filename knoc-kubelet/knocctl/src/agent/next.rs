@@ -12,6 +12,9 @@ use knoc_proto::manage::{Installed, RunMode};
 
 use super::ManageError;
 
+/// The kubelet's image in a registry.
+const IMAGE: &str = "knoc-kubelet";
+
 /// Writes the bundle with mode 0600. A file with the same contents is kept; one with others is never replaced.
 pub(super) fn write_bundle(path: &Path, bundle: &str) -> Result<String, ManageError> {
     let failed = |source| ManageError::Bundle {
@@ -61,10 +64,16 @@ pub(super) fn commands(
             "\nEverybody who can create a pod in one of these namespaces runs programs as this account: {names}\n"
         )
     };
+    let variant = if address.is_none() { "-ssh" } else { "" };
     let begin = format!(
-        "{access}\nIn the cluster:\n\n    kubectl create namespace knoc-system\n    kubectl -n knoc-system apply -f {bundle}\n"
+        "{access}\nIn the cluster. The kubelet's image is not published yet: in place of REGISTRY, name the registry to which you pushed it as\n\
+         {IMAGE}:{version}{variant} (docs/guide/install.md, \"The chart\").\n\n    \
+         kubectl create namespace knoc-system\n    kubectl -n knoc-system apply -f {bundle}\n",
+        version = env!("CARGO_PKG_VERSION"),
     );
-    let install = "    helm install knoc deploy/chart/knoc --namespace knoc-system";
+    let install = format!(
+        "    helm install knoc deploy/chart/knoc --namespace knoc-system --set image.repository=REGISTRY/{IMAGE}"
+    );
     if let Some(address) = address {
         let port = if address.contains(':') { "" } else { ":10350" };
         format!(

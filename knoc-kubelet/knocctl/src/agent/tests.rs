@@ -52,6 +52,8 @@ fn the_commands_that_follow_name_the_way_and_not_the_key() {
         "ssh-keyscan -p 2222 login",
         "--from-literal=port=2222",
         "--set agent.site=hpc --set agent.address=ssh:",
+        "--set image.repository=REGISTRY/knoc-kubelet",
+        concat!("knoc-kubelet:", env!("CARGO_PKG_VERSION"), "-ssh (docs"),
         "team-a",
         "apply -f bundle.yaml",
     ] {

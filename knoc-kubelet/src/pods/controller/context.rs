@@ -88,6 +88,19 @@ pub struct Process {
     pub metrics: Metrics,
 }
 
+impl Process {
+    /// A process that has just started.
+    #[must_use]
+    pub fn new(started: Timestamp, deposed: CancellationToken) -> Self {
+        Self {
+            started,
+            deposed,
+            health: LoopHealth::default(),
+            metrics: Metrics::default(),
+        }
+    }
+}
+
 impl Context {
     /// Have both first lists been read, and does the agent answer?
     pub(super) fn knows(&self) -> bool {

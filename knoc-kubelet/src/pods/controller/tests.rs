@@ -26,7 +26,6 @@ use tokio::{sync::watch, task::JoinSet};
 use crate::{
     agent::{Link, watch::AgentWatch},
     egress::Described,
-    metrics::Metrics,
     node::{Identity, PodIp, allocations::Allocatable, unit::Unit},
     pods::events::Recorder,
 };
@@ -114,12 +113,7 @@ impl Kubelet {
                 queue: queue.clone(),
                 listed,
             },
-            process: Process {
-                started: Timestamp::now(),
-                deposed: deposed.clone(),
-                health: LoopHealth::default(),
-                metrics: Metrics::default(),
-            },
+            process: Process::new(Timestamp::now(), deposed.clone()),
         });
         let mut tasks = JoinSet::new();
         let watch = AgentWatch::new(handle, store.clone(), queue.clone(), link_to, capacity_to);

@@ -3,7 +3,8 @@
 //! ```text
 //!            helpers connect         rank 0 runs            a rank fails, or the pod is stopped
 //! srun ─────► start each ─────────► News::Running ─────────► TERM ─► KILL ─► TERM to srun ─► KILL to srun
-//!      └─ none connects for CONNECT although some have not ─► KILL …
+//!      ├─ none connects for CONNECT although some have not ─► KILL …
+//!      └─ a rank that was started does not run within BEGIN ─► KILL …
 //! ```
 //!
 //! Each step of the last row has its own time, so that a container ends whatever its ranks, their nodes or Slurm do. TERM
@@ -40,12 +41,16 @@ use super::{
         },
         Attempt, AttemptError, Program, running,
     },
+    begins::Begins,
     cannot_run,
     outcome::Conducted,
 };
 
 /// How long the next helper may take to connect.
 const CONNECT: Duration = Duration::from_mins(3);
+
+/// How long the program of a rank may take to run once its helper was told to start it. The runtime may have to unpack the image.
+const BEGIN: Duration = Duration::from_mins(15);
 
 /// How long the other ranks may take to end after one has failed.
 const OTHERS: Duration = Duration::from_secs(10);
@@ -116,6 +121,7 @@ pub(super) struct Conductor<'a> {
     /// The number of the newest stream.
     streams: u64,
     next: Option<(Instant, Next)>,
+    begins: Begins,
     used: Counters,
     /// Why the attempt fails whatever its ranks exit with.
     failure: Option<String>,
@@ -155,6 +161,7 @@ impl<'a> Conductor<'a> {
             connections: 0,
             streams: 0,
             next: None,
+            begins: Begins::default(),
             used: Counters::default(),
             failure: None,
         })
@@ -209,6 +216,7 @@ impl<'a> Conductor<'a> {
                 Some(open) = self.opens.1.recv() => self.open(open),
                 Some(accepted) = incoming.next() => self.accept(accepted),
                 Some(_) = self.peers.join_next() => {}
+                rank = due(self.begins.first()) => self.never_began(rank),
                 next = due(self.next) => {
                     self.next = None;
                     self.escalate(next, pid);
@@ -315,7 +323,10 @@ impl<'a> Conductor<'a> {
             return;
         }
         self.account(event.used);
-        let lost = event.input == Input::Lost;
+        let lost = matches!(event.input, Input::Lost(_));
+        if !matches!(event.input, Input::Hello { .. }) {
+            self.begins.remove(rank);
+        }
         match self.table.step(rank, event.input) {
             Effect::Nothing => {}
             Effect::Start => self.start(rank),
@@ -345,6 +356,7 @@ impl<'a> Conductor<'a> {
         if let Some(Some(line)) = self.lines.get(rank) {
             // The first message always has room.
             line.to.try_send(self.start.clone()).ok();
+            self.begins.add(rank, Instant::now() + BEGIN);
         }
         if matches!(self.next, Some((_, Next::Missing))) {
             self.next = None;
@@ -352,6 +364,22 @@ impl<'a> Conductor<'a> {
                 self.next_in(CONNECT, Next::Missing);
             }
         }
+    }
+
+    /// The helper of the rank hangs: the attempt fails, unless the ranks are being ended already.
+    fn never_began(&mut self, rank: usize) {
+        self.begins = Begins::default();
+        if self.table.is_ending() {
+            return;
+        }
+        self.failure = Some(format!(
+            "rank {rank} on {} has not started its program within {} minutes: its helper hangs there, most likely in a file system that \
+             has the image or a volume",
+            self.table.host(rank),
+            BEGIN.as_secs() / 60
+        ));
+        self.table.stop();
+        self.kill_ranks();
     }
 
     /// Rank 0 runs on this node: its state is that of the container, whose processes are those of its PID namespace.
@@ -460,7 +488,7 @@ fn named(ranks: &[usize]) -> String {
     }
 }
 
-async fn due(next: Option<(Instant, Next)>) -> Next {
+async fn due<T>(next: Option<(Instant, T)>) -> T {
     match next {
         Some((at, next)) => {
             sleep_until(at).await;
@@ -495,7 +523,7 @@ mod tests {
         let at = begun + AFTER_KILL;
         assert_eq!(due(Some((at, Next::EndSrun))).await, Next::EndSrun);
         assert_eq!(begun.elapsed(), AFTER_KILL);
-        let never = tokio::time::timeout(CONNECT, due(None)).await;
+        let never = tokio::time::timeout(CONNECT, due::<Next>(None)).await;
         assert!(never.is_err());
     }
 }

@@ -8,7 +8,7 @@ use super::{
     super::{
         super::{
             children::Exit,
-            ranks::table::{End, Input, Table},
+            ranks::table::{End, Input, Loss, Table},
             usage::Counters,
         },
         Attempt, AttemptError, Done, FALLBACK_BYTES, FALLBACK_LINES, KILLED, MESSAGE_WAIT,
@@ -36,12 +36,13 @@ pub(super) struct Conducted {
     pub(super) failure: Option<String>,
 }
 
+/// How the container ended, and how the rank that decides was lost, if it was.
 pub(super) async fn of(
     conducted: Conducted,
     attempt: &Attempt,
     losses: Losses,
     live: PathBuf,
-) -> Result<Done, AttemptError> {
+) -> Result<(Done, Option<Loss>), AttemptError> {
     if let Some(message) = conducted.failure {
         return Err(cannot_run(message));
     }
@@ -51,7 +52,7 @@ pub(super) async fn of(
     let mut table = conducted.table;
     for rank in conducted.connected {
         // Those that are not over although srun is were lost.
-        table.step(rank, Input::Lost);
+        table.step(rank, Input::Lost(Loss::Rank));
     }
     let Some(worst) = table.worst() else {
         let said = end_of_log(live).await;
@@ -85,7 +86,8 @@ pub(super) async fn of(
     if fallback && end.message.is_empty() {
         message = end_of_log(live).await;
     }
-    Ok((exit, message, losses, killed, conducted.used))
+    let lost = end.lost;
+    Ok(((exit, message, losses, killed, conducted.used), lost))
 }
 
 /// PURE: the termination message of the container: that of rank 0 if all is well, else that of the worst rank, and if that
@@ -119,8 +121,8 @@ mod tests {
     fn the_message_is_that_of_the_rank_that_decides() {
         let end = |code, message: &str| End {
             code,
-            reason: String::new(),
             message: message.to_owned(),
+            ..End::default()
         };
         let (good, quiet) = (end(0, "all done"), end(7, ""));
         assert_eq!(message_of(2, "c2", &end(0, "x"), Some(&good)), "all done");
