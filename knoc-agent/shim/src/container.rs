@@ -70,6 +70,9 @@ const KILLED: i32 = 137;
 /// The exit code of a container whose program never ran.
 const NOT_STARTED: i32 = 128;
 
+/// Kubernetes' reason of a container that cannot be configured.
+pub(crate) const UNCONFIGURED: &str = "CreateContainerConfigError";
+
 /// A running program: what exec needs to start a process beside it, and attach to reach it.
 #[derive(Debug)]
 pub(crate) struct Program {
@@ -114,6 +117,9 @@ pub(crate) struct Ended {
     pub(crate) losses: Losses,
     /// What all its processes used; zero if the program never ran.
     pub(crate) used: Counters,
+    /// Whether the container could not be configured. As in a kubelet, nothing of it was begun then: it is tried again,
+    /// whatever its restart policy.
+    pub(crate) unconfigured: bool,
 }
 
 /// What an attempt, or a task that works for it, tells the supervisor while it lasts.
@@ -204,13 +210,21 @@ enum AttemptError {
 impl AttemptError {
     fn reason(&self) -> &'static str {
         match self {
+            Self::EnvFile(_) | Self::Prepare(PrepareError::SubPath(_)) => UNCONFIGURED,
             Self::Prepare(_) | Self::NoCommand | Self::Processes(_) => "CreateContainerError",
-            Self::EnvFile(_) => "CreateContainerConfigError",
             Self::Runtime(_) | Self::NoNamespaces { .. } => "ContainerCannotRun",
             Self::Start(_) => "StartError",
             Self::Ranks { reason, .. } => reason,
             Self::Aborted => "Error",
         }
+    }
+
+    /// Whether the container cannot be configured, by what other containers have written so far.
+    fn is_unconfigured(&self) -> bool {
+        matches!(
+            self,
+            Self::EnvFile(_) | Self::Prepare(PrepareError::SubPath(_))
+        )
     }
 }
 
@@ -234,9 +248,14 @@ fn ended(attempt: &Attempt, outcome: Result<Done, AttemptError>) -> Ended {
             finished_at,
             losses,
             used,
+            unconfigured: false,
         },
         Err(error) => {
-            tracing::warn!(container = attempt.spec.name(), "{}", chain(&error));
+            let unconfigured = error.is_unconfigured();
+            // That is tried again and again, and the supervisor logs it once.
+            if !unconfigured {
+                tracing::warn!(container = attempt.spec.name(), "{}", chain(&error));
+            }
             let code = if matches!(error, AttemptError::Aborted) {
                 KILLED
             } else {
@@ -249,6 +268,7 @@ fn ended(attempt: &Attempt, outcome: Result<Done, AttemptError>) -> Ended {
                 finished_at,
                 losses: Losses::default(),
                 used: Counters::default(),
+                unconfigured,
             }
         }
     }

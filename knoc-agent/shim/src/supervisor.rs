@@ -431,6 +431,12 @@ impl Supervisor {
             slot.take_back();
             return;
         }
+        if ended.unconfigured {
+            if slot.hold(&ended.message, now) {
+                tracing::warn!(container = slot.spec.name(), "{}", ended.message);
+            }
+            return;
+        }
         slot.end(ended, container_id(&self.pod, slot), now);
         let losses = &ended.losses;
         note_lost_lines(slot, &mut self.publisher, losses);
