@@ -141,8 +141,8 @@ pub(crate) enum News {
     },
     /// Log lines were lost. Counts all that this attempt has lost so far.
     Lost(Losses),
-    /// The runtime could not mount the image because of this compression, and has unpacked it.
-    Unpacked(&'static str),
+    /// The runtime could not mount the image, whose files are not compressed with gzip.
+    Unmounted(Unmounted),
     /// The postStart hook has ended.
     PostStarted { succeeded: bool },
     /// The preStop hook has ended.
@@ -151,6 +151,19 @@ pub(crate) enum News {
     Probed(Change),
     /// A probe did not go as it should.
     Told(Told),
+}
+
+/// An image that the runtime could not mount.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Unmounted {
+    pub(crate) compression: &'static str,
+    /// Whether the runtime says that the compression is the reason. Another one, such as a missing `/dev/fuse`, would keep it
+    /// from mounting any image.
+    pub(crate) at_fault: bool,
+    /// Whether the agent has converted the image. Nobody knows who made another one, and whether it is whole.
+    pub(crate) by_agent: bool,
+    /// Whether the runtime has unpacked it instead.
+    pub(crate) unpacked: bool,
 }
 
 /// What becomes an Event with a count.

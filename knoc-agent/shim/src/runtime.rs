@@ -84,6 +84,11 @@ pub(crate) fn names_squashfs(message: &str) -> bool {
         .any(|word| message.contains(word))
 }
 
+/// Whether such a message says that the compression of the image is the reason.
+pub(crate) fn blames_compression(message: &str) -> bool {
+    message.to_ascii_lowercase().contains("compression")
+}
+
 /// Why a container cannot be brought up with this runtime.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum RuntimeError {
@@ -141,7 +146,12 @@ mod tests {
              causes are that your kernel doesn't support the compression algorithm or the image is corrupted",
         ] {
             assert!(names_squashfs(message), "{message}");
+            assert!(blames_compression(message), "{message}");
         }
+        // A node without FUSE mounts no image, however it is compressed.
+        let no_fuse = "FATAL:   container creation failed: image driver mount failure: image driver squashfuse_ll instance exited with \
+            error: squashfuse_ll exited: fuse: device not found, try 'modprobe fuse' first";
+        assert!(names_squashfs(no_fuse) && !blames_compression(no_fuse));
         assert!(!names_squashfs(
             "FATAL:   container creation failed: mount /data: no such file or directory"
         ));

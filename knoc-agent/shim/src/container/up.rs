@@ -30,7 +30,7 @@ use super::{
         processes::{Helper, ProcessesError},
         signals::{self, Identity},
     },
-    Attempt, AttemptError, Event, News,
+    Attempt, AttemptError, Event, News, Unmounted,
     folders::{Folders, PrepareError},
 };
 use crate::{
@@ -38,7 +38,7 @@ use crate::{
         beside::Beside,
         contain::spec::{ContainSpec, MountSpec},
     },
-    runtime::{Root, Sandbox, names_squashfs},
+    runtime::{Root, Sandbox, blames_compression, names_squashfs},
     sif,
 };
 
@@ -234,8 +234,7 @@ impl Starting<'_> {
         Err(AttemptError::Runtime(first_message.unwrap_or_default()))
     }
 
-    /// Has the runtime unpack the image, if `message` and the image say that it could not mount it because of its
-    /// compression.
+    /// Has the runtime unpack the image, if `message` says that it could not mount it, and the image is not compressed with gzip.
     async fn try_unpacked(
         &self,
         sandbox: &mut Sandbox,
@@ -255,21 +254,24 @@ impl Starting<'_> {
             "the runtime could not mount the image, and is to unpack it"
         );
         sandbox.unpacked = true;
-        match self.try_roots(sandbox, roots).await {
-            Ok(up) => {
-                let event = Event {
-                    id: self.attempt.spec.id,
-                    attempt: self.attempt.number,
-                    news: News::Unpacked(compression),
-                };
-                // In the helper of a rank nobody reads it.
-                self.attempt.events.send(event).await.ok();
-                Ok(up)
-            }
+        let up = self.try_roots(sandbox, roots).await;
+        let event = Event {
+            id: self.attempt.spec.id,
+            attempt: self.attempt.number,
+            news: News::Unmounted(Unmounted {
+                compression,
+                at_fault: blames_compression(&message),
+                by_agent: self.attempt.spec.image.file.is_none(),
+                unpacked: up.is_ok(),
+            }),
+        };
+        // In the helper of a rank nobody reads it.
+        self.attempt.events.send(event).await.ok();
+        match up {
             Err(AttemptError::Runtime(also)) => Err(AttemptError::Runtime(format!(
                 "{message}; nor could it unpack the image: {also}"
             ))),
-            Err(other) => Err(other),
+            other => other,
         }
     }
 
