@@ -15,7 +15,7 @@ kind=mounts
 for word; do
     [ \"$word\" != --unsquash ] || kind=unpacks
 done
-echo \"$kind $APPTAINER_TMPDIR\" >>'@CALLS@'
+echo \"$kind $APPTAINER_TMPDIR$APPTAINER_DISABLE_CACHE$SINGULARITY_DISABLE_CACHE\" >>'@CALLS@'
 if [ $kind = mounts ]; then
     echo 'FATAL:   squashfuse_ll exited: @WHY@' >&2
 else
@@ -73,6 +73,11 @@ async fn run(compression: u16, by_agent: bool, why: &str) -> Ran {
     job.image = image.display().to_string();
     "apptainer".clone_into(&mut job.file.runtime);
     job.file.runtime_path = runtime.display().to_string();
+    // With these a runtime removes the image after it has unpacked it.
+    for prefix in ["APPTAINER", "SINGULARITY"] {
+        let (name, value) = (format!("{prefix}_DISABLE_CACHE"), "true".to_owned());
+        job.file.runtime_env.insert(name, value);
+    }
     let settings = job.file.settings.as_mut().unwrap();
     settings.network = pb::NetworkMode::Host.into();
     job.start();

@@ -75,11 +75,12 @@ pub(crate) struct Sandbox {
     pub unpacked: bool,
 }
 
-/// Whether a message of a runtime may say that it could not mount the files of an image, by itself, the kernel or squashfuse.
-/// Nothing depends on it but a further try to start the container.
+/// Whether a message of a runtime may say that it could not mount the files of an image, by itself, the kernel or squashfuse, or
+/// could not unpack them, which it does without being told if it has no squashfuse. Nothing depends on it but a further try to
+/// start the container.
 pub(crate) fn names_squashfs(message: &str) -> bool {
     let message = message.to_ascii_lowercase();
-    ["squashfs", "squashfuse"]
+    ["squashfs", "squashfuse", "compression"]
         .iter()
         .any(|word| message.contains(word))
 }
@@ -144,6 +145,8 @@ mod tests {
             "FATAL:   container creation failed: mount hook function failure: mount /proc/self/fd/3->/var/lib/apptainer/mnt/session/rootfs \
              error: while mounting image /proc/self/fd/3: kernel reported a bad superblock for squashfs image partition, possible \
              causes are that your kernel doesn't support the compression algorithm or the image is corrupted",
+            "FATAL:   while extracting /images/a.sif: root filesystem extraction failed: extract command failed: Filesystem uses zstd \
+             compression, this is unsupported by this version",
         ] {
             assert!(names_squashfs(message), "{message}");
             assert!(blames_compression(message), "{message}");

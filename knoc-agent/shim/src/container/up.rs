@@ -51,6 +51,10 @@ const RUNTIME_GRACE: Duration = Duration::from_secs(5);
 /// How long the runtime's helpers may keep its standard error open after the runtime has ended.
 const STDERR_GRACE: Duration = Duration::from_millis(500);
 
+/// The variables by which a runtime keeps no images of its own. It then takes each image that it unpacks for one of its own, and
+/// removes it: that would be the file in the agent's cache, or the site's.
+const REMOVES_IMAGES: [&str; 2] = ["APPTAINER_DISABLE_CACHE", "SINGULARITY_DISABLE_CACHE"];
+
 /// The runtime's process and its standard error.
 pub(super) struct Runtime {
     pub(super) child: Child,
@@ -400,6 +404,9 @@ fn spawn(
         .stdin(stdin)
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
+    for name in REMOVES_IMAGES {
+        command.env_remove(name);
+    }
     if let Some(folder) = unpack {
         for name in ["APPTAINER_TMPDIR", "SINGULARITY_TMPDIR"] {
             command.env(name, folder);
