@@ -58,7 +58,15 @@ struct Ran {
 
 /// Runs a pod with such an image to its end.
 async fn run(compression: u16, by_agent: bool, why: &str) -> Ran {
-    let mut job = Job::new(vec![sh("a", "true")]);
+    run_pod(sh("a", "true"), compression, by_agent, why).await
+}
+
+async fn run_pod(container: pb::Container, compression: u16, by_agent: bool, why: &str) -> Ran {
+    let mut job = Job::new(vec![container]);
+    job.spec().volumes = vec![pb::Volume {
+        name: "v".to_owned(),
+        source: Some(pb::volume::Source::EmptyDir(pb::EmptyDir::default())),
+    }];
     let path = |name: &str| job.dir.path().join(name);
     let (image, runtime, calls) = (path("a.sif"), path("apptainer"), path("calls"));
     atomic::write(&image, &sif(compression), 0o600).unwrap();
@@ -146,5 +154,18 @@ async fn an_image_that_the_agent_has_not_converted_says_nothing_about_the_node()
 async fn a_node_that_mounts_no_image_says_nothing_about_the_compression() {
     let ran = run(6, true, NO_FUSE).await;
     assert_eq!(ran.calls.len(), 6, "{:?}", ran.calls);
+    assert!(ran.unmounted.is_empty(), "{:?}", ran.unmounted);
+}
+
+/// Otherwise a pod could turn the images of a whole site to gzip, by a mount that fails.
+#[tokio::test]
+async fn what_a_pod_calls_its_mounts_says_nothing_about_the_node() {
+    let mut pod = sh("a", "true");
+    pod.mounts = vec![pb::Mount {
+        volume: "v".to_owned(),
+        path: "/squashfs/compression".to_owned(),
+        ..Default::default()
+    }];
+    let ran = run_pod(pod, 6, true, "mount: /squashfs/compression: no such file").await;
     assert!(ran.unmounted.is_empty(), "{:?}", ran.unmounted);
 }

@@ -80,14 +80,17 @@ pub(crate) struct Sandbox {
 /// start the container.
 pub(crate) fn names_squashfs(message: &str) -> bool {
     let message = message.to_ascii_lowercase();
-    ["squashfs", "squashfuse", "compression"]
+    ["squashfs", "squashfuse", COMPRESSION]
         .iter()
         .any(|word| message.contains(word))
 }
 
+/// The word by which such a message says that the compression of the image is the reason.
+pub(crate) const COMPRESSION: &str = "compression";
+
 /// Whether such a message says that the compression of the image is the reason.
 pub(crate) fn blames_compression(message: &str) -> bool {
-    message.to_ascii_lowercase().contains("compression")
+    message.to_ascii_lowercase().contains(COMPRESSION)
 }
 
 /// Why a container cannot be brought up with this runtime.

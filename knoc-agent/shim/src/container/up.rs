@@ -38,7 +38,7 @@ use crate::{
         beside::Beside,
         contain::spec::{ContainSpec, MountSpec},
     },
-    runtime::{Root, Sandbox, blames_compression, names_squashfs},
+    runtime::{COMPRESSION, Root, Sandbox, blames_compression, names_squashfs},
     sif,
 };
 
@@ -264,7 +264,9 @@ impl Starting<'_> {
             attempt: self.attempt.number,
             news: News::Unmounted(Unmounted {
                 compression,
-                at_fault: blames_compression(&message),
+                // The message may have paths of the pod's.
+                at_fault: blames_compression(&message)
+                    && !self.folders.mounts().mention(COMPRESSION),
                 by_agent: self.attempt.spec.image.file.is_none(),
                 unpacked: up.is_ok(),
             }),
