@@ -5,6 +5,7 @@ mod harness;
 use std::time::{Duration, Instant};
 
 use harness::{Job, isolated, running, sh, terminated};
+use knoc_contract::jobdir::atomic;
 use knoc_proto::pb::{self, EndedBy, OutcomeKind};
 use nix::sys::signal::Signal;
 
@@ -139,10 +140,7 @@ async fn restarts_back_off_and_the_logs_of_the_last_two_stay() {
     let mut job = Job::new(vec![container]);
     job.spec().restart_policy = pb::RestartPolicy::OnFailure.into();
     let count = if isolated() {
-        job.spec().volumes = vec![pb::Volume {
-            name: "v".to_owned(),
-            source: Some(pb::volume::Source::EmptyDir(pb::EmptyDir::default())),
-        }];
+        job.spec().volumes = vec![empty_dir("v")];
         job.spec().containers[0].mounts = vec![pb::Mount {
             volume: "v".to_owned(),
             path: "/count".to_owned(),
@@ -166,6 +164,91 @@ async fn restarts_back_off_and_the_logs_of_the_last_two_stay() {
             assert_eq!(job.log("a", attempt), format!("run {attempt}\n"));
         }
     }
+}
+
+/// A volume of the pod's own on the node's disk.
+fn empty_dir(name: &str) -> pb::Volume {
+    pb::Volume {
+        name: name.to_owned(),
+        source: Some(pb::volume::Source::EmptyDir(pb::EmptyDir::default())),
+    }
+}
+
+/// Whether container `a` cannot be configured, and `b` has ended.
+fn first_lacks_a_file(report: &pb::Report) -> bool {
+    use pb::container_status::State;
+    let [a, b] = &report.containers[..] else {
+        return false;
+    };
+    let Some(State::Waiting(waiting)) = &a.state else {
+        return false;
+    };
+    waiting.reason == "CreateContainerConfigError"
+        && waiting.message.contains("not found in file")
+        && matches!(b.state, Some(State::Terminated(_)))
+}
+
+#[tokio::test]
+async fn a_variable_from_a_missing_file_is_waited_for_whatever_the_restart_policy() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut job = Job::new(vec![sh("a", "echo $WORD"), sh("b", "echo other")]);
+    let settings = job.file.settings.as_mut().unwrap();
+    settings.scratch = scratch.path().display().to_string();
+    job.spec().volumes = vec![empty_dir("v")];
+    let key = pb::FileKey {
+        volume: "v".to_owned(),
+        path: "variables".to_owned(),
+        key: "WORD".to_owned(),
+        optional: false,
+    };
+    job.values.env = vec![pb::ContainerEnv {
+        container: "a".to_owned(),
+        vars: vec![pb::EnvVar {
+            name: "WORD".to_owned(),
+            value: Some(pb::env_var::Value::File(key)),
+        }],
+    }];
+    job.start();
+    let report = job.until(first_lacks_a_file).await;
+    let waiting = &report.containers[0];
+    assert_eq!((waiting.restart_count, &*waiting.container_id), (0, ""));
+    let mut own = std::fs::read_dir(scratch.path()).unwrap();
+    let volume = own.next().unwrap().unwrap().path().join("v0");
+    atomic::write(&volume.join("variables"), b"WORD='late'\n", 0o600).unwrap();
+    assert_eq!(job.code().await, 0, "{}", job.state_words());
+    let status = &job.report().containers[0];
+    assert_eq!(status.restart_count, 0);
+    assert_eq!(status.last_termination, None);
+    assert_eq!(job.log("a", 0), "late\n");
+}
+
+#[tokio::test]
+async fn a_container_that_cannot_be_configured_holds_up_no_stop() {
+    let mut job = Job::new(vec![sh("a", "echo $WORD")]);
+    job.spec().volumes = vec![empty_dir("v")];
+    let mut mount = pb::Mount {
+        volume: "v".to_owned(),
+        path: "/v".to_owned(),
+        ..Default::default()
+    };
+    "$(NONE)".clone_into(&mut mount.sub_path_expr);
+    job.spec().containers[0].mounts = vec![mount];
+    job.start();
+    job.until(|report| {
+        let state = &report.containers[0].state;
+        matches!(state, Some(pb::container_status::State::Waiting(waiting))
+            if waiting.reason == "CreateContainerConfigError" && waiting.message.contains("NONE"))
+    })
+    .await;
+    job.signal(Signal::SIGUSR1);
+    assert_eq!(job.code().await, 64, "{}", job.state_words());
+    let report = job.report();
+    assert_eq!(report.ended_by(), EndedBy::Stop);
+    let state = &report.containers[0].state;
+    assert!(
+        matches!(state, Some(pb::container_status::State::Waiting(_))),
+        "{state:?}"
+    );
 }
 
 #[tokio::test]

@@ -11,12 +11,14 @@ use std::{
     mem::MaybeUninit,
     net::{Ipv4Addr, SocketAddrV4, TcpListener},
     os::{fd::OwnedFd, unix::net::UnixStream},
+    path::Path,
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    fs::{Mode, OFlags, openat},
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, bind, connect, listen, recvmsg},
 };
 use serde_json::{Value, json};
@@ -174,6 +176,45 @@ fn a_sealed_helper_opens_its_files_to_nobody_of_the_same_user() -> io::Result<()
     }
     helper.end();
     Ok(())
+}
+
+/// Has the helper mount a volume of 1 MiB. Returns the mount namespace and the volume.
+fn volume(helper: &mut Helper, path: &Path) -> [OwnedFd; 2] {
+    let (answer, fds) = helper.ask(&json!({"Memory": {"path": path, "bytes": 1_u64 << 20}}));
+    assert_eq!(answer, json!("Done"));
+    <[OwnedFd; 2]>::try_from(fds).unwrap()
+}
+
+#[test]
+fn a_volume_in_memory_has_its_size_and_is_not_seen_on_the_node() {
+    let [one, other] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let mut helper = Helper::start();
+    helper.create();
+    let [mounts, root] = volume(&mut helper, one.path());
+    let [same, _second] = volume(&mut helper, other.path());
+    let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).unwrap().st_ino;
+    assert_eq!(inode(&mounts), inode(&same), "one namespace has them all");
+    let size = rustix::fs::fstatvfs(&root).unwrap();
+    assert_eq!(size.f_blocks * size.f_frsize, 1 << 20);
+    // Whoever has the descriptor reads and writes what containers see at the path.
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+    let file = openat(&root, "file", flags, Mode::RUSR | Mode::WUSR).unwrap();
+    let full = std::fs::File::from(file).write_all(&vec![7; 2 << 20]);
+    assert_eq!(full.unwrap_err().kind(), io::ErrorKind::StorageFull);
+    for folder in [&one, &other] {
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+    let nowhere = one.path().join("missing");
+    let (failed, none) = helper.ask(&json!({"Memory": {"path": nowhere, "bytes": 1}}));
+    let why = failed["Failed"]["why"].as_str().unwrap_or_default();
+    assert!(
+        why.contains("mount a volume in memory") && none.is_empty(),
+        "{failed}"
+    );
+    helper.end();
+    // The folders can be removed, whoever still has the volume.
+    one.close().unwrap();
+    drop(root);
 }
 
 const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);

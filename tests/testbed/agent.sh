@@ -53,7 +53,7 @@ list_redis() {
     [ "$STACK" != local ] || return 0
     ! grep -q '^egress = .*knoc-redis' "$config/agent.toml" || return 0
     # The agent reads this table again by itself.
-    sed -i 's|^#* *egress = .*|egress = ["default/kubernetes", "kube-system/kube-dns", "knoc-redis/redis"]|' "$config/agent.toml"
+    sed -i -e '/^#* *egress = /d' -e '/^\[policy\]/a egress = ["default/kubernetes", "kube-system/kube-dns", "knoc-redis/redis"]' "$config/agent.toml"
 }
 # The agent serves one cluster, by default the first that connects; the bed has one cluster per version of Kubernetes.
 serve_this_cluster() {

@@ -155,15 +155,26 @@ async fn variables_come_from_a_file_that_another_container_wrote() -> anyhow::Re
     let all = json!([key("ADDRESS", false), key("NONE", true), after]);
     let log = log_of(&world, &pod("reads", all)).await?;
     same("the variables", &log, "from a file/unset/from a file\n")?;
+    let lacks = pod("lacks", json!([key("NONE", false)]))
+        .container("late")
+        .set("volumeMounts", json!([{"name": "v", "mountPath": "/data"}]))
+        .sh("echo looks; until grep -q NONE /data/config.env; do sleep 0.2; done");
+    let uid = world.create(&lacks).await?;
+    let waits = |pod: &_| {
+        let (reason, told) = container_reason(pod, "main")?;
+        let lacks = told.contains("key \"NONE\" not found");
+        (reason == "CreateContainerConfigError" && lacks).then_some(())
+    };
     world
-        .create(&pod("lacks", json!([key("NONE", false)])))
+        .wait_for_state("lacks", "waits for the key", PULLED, waits)
         .await?;
-    let failed = world.wait_phase("lacks", "Failed", PULLED).await?;
-    let (reason, told) = container_reason(&failed, "main").context("no reason")?;
-    ensure!(
-        reason == "CreateContainerConfigError" && told.contains("key \"NONE\" not found"),
-        "{reason}: {told}"
-    );
+    world.wait_log("lacks", "late", "looks").await?;
+    let write = "echo \"NONE='late'\" >>/data/config.env";
+    world.exec(&uid, "late", ["sh", "-c", write]).ok().await?;
+    // Its restart policy is Never, but it was not started before.
+    world.wait_phase("lacks", "Succeeded", PULLED).await?;
+    let log = world.logs("lacks", "main").await?;
+    same("the variable that came late", &log, "/late/\n")?;
     world.finish().await
 }
 

@@ -70,6 +70,9 @@ const KILLED: i32 = 137;
 /// The exit code of a container whose program never ran.
 const NOT_STARTED: i32 = 128;
 
+/// Kubernetes' reason of a container that cannot be configured.
+pub(crate) const UNCONFIGURED: &str = "CreateContainerConfigError";
+
 /// A running program: what exec needs to start a process beside it, and attach to reach it.
 #[derive(Debug)]
 pub(crate) struct Program {
@@ -116,6 +119,9 @@ pub(crate) struct Ended {
     pub(crate) used: Counters,
     /// A rank was lost, and with it the true exit code.
     pub(crate) lost: Option<Loss>,
+    /// Whether the container could not be configured. As in a kubelet, nothing of it was begun then: it is tried again,
+    /// whatever its restart policy.
+    pub(crate) unconfigured: bool,
 }
 
 /// What an attempt, or a task that works for it, tells the supervisor while it lasts.
@@ -137,8 +143,8 @@ pub(crate) enum News {
     },
     /// Log lines were lost. Counts all that this attempt has lost so far.
     Lost(Losses),
-    /// The runtime could not mount the image because of this compression, and has unpacked it.
-    Unpacked(&'static str),
+    /// The runtime could not mount the image, whose files are not compressed with gzip.
+    Unmounted(Unmounted),
     /// The postStart hook has ended.
     PostStarted { succeeded: bool },
     /// The preStop hook has ended.
@@ -147,6 +153,19 @@ pub(crate) enum News {
     Probed(Change),
     /// A probe did not go as it should.
     Told(Told),
+}
+
+/// An image that the runtime could not mount.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Unmounted {
+    pub(crate) compression: &'static str,
+    /// Whether the runtime says that the compression is the reason. Another one, such as a missing `/dev/fuse`, would keep it
+    /// from mounting any image.
+    pub(crate) at_fault: bool,
+    /// Whether the agent has converted the image. Nobody knows who made another one, and whether it is whole.
+    pub(crate) by_agent: bool,
+    /// Whether the runtime has unpacked it instead.
+    pub(crate) unpacked: bool,
 }
 
 /// What becomes an Event with a count.
@@ -206,13 +225,21 @@ enum AttemptError {
 impl AttemptError {
     fn reason(&self) -> &'static str {
         match self {
+            Self::EnvFile(_) | Self::Prepare(PrepareError::SubPath(_)) => UNCONFIGURED,
             Self::Prepare(_) | Self::NoCommand | Self::Processes(_) => "CreateContainerError",
-            Self::EnvFile(_) => "CreateContainerConfigError",
             Self::Runtime(_) | Self::NoNamespaces { .. } => "ContainerCannotRun",
             Self::Start(_) => "StartError",
             Self::Ranks { reason, .. } => reason,
             Self::Aborted => "Error",
         }
+    }
+
+    /// Whether the container cannot be configured, by what other containers have written so far.
+    fn is_unconfigured(&self) -> bool {
+        matches!(
+            self,
+            Self::EnvFile(_) | Self::Prepare(PrepareError::SubPath(_))
+        )
     }
 }
 
@@ -242,9 +269,14 @@ fn ended(attempt: &Attempt, outcome: Result<Done, AttemptError>) -> Ended {
             losses,
             used,
             lost: None,
+            unconfigured: false,
         },
         Err(error) => {
-            tracing::warn!(container = attempt.spec.name(), "{}", chain(&error));
+            let unconfigured = error.is_unconfigured();
+            // That is tried again and again, and the supervisor logs it once.
+            if !unconfigured {
+                tracing::warn!(container = attempt.spec.name(), "{}", chain(&error));
+            }
             let code = if matches!(error, AttemptError::Aborted) {
                 KILLED
             } else {
@@ -258,6 +290,7 @@ fn ended(attempt: &Attempt, outcome: Result<Done, AttemptError>) -> Ended {
                 losses: Losses::default(),
                 used: Counters::default(),
                 lost: None,
+                unconfigured,
             }
         }
     }

@@ -208,6 +208,13 @@ impl Mounts {
         message
     }
 
+    /// Whether the pod names one of its mounts in a way that brings this word, in lower case, into a message of the runtime.
+    pub(crate) fn mention(&self, word: &str) -> bool {
+        let has = |text: &str| text.to_ascii_lowercase().contains(word);
+        let mut volumes = self.volumes.iter();
+        volumes.any(|mounted| has(&mounted.what) || has(&mounted.target.to_string_lossy()))
+    }
+
     /// The paths for the runtime if there is no helper: those that the sources have now. Blocks on file work.
     pub(crate) fn names(&self) -> Result<Named, NameError> {
         let failed = |what: &str| {
@@ -337,5 +344,6 @@ mod tests {
         assert_eq!(specs[1].message.as_deref(), Some(Path::new("log")));
         let message = mounts.with_own_names("stat /staging/image, mount /staging/m0: no");
         assert_eq!(message, "stat /r, mount volume \"v\", path \"sub\": no");
+        assert!(mounts.mention("\"sub\"") && !mounts.mention("compression"));
     }
 }

@@ -20,6 +20,10 @@
 //!             Start: its restart rule says so and the back-off is over
 //! ```
 //!
+//! A container that cannot be configured, because a file with its variables is missing for example, goes from `Starting` to
+//! `Unconfigured`. No attempt has begun then, so it is started again after a pause, whatever its restart rule, and holds up no
+//! other.
+//!
 //! Its stop goes one way, until the attempt has ended; the next attempt begins at `NotStopped` again:
 //!
 //! ```text
@@ -68,6 +72,11 @@ pub(crate) enum Phase {
     Starting,
     /// Its program runs.
     Running,
+    /// It could not be configured, so its attempt has not begun.
+    Unconfigured {
+        /// It is not tried again before this time.
+        retry_at: Time,
+    },
     /// Its last attempt has ended.
     Exited {
         code: i32,
@@ -83,7 +92,7 @@ impl Phase {
     pub(crate) fn code(self) -> Option<i32> {
         match self {
             Self::Exited { code, .. } => Some(code),
-            Self::Idle | Self::Starting | Self::Running => None,
+            Self::Idle | Self::Starting | Self::Running | Self::Unconfigured { .. } => None,
         }
     }
 
@@ -93,7 +102,7 @@ impl Phase {
             Self::Exited {
                 code, unhealthy, ..
             } => !rule.restarts(code, unhealthy),
-            Self::Idle | Self::Starting | Self::Running => false,
+            Self::Idle | Self::Starting | Self::Running | Self::Unconfigured { .. } => false,
         }
     }
 }
@@ -172,7 +181,7 @@ impl Container {
     pub(crate) fn lives(&self) -> bool {
         match self.phase {
             Phase::Starting | Phase::Running => true,
-            Phase::Idle | Phase::Exited { .. } => false,
+            Phase::Idle | Phase::Unconfigured { .. } | Phase::Exited { .. } => false,
         }
     }
 
@@ -185,7 +194,7 @@ impl Container {
         match self.phase {
             Phase::Starting => true,
             Phase::Idle | Phase::Running => self.post_start_pending,
-            Phase::Exited { .. } => false,
+            Phase::Unconfigured { .. } | Phase::Exited { .. } => false,
         }
     }
 
@@ -311,6 +320,7 @@ impl Plan {
             Phase::Starting | Phase::Running => return,
             Phase::Exited { .. } if container.ended_for_good() => return,
             Phase::Exited { restart_at, .. } => restart_at,
+            Phase::Unconfigured { retry_at } => retry_at,
             Phase::Idle => Time::ZERO,
         };
         if view.now < start_at {
@@ -439,6 +449,11 @@ impl Backoff {
     /// Begins anew, as for a container that has not ended yet.
     pub(crate) fn reset(&mut self) {
         self.next = Duration::ZERO;
+    }
+
+    /// The first pause that is not zero: how long to wait for a container that could not be configured.
+    pub(crate) fn initial(&self) -> Duration {
+        self.initial
     }
 
     /// How long to wait after an attempt that ran for `ran`.

@@ -15,7 +15,7 @@ use knoc_proto::{
 use tokio::sync::watch;
 
 use super::{
-    container::Ended,
+    container::{Ended, UNCONFIGURED},
     plan::{Health, Phase, Time},
     ranks::table::Loss,
     role::{ContainerSpec, RestartRule, Role},
@@ -50,6 +50,8 @@ pub(crate) struct History {
     pub(crate) ended_before: Option<pb::Terminated>,
     /// What the running attempt, or the last one, was started with.
     pub(crate) image: Option<RanImage>,
+    /// Why it could not be configured when that was last tried; empty once it could.
+    pub(crate) unconfigured: String,
 }
 
 /// The image of an attempt. That of the container may be another one by now.
@@ -93,15 +95,16 @@ pub(crate) struct StatusContext<'a> {
     pub(crate) now: Time,
 }
 
+fn waiting(reason: &str, message: &str) -> State {
+    State::Waiting(pb::Waiting {
+        reason: reason.to_owned(),
+        message: message.to_owned(),
+    })
+}
+
 /// PURE: the state of a container in Kubernetes' own terms.
 fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) -> State {
     let Situation { phase, history, .. } = now;
-    let waiting = |reason: &str, message: &str| {
-        State::Waiting(pb::Waiting {
-            reason: reason.to_owned(),
-            message: message.to_owned(),
-        })
-    };
     // In a pod with init containers this is Kubernetes' reason for every container that was never started.
     let creating = if context.pod.init_containers.is_empty() {
         "ContainerCreating"
@@ -134,14 +137,27 @@ fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) 
             waiting("PodInitializing", "")
         }
         Phase::Idle => match context.values_missing {
-            Some(why) => waiting("CreateContainerConfigError", why),
+            Some(why) => waiting(UNCONFIGURED, why),
             None => match now.target_missing {
-                Some(why) => waiting("CreateContainerConfigError", why),
+                Some(why) => waiting(UNCONFIGURED, why),
                 None => waiting(creating, ""),
             },
         },
+        Phase::Unconfigured { .. } => unconfigured(history, context.stopping),
+        // As in a kubelet, the error is shown until the container is created.
+        Phase::Starting if !history.unconfigured.is_empty() => {
+            unconfigured(history, context.stopping)
+        }
         Phase::Starting if history.attempt == 0 => waiting(creating, ""),
         Phase::Starting => waiting("ContainerCreating", ""),
+    }
+}
+
+/// PURE: the state of a container that cannot be configured. If its pod is being stopped, only an attempt of before counts.
+fn unconfigured(history: &History, stopping: bool) -> State {
+    match &history.ended {
+        Some(ended) if stopping => State::Terminated(ended.clone()),
+        Some(_) | None => waiting(UNCONFIGURED, &history.unconfigured),
     }
 }
 
@@ -196,11 +212,22 @@ pub(crate) fn status(
         started: health.started,
         image: ran.image,
         image_id: ran.image_id,
-        container_id: if phase == Phase::Idle {
-            String::new()
-        } else {
-            container_id
-        },
+        container_id: shown_id(phase, history, container_id),
+    }
+}
+
+/// PURE: the id of the running attempt or of the last one, if there is one. One that could not be configured is none.
+fn shown_id(phase: Phase, history: &History, of_attempt: String) -> String {
+    let unconfigured = !history.unconfigured.is_empty();
+    match phase {
+        Phase::Idle => String::new(),
+        Phase::Starting | Phase::Unconfigured { .. } if unconfigured => {
+            let ended = history.ended.as_ref();
+            ended.map_or_else(String::new, |ended| ended.container_id.clone())
+        }
+        Phase::Starting | Phase::Running | Phase::Unconfigured { .. } | Phase::Exited { .. } => {
+            of_attempt
+        }
     }
 }
 
@@ -208,7 +235,7 @@ pub(crate) fn status(
 /// nobody sees the new number beside the times of the attempt before.
 fn restarts(phase: Phase, history: &History) -> u32 {
     match phase {
-        Phase::Starting => history.attempt.saturating_sub(1),
+        Phase::Starting | Phase::Unconfigured { .. } => history.attempt.saturating_sub(1),
         Phase::Idle | Phase::Running | Phase::Exited { .. } => history.attempt,
     }
 }
@@ -366,195 +393,4 @@ async fn write(jobdir: &JobDir, report: pb::Report) -> Result<(), String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use tokio::task::JoinSet;
-
-    use super::{super::role::SlotId, *};
-
-    /// How long a test waits for a level, in paused time.
-    const SOON: Duration = Duration::from_hours(1);
-
-    fn job_dir() -> (tempfile::TempDir, JobDir) {
-        let root = tempfile::tempdir().unwrap();
-        let path = root.path().join("u");
-        std::fs::create_dir(&path).unwrap();
-        let dir = JobDir::open(path).unwrap();
-        (root, dir)
-    }
-
-    async fn written(dir: &JobDir) -> pb::Report {
-        let looking = async {
-            loop {
-                if let Ok(Some(report)) = dir.report() {
-                    return report;
-                }
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
-        };
-        let looked = tokio::time::timeout(SOON, looking).await;
-        looked.unwrap_or_else(|_| panic!("no report was written"))
-    }
-
-    fn spec(role: Role) -> ContainerSpec {
-        ContainerSpec {
-            id: SlotId::after(0),
-            role,
-            restart: RestartRule::of(role, pb::RestartPolicy::Always),
-            container: pb::Container {
-                name: "main".to_owned(),
-                ..Default::default()
-            },
-            image: pb::ResolvedImage::default(),
-        }
-    }
-
-    #[test]
-    fn ready_and_started_are_what_the_probes_say_and_not_that_the_program_runs() {
-        let pod = pb::PodSpec::default();
-        let history = History::default();
-        let context = StatusContext {
-            pod: &pod,
-            initialized: true,
-            stopping: false,
-            values_missing: None,
-            now: Duration::ZERO,
-        };
-        let shown = |role, phase, health| {
-            let situation = Situation {
-                phase,
-                health,
-                history: &history,
-                restart: RestartRule::Always,
-                target_missing: None,
-            };
-            let status = status(&spec(role), situation, &context, String::new());
-            (status.started, status.ready)
-        };
-        let not_ready = Health {
-            ready: false,
-            ..Health::unprobed()
-        };
-        let succeeded = Phase::Exited {
-            code: 0,
-            unhealthy: false,
-            restart_at: Duration::ZERO,
-        };
-        for role in [Role::Main, Role::Sidecar] {
-            let shown = |phase, health| shown(role, phase, health);
-            assert_eq!(shown(Phase::Running, Health::unprobed()), (true, true));
-            assert_eq!(shown(Phase::Running, not_ready), (true, false));
-            assert_eq!(shown(Phase::Running, Health::down()), (false, false));
-            assert_eq!(shown(succeeded, Health::down()), (false, false));
-        }
-        // An init container is ready when it is done; nobody waits for an ephemeral one to be ready.
-        let init = |phase, health| shown(Role::Init, phase, health);
-        assert_eq!(init(Phase::Running, Health::unprobed()), (true, false));
-        assert_eq!(init(succeeded, Health::down()), (false, true));
-        let ephemeral = shown(Role::Ephemeral, Phase::Running, Health::unprobed());
-        assert_eq!(ephemeral, (true, false));
-    }
-
-    #[test]
-    fn a_container_that_waits_says_so_as_a_kubelet_does() {
-        let pod = pb::PodSpec {
-            uid: "7d1".to_owned(),
-            namespace: "lab".to_owned(),
-            name: "web".to_owned(),
-            ..Default::default()
-        };
-        let phase = Phase::Exited {
-            code: 1,
-            unhealthy: false,
-            restart_at: Duration::from_secs(100),
-        };
-        let said = |pause, now| {
-            let history = History {
-                pause: Duration::from_secs(pause),
-                ..History::default()
-            };
-            let situation = Situation {
-                phase,
-                health: Health::down(),
-                history: &history,
-                restart: RestartRule::Always,
-                target_missing: None,
-            };
-            let context = StatusContext {
-                pod: &pod,
-                initialized: true,
-                stopping: false,
-                values_missing: None,
-                now: Duration::from_secs(now),
-            };
-            match state(&spec(Role::Main), situation, &context) {
-                State::Waiting(waiting) => [waiting.reason, waiting.message],
-                state @ (State::Running(_) | State::Terminated(_)) => panic!("{state:?}"),
-            }
-        };
-        for (pause, shown) in [(20, "20s"), (80, "1m20s"), (300, "5m0s")] {
-            let message =
-                format!("back-off {shown} restarting failed container=main pod=web_lab(7d1)");
-            assert_eq!(said(pause, 99), ["CrashLoopBackOff".to_owned(), message]);
-        }
-        assert_eq!(said(20, 100), ["ContainerCreating", ""]);
-    }
-
-    #[test]
-    fn a_restart_counts_once_the_program_runs() {
-        let shown = |phase, attempt| {
-            let history = History {
-                attempt,
-                ..History::default()
-            };
-            restarts(phase, &history)
-        };
-        let ended = Phase::Exited {
-            code: 1,
-            unhealthy: false,
-            restart_at: Duration::ZERO,
-        };
-        assert_eq!(shown(Phase::Starting, 0), 0);
-        assert_eq!([shown(Phase::Running, 0), shown(ended, 0)], [0, 0]);
-        assert_eq!(
-            [shown(Phase::Starting, 1), shown(Phase::Running, 1)],
-            [0, 1]
-        );
-        assert_eq!([shown(ended, 1), shown(Phase::Starting, 2)], [1, 1]);
-    }
-
-    #[test]
-    fn a_rank_that_was_lost_is_why_the_containers_ended() {
-        assert_eq!(by_themselves(None), pb::EndedBy::Themselves);
-        assert_eq!(by_themselves(Some(Loss::Rank)), pb::EndedBy::LostRank);
-        assert_eq!(by_themselves(Some(Loss::Node)), pb::EndedBy::LostNode);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_report_that_could_not_be_written_is_written_later_without_any_news() {
-        let (_root, dir) = job_dir();
-        // Nothing can be renamed over a folder.
-        std::fs::create_dir(dir.report_path()).unwrap();
-        let mut publisher = Publisher::new(pb::Report::default());
-        let mut keeper = JoinSet::new();
-        keeper.spawn(keep(dir.clone(), publisher.subscribe()));
-        publisher.update(|report| report.hostname = "c1".to_owned());
-        tokio::time::sleep(Duration::from_mins(10)).await;
-        std::fs::remove_dir(dir.report_path()).unwrap();
-        assert_eq!(written(&dir).await.hostname, "c1");
-        publisher.update(|report| report.r#final = true);
-        assert!(keeper.join_next().await.unwrap().unwrap());
-        assert!(written(&dir).await.r#final);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_final_report_that_cannot_be_written_is_given_up() {
-        let (_root, dir) = job_dir();
-        std::fs::create_dir(dir.report_path()).unwrap();
-        let mut publisher = Publisher::new(pb::Report::default());
-        let mut keeper = JoinSet::new();
-        keeper.spawn(keep(dir, publisher.subscribe()));
-        publisher.update(|report| report.r#final = true);
-        drop(publisher);
-        assert!(!keeper.join_next().await.unwrap().unwrap());
-    }
-}
+mod tests;

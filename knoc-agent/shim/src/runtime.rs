@@ -75,13 +75,22 @@ pub(crate) struct Sandbox {
     pub unpacked: bool,
 }
 
-/// Whether a message of a runtime may say that it could not mount the files of an image, by itself, the kernel or squashfuse.
-/// Nothing depends on it but a further try to start the container.
+/// Whether a message of a runtime may say that it could not mount the files of an image, by itself, the kernel or squashfuse, or
+/// could not unpack them, which it does without being told if it has no squashfuse. Nothing depends on it but a further try to
+/// start the container.
 pub(crate) fn names_squashfs(message: &str) -> bool {
     let message = message.to_ascii_lowercase();
-    ["squashfs", "squashfuse"]
+    ["squashfs", "squashfuse", COMPRESSION]
         .iter()
         .any(|word| message.contains(word))
+}
+
+/// The word by which such a message says that the compression of the image is the reason.
+pub(crate) const COMPRESSION: &str = "compression";
+
+/// Whether such a message says that the compression of the image is the reason.
+pub(crate) fn blames_compression(message: &str) -> bool {
+    message.to_ascii_lowercase().contains(COMPRESSION)
 }
 
 /// Why a container cannot be brought up with this runtime.
@@ -139,9 +148,16 @@ mod tests {
             "FATAL:   container creation failed: mount hook function failure: mount /proc/self/fd/3->/var/lib/apptainer/mnt/session/rootfs \
              error: while mounting image /proc/self/fd/3: kernel reported a bad superblock for squashfs image partition, possible \
              causes are that your kernel doesn't support the compression algorithm or the image is corrupted",
+            "FATAL:   while extracting /images/a.sif: root filesystem extraction failed: extract command failed: Filesystem uses zstd \
+             compression, this is unsupported by this version",
         ] {
             assert!(names_squashfs(message), "{message}");
+            assert!(blames_compression(message), "{message}");
         }
+        // A node without FUSE mounts no image, however it is compressed.
+        let no_fuse = "FATAL:   container creation failed: image driver mount failure: image driver squashfuse_ll instance exited with \
+            error: squashfuse_ll exited: fuse: device not found, try 'modprobe fuse' first";
+        assert!(names_squashfs(no_fuse) && !blames_compression(no_fuse));
         assert!(!names_squashfs(
             "FATAL:   container creation failed: mount /data: no such file or directory"
         ));

@@ -13,7 +13,7 @@ mod slots;
 mod stats;
 mod timeouts;
 
-use std::{net::Ipv4Addr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::Ipv4Addr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use knoc_contract::logs::writer::Losses;
@@ -120,6 +120,8 @@ pub(crate) struct Supervisor {
     directory: watch::Sender<Arc<Directory>>,
     /// The pod's counters as they were last reported: they never decrease.
     shown: Counters,
+    /// The compressions of which an Event has said that such images are unpacked.
+    unpacked: BTreeSet<&'static str>,
 }
 
 impl Supervisor {
@@ -169,6 +171,7 @@ impl Supervisor {
             publisher,
             directory,
             shown: Counters::default(),
+            unpacked: BTreeSet::new(),
         })
     }
 
@@ -412,7 +415,7 @@ impl Supervisor {
                 self.watch_health(event.id);
             }
             News::Lost(losses) => note_lost_lines(slot, &mut self.publisher, &losses),
-            News::Unpacked(compression) => self.image_unpacked(compression),
+            News::Unmounted(unmounted) => self.image_unmounted(unmounted),
             // An earlier attempt's tasks may still have had something to tell.
             news if event.attempt == slot.history.attempt => self.health_news(event.id, news),
             News::PostStarted { .. }
@@ -429,6 +432,12 @@ impl Supervisor {
         };
         if slot.has_lost_target() {
             slot.take_back();
+            return;
+        }
+        if ended.unconfigured {
+            if slot.hold(&ended.message, now) {
+                tracing::warn!(container = slot.spec.name(), "{}", ended.message);
+            }
             return;
         }
         slot.end(ended, container_id(&self.pod, slot), now);

@@ -35,6 +35,8 @@ pub(crate) struct Job {
     child: Option<Child>,
     /// The path of the image of all containers.
     pub(crate) image: String,
+    /// Its identity, as of an image that the agent has not converted.
+    pub(crate) image_file: Option<pb::ImageFileId>,
     pub(crate) env: Vec<(String, String)>,
     /// What the shell does that becomes the shim.
     pub(crate) under: &'static str,
@@ -107,6 +109,7 @@ impl Job {
             values,
             child: None,
             image: var("KNOC_TEST_IMAGE").unwrap_or_default(),
+            image_file: None,
             env: Vec::new(),
             under: ":",
         }
@@ -148,7 +151,7 @@ impl Job {
                     env: vec![format!("PATH={}", var("PATH").unwrap_or_default())],
                     ..Default::default()
                 }),
-                file: None,
+                file: self.image_file.clone(),
                 ..Default::default()
             })
             .collect();

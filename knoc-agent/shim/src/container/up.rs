@@ -30,7 +30,7 @@ use super::{
         processes::{Helper, ProcessesError},
         signals::{self, Identity},
     },
-    Attempt, AttemptError, Event, News,
+    Attempt, AttemptError, Event, News, Unmounted,
     folders::{Folders, PrepareError},
 };
 use crate::{
@@ -38,7 +38,7 @@ use crate::{
         beside::Beside,
         contain::spec::{ContainSpec, MountSpec},
     },
-    runtime::{Root, Sandbox, names_squashfs},
+    runtime::{COMPRESSION, Root, Sandbox, blames_compression, names_squashfs},
     sif,
 };
 
@@ -50,6 +50,10 @@ const RUNTIME_GRACE: Duration = Duration::from_secs(5);
 
 /// How long the runtime's helpers may keep its standard error open after the runtime has ended.
 const STDERR_GRACE: Duration = Duration::from_millis(500);
+
+/// The variables by which a runtime keeps no images of its own. It then takes each image that it unpacks for one of its own, and
+/// removes it: that would be the file in the agent's cache, or the site's.
+const REMOVES_IMAGES: [&str; 2] = ["APPTAINER_DISABLE_CACHE", "SINGULARITY_DISABLE_CACHE"];
 
 /// The runtime's process and its standard error.
 pub(super) struct Runtime {
@@ -234,8 +238,7 @@ impl Starting<'_> {
         Err(AttemptError::Runtime(first_message.unwrap_or_default()))
     }
 
-    /// Has the runtime unpack the image, if `message` and the image say that it could not mount it because of its
-    /// compression.
+    /// Has the runtime unpack the image, if `message` says that it could not mount it, and the image is not compressed with gzip.
     async fn try_unpacked(
         &self,
         sandbox: &mut Sandbox,
@@ -255,21 +258,26 @@ impl Starting<'_> {
             "the runtime could not mount the image, and is to unpack it"
         );
         sandbox.unpacked = true;
-        match self.try_roots(sandbox, roots).await {
-            Ok(up) => {
-                let event = Event {
-                    id: self.attempt.spec.id,
-                    attempt: self.attempt.number,
-                    news: News::Unpacked(compression),
-                };
-                // In the helper of a rank nobody reads it.
-                self.attempt.events.send(event).await.ok();
-                Ok(up)
-            }
+        let up = self.try_roots(sandbox, roots).await;
+        let event = Event {
+            id: self.attempt.spec.id,
+            attempt: self.attempt.number,
+            news: News::Unmounted(Unmounted {
+                compression,
+                // The message may have paths of the pod's.
+                at_fault: blames_compression(&message)
+                    && !self.folders.mounts().mention(COMPRESSION),
+                by_agent: self.attempt.spec.image.file.is_none(),
+                unpacked: up.is_ok(),
+            }),
+        };
+        // In the helper of a rank nobody reads it.
+        self.attempt.events.send(event).await.ok();
+        match up {
             Err(AttemptError::Runtime(also)) => Err(AttemptError::Runtime(format!(
                 "{message}; nor could it unpack the image: {also}"
             ))),
-            Err(other) => Err(other),
+            other => other,
         }
     }
 
@@ -398,6 +406,9 @@ fn spawn(
         .stdin(stdin)
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
+    for name in REMOVES_IMAGES {
+        command.env_remove(name);
+    }
     if let Some(folder) = unpack {
         for name in ["APPTAINER_TMPDIR", "SINGULARITY_TMPDIR"] {
             command.env(name, folder);

@@ -105,6 +105,38 @@ fn a_container_that_waits_for_its_back_off_holds_up_no_other() {
 }
 
 #[test]
+fn a_container_that_cannot_be_configured_is_tried_again_whatever_its_policy_and_holds_up_no_other()
+{
+    let lacks = Phase::Unconfigured {
+        retry_at: Time::from_secs(9),
+    };
+    let mut view = view(&[], &[lacks, Phase::Idle]);
+    // A postStart hook holds up others only behind a program.
+    view.containers[0].post_start_pending = true;
+    let plan = decide(&view);
+    assert_eq!(plan.actions, [Action::Start(id(1))]);
+    view.containers[1].phase = exited(0);
+    let waits = Plan {
+        wake: Some(Time::from_secs(9)),
+        ..Plan::default()
+    };
+    assert_eq!(decide(&view), waits, "the pod is not over");
+    view.now = Time::from_secs(9);
+    assert_eq!(decide(&view).actions, [Action::Start(id(0))]);
+    // Nothing of it has to be stopped.
+    view.kill_at = Some(Time::from_secs(30));
+    assert_eq!(decide(&view), finished());
+    // The next one of the startup sequence waits for it.
+    let init = pod(NEVER, &[(Role::Init, lacks), (Role::Main, Phase::Idle)]);
+    assert_eq!(decide(&init), waits);
+    let debug = pod(
+        NEVER,
+        &[(Role::Main, Phase::Running), (Role::Ephemeral, lacks)],
+    );
+    assert_eq!(decide(&debug), waits);
+}
+
+#[test]
 fn a_failed_init_container_ends_the_pod_or_is_tried_again() {
     assert_eq!(decide(&view(&[exited(3)], &[Phase::Idle])), finished());
     for policy in [RestartPolicy::Always, RestartPolicy::OnFailure] {

@@ -3,7 +3,10 @@
 use knoc_proto::pb;
 
 use super::{
-    super::role::{Role, SlotId},
+    super::{
+        container::Unmounted,
+        role::{Role, SlotId},
+    },
     Supervisor,
 };
 
@@ -52,22 +55,36 @@ impl Supervisor {
         }
     }
 
-    /// Reports that the runtime could not mount an image with this compression and has unpacked it. An Event says so once.
-    pub(super) fn image_unpacked(&mut self, compression: &str) {
-        let mut first = false;
-        self.publisher.update(|report| {
-            let all = &mut report.unmounted_compressions;
-            first = all.iter().all(|known| known != compression);
-            if first {
-                all.push(compression.to_owned());
-            }
-        });
-        if first {
-            let message = format!(
-                "the container runtime of this node cannot mount images that are compressed with {compression}, so it unpacks \
-                 them at each start of a container, which takes longer; the site's administrators can install the version of \
-                 the login node on it, or set compression = \"gzip\" under [images] of the site file"
-            );
+    /// Reports that the runtime could not mount an image that the agent has converted because of its compression, so that the
+    /// agent converts the next one otherwise. An Event says once that such images are unpacked.
+    pub(super) fn image_unmounted(&mut self, unmounted: Unmounted) {
+        let Unmounted {
+            compression,
+            at_fault,
+            by_agent,
+            unpacked,
+        } = unmounted;
+        if by_agent && at_fault {
+            self.publisher.update(|report| {
+                let all = &mut report.unmounted_compressions;
+                if all.iter().all(|known| known != compression) {
+                    all.push(compression.to_owned());
+                }
+            });
+        }
+        if unpacked && self.unpacked.insert(compression) {
+            let message = if at_fault {
+                format!(
+                    "the container runtime of this node cannot mount images that are compressed with {compression}, so it unpacks \
+                     them at each start of a container, which takes longer; the site's administrators can install the version of \
+                     the login node on it, or set compression = \"gzip\" under [images] of the site file"
+                )
+            } else {
+                format!(
+                    "the container runtime of this node could not mount the image, which is compressed with {compression}, so it \
+                     unpacks it at each start of a container, which takes longer; batch.out of the job says why"
+                )
+            };
             self.publisher.note("ImageUnpacked", message, "");
         }
     }

@@ -75,7 +75,7 @@ impl Supervisor {
             }
             News::Told(told) => self.tell_counted(id, told),
             // The supervisor itself takes these.
-            News::Running { .. } | News::Lost(_) | News::Unpacked(_) => {}
+            News::Running { .. } | News::Lost(_) | News::Unmounted(_) => {}
         }
     }
 

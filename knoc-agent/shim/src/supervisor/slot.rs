@@ -183,6 +183,10 @@ impl Slot {
                 self.replaced.get_or_insert(kill_at);
                 news
             }
+            Phase::Unconfigured { retry_at } => {
+                *retry_at = Time::ZERO;
+                false
+            }
             Phase::Exited { restart_at, .. } => {
                 *restart_at = Time::ZERO;
                 self.history.pause = Time::ZERO;
@@ -234,9 +238,26 @@ impl Slot {
     /// The attempt does not count: the next one begins once its target runs again.
     pub(super) fn take_back(&mut self) {
         self.phase = Phase::Idle;
+        self.uncount();
+    }
+
+    /// The attempt does not count, because the container could not be configured; the next one begins after a pause. Returns
+    /// whether `why` is news.
+    pub(super) fn hold(&mut self, why: &str, now: Time) -> bool {
+        self.phase = Phase::Unconfigured {
+            retry_at: now + self.backoff.initial(),
+        };
+        self.uncount();
+        let news = self.history.unconfigured != why;
+        why.clone_into(&mut self.history.unconfigured);
+        news
+    }
+
+    /// The next attempt has the number of this one, which has written no log.
+    fn uncount(&mut self) {
         self.tried = false;
         self.target = None;
-        self.log = None;
+        self.log = self.previous_log.take();
         if let Some(ending) = self.ending.take() {
             ending.send_replace(true);
         }
@@ -245,6 +266,7 @@ impl Slot {
     /// The program runs.
     pub(super) fn running(&mut self, program: Arc<Program>, started_at: Timestamp) {
         self.phase = Phase::Running;
+        self.history.unconfigured.clear();
         if !self.pending.post_start {
             self.health = health::at_start(&self.spec.container);
         }
@@ -360,6 +382,7 @@ impl Slot {
             ending.send_replace(true);
         }
         self.lost_rank = ended.lost;
+        self.history.unconfigured.clear();
         self.history.ended_before = self.history.ended.take();
         self.history.ended = Some(report::terminated(ended, started_at, id));
         let ran = started_at.map_or(Time::ZERO, |at| {
@@ -388,8 +411,11 @@ impl Slot {
     /// The attempt whose end is the last termination: as in Kubernetes, between two attempts the one that ended last.
     fn previous_attempt(&self) -> Option<u32> {
         let log = self.log.as_ref();
-        let waits =
-            matches!(self.phase, Phase::Exited { .. }) && !self.phase.is_final(self.restart());
+        let waits = match self.phase {
+            Phase::Exited { .. } => !self.phase.is_final(self.restart()),
+            Phase::Unconfigured { .. } => true,
+            Phase::Idle | Phase::Starting | Phase::Running => false,
+        };
         if waits {
             return log.map(|log| log.attempt);
         }
@@ -408,178 +434,4 @@ fn stop_signal(spec: &ContainerSpec) -> Signal {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::{super::super::role::SlotId, *};
-
-    fn ephemeral() -> Slot {
-        let spec = ContainerSpec {
-            id: SlotId::after(0),
-            role: Role::Ephemeral,
-            restart: RestartRule::Never,
-            container: pb::Container::default(),
-            image: pb::ResolvedImage::default(),
-        };
-        Slot::new(spec, Backoff::new(Duration::ZERO, Duration::ZERO), None)
-    }
-
-    fn main(restart: RestartRule, image: &str) -> Slot {
-        of_role(Role::Main, restart, image)
-    }
-
-    fn of_role(role: Role, restart: RestartRule, image: &str) -> Slot {
-        let spec = ContainerSpec {
-            id: SlotId::after(0),
-            role,
-            restart,
-            container: pb::Container {
-                image: image.to_owned(),
-                ..pb::Container::default()
-            },
-            image: pb::ResolvedImage::default(),
-        };
-        let second = Duration::from_secs(1);
-        Slot::new(spec, Backoff::new(second, second * 300), None)
-    }
-
-    fn image(name: &str) -> pb::ResolvedImage {
-        pb::ResolvedImage {
-            image: name.to_owned(),
-            ..pb::ResolvedImage::default()
-        }
-    }
-
-    fn failed() -> Ended {
-        Ended {
-            exit: crate::children::Exit { code: 1, signal: 0 },
-            reason: "Error",
-            message: String::new(),
-            finished_at: Timestamp::UNIX_EPOCH,
-            losses: knoc_contract::logs::writer::Losses::default(),
-            used: Counters::default(),
-            lost: None,
-        }
-    }
-
-    #[test]
-    fn a_container_that_runs_is_restarted_with_its_new_image_whatever_its_policy() {
-        let mut slot = main(RestartRule::Never, "a");
-        drop(slot.begin());
-        slot.phase = Phase::Running;
-        slot.health = Health::unprobed();
-        let kill_at = Duration::from_secs(30);
-        assert!(slot.renew(image("b"), kill_at));
-        assert!(
-            !slot.renew(image("c"), kill_at * 2),
-            "it is stopped already"
-        );
-        assert_eq!(slot.view().health.live, Liveness::Failed { kill_at });
-        let ran = |slot: &Slot| slot.history.image.clone().unwrap_or_default().image;
-        assert_eq!(ran(&slot), "a");
-        slot.end(&failed(), String::new(), Duration::from_secs(5));
-        assert_eq!(slot.view().restart, RestartRule::Always);
-        assert_eq!(slot.history.pause, Duration::ZERO);
-        drop(slot.begin());
-        assert_eq!((ran(&slot), slot.history.attempt), ("c".to_owned(), 1));
-        assert_eq!(slot.view().health.live, Liveness::Live);
-        slot.end(&failed(), String::new(), Duration::from_secs(9));
-        assert_eq!(slot.view().restart, RestartRule::Never);
-    }
-
-    #[test]
-    fn between_two_attempts_the_previous_one_is_the_one_that_crashed() {
-        let mut slot = main(RestartRule::Always, "a");
-        let mut seen = Vec::new();
-        for _ in 0..2 {
-            drop(slot.begin());
-            slot.phase = Phase::Running;
-            seen.push(slot.entry().previous);
-            slot.end(&failed(), String::new(), Duration::ZERO);
-            seen.push(slot.entry().previous);
-        }
-        assert_eq!(seen, [None, Some(0), Some(0), Some(1)]);
-        let mut slot = main(RestartRule::Never, "a");
-        drop(slot.begin());
-        slot.end(&failed(), String::new(), Duration::ZERO);
-        assert_eq!(slot.entry().previous, None, "it has ended for good");
-    }
-
-    #[test]
-    fn an_init_container_that_runs_goes_on() {
-        let mut slot = of_role(Role::Init, RestartRule::OnFailure, "a");
-        drop(slot.begin());
-        slot.phase = Phase::Running;
-        slot.health = Health::unprobed();
-        assert!(!slot.renew(image("b"), Duration::from_secs(30)));
-        assert_eq!(slot.view().health.live, Liveness::Live);
-        slot.end(&failed(), String::new(), Duration::from_secs(5));
-        drop(slot.begin());
-        let ran = slot.history.image.clone().unwrap_or_default().image;
-        assert_eq!(ran, "b", "the next attempt has it");
-    }
-
-    #[test]
-    fn a_program_is_stopped_by_the_signal_of_its_own_image() {
-        let with_signal = |name: &str, signal: &str| pb::ResolvedImage {
-            config: Some(pb::ImageConfig {
-                stop_signal: signal.to_owned(),
-                ..pb::ImageConfig::default()
-            }),
-            ..image(name)
-        };
-        let mut slot = main(RestartRule::Always, "a");
-        slot.renew(with_signal("b", "SIGQUIT"), Duration::ZERO);
-        drop(slot.begin());
-        slot.phase = Phase::Running;
-        slot.renew(with_signal("c", "SIGTERM"), Duration::from_secs(30));
-        assert_eq!(slot.signal, Signal::QUIT);
-    }
-
-    #[test]
-    fn a_new_image_ends_the_back_off_and_starts_nothing_that_has_ended_for_good() {
-        let mut slot = main(RestartRule::Always, "a");
-        for _ in 0..4 {
-            drop(slot.begin());
-            slot.end(&failed(), String::new(), Duration::ZERO);
-        }
-        assert_eq!(slot.history.pause, Duration::from_secs(4));
-        assert!(!slot.renew(image("b"), Duration::ZERO));
-        let at_once =
-            matches!(slot.phase, Phase::Exited { restart_at, .. } if restart_at == Time::ZERO);
-        assert!(at_once, "{:?}", slot.phase);
-        for pause in [0, 1, 2] {
-            drop(slot.begin());
-            slot.end(&failed(), String::new(), Duration::ZERO);
-            assert_eq!(slot.history.pause, Duration::from_secs(pause));
-        }
-        let mut slot = main(RestartRule::Never, "a");
-        drop(slot.begin());
-        slot.end(&failed(), String::new(), Duration::ZERO);
-        slot.renew(image("b"), Duration::ZERO);
-        assert_eq!(slot.view().restart, RestartRule::Never);
-    }
-
-    #[test]
-    fn a_start_that_failed_because_its_target_restarts_is_repeated() {
-        let mut slot = ephemeral();
-        let target = Identity::of(std::process::id()).unwrap();
-        drop(slot.begin());
-        slot.target = Some(target);
-        assert!(!slot.has_lost_target(), "it failed for another reason");
-        // Another process has the pid now.
-        let ended = Identity {
-            start: target.start + 1,
-            ..target
-        };
-        slot.target = Some(ended);
-        assert!(slot.has_lost_target());
-        slot.take_back();
-        assert_eq!(slot.view().phase, Phase::Idle);
-        drop(slot.begin());
-        assert_eq!(slot.history.attempt, 0);
-        slot.target = Some(ended);
-        slot.abort.cancel();
-        assert!(!slot.has_lost_target(), "the pod ends");
-    }
-}
+mod tests;

@@ -51,7 +51,7 @@ pub(super) const TABLE: &[Type] = &[
         row("fileKeyRef", Any, Inside("FileKeySelector"), ""),
     ]),
     of("FileKeySelector", "`fileKeyRef`", &[
-        row("volumeName path key optional", Any, Honoured, "read when the container starts, in a kubelet's format (`NAME='value'`); the account of the job must be able to read the file, of at most 1 MiB. If the file or the key is missing, the start of the container fails with `CreateContainerConfigError`, which is repeated by the pod's `restartPolicy`"),
+        row("volumeName path key optional", Any, Honoured, "read when the container starts, in a kubelet's format (`NAME='value'`); the account of the job must be able to read the file, of at most 1 MiB. While the file or the key is missing, the container waits with `CreateContainerConfigError` and is tried again every 10 s, whatever its `restartPolicy`"),
     ]),
     of("KeySelector", "`configMapKeyRef`, `secretKeyRef`", &[row("name key optional", Any, Honoured, "")]),
     of("EnvFieldRef", "`fieldRef` of a variable", &[

@@ -12,6 +12,9 @@ fn any_phase() -> impl Strategy<Value = Phase> {
         Just(Phase::Idle),
         Just(Phase::Starting),
         Just(Phase::Running),
+        (0_u64..20).prop_map(|at| Phase::Unconfigured {
+            retry_at: Time::from_secs(at),
+        }),
         (prop_oneof![Just(0), Just(1)], any::<bool>(), 0_u64..20).prop_map(
             |(code, unhealthy, at)| {
                 Phase::Exited {
@@ -141,7 +144,8 @@ fn waits_for_its_turn(view: &View, plan: &Plan, container: &Container) -> bool {
     let mut before = view.of_role(Role::Main).filter(|one| one.id < container.id);
     container.role == Role::Main
         && before.any(|one| {
-            let hook = one.post_start_pending && !matches!(one.phase, Phase::Exited { .. });
+            let ended = matches!(one.phase, Phase::Exited { .. } | Phase::Unconfigured { .. });
+            let hook = one.post_start_pending && !ended;
             let starts = plan.actions.contains(&Action::Start(one.id));
             hook || starts || one.phase == Phase::Starting
         })
@@ -200,7 +204,8 @@ proptest! {
                     prop_assert!(its_gate_is_open(&view, container), "too early");
                     prop_assert!(!waits_for_its_turn(&view, &plan, container), "before its turn");
                     if container.role == Role::Ephemeral {
-                        prop_assert_eq!(container.phase, Phase::Idle, "restarted");
+                        let never_began = matches!(container.phase, Phase::Idle | Phase::Unconfigured { .. });
+                        prop_assert!(never_began, "restarted");
                     }
                     continue;
                 }
@@ -371,7 +376,7 @@ impl Simulation {
                     restart_at: now + Time::from_secs(1),
                 };
             }
-            Phase::Idle | Phase::Exited { .. } => {}
+            Phase::Idle | Phase::Unconfigured { .. } | Phase::Exited { .. } => {}
         }
         self.view.now += Time::from_secs(1);
     }

@@ -1,0 +1,234 @@
+use tokio::task::JoinSet;
+
+use super::{super::role::SlotId, *};
+
+/// How long a test waits for a level, in paused time.
+const SOON: Duration = Duration::from_hours(1);
+
+fn job_dir() -> (tempfile::TempDir, JobDir) {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("u");
+    std::fs::create_dir(&path).unwrap();
+    let dir = JobDir::open(path).unwrap();
+    (root, dir)
+}
+
+async fn written(dir: &JobDir) -> pb::Report {
+    let looking = async {
+        loop {
+            if let Ok(Some(report)) = dir.report() {
+                return report;
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    };
+    let looked = tokio::time::timeout(SOON, looking).await;
+    looked.unwrap_or_else(|_| panic!("no report was written"))
+}
+
+fn spec(role: Role) -> ContainerSpec {
+    ContainerSpec {
+        id: SlotId::after(0),
+        role,
+        restart: RestartRule::of(role, pb::RestartPolicy::Always),
+        container: pb::Container {
+            name: "main".to_owned(),
+            ..Default::default()
+        },
+        image: pb::ResolvedImage::default(),
+    }
+}
+
+#[test]
+fn ready_and_started_are_what_the_probes_say_and_not_that_the_program_runs() {
+    let pod = pb::PodSpec::default();
+    let history = History::default();
+    let context = StatusContext {
+        pod: &pod,
+        initialized: true,
+        stopping: false,
+        values_missing: None,
+        now: Duration::ZERO,
+    };
+    let shown = |role, phase, health| {
+        let situation = Situation {
+            phase,
+            health,
+            history: &history,
+            restart: RestartRule::Always,
+            target_missing: None,
+        };
+        let status = status(&spec(role), situation, &context, String::new());
+        (status.started, status.ready)
+    };
+    let not_ready = Health {
+        ready: false,
+        ..Health::unprobed()
+    };
+    let succeeded = Phase::Exited {
+        code: 0,
+        unhealthy: false,
+        restart_at: Duration::ZERO,
+    };
+    for role in [Role::Main, Role::Sidecar] {
+        let shown = |phase, health| shown(role, phase, health);
+        assert_eq!(shown(Phase::Running, Health::unprobed()), (true, true));
+        assert_eq!(shown(Phase::Running, not_ready), (true, false));
+        assert_eq!(shown(Phase::Running, Health::down()), (false, false));
+        assert_eq!(shown(succeeded, Health::down()), (false, false));
+    }
+    // An init container is ready when it is done; nobody waits for an ephemeral one to be ready.
+    let init = |phase, health| shown(Role::Init, phase, health);
+    assert_eq!(init(Phase::Running, Health::unprobed()), (true, false));
+    assert_eq!(init(succeeded, Health::down()), (false, true));
+    let ephemeral = shown(Role::Ephemeral, Phase::Running, Health::unprobed());
+    assert_eq!(ephemeral, (true, false));
+}
+
+#[test]
+fn a_container_that_waits_says_so_as_a_kubelet_does() {
+    let pod = pb::PodSpec {
+        uid: "7d1".to_owned(),
+        namespace: "lab".to_owned(),
+        name: "web".to_owned(),
+        ..Default::default()
+    };
+    let phase = Phase::Exited {
+        code: 1,
+        unhealthy: false,
+        restart_at: Duration::from_secs(100),
+    };
+    let said = |pause, now| {
+        let history = History {
+            pause: Duration::from_secs(pause),
+            ..History::default()
+        };
+        let situation = Situation {
+            phase,
+            health: Health::down(),
+            history: &history,
+            restart: RestartRule::Always,
+            target_missing: None,
+        };
+        let context = StatusContext {
+            pod: &pod,
+            initialized: true,
+            stopping: false,
+            values_missing: None,
+            now: Duration::from_secs(now),
+        };
+        match state(&spec(Role::Main), situation, &context) {
+            State::Waiting(waiting) => [waiting.reason, waiting.message],
+            state @ (State::Running(_) | State::Terminated(_)) => panic!("{state:?}"),
+        }
+    };
+    for (pause, shown) in [(20, "20s"), (80, "1m20s"), (300, "5m0s")] {
+        let message = format!("back-off {shown} restarting failed container=main pod=web_lab(7d1)");
+        assert_eq!(said(pause, 99), ["CrashLoopBackOff".to_owned(), message]);
+    }
+    assert_eq!(said(20, 100), ["ContainerCreating", ""]);
+}
+
+#[test]
+fn a_container_that_cannot_be_configured_says_why_until_it_is_created() {
+    let pod = pb::PodSpec::default();
+    let shown = |phase, ended: Option<pb::Terminated>, stopping| {
+        let history = History {
+            attempt: 1,
+            ended,
+            unconfigured: "no file".to_owned(),
+            ..History::default()
+        };
+        let situation = Situation {
+            phase,
+            health: Health::down(),
+            history: &history,
+            restart: RestartRule::Always,
+            target_missing: None,
+        };
+        let context = StatusContext {
+            pod: &pod,
+            initialized: true,
+            stopping,
+            values_missing: None,
+            now: Duration::ZERO,
+        };
+        status(&spec(Role::Main), situation, &context, "x://new".to_owned())
+    };
+    let lacks = Phase::Unconfigured {
+        retry_at: Duration::ZERO,
+    };
+    let before = pb::Terminated {
+        container_id: "x://old".to_owned(),
+        ..pb::Terminated::default()
+    };
+    let first = shown(lacks, None, false);
+    assert_eq!(first.state, Some(waiting(UNCONFIGURED, "no file")));
+    assert_eq!((first.restart_count, &*first.container_id), (0, ""));
+    // Each try in between changes nothing.
+    assert_eq!(shown(Phase::Starting, None, false), first);
+    let later = shown(lacks, Some(before.clone()), false);
+    assert_eq!(later.container_id, "x://old");
+    assert_eq!(later.last_termination, Some(before.clone()));
+    let stopped = shown(lacks, Some(before.clone()), true);
+    assert_eq!(stopped.state, Some(State::Terminated(before)));
+}
+
+#[test]
+fn a_restart_counts_once_the_program_runs() {
+    let shown = |phase, attempt| {
+        let history = History {
+            attempt,
+            ..History::default()
+        };
+        restarts(phase, &history)
+    };
+    let ended = Phase::Exited {
+        code: 1,
+        unhealthy: false,
+        restart_at: Duration::ZERO,
+    };
+    assert_eq!(shown(Phase::Starting, 0), 0);
+    assert_eq!([shown(Phase::Running, 0), shown(ended, 0)], [0, 0]);
+    assert_eq!(
+        [shown(Phase::Starting, 1), shown(Phase::Running, 1)],
+        [0, 1]
+    );
+    assert_eq!([shown(ended, 1), shown(Phase::Starting, 2)], [1, 1]);
+}
+
+#[test]
+fn a_rank_that_was_lost_is_why_the_containers_ended() {
+    assert_eq!(by_themselves(None), pb::EndedBy::Themselves);
+    assert_eq!(by_themselves(Some(Loss::Rank)), pb::EndedBy::LostRank);
+    assert_eq!(by_themselves(Some(Loss::Node)), pb::EndedBy::LostNode);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_report_that_could_not_be_written_is_written_later_without_any_news() {
+    let (_root, dir) = job_dir();
+    // Nothing can be renamed over a folder.
+    std::fs::create_dir(dir.report_path()).unwrap();
+    let mut publisher = Publisher::new(pb::Report::default());
+    let mut keeper = JoinSet::new();
+    keeper.spawn(keep(dir.clone(), publisher.subscribe()));
+    publisher.update(|report| report.hostname = "c1".to_owned());
+    tokio::time::sleep(Duration::from_mins(10)).await;
+    std::fs::remove_dir(dir.report_path()).unwrap();
+    assert_eq!(written(&dir).await.hostname, "c1");
+    publisher.update(|report| report.r#final = true);
+    assert!(keeper.join_next().await.unwrap().unwrap());
+    assert!(written(&dir).await.r#final);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_final_report_that_cannot_be_written_is_given_up() {
+    let (_root, dir) = job_dir();
+    std::fs::create_dir(dir.report_path()).unwrap();
+    let mut publisher = Publisher::new(pb::Report::default());
+    let mut keeper = JoinSet::new();
+    keeper.spawn(keep(dir, publisher.subscribe()));
+    publisher.update(|report| report.r#final = true);
+    drop(publisher);
+    assert!(!keeper.join_next().await.unwrap().unwrap());
+}

@@ -1,0 +1,202 @@
+use std::time::Duration;
+
+use super::{super::super::role::SlotId, *};
+
+fn ephemeral() -> Slot {
+    let spec = ContainerSpec {
+        id: SlotId::after(0),
+        role: Role::Ephemeral,
+        restart: RestartRule::Never,
+        container: pb::Container::default(),
+        image: pb::ResolvedImage::default(),
+    };
+    Slot::new(spec, Backoff::new(Duration::ZERO, Duration::ZERO), None)
+}
+
+fn main(restart: RestartRule, image: &str) -> Slot {
+    of_role(Role::Main, restart, image)
+}
+
+fn of_role(role: Role, restart: RestartRule, image: &str) -> Slot {
+    let spec = ContainerSpec {
+        id: SlotId::after(0),
+        role,
+        restart,
+        container: pb::Container {
+            image: image.to_owned(),
+            ..pb::Container::default()
+        },
+        image: pb::ResolvedImage::default(),
+    };
+    let second = Duration::from_secs(1);
+    Slot::new(spec, Backoff::new(second, second * 300), None)
+}
+
+fn image(name: &str) -> pb::ResolvedImage {
+    pb::ResolvedImage {
+        image: name.to_owned(),
+        ..pb::ResolvedImage::default()
+    }
+}
+
+fn failed() -> Ended {
+    Ended {
+        exit: crate::children::Exit { code: 1, signal: 0 },
+        reason: "Error",
+        message: String::new(),
+        finished_at: Timestamp::UNIX_EPOCH,
+        losses: knoc_contract::logs::writer::Losses::default(),
+        used: Counters::default(),
+        unconfigured: false,
+        lost: None,
+    }
+}
+
+#[test]
+fn a_container_that_runs_is_restarted_with_its_new_image_whatever_its_policy() {
+    let mut slot = main(RestartRule::Never, "a");
+    drop(slot.begin());
+    slot.phase = Phase::Running;
+    slot.health = Health::unprobed();
+    let kill_at = Duration::from_secs(30);
+    assert!(slot.renew(image("b"), kill_at));
+    assert!(
+        !slot.renew(image("c"), kill_at * 2),
+        "it is stopped already"
+    );
+    assert_eq!(slot.view().health.live, Liveness::Failed { kill_at });
+    let ran = |slot: &Slot| slot.history.image.clone().unwrap_or_default().image;
+    assert_eq!(ran(&slot), "a");
+    slot.end(&failed(), String::new(), Duration::from_secs(5));
+    assert_eq!(slot.view().restart, RestartRule::Always);
+    assert_eq!(slot.history.pause, Duration::ZERO);
+    drop(slot.begin());
+    assert_eq!((ran(&slot), slot.history.attempt), ("c".to_owned(), 1));
+    assert_eq!(slot.view().health.live, Liveness::Live);
+    slot.end(&failed(), String::new(), Duration::from_secs(9));
+    assert_eq!(slot.view().restart, RestartRule::Never);
+}
+
+#[test]
+fn between_two_attempts_the_previous_one_is_the_one_that_crashed() {
+    let mut slot = main(RestartRule::Always, "a");
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        drop(slot.begin());
+        slot.phase = Phase::Running;
+        seen.push(slot.entry().previous);
+        slot.end(&failed(), String::new(), Duration::ZERO);
+        seen.push(slot.entry().previous);
+    }
+    assert_eq!(seen, [None, Some(0), Some(0), Some(1)]);
+    let mut slot = main(RestartRule::Never, "a");
+    drop(slot.begin());
+    slot.end(&failed(), String::new(), Duration::ZERO);
+    assert_eq!(slot.entry().previous, None, "it has ended for good");
+}
+
+#[test]
+fn an_init_container_that_runs_goes_on() {
+    let mut slot = of_role(Role::Init, RestartRule::OnFailure, "a");
+    drop(slot.begin());
+    slot.phase = Phase::Running;
+    slot.health = Health::unprobed();
+    assert!(!slot.renew(image("b"), Duration::from_secs(30)));
+    assert_eq!(slot.view().health.live, Liveness::Live);
+    slot.end(&failed(), String::new(), Duration::from_secs(5));
+    drop(slot.begin());
+    let ran = slot.history.image.clone().unwrap_or_default().image;
+    assert_eq!(ran, "b", "the next attempt has it");
+}
+
+#[test]
+fn a_program_is_stopped_by_the_signal_of_its_own_image() {
+    let with_signal = |name: &str, signal: &str| pb::ResolvedImage {
+        config: Some(pb::ImageConfig {
+            stop_signal: signal.to_owned(),
+            ..pb::ImageConfig::default()
+        }),
+        ..image(name)
+    };
+    let mut slot = main(RestartRule::Always, "a");
+    slot.renew(with_signal("b", "SIGQUIT"), Duration::ZERO);
+    drop(slot.begin());
+    slot.phase = Phase::Running;
+    slot.renew(with_signal("c", "SIGTERM"), Duration::from_secs(30));
+    assert_eq!(slot.signal, Signal::QUIT);
+}
+
+#[test]
+fn a_new_image_ends_the_back_off_and_starts_nothing_that_has_ended_for_good() {
+    let mut slot = main(RestartRule::Always, "a");
+    for _ in 0..4 {
+        drop(slot.begin());
+        slot.end(&failed(), String::new(), Duration::ZERO);
+    }
+    assert_eq!(slot.history.pause, Duration::from_secs(4));
+    assert!(!slot.renew(image("b"), Duration::ZERO));
+    let at_once =
+        matches!(slot.phase, Phase::Exited { restart_at, .. } if restart_at == Time::ZERO);
+    assert!(at_once, "{:?}", slot.phase);
+    for pause in [0, 1, 2] {
+        drop(slot.begin());
+        slot.end(&failed(), String::new(), Duration::ZERO);
+        assert_eq!(slot.history.pause, Duration::from_secs(pause));
+    }
+    let mut slot = main(RestartRule::Never, "a");
+    drop(slot.begin());
+    slot.end(&failed(), String::new(), Duration::ZERO);
+    slot.renew(image("b"), Duration::ZERO);
+    assert_eq!(slot.view().restart, RestartRule::Never);
+}
+
+#[test]
+fn a_start_that_failed_because_its_target_restarts_is_repeated() {
+    let mut slot = ephemeral();
+    let target = Identity::of(std::process::id()).unwrap();
+    drop(slot.begin());
+    slot.target = Some(target);
+    assert!(!slot.has_lost_target(), "it failed for another reason");
+    // Another process has the pid now.
+    let ended = Identity {
+        start: target.start + 1,
+        ..target
+    };
+    slot.target = Some(ended);
+    assert!(slot.has_lost_target());
+    slot.take_back();
+    assert_eq!(slot.view().phase, Phase::Idle);
+    drop(slot.begin());
+    assert_eq!(slot.history.attempt, 0);
+    slot.target = Some(ended);
+    slot.abort.cancel();
+    assert!(!slot.has_lost_target(), "the pod ends");
+}
+
+#[test]
+fn an_attempt_that_could_not_be_configured_does_not_count() {
+    let mut slot = main(RestartRule::OnFailure, "a");
+    let second = Duration::from_secs(1);
+    drop(slot.begin());
+    assert!(slot.hold("no file", second));
+    let retry_at = second * 2;
+    assert_eq!(slot.view().phase, Phase::Unconfigured { retry_at });
+    assert_eq!(slot.entry().previous, None);
+    drop(slot.begin());
+    assert_eq!(slot.history.attempt, 0);
+    assert!(!slot.hold("no file", second), "that is known");
+    assert!(slot.hold("no key", second));
+
+    drop(slot.begin());
+    slot.end(&failed(), String::new(), second);
+    assert_eq!((slot.history.attempt, &*slot.history.unconfigured), (0, ""));
+    drop(slot.begin());
+    slot.hold("no file", second);
+    // The log of the attempt that ran stays the last one.
+    let entry = slot.entry();
+    assert_eq!(entry.log.map(|log| log.attempt), Some(0));
+    assert_eq!(entry.previous, Some(0));
+    drop(slot.begin());
+    assert_eq!(slot.history.attempt, 1);
+    assert_eq!(slot.entry().previous, Some(0));
+}
