@@ -66,6 +66,19 @@ without_services() (
     "$@"
 )
 
+# debian_image FOLDER PACKAGES: makes an image of Debian with these packages, a sandbox of the nodes.
+debian_image() {
+    local to=$1 packages=$2
+    apt_install mmdebstrap mmdebstrap
+    rm -rf --one-file-system "${to:?}" "$to.new"
+    mmdebstrap --quiet --mode=root --variant=minbase --include="$packages" --aptopt='Acquire::Check-Valid-Until "false"' \
+        --aptopt='APT::Install-Recommends "false"' --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' \
+        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' trixie "$to.new"
+    rm -rf "$to.new"/dev/* "$to.new"/var/{lib/apt/lists,cache/apt}/*
+    chmod -R a+rX "$to.new"
+    mv "$to.new" "$to"
+}
+
 # install_go: installs Go from PyPI unless the machine has at least the version that the control plane needs.
 install_go() {
     local wanted have

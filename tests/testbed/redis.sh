@@ -11,15 +11,8 @@ port=6379
 
 make_image() {
     [ ! -x "$image/usr/bin/redis-server" ] || return 0
-    apt_install mmdebstrap mmdebstrap
     say "making the image of Redis"
-    rm -rf --one-file-system "${image:?}" "$image.new"
-    mmdebstrap --quiet --mode=root --variant=minbase --include=redis-server --aptopt='Acquire::Check-Valid-Until "false"' \
-        --aptopt='APT::Install-Recommends "false"' --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' \
-        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' trixie "$image.new"
-    rm -rf "$image.new"/dev/* "$image.new"/var/{lib/apt/lists,cache/apt}/*
-    chmod -R a+rX "$image.new"
-    mv "$image.new" "$image"
+    debian_image "$image" redis-server
 }
 answers() { (exec 3<>"/dev/tcp/$address/$port" && printf 'PING\r\n' >&3 && read -r -t 2 line <&3 && [ "${line:0:5}" = +PONG ]); }
 up() {

@@ -1,30 +1,19 @@
 //! What pods reach of the cluster on the real stack: the API server with the pod's own token, cluster DNS, and a Service that
 //! nobody allowed. The bed has no cluster DNS: the test is the DNS server behind `kube-system/kube-dns`.
 
-use std::{
-    net::Ipv4Addr,
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-};
+use std::{net::Ipv4Addr, path::PathBuf};
 
 use anyhow::{Context as _, ensure};
-use k8s_openapi::api::{
-    core::v1::{Event, Service},
-    discovery::v1::EndpointSlice,
+use k8s_openapi::api::core::v1::Event;
+use knoc_tests::{
+    PodBuilder, Run, World,
+    cluster::{ClusterDns, host_service},
+    wait_for,
+    world::SOON,
 };
-use knoc_tests::{PodBuilder, Run, World, wait_for, world::SOON};
-use kube::{
-    Api,
-    api::{DeleteParams, ListParams, PostParams},
-};
+use kube::api::ListParams;
 use serde_json::json;
-use tokio::{net::UdpSocket, task::JoinSet};
 
-/// This host on the network of the login node.
-const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 /// The image with kubectl, as the nodes see it.
 const IMAGE: &str = "/images/egress-client";
 
@@ -85,35 +74,6 @@ async fn a_pod_lists_the_pods_of_its_namespace_with_its_own_token() -> anyhow::R
     world.finish().await
 }
 
-/// A Service without a selector, with an endpoint at this host. Returns its address.
-async fn service(
-    world: &World,
-    namespace: &str,
-    name: &str,
-    port: (&str, u16, u16),
-) -> anyhow::Result<String> {
-    let (protocol, number, target) = port;
-    let services: Api<Service> = world.api_in(namespace);
-    let slices: Api<EndpointSlice> = world.api_in(namespace);
-    // Of a run that was interrupted.
-    services.delete(name, &DeleteParams::default()).await.ok();
-    slices.delete(name, &DeleteParams::default()).await.ok();
-    let object = json!({"metadata": {"name": name}, "spec": {"ports": [{"name": "main", "port": number, "protocol": protocol}]}});
-    let created = services
-        .create(&PostParams::default(), &serde_json::from_value(object)?)
-        .await?;
-    let slice = json!({"metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}}, "addressType": "IPv4",
-        "ports": [{"name": "main", "port": target, "protocol": protocol}],
-        "endpoints": [{"addresses": [HOST.to_string()], "conditions": {"ready": true}}]});
-    slices
-        .create(&PostParams::default(), &serde_json::from_value(slice)?)
-        .await?;
-    created
-        .spec
-        .and_then(|spec| spec.cluster_ip)
-        .context("no address")
-}
-
 /// The messages of the pod's Events about connections that were refused.
 async fn refusals(world: &World, pod: &str) -> anyhow::Result<Vec<String>> {
     let of = ListParams::default().fields(&format!("involvedObject.name={pod}"));
@@ -127,7 +87,7 @@ async fn refusals(world: &World, pod: &str) -> anyhow::Result<Vec<String>> {
 #[tokio::test]
 async fn a_service_that_nobody_allowed_is_refused_with_one_event() -> anyhow::Result<()> {
     let world = World::new("egress-refused").await?;
-    let address = service(&world, &world.namespace, "web", ("TCP", 8080, 9)).await?;
+    let address = host_service(&world, &world.namespace, "web", ("TCP", 8080, 9)).await?;
     // The shim learns of the port while the pod runs, so the pod tries it until the test ends.
     let script = format!(
         "while :; do wget -T 20 -O- http://{address}:8080/ 2>&1; echo tried; sleep 0.5; done"
@@ -176,69 +136,19 @@ async fn a_service_that_nobody_allowed_is_refused_with_one_event() -> anyhow::Re
     world.finish().await
 }
 
-/// The answer to a question about a name that has one of these addresses, or has none.
-fn answer(question: &[u8], names: &[(String, Ipv4Addr)]) -> Option<Vec<u8>> {
-    let (mut at, mut labels) = (12, Vec::new());
-    loop {
-        let length = usize::from(*question.get(at)?);
-        at += 1;
-        if length == 0 {
-            break;
-        }
-        labels.push(String::from_utf8_lossy(question.get(at..at + length)?).to_lowercase());
-        at += length;
-    }
-    let kind = question.get(at..at + 2)?;
-    let name = labels.join(".");
-    let found = names.iter().find(|(known, _)| *known == name);
-    let address = found.filter(|_| kind == [0, 1]);
-    let code = if found.is_some() { 0x80 } else { 0x83 };
-    let mut answer = question.get(..2)?.to_vec();
-    answer.extend([0x81, code, 0, 1, 0, u8::from(address.is_some()), 0, 0, 0, 0]);
-    answer.extend(question.get(12..at + 4)?);
-    if let Some((_, address)) = address {
-        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 5, 0, 4]);
-        answer.extend(address.octets());
-    }
-    Some(answer)
-}
-
-/// Serves these names, and counts the questions; returns the port.
-async fn dns(
-    names: Vec<(String, Ipv4Addr)>,
-    tasks: &mut JoinSet<()>,
-    asked: Arc<AtomicUsize>,
-) -> anyhow::Result<u16> {
-    let socket = UdpSocket::bind((HOST, 0)).await?;
-    let port = socket.local_addr()?.port();
-    tasks.spawn(async move {
-        let mut buffer = [0; 2048];
-        while let Ok((count, from)) = socket.recv_from(&mut buffer).await {
-            asked.fetch_add(1, Ordering::Relaxed);
-            if let Some(answer) = buffer
-                .get(..count)
-                .and_then(|question| answer(question, &names))
-            {
-                drop(socket.send_to(&answer, from).await);
-            }
-        }
-    });
-    Ok(port)
-}
-
 /// The shim keeps answers, so most of many questions never leave the node.
 async fn answers_are_kept(
     world: &World,
     pod: &str,
     name: &str,
-    asked: &AtomicUsize,
+    dns: &ClusterDns,
 ) -> anyhow::Result<()> {
-    let before = asked.load(Ordering::Relaxed);
+    let before = dns.asked();
     let many =
         format!("for i in $(seq 300); do nslookup -type=a {name} >/dev/null || exit 1; done");
     let many = world.exec(pod, "main", ["sh", "-c", &many]);
     many.ok().await?;
-    let passed_on = asked.load(Ordering::Relaxed) - before;
+    let passed_on = dns.asked() - before;
     ensure!(
         passed_on < 150,
         "{passed_on} of 300 questions were passed on"
@@ -253,15 +163,10 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
     allow_listing(&world).await?;
     let domain = format!("{}.svc.cluster.local", world.namespace);
     let web = format!("web.{domain}");
-    let api = "kubernetes.default.svc.cluster.local".to_owned();
-    let names = vec![
-        (web.clone(), Ipv4Addr::new(10, 96, 77, 77)),
-        (api, Ipv4Addr::new(10, 96, 0, 1)),
-    ];
-    let mut tasks = JoinSet::new();
-    let asked = Arc::new(AtomicUsize::new(0));
-    let port = dns(names, &mut tasks, Arc::clone(&asked)).await?;
-    let address = service(&world, "kube-system", "kube-dns", ("UDP", 53, port)).await?;
+    let api = "kubernetes.default.svc.cluster.local";
+    let dns = ClusterDns::start(&world).await?;
+    dns.add(&web, Ipv4Addr::new(10, 96, 77, 77));
+    dns.add(api, Ipv4Addr::new(10, 96, 0, 1));
     // A pod has the resolver that was known when it was staged.
     let mut number = 0;
     let pod = wait_for("a pod with the cluster's resolver", SOON * 2, async || {
@@ -275,7 +180,7 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
             .await?
             .text();
         let own = format!("search {domain} svc.cluster.local");
-        for wanted in [&format!("nameserver {address}\n"), &*own, "ndots:5"] {
+        for wanted in [&format!("nameserver {}\n", dns.address), &*own, "ndots:5"] {
             ensure!(file.contains(wanted), "{wanted}: {file}");
         }
         Ok(uid)
@@ -292,7 +197,7 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
-    answers_are_kept(&world, &pod, &web, &asked).await?;
+    answers_are_kept(&world, &pod, &web, &dns).await?;
     let missing = inside(&format!("nslookup no-such-name.{domain}")).await?;
     ensure!(missing.code != 0, "{missing}");
     // Through the search domains.
@@ -301,11 +206,6 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
     ))
     .await?;
     ensure!(listed.text().contains("pod/names"), "{listed}");
-    let services: Api<Service> = world.api_in("kube-system");
-    services
-        .delete("kube-dns", &DeleteParams::default())
-        .await?;
-    let slices: Api<EndpointSlice> = world.api_in("kube-system");
-    slices.delete("kube-dns", &DeleteParams::default()).await?;
+    dns.withdraw(&world).await;
     world.finish().await
 }

@@ -8,7 +8,7 @@ use k8s_openapi::api::{
     core::v1::{Pod, Service},
     discovery::v1::EndpointSlice,
 };
-use knoc_tests::{Output, PodBuilder, World, wait_for, world::SOON};
+use knoc_tests::{Output, PodBuilder, World, own_addresses, wait_for, world::SOON};
 use kube::{
     Api,
     api::{ListParams, PostParams},
@@ -22,16 +22,6 @@ const POLICY: Duration = Duration::from_mins(1);
 const SITE_FILE: &str = "/home/hpcuser/.config/knoc/agent.toml";
 /// The size of the large file.
 const LARGE: u32 = 64 << 20;
-
-/// Starts the kubelet with these settings.
-async fn kubelet(world: &World, settings: &[(&str, &str)]) -> anyhow::Result<()> {
-    world.service("kubelet.sh", "down").ok().await?;
-    let up = world.service("kubelet.sh", "up").deadline(SCRIPT);
-    let up = settings
-        .iter()
-        .fold(up, |up, (name, value)| up.env(name, value));
-    up.ok().await.map(drop)
-}
 
 /// Sets the site's list of pairs of namespaces, which the agent reads while it runs.
 async fn pod_traffic(world: &World, pairs: &str) -> anyhow::Result<()> {
@@ -99,16 +89,10 @@ async fn gets(world: &World, uid: &str, from: Ipv4Addr, page: &str) -> anyhow::R
 #[tokio::test]
 async fn pods_reach_each_other_at_addresses_of_their_own() -> anyhow::Result<()> {
     let world = World::new("mesh").await?;
-    let own = [
-        ("KNOC_NODE_POD_IP", "own"),
-        ("KNOC_NODE_POD_RANGE", "10.200.0.0/16"),
-        // It needs pods without addresses.
-        ("KNOC_RELAY_ALLOW", "off"),
-    ];
-    kubelet(&world, &own).await?;
+    own_addresses::begin(&world).await?;
     let checked = check(&world).await;
     let policy = pod_traffic(&world, "").await;
-    kubelet(&world, &[]).await?;
+    own_addresses::end(&world).await?;
     checked?;
     policy?;
     world.finish().await

@@ -114,3 +114,33 @@ fn every_value_of_the_chart_that_a_document_sets_exists() -> anyhow::Result<()> 
     ensure!(count > 8, "only {count} values were found");
     Ok(())
 }
+
+/// Examples that no test of the bed can run.
+const NOT_RUN: [&str; 1] = [
+    // It needs a GPU, and the image of its vendor.
+    "gpu.yaml",
+];
+
+#[test]
+fn every_example_is_run_by_a_test() -> anyhow::Result<()> {
+    let demo = fs::read_to_string(root().join("tests/demo.sh"))?;
+    let runs = [tests()?, demo].concat();
+    let mut missing = Vec::new();
+    let mut count = 0;
+    for folder in ["deploy/examples", "deploy/examples/argo"] {
+        for entry in fs::read_dir(root().join(folder))? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let is_example = path.extension().is_some_and(|ending| ending == "yaml");
+            if is_example && !NOT_RUN.contains(&&*name) {
+                count += 1;
+                if !runs.contains(&*name) {
+                    missing.push(format!("{folder}/{name}"));
+                }
+            }
+        }
+    }
+    ensure!(missing.is_empty(), "no test runs {missing:#?}");
+    ensure!(count > 10, "only {count} examples were found");
+    Ok(())
+}

@@ -285,11 +285,12 @@ them (mode 1777); files that are written go to the node's disk. If the site's ru
 overlay), they are empty directories on the node's disk, and the image's files in them are hidden.
 
 **`/dev/shm`.** A tmpfs that the containers of one pod share, and no other pod can see. It has no size limit of its own (other
-runtimes limit it to 64 MiB): its contents count against the memory of the job. The same holds for an `emptyDir` in memory.
+runtimes limit it to 64 MiB): its contents count against the memory of the job. So do those of an `emptyDir` in memory.
 
-**`sizeLimit`.** What an `emptyDir` takes on disk or in memory is measured every 10 s. If it is more than the `sizeLimit`, the pod fails
-with the reason `Evicted`, as on any node. Folders more than 64 levels down are not measured, and a volume with so many files that
-measuring takes more than 5 s is not measured either.
+**`sizeLimit`.** An `emptyDir` in memory with a `sizeLimit` is a file system of that size (or of the job's memory, if that is less) if the
+pod has a [network of its own](networks.md): a program that fills it gets `No space left on device`. Any other `emptyDir`, on disk or in
+memory, is measured every 10 s. If it holds more than the `sizeLimit`, the pod fails with the reason `Evicted`, as on any node. Folders more
+than 64 levels down are not measured, and a volume with so many files that measuring takes more than 5 s is not measured either.
 
 **Volumes of the image.** If the root is read-only, each folder that the image declares as a volume, and in which the pod mounts nothing,
 is a writable folder on the node's disk, empty at first and new for each start of the container. Otherwise it is the image's folder.

@@ -196,7 +196,7 @@ pub(super) const TABLE: &[Type] = &[
     of("EmptyDirVolumeSource", "`emptyDir`", &[
         row("medium", Is(&["", "Memory"]), Honoured, ""),
         row("medium", Any, Rejected, "only the default medium and `Memory` are supported"),
-        row("sizeLimit", Any, Honoured, "measured every 10 s; the pod is evicted if the volume exceeds it"),
+        row("sizeLimit", Any, Honoured, "a volume in memory is a file system of that size if the pod has a network of its own; any other volume is measured every 10 s, and the pod is evicted if the volume exceeds it"),
         row("mode", Any, Rejected, LATER),
     ]),
     of("PersistentVolumeClaimVolumeSource", "`persistentVolumeClaim`", &[
