@@ -107,7 +107,7 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
         },
         // As with a signal, Slurm may have ended the job, and killed the helper of the rank on the way.
         pb::EndedBy::Signal | pb::EndedBy::LostRank => by_signal(evidence, own),
-        pb::EndedBy::LostNode => by_signal(evidence, node_lost(own)),
+        pb::EndedBy::LostNode => by_signal(evidence, node_lost(own.finished_at)),
         pb::EndedBy::TimeLimit => at_time_limit(evidence, own),
     }
 }
@@ -145,11 +145,11 @@ fn by_signal(evidence: &Evidence<'_>, own: Outcome) -> Outcome {
 }
 
 /// The shim has noticed that a node does not answer any more before Slurm has, or the job ended before Slurm could say so.
-fn node_lost(own: Outcome) -> Outcome {
+fn node_lost(finished_at: Timestamp) -> Outcome {
     disrupted(
         "NodeFailed",
         "a compute node of the job, or the network to it, does not answer any more; the message of the container names it",
-        own.finished_at,
+        finished_at,
     )
 }
 

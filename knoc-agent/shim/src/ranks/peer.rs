@@ -147,12 +147,12 @@ async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
         }
         Loss::Rank
     };
-    let loss = tokio::select! {
+    let how = tokio::select! {
         biased;
         loss = reading => loss,
         loss = writing => loss,
     };
-    let lost = event(Input::Lost(loss));
+    let lost = event(Input::Lost(how));
     events.send(Told::Event(lost)).await.ok();
 }
 
