@@ -4,7 +4,7 @@
 #              port, and a pod may ask for most of the node's CPUs. So all compute nodes but the first are drained. Jobs that run there
 #              continue.
 #   exclusive  A job gets whole nodes, as many sites have it. Two pods are then on two nodes and have two addresses.
-#   all        as it was before
+#   all        as it was before, also after an interrupted l3_mesh
 . "$(dirname "$0")/../lib.sh"
 reason=conformance
 slurm() { hpc exec ctl "$@"; }
@@ -20,7 +20,7 @@ one) update "$(nodes | sed -n '2,$s/|none$//p')" state=drain reason=$reason ;;
 exclusive) share exclusive ;;
 all)
     share no
-    update "$(nodes | sed -n "s/|$reason$//p")" state=resume
+    update "$(nodes | sed -n "s/|\($reason\|l3_mesh\)$//p")" state=resume
     ;;
 *) die "usage: nodes.sh one|exclusive|all" ;;
 esac
