@@ -343,6 +343,9 @@ async fn a_missing_image_is_err_image_pull_with_back_off() -> anyhow::Result<()>
     world.finish().await
 }
 
+/// Whoever owns the image, a program has its temporary folders.
+const WRITES: &str = "mkdir /tmp/a && echo a >/tmp/a/b && touch /dev/shm/c";
+
 #[tokio::test]
 async fn images_come_from_files_folders_and_mirrors() -> anyhow::Result<()> {
     let world = World::new("images").await?;
@@ -353,7 +356,7 @@ async fn images_come_from_files_folders_and_mirrors() -> anyhow::Result<()> {
         ("scheme", "docker://busybox:latest"),
     ] {
         world
-            .create(&PodBuilder::new(name).image(image).sh("echo from $0"))
+            .create(&PodBuilder::new(name).image(image).sh(WRITES))
             .await?;
     }
     for name in ["sif", "sandbox", "mirror", "scheme"] {

@@ -40,6 +40,16 @@ pub(crate) enum Root {
     ReadOnly,
 }
 
+/// Node-local folder for `/tmp` and `/var/tmp`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// Used if changes of the root do not go to a folder.
+    Spare(PathBuf),
+    /// Always used, because the image is a folder of another user: in a user namespace the kernel's overlay creates nothing in the
+    /// image's own folders then, not even in those that everybody may write.
+    Needed(PathBuf),
+}
+
 /// The vendors whose GPUs a container sees.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Gpus {
@@ -62,9 +72,8 @@ pub(crate) struct Sandbox {
     pub hostname: String,
     /// How the container sees the image's files.
     pub root: Root,
-    /// Node-local folder for `/tmp` and `/var/tmp` if changes of the root do not go to a folder. If it is `None` they are the
-    /// image's own, and as writable as its root.
-    pub work: Option<PathBuf>,
+    /// What `/tmp` and `/var/tmp` are made of. If it is `None` they are the image's own, and as writable as its root.
+    pub work: Option<Work>,
     /// Whether the program has root's rights inside, by a mapped user namespace.
     pub fakeroot: bool,
     /// The GPUs whose devices and driver files the container sees.

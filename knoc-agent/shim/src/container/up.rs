@@ -3,7 +3,10 @@
 
 use std::{
     io,
-    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::MetadataExt as _, net::UnixStream as StdUnixStream},
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
@@ -38,7 +41,7 @@ use crate::{
         beside::Beside,
         contain::spec::{ContainSpec, MountSpec},
     },
-    runtime::{COMPRESSION, Root, Sandbox, blames_compression, names_squashfs},
+    runtime::{COMPRESSION, Root, Sandbox, Work, blames_compression, names_squashfs},
     sif,
 };
 
@@ -164,6 +167,13 @@ async fn by_name(pod: &Pod, attempt: &Attempt, folders: &Folders) -> Result<Name
     }
 }
 
+/// Whether the image is a folder of another user, as sites keep them.
+async fn is_foreign_folder(image: &Path) -> bool {
+    let own = rustix::process::getuid().as_raw();
+    let found = tokio::fs::metadata(image).await;
+    found.is_ok_and(|found| found.is_dir() && found.uid() != own)
+}
+
 /// What every try to start the runtime needs.
 struct Starting<'a> {
     pod: &'a Pod,
@@ -189,6 +199,12 @@ impl Starting<'_> {
             base,
         } = named;
         let (pod, folders) = (self.pod, self.folders);
+        let work = folders.work.clone();
+        let work = if is_foreign_folder(&image).await {
+            Work::Needed(work)
+        } else {
+            Work::Spare(work)
+        };
         let mut sandbox = Sandbox {
             binds,
             image,
@@ -200,7 +216,7 @@ impl Starting<'_> {
                 String::new()
             },
             root: Root::ReadOnly,
-            work: (!container.read_only_root).then(|| folders.work.clone()),
+            work: (!container.read_only_root).then_some(work),
             fakeroot: container.fakeroot,
             gpus: gpus::asked(container),
             shares_processes: self.beside.is_some(),

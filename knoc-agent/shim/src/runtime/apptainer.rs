@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Bind, INSIDE, Root, Runtime, RuntimeError, Sandbox};
+use super::{Bind, INSIDE, Root, Runtime, RuntimeError, Sandbox, Work};
 
 /// Which of the two programs it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,9 +68,9 @@ impl Apptainer {
         let mut argv = Vec::new();
         let mut left_out = Vec::new();
         match (&sandbox.root, &sandbox.work) {
-            (Root::Overlay(_), _) | (_, None) => left_out.push("tmp"),
+            (_, None) | (Root::Overlay(_), Some(Work::Spare(_))) => left_out.push("tmp"),
             // A root in memory is too small for temporary files, and a read-only one takes none.
-            (Root::Memory | Root::ReadOnly, Some(work)) => {
+            (_, Some(Work::Spare(work) | Work::Needed(work))) => {
                 argv.extend(["--workdir".into(), plain(work)?.to_owned()]);
             }
         }
@@ -254,7 +254,7 @@ mod tests {
             binds,
             hostname: "pod".to_owned(),
             root: Root::Overlay("/tmp/knoc-1/0-root".into()),
-            work: Some("/tmp/knoc-1/0-work".into()),
+            work: Some(Work::Spare("/tmp/knoc-1/0-work".into())),
             fakeroot: false,
             gpus: Gpus::default(),
             shares_processes: false,
@@ -311,10 +311,10 @@ mod tests {
 
     #[test]
     fn temporary_folders_are_the_images_if_they_are_writable() {
-        let options = |flavour, root, work: Option<&str>| {
+        let options = |flavour, root, work| {
             let sandbox = Sandbox {
                 root,
-                work: work.map(PathBuf::from),
+                work,
                 ..sandbox(Vec::new())
             };
             let runtime = Apptainer::new(Path::new("/usr/bin/x"), flavour);
@@ -322,18 +322,16 @@ mod tests {
             options.join(OsStr::new(" ")).into_string().unwrap()
         };
         let (new, old) = (Flavour::Apptainer, Flavour::Singularity);
-        let overlay = Root::Overlay("/o".into());
+        let overlay = || Root::Overlay("/o".into());
+        let spare = || Some(Work::Spare("/w".into()));
+        let in_work = "--workdir /w --no-mount /etc/localtime";
         for (flavour, root, work, wanted) in [
-            (new, overlay, Some("/w"), "--no-mount tmp,/etc/localtime"),
-            (
-                new,
-                Root::Memory,
-                Some("/w"),
-                "--workdir /w --no-mount /etc/localtime",
-            ),
+            (new, overlay(), spare(), "--no-mount tmp,/etc/localtime"),
+            (new, overlay(), Some(Work::Needed("/w".into())), in_work),
+            (new, Root::Memory, spare(), in_work),
             // The pod asks for a read-only root, which includes the folders, as with other runtimes.
             (new, Root::ReadOnly, None, "--no-mount tmp,/etc/localtime"),
-            (old, Root::Memory, Some("/w"), "--workdir /w"),
+            (old, Root::Memory, spare(), "--workdir /w"),
             (old, Root::ReadOnly, None, "--no-mount tmp"),
         ] {
             assert_eq!(options(flavour, root, work), wanted);
