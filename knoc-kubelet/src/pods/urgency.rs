@@ -3,9 +3,9 @@
 //! ```text
 //!  at once   the phase, the pod's reason, Ready and the conditions like it, a container that starts, ends, turns
 //!            ready or fails, a newer observedGeneration
-//!  1–4 s     the first status of a pod; the end of the last container of a pod that was published as Running, which
-//!            the terminal phase follows
-//!  3–10 s    the start of the job (hostIP, startTime, PodReadyToStartContainers) and ids of containers, which the
+//!  1–4 s     the first status of a pod
+//!  1–8 s     the end of the last container of a pod that was published as Running, which the terminal phase follows
+//!  3–20 s    the start of the job (hostIP, startTime, PodReadyToStartContainers) and ids of containers, which the
 //!            start of a container follows
 //!  10–60 s   messages alone: what Slurm says of the queue
 //! ```
@@ -40,8 +40,8 @@ impl Patience {
             |each: u64, least, most| Duration::from_secs((pods / each).clamp(least, most));
         Self {
             first: seconds(100, 1, 4),
-            ending: seconds(100, 1, 4),
-            details: seconds(40, 3, 10),
+            ending: seconds(50, 1, 8),
+            details: seconds(20, 3, 20),
             messages: seconds(10, 10, 60),
         }
     }
@@ -337,9 +337,9 @@ mod tests {
             all.map(|one| one.as_secs())
         };
         assert_eq!(seconds(0), [1, 1, 3, 10]);
-        assert_eq!(seconds(100), [1, 1, 3, 10]);
-        assert_eq!(seconds(400), [4, 4, 10, 40]);
-        assert_eq!(seconds(10_000), [4, 4, 10, 60]);
+        assert_eq!(seconds(100), [1, 2, 5, 10]);
+        assert_eq!(seconds(400), [4, 8, 20, 40]);
+        assert_eq!(seconds(10_000), [4, 8, 20, 60]);
         let runs = status("Running", &json!({"running": {}}), &json!({}));
         let over = status("Succeeded", &ended(0), &json!({}));
         let over = serde_json::from_value(over).unwrap();
