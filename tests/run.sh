@@ -15,6 +15,11 @@ results=$log/tests
 mkdir -p "$results"
 rm -f "$results"/*
 reasons=()
+# A full disk fails in many places, of which few name the cause.
+for place in "$repository" "$KNOC_BED"; do
+    free=$(df --output=avail -BG "$place" | tail -1 | tr -dc 0-9)
+    [ "$free" -ge 10 ] || { say "$place has only $free GB free"; reasons+=("$place had only $free GB free when the tests began"); }
+done
 total_passed=0 total_failed=0 total_skipped=0
 
 # suite LEVEL CARGO-ARGUMENTS...: runs the suite, shows its output and keeps it.

@@ -167,7 +167,8 @@ async fn by_name(pod: &Pod, attempt: &Attempt, folders: &Folders) -> Result<Name
     }
 }
 
-/// Whether the image is a folder of another user, as sites keep them.
+/// Whether the image is a folder of another user, as sites keep them. By its name in the node's file system: only what the temporary
+/// folders are made of depends on it.
 async fn is_foreign_folder(image: &Path) -> bool {
     let own = rustix::process::getuid().as_raw();
     let found = tokio::fs::metadata(image).await;
@@ -200,7 +201,7 @@ impl Starting<'_> {
         } = named;
         let (pod, folders) = (self.pod, self.folders);
         let work = folders.work.clone();
-        let work = if is_foreign_folder(&image).await {
+        let work = if is_foreign_folder(Path::new(&self.attempt.spec.image.path)).await {
             Work::Needed(work)
         } else {
             Work::Spare(work)
