@@ -1,6 +1,6 @@
 #!/bin/bash
 # Removes what an interrupted run of the tests, the benchmark or the upstream suite left: namespaces with their pods, jobs without a
-# pod, limits of Slurm's accounts, armed crash points, a closed port, and settings of the agent and the kubelet for one run. The stack
+# pod, limits of Slurm's accounts, armed crash points, a closed port, metrics-server, and settings of the agent and the kubelet for one run. The stack
 # is running before and after; pods of other namespaces continue.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
@@ -43,6 +43,8 @@ left=$(namespaces) jobs=$(foreign_jobs || true)
 [ -z "$left$jobs" ] || say "removing what an earlier run left:" $left $jobs
 afresh
 [ -z "$left" ] || kubectl delete $left --wait=false --ignore-not-found >/dev/null
+# Of l3_metrics: no namespace ends while an API that the API server offers has no server. A given cluster has its own metrics-server.
+[ -n "$given_kubeconfig" ] || "$testbed/kube/metrics-server.sh" down
 # Of l3_chart: what its release has outside of its namespace.
 kubectl delete clusterroles,clusterrolebindings,runtimeclasses,roles,rolebindings --all-namespaces -l app.kubernetes.io/instance=charttest >/dev/null
 [ -z "$jobs" ] || as_user scancel $jobs
