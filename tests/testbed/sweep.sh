@@ -1,7 +1,7 @@
 #!/bin/bash
 # Removes what an interrupted run of the tests, the benchmark or the upstream suite left: namespaces with their pods, jobs without a
-# pod, limits of Slurm's accounts, armed crash points, a closed port, metrics-server, and settings of the agent and the kubelet for one run. The stack
-# is running before and after; pods of other namespaces continue.
+# pod, limits of Slurm's accounts, armed crash points, a closed port, metrics-server, and settings of the agent and the kubelet for one
+# run. The stack is running before and after; pods of other namespaces continue.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 . "$testbed/profile.sh"
