@@ -69,9 +69,14 @@ pub(crate) const PMI_FD: &str = "PMI_FD";
 /// The variable with the folder in which the PMIx server of the node and its ranks meet.
 pub(crate) const PMIX_FOLDER: &str = "PMIX_SERVER_TMPDIR";
 
-/// How a rank gets its data from the PMIx server. The server offers files in shared memory, which lie in the `/tmp` of the
-/// node, where a container does not see them; a rank that is offered them fails in `MPI_Init`. `hash` sends the data.
-const PMIX_DATA: (&str, &str) = ("PMIX_MCA_gds", "hash");
+/// What a rank gets for these variables if neither the pod nor its image sets them.
+///
+/// - How it gets its data from the PMIx server. The server offers files in shared memory, which lie in the `/tmp` of the node, where a
+///   container does not see them; a rank that is offered them fails in `MPI_Init`. `hash` sends the data.
+/// - Open MPI sends nothing through shared memory (the transport is `sm`, before version 5 `vader`). It takes a segment for its own if the
+///   process that made it has its own PID, and each rank is the first process of a PID namespace: it would write to an address of
+///   another process, and crash.
+const DEFAULTS: [(&str, &str); 2] = [("PMIX_MCA_gds", "hash"), ("OMPI_MCA_btl", "^sm,vader")];
 
 /// The step that runs the ranks.
 #[derive(Debug)]
@@ -189,8 +194,8 @@ fn begins_with_one(name: &OsStr, prefixes: &[&str]) -> bool {
     prefixes.any(|prefix| bytes.starts_with(prefix.as_bytes()))
 }
 
-/// The environment `env` of a program (`NAME=value`) with the variables of its rank, which replace those of the pod. How it
-/// gets data from PMIx ([`PMIX_DATA`]), the pod or its image may say.
+/// The environment `env` of a program (`NAME=value`) with the variables of its rank, which replace those of the pod. A rank that finds the
+/// others by PMI or PMIx also has what is missing of the [`DEFAULTS`].
 pub(crate) fn with_rank(env: &mut Vec<Vec<u8>>, rank: &[(Vec<u8>, Vec<u8>)]) {
     let is = |entry: &[u8], name: &[u8]| {
         entry
@@ -203,10 +208,14 @@ pub(crate) fn with_rank(env: &mut Vec<Vec<u8>>, rank: &[(Vec<u8>, Vec<u8>)]) {
     });
     let own = rank.iter();
     env.extend(own.map(|(name, value)| [name.as_slice(), value.as_slice()].join(&b'=')));
-    let (name, value) = PMIX_DATA;
-    let has_pmix = rank.iter().any(|(name, _)| name == b"PMIX_RANK");
-    if has_pmix && !env.iter().any(|entry| is(entry, name.as_bytes())) {
-        env.push(format!("{name}={value}").into_bytes());
+    let finds = |name: &[u8]| name == b"PMIX_RANK" || name == b"PMI_RANK";
+    if !rank.iter().any(|(name, _)| finds(name)) {
+        return;
+    }
+    for (name, value) in DEFAULTS {
+        if !env.iter().any(|entry| is(entry, name.as_bytes())) {
+            env.push(format!("{name}={value}").into_bytes());
+        }
     }
 }
 
@@ -309,19 +318,30 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_of_pmix_asks_for_no_files_of_the_node_unless_the_pod_says_how() {
+    fn what_would_fail_between_the_containers_of_ranks_is_off_unless_the_pod_says_how() {
         let entry = |text: &str| text.as_bytes().to_vec();
         let with = |env: &[&str], rank: &str| {
             let mut env: Vec<_> = env.iter().map(|text| entry(text)).collect();
             with_rank(&mut env, &[(entry(rank), entry("2"))]);
             env
         };
-        assert_eq!(
-            with(&[], "PMIX_RANK"),
-            [entry("PMIX_RANK=2"), entry("PMIX_MCA_gds=hash")]
+        let defaults = ["PMIX_MCA_gds=hash", "OMPI_MCA_btl=^sm,vader"].map(entry);
+        for rank in ["PMIX_RANK", "PMI_RANK"] {
+            let env = with(&[], rank);
+            assert_eq!(env[0], entry(&format!("{rank}=2")));
+            assert_eq!(env[1..], defaults);
+        }
+        let own = with(
+            &["PMIX_MCA_gds=shmem2", "OMPI_MCA_btl=self,ofi"],
+            "PMIX_RANK",
         );
-        let own = with(&["PMIX_MCA_gds=shmem2"], "PMIX_RANK");
-        assert_eq!(own, [entry("PMIX_MCA_gds=shmem2"), entry("PMIX_RANK=2")]);
-        assert_eq!(with(&[], "PMI_RANK"), [entry("PMI_RANK=2")]);
+        let own_ones = [
+            "PMIX_MCA_gds=shmem2",
+            "OMPI_MCA_btl=self,ofi",
+            "PMIX_RANK=2",
+        ]
+        .map(entry);
+        assert_eq!(own, own_ones);
+        assert_eq!(with(&[], "SLURM_PROCID"), [entry("SLURM_PROCID=2")]);
     }
 }
