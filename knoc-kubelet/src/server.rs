@@ -99,6 +99,8 @@ pub struct PodView {
     pub pod: Arc<Pod>,
     /// The pod as the agent last reported it, if it has.
     pub observed: Option<Arc<pb::PodObserved>>,
+    /// Why ephemeral containers are rejected. It is known before the watch shows the status that says so.
+    pub rejected: Vec<String>,
 }
 
 /// Bytes from a container; the last item is an error if the stream ended early.

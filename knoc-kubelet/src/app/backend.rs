@@ -103,9 +103,11 @@ impl Backend for KubeletBackend {
 
     fn pod(&self, namespace: &str, name: &str) -> Option<PodView> {
         let view = self.store.find(namespace, name)?;
+        let findings = self.store.findings(&view.uid);
         Some(PodView {
             pod: view.pod,
             observed: view.observed,
+            rejected: findings.map_or_else(Vec::new, |findings| findings.rejected.clone()),
         })
     }
 

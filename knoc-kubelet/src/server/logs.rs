@@ -26,6 +26,7 @@ use super::{
     remote::client_message,
     target::{self, HttpError, container_status},
 };
+use crate::pods::status::refused;
 
 /// Answers a request for a log.
 pub(super) async fn container_logs(
@@ -155,19 +156,11 @@ fn unobserved(view: &PodView, container: &str, whole: &str, previous: bool) -> S
         None | Some("Pending") => {
             format!("{whole} is waiting to start: {}", creating(&view.pod))
         }
-        Some(_) => match rejection(&view.pod, container) {
+        Some(_) => match refused(&view.rejected, container) {
             Some(why) => format!("{whole} was rejected: {why}"),
             None => format!("{whole} is not available"),
         },
     }
-}
-
-/// Why an ephemeral container never starts, as its status says.
-fn rejection<'a>(pod: &'a Pod, container: &str) -> Option<&'a str> {
-    let statuses = pod.status.as_ref()?.ephemeral_container_statuses.as_ref()?;
-    let status = statuses.iter().find(|status| status.name == container)?;
-    let ended = status.state.as_ref()?.terminated.as_ref()?;
-    ended.message.as_deref()
 }
 
 /// Kubernetes' reason for a container that was not started yet.
@@ -200,6 +193,7 @@ mod tests {
         PodView {
             pod: Arc::default(),
             observed: Some(Arc::new(observed)),
+            ..PodView::default()
         }
     }
 
@@ -252,6 +246,22 @@ mod tests {
                 r#"previous terminated container "c" in pod "p" not found"#
             );
         }
+    }
+
+    #[test]
+    fn a_rejected_container_says_why_before_the_watch_shows_its_status() {
+        let status = serde_json::json!({"phase": "Running"});
+        let pod = serde_json::json!({"metadata": {}, "status": status});
+        let mut view = PodView {
+            pod: Arc::new(serde_json::from_value(pod).unwrap()),
+            ..PodView::default()
+        };
+        let said = |view: &PodView| readable(view, "p", "debug", false).unwrap_err();
+        assert!(said(&view).ends_with("is not available"), "{}", said(&view));
+        let why = "spec.ephemeralContainers[debug].ports: must not be set";
+        view.rejected = vec![why.to_owned()];
+        let wanted = format!("container \"debug\" in pod \"p\" was rejected: {why}");
+        assert_eq!(said(&view), wanted);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::harness::*;
 pub(super) async fn with_command(command: Command) -> Fixture {
     let queued = PodView {
         pod: pod("ns", "queued", &["c"]).into(),
-        observed: None,
+        ..PodView::default()
     };
     let mut terminal = running("ns", "terminal", &["c"]);
     let spec = Arc::make_mut(&mut terminal.pod).spec.as_mut().unwrap();

@@ -284,6 +284,7 @@ pub(in crate::server) fn running(namespace: &str, name: &str, containers: &[&str
             containers: containers.iter().map(status).collect(),
             ..pb::PodObserved::default()
         })),
+        rejected: Vec::new(),
     }
 }
 

@@ -22,7 +22,7 @@ use super::harness::*;
 async fn with_log(log: ByteStream) -> Fixture {
     let waiting = PodView {
         pod: Arc::new(pod("ns", "queued", &["c"])),
-        observed: None,
+        ..PodView::default()
     };
     let backend = FakeBackend {
         pods: vec![running("ns", "pod", &["c", "d"]), waiting],
