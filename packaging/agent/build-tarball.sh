@@ -8,6 +8,7 @@ target=x86_64-unknown-linux-musl
 bin=${KNOC_BIN:-${CARGO_TARGET_DIR:-target}/$target/release}
 out=${1:-${CARGO_TARGET_DIR:-target}/dist}
 limit=$((10 << 20)) # bytes of knoc-agent
+[ -z "${KNOC_BIN:-}" ] || limit=$((limit + (64 << 10))) # of the tests: with crash points
 
 for name in knoc-agent knocctl; do
     [ -x "$bin/$name" ] || { echo "$bin/$name is missing; build it with: make build" >&2; exit 1; }
