@@ -8,6 +8,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use anyhow::Context as _;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::api::ListParams;
 use tokio::{process::Child, task::JoinSet};
 
 use super::{
@@ -187,7 +188,10 @@ impl Place {
 /// Where the API server listens, as the kubelet dials it.
 async fn api_server(bed: &Bed) -> anyhow::Result<SocketAddr> {
     let slices = bed.world.api_in::<EndpointSlice>("default");
-    let slice = slices.get("kubernetes").await?;
+    // Its name is the cluster's matter: the test bed publishes one of its own.
+    let of_service = ListParams::default().labels("kubernetes.io/service-name=kubernetes");
+    let listed = slices.list(&of_service).await?;
+    let slice = listed.items.first().context("no slice of kubernetes")?;
     let endpoint = slice.endpoints.iter().flatten().next();
     let address = endpoint.and_then(|endpoint| endpoint.addresses.first());
     let port = slice.ports.iter().flatten().next().and_then(|one| one.port);
