@@ -26,8 +26,8 @@ const STEP: Duration = Duration::from_mins(5);
 const PORT: u16 = 19_300;
 /// How long idle connections are watched.
 pub(super) const WATCHED: Duration = Duration::from_secs(30);
-/// How many connections each pod holds: from 960 of a node on, a pod gets no more than 32.
-const HELD: [u32; 4] = [480, 480, 20, 20];
+/// How many connections each pod holds: from 960 of a node on, a pod gets no more than 32. Other pods of the bed may have a few.
+const HELD: [u32; 4] = [470, 470, 30, 30];
 /// The program that dials, in the image and on the nodes.
 const DIALER: &str = "knoc-dialer";
 
