@@ -7,7 +7,12 @@ use std::{
     str::FromStr,
 };
 
-use crate::{names, pb, text::quote};
+use crate::{
+    names,
+    patterns::{PART, glob, is_part, parse_list},
+    pb,
+    text::quote,
+};
 
 /// What pods may reach if nobody decides otherwise: the API server and the cluster's DNS.
 pub const DEFAULT_ALLOW: [&str; 2] = ["default/kubernetes", "kube-system/kube-dns"];
@@ -20,8 +25,6 @@ pub const MAX_PORTS: usize = 4096;
 /// The most patterns of a list.
 pub const MAX_PATTERNS: usize = 1024;
 
-/// The longest part of a pattern: a name of a namespace or a Service has at most 63 characters.
-const PART: usize = 63;
 /// The longest `NAMESPACE/NAME` of a Service.
 const SERVICE: usize = 2 * PART + 1;
 /// How much of a wrong text an error shows.
@@ -45,12 +48,6 @@ impl FromStr for ServicePattern {
     type Err = InvalidPattern;
 
     fn from_str(text: &str) -> Result<Self, InvalidPattern> {
-        let is_part = |part: &str| {
-            let known = |byte: u8| {
-                byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-*".contains(&byte)
-            };
-            !part.is_empty() && part.len() <= PART && part.bytes().all(known)
-        };
         match text.split_once('/') {
             Some((namespace, name)) if is_part(namespace) && is_part(name) => Ok(Self {
                 namespace: namespace.to_owned(),
@@ -71,41 +68,12 @@ impl ServicePattern {
     /// Does the pattern match this Service?
     #[must_use]
     pub fn matches(&self, namespace: &str, name: &str) -> bool {
-        glob(self.namespace.as_bytes(), namespace.as_bytes())
-            && glob(self.name.as_bytes(), name.as_bytes())
+        glob(&self.namespace, namespace) && glob(&self.name, name)
     }
 
     fn is_exact(&self) -> bool {
         !self.namespace.contains('*') && !self.name.contains('*')
     }
-}
-
-/// Does `text` match `pattern`, in which `*` stands for any bytes? Takes at most the product of both lengths.
-pub(crate) fn glob(pattern: &[u8], text: &[u8]) -> bool {
-    let (mut at, mut seen) = (0, 0);
-    // Where to go on if what follows the last `*` does not match: after that `*`, one byte later.
-    let mut again = None;
-    while let Some(byte) = text.get(seen) {
-        match pattern.get(at) {
-            Some(b'*') => {
-                at += 1;
-                again = Some((at, seen));
-            }
-            Some(wanted) if wanted == byte => {
-                at += 1;
-                seen += 1;
-            }
-            Some(_) | None => {
-                let Some((star, from)) = again else {
-                    return false;
-                };
-                at = star;
-                seen = from + 1;
-                again = Some((star, seen));
-            }
-        }
-    }
-    pattern.iter().skip(at).all(|byte| *byte == b'*')
 }
 
 /// A list of patterns.
@@ -118,25 +86,7 @@ impl AllowList {
     /// # Errors
     /// Returns one sentence for each text that is not a pattern.
     pub fn parse<T: AsRef<str>>(texts: &[T]) -> Result<Self, Vec<String>> {
-        let mut wrong = Vec::new();
-        let mut list = Vec::new();
-        if texts.len() > MAX_PATTERNS {
-            wrong.push(format!(
-                "has {} entries; the limit is {MAX_PATTERNS}",
-                texts.len()
-            ));
-        }
-        for text in texts.iter().take(MAX_PATTERNS) {
-            match text.as_ref().parse::<ServicePattern>() {
-                Ok(pattern) => list.push(pattern),
-                Err(error) => wrong.push(error.to_string()),
-            }
-        }
-        if wrong.is_empty() {
-            Ok(Self(list))
-        } else {
-            Err(wrong)
-        }
+        parse_list(texts, MAX_PATTERNS).map(Self)
     }
 
     /// Does the list contain this Service?

@@ -18,6 +18,7 @@ pub mod manage;
 pub mod mesh;
 pub mod names;
 pub mod paths;
+mod patterns;
 pub mod pod;
 pub mod private;
 pub mod reason;

@@ -8,7 +8,8 @@ use std::{
 };
 
 use crate::{
-    egress::{self, glob},
+    egress,
+    patterns::{glob, is_part, parse_list},
     text::quote,
 };
 
@@ -21,8 +22,6 @@ pub const MAX_PAIRS: usize = 1024;
 
 /// The largest and the smallest range: the prefix of a whole class A network, and one that leaves two addresses for pods.
 const PREFIXES: std::ops::RangeInclusive<u8> = 8..=30;
-/// The longest name of a namespace.
-const NAMESPACE: usize = 63;
 /// How much of a wrong text an error shows.
 const SHOWN: usize = 80;
 
@@ -151,12 +150,6 @@ impl FromStr for NamespacePair {
     type Err = InvalidPair;
 
     fn from_str(text: &str) -> Result<Self, InvalidPair> {
-        let is_part = |part: &str| {
-            let known = |byte: u8| {
-                byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-*".contains(&byte)
-            };
-            !part.is_empty() && part.len() <= NAMESPACE && part.bytes().all(known)
-        };
         match text.split_once(':') {
             Some((one, other)) if is_part(one) && is_part(other) => Ok(Self {
                 one: one.to_owned(),
@@ -169,9 +162,8 @@ impl FromStr for NamespacePair {
 
 impl NamespacePair {
     fn matches(&self, one: &str, other: &str) -> bool {
-        let fits = |pattern: &str, name: &str| glob(pattern.as_bytes(), name.as_bytes());
-        (fits(&self.one, one) && fits(&self.other, other))
-            || (fits(&self.one, other) && fits(&self.other, one))
+        (glob(&self.one, one) && glob(&self.other, other))
+            || (glob(&self.one, other) && glob(&self.other, one))
     }
 }
 
@@ -185,25 +177,7 @@ impl NamespacePairs {
     /// # Errors
     /// Returns one sentence for each text that is not a pair.
     pub fn parse<T: AsRef<str>>(texts: &[T]) -> Result<Self, Vec<String>> {
-        let mut wrong = Vec::new();
-        let mut list = Vec::new();
-        if texts.len() > MAX_PAIRS {
-            wrong.push(format!(
-                "has {} entries; the limit is {MAX_PAIRS}",
-                texts.len()
-            ));
-        }
-        for text in texts.iter().take(MAX_PAIRS) {
-            match text.as_ref().parse::<NamespacePair>() {
-                Ok(pair) => list.push(pair),
-                Err(error) => wrong.push(error.to_string()),
-            }
-        }
-        if wrong.is_empty() {
-            Ok(Self(list))
-        } else {
-            Err(wrong)
-        }
+        parse_list(texts, MAX_PAIRS).map(Self)
     }
 
     /// Do pods of these namespaces reach each other? Those of one namespace always do.

@@ -54,6 +54,17 @@ fn die_with_parent() {
     rustix::process::set_parent_process_death_signal(Some(kill)).ok();
 }
 
+/// The socket of the shim, which is the standard input of the hidden subcommand `name`.
+fn shim_at_stdin(name: &str) -> Result<UnixStream, ExitCode> {
+    match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) {
+        Ok(socket) => Ok(socket.into()),
+        Err(error) => {
+            eprintln!("knoc-agent {name}: standard input: {error}");
+            Err(ExitCode::from(contain::FAILED))
+        }
+    }
+}
+
 /// Closes standard input, which is the shim's socket: the shim sees no end of file while it is open.
 fn release_stdin() {
     // If the container has no `/dev/null`, any other descriptor will do.

@@ -425,15 +425,10 @@ impl Prepared {
                 tokio::select! {
                     biased;
                     ended = &mut running => break ended,
-                    order = orders.recv(), if connected => match order {
-                        Some(Order::Signal(signal)) => stoppable.take(signal),
-                        Some(Order::OpenStream(id)) => streams.open(id, &pod, stoppable.program.as_ref()),
-                        Some(Order::EndStream(id)) => streams.end(id),
-                        None => {
-                            connected = false;
-                            stoppable.take(Signal::KILL);
-                        }
-                    },
+                    order = orders.recv(), if connected => {
+                        connected = order.is_some();
+                        stoppable.obey(order, &mut streams, &pod);
+                    }
                     Ok(program) = &mut runs, if stoppable.program.is_none() => {
                         let running = pb::RankRunning { pid: program.identity.pid };
                         stoppable.program = Some(program);
@@ -459,6 +454,16 @@ struct Stoppable {
 }
 
 impl Stoppable {
+    /// Does what the shim orders. If there is no order, the connection is lost, and the program is killed.
+    fn obey(&self, order: Option<Order>, streams: &mut Streams, pod: &Arc<Pod>) {
+        match order {
+            Some(Order::Signal(signal)) => self.take(signal),
+            Some(Order::OpenStream(id)) => streams.open(id, pod, self.program.as_ref()),
+            Some(Order::EndStream(id)) => streams.end(id),
+            None => self.take(Signal::KILL),
+        }
+    }
+
     fn take(&self, signal: Signal) {
         match &self.program {
             Some(program) if signal == Signal::KILL => {

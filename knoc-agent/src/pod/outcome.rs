@@ -162,14 +162,7 @@ fn failed(cause: &Cause, finished_at: Timestamp) -> Outcome {
         ),
         Cause::Deadline => ("DeadlineExceeded", OVERDUE.to_owned()),
     };
-    let reason = reason.to_owned();
-    Outcome {
-        succeeded: false,
-        reason,
-        message,
-        disruption: false,
-        finished_at,
-    }
+    plain(reason, &message, finished_at)
 }
 
 fn without_report(evidence: &Evidence<'_>, now: Timestamp) -> Outcome {

@@ -110,28 +110,17 @@ async fn cron(login: &Login) -> (bool, String) {
 
 /// The user's crontab; empty if there is none.
 pub(super) async fn crontab(login: &Login) -> Result<String, CommandError> {
-    match login
-        .command("crontab")
-        .arg("-l")
-        .deadline(PATIENCE)
-        .run()
-        .await
-    {
-        Ok(output) => Ok(output.text()),
-        Err(error) if has_none(&error) => Ok(String::new()),
-        Err(error) => Err(error),
-    }
+    table(login, "crontab").await
 }
 
 /// The user's scrontab; empty if there is none.
 pub(super) async fn scrontab_text(login: &Login) -> Result<String, CommandError> {
-    match login
-        .command("scrontab")
-        .arg("-l")
-        .deadline(PATIENCE)
-        .run()
-        .await
-    {
+    table(login, "scrontab").await
+}
+
+async fn table(login: &Login, program: &str) -> Result<String, CommandError> {
+    let listing = login.command(program).arg("-l").deadline(PATIENCE);
+    match listing.run().await {
         Ok(output) => Ok(output.text()),
         Err(error) if has_none(&error) => Ok(String::new()),
         Err(error) => Err(error),

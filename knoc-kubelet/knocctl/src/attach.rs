@@ -2,13 +2,11 @@
 
 use std::process::ExitCode;
 
-use knoc_proto::pb::{AttachStart, ExecInput, exec_input::Input};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use knoc_proto::pb::{AttachStart, exec_input::Input};
 
 use super::{
     CtlError, Global,
-    converse::{self, Local, QUEUE},
+    converse::{self, Local},
     find, logs, output,
     session::{Session, asked},
     terminal,
@@ -39,17 +37,10 @@ impl Attach {
         let mut session = Session::open(global)?;
         let pod = find::one(&mut session, global.namespace.as_deref(), &self.pod).await?;
         let container = logs::container(&pod, self.container.as_deref());
-        let (sender, receiver) = mpsc::channel(QUEUE);
         let start = self.start(pod.uid, container);
-        let first = ExecInput {
-            input: Some(Input::Attach(start)),
-        };
+        let (sender, input) = converse::input(Input::Attach(start));
         let what = format!("attach to {}", self.pod);
-        if sender.send(first).await.is_err() {
-            return Err(CtlError::CutShort { what });
-        }
-        let call = session.client.attach(ReceiverStream::new(receiver));
-        let stream = asked(&what, call).await?;
+        let stream = asked(&what, session.client.attach(input)).await?;
         if self.stdin && terminal::is_one() {
             output::complain("attached; if there is no prompt, press Enter");
         }

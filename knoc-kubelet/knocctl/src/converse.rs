@@ -15,6 +15,7 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
 };
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::{
@@ -34,6 +35,14 @@ pub(super) struct Local {
     pub(super) stdin: bool,
     /// The program has a terminal: the local one is in raw mode until the call ends, and is restored however it ends.
     pub(super) tty: bool,
+}
+
+/// The input of a call, which begins with `first`, and what sends the rest of it.
+pub(super) fn input(first: Input) -> (mpsc::Sender<ExecInput>, ReceiverStream<ExecInput>) {
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    // The queue is empty, so there is room.
+    sender.try_send(ExecInput { input: Some(first) }).ok();
+    (sender, ReceiverStream::new(receiver))
 }
 
 /// Passes both directions on until the program exits.

@@ -14,13 +14,12 @@ use knoc_proto::pb::{
     ExecExit, ExecInput, ExecOutput, ExecStart, exec_input::Input, exec_output::Output,
 };
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use self::spec::{Remote, Side};
 use super::{
     CtlError, Global,
-    converse::QUEUE,
+    converse::{self, QUEUE},
     find, logs, output,
     session::{Session, asked},
 };
@@ -144,15 +143,8 @@ impl Target {
             stderr: true,
             ..ExecStart::default()
         };
-        let (input, inputs) = mpsc::channel(QUEUE);
-        let first = ExecInput {
-            input: Some(Input::Start(start)),
-        };
-        if input.send(first).await.is_err() {
-            return Err(CtlError::CutShort { what });
-        }
-        let call = self.session.client.exec(ReceiverStream::new(inputs));
-        let output = asked(&what, call).await?;
+        let (input, inputs) = converse::input(Input::Start(start));
+        let output = asked(&what, self.session.client.exec(inputs)).await?;
         Ok(Call {
             output,
             input,

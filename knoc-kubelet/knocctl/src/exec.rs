@@ -4,14 +4,12 @@ use std::process::ExitCode;
 
 use knoc_proto::{
     capability,
-    pb::{ExecInput, ExecStart, exec_input::Input},
+    pb::{ExecStart, exec_input::Input},
 };
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 
 use super::{
     CtlError, Global,
-    converse::{self, Local, QUEUE},
+    converse::{self, Local},
     find, logs, output,
     session::{Session, asked},
     terminal,
@@ -69,16 +67,9 @@ impl Exec {
             }
         }
         let start = self.start(pod.uid, container);
-        let (sender, receiver) = mpsc::channel(QUEUE);
-        let first = ExecInput {
-            input: Some(Input::Start(start)),
-        };
+        let (sender, input) = converse::input(Input::Start(start));
         let what = format!("run {:?} in {}", self.command.join(" "), self.pod);
-        if sender.send(first).await.is_err() {
-            return Err(CtlError::CutShort { what });
-        }
-        let call = session.client.exec(ReceiverStream::new(receiver));
-        let stream = asked(&what, call).await?;
+        let stream = asked(&what, session.client.exec(input)).await?;
         let local = Local {
             stdin: self.stdin,
             tty: self.tty,

@@ -182,11 +182,25 @@ struct CheckIdentity {
 }
 
 impl CheckIdentity {
-    /// Records the identity in the certificate before anything is verified.
-    fn note(&self, certificate: &CertificateDer<'_>) {
-        if let Ok(identity) = pki::identity(certificate) {
-            self.claimed.0.get_or_init(|| identity);
+    /// Records the identity in the certificate, then rejects it if its chain was not `verified` or another identity is expected.
+    fn accept(
+        &self,
+        certificate: &CertificateDer<'_>,
+        verified: Result<(), rustls::Error>,
+    ) -> Result<(), rustls::Error> {
+        let identity = pki::identity(certificate);
+        if let Ok(identity) = &identity {
+            self.claimed.0.get_or_init(|| identity.clone());
         }
+        verified.map_err(|error| self.untrusted(certificate, error))?;
+        let found = identity.map_err(other)?;
+        if self.expect.accepts(&found) {
+            return Ok(());
+        }
+        Err(other(WrongPeer {
+            found,
+            expected: self.expect.clone(),
+        }))
     }
 
     /// The error for a chain that does not lead to the CA: [`Foreign`] if the certificate is not one of KNoC's at all.
@@ -203,17 +217,6 @@ impl CheckIdentity {
             });
         }
         error
-    }
-
-    fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), rustls::Error> {
-        let found = pki::identity(certificate).map_err(other)?;
-        if self.expect.accepts(&found) {
-            return Ok(());
-        }
-        Err(other(WrongPeer {
-            found,
-            expected: self.expect.clone(),
-        }))
     }
 }
 
@@ -236,7 +239,6 @@ impl CheckCertificate for ServerChain {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
-        self.identity.note(end_entity);
         let algorithms = provider().signature_verification_algorithms.all;
         let verified = ParsedCertificate::try_from(end_entity).and_then(|certificate| {
             verify_server_cert_signed_by_trust_anchor(
@@ -247,8 +249,7 @@ impl CheckCertificate for ServerChain {
                 algorithms,
             )
         });
-        verified.map_err(|error| self.identity.untrusted(end_entity, error))?;
-        self.identity.check(end_entity)
+        self.identity.accept(end_entity, verified)
     }
 }
 
@@ -266,12 +267,11 @@ impl CheckCertificate for ClientChain {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
-        self.identity.note(end_entity);
         let verified = self
             .chain
-            .verify_client_cert(end_entity, intermediates, now);
-        verified.map_err(|error| self.identity.untrusted(end_entity, error))?;
-        self.identity.check(end_entity)
+            .verify_client_cert(end_entity, intermediates, now)
+            .map(drop);
+        self.identity.accept(end_entity, verified)
     }
 
     fn root_hints(&self) -> &[DistinguishedName] {

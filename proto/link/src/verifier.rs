@@ -50,25 +50,36 @@ pub trait CheckCertificate: fmt::Debug + Send + Sync {
 #[derive(Debug)]
 pub struct Tls13Verifier<C>(pub C);
 
-/// The error for signatures of TLS 1.2, which is never negotiated.
-fn no_tls12() -> rustls::Error {
-    rustls::Error::General("TLS 1.2 is not supported".to_owned())
-}
+/// The methods about signatures, which are the same for both roles: they check that the peer holds the key of its certificate.
+macro_rules! signatures {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            _message: &[u8],
+            _cert: &CertificateDer<'_>,
+            _dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            // It is never negotiated.
+            let message = "TLS 1.2 is not supported".to_owned();
+            Err(rustls::Error::General(message))
+        }
 
-/// Checks that the peer holds the key of `certificate`.
-fn verify_signature(
-    message: &[u8],
-    certificate: &CertificateDer<'_>,
-    signature: &DigitallySignedStruct,
-) -> Result<HandshakeSignatureValid, rustls::Error> {
-    let algorithms = &provider().signature_verification_algorithms;
-    verify_tls13_signature(message, certificate, signature, algorithms)
-}
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            let algorithms = &provider().signature_verification_algorithms;
+            verify_tls13_signature(message, cert, dss, algorithms)
+        }
 
-fn signature_schemes() -> Vec<SignatureScheme> {
-    provider()
-        .signature_verification_algorithms
-        .supported_schemes()
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            provider()
+                .signature_verification_algorithms
+                .supported_schemes()
+        }
+    };
 }
 
 impl<C: CheckCertificate> ServerCertVerifier for Tls13Verifier<C> {
@@ -84,27 +95,7 @@ impl<C: CheckCertificate> ServerCertVerifier for Tls13Verifier<C> {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        signature_schemes()
-    }
+    signatures!();
 }
 
 impl<C: CheckCertificate> ClientCertVerifier for Tls13Verifier<C> {
@@ -126,25 +117,5 @@ impl<C: CheckCertificate> ClientCertVerifier for Tls13Verifier<C> {
         Ok(ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        signature_schemes()
-    }
+    signatures!();
 }

@@ -110,12 +110,9 @@ impl ContainError {
 #[must_use]
 pub fn main() -> ExitCode {
     super::die_with_parent();
-    let shim = match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) {
-        Ok(fd) => UnixStream::from(fd),
-        Err(error) => {
-            eprintln!("knoc-agent contain: standard input: {error}");
-            return ExitCode::from(FAILED);
-        }
+    let shim = match super::shim_at_stdin("contain") {
+        Ok(shim) => shim,
+        Err(code) => return code,
     };
     match run(&shim) {
         // This is the child that wrote the id maps.

@@ -95,12 +95,9 @@ pub fn main(arguments: &[String]) -> ExitCode {
     {
         return read_passwd(container);
     }
-    let shim = match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) {
-        Ok(fd) => UnixStream::from(fd),
-        Err(error) => {
-            eprintln!("knoc-agent enter: standard input: {error}");
-            return ExitCode::from(FAILED);
-        }
+    let shim = match super::shim_at_stdin("enter") {
+        Ok(shim) => shim,
+        Err(code) => return code,
     };
     if let Err(error) = join(arguments) {
         return report_failure(&shim, &error);

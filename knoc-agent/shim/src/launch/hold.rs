@@ -27,12 +27,9 @@ use super::{
 #[must_use]
 pub fn main() -> ExitCode {
     super::die_with_parent();
-    let shim = match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) {
-        Ok(fd) => UnixStream::from(fd),
-        Err(error) => {
-            eprintln!("knoc-agent hold: standard input: {error}");
-            return ExitCode::from(FAILED);
-        }
+    let shim = match super::shim_at_stdin("hold") {
+        Ok(shim) => shim,
+        Err(code) => return code,
     };
     let failed = |what: String, errno: i32| {
         // If the shim has ended, nobody receives the reply.

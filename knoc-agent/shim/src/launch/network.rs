@@ -97,12 +97,9 @@ impl NetworkError {
 #[must_use]
 pub fn main() -> ExitCode {
     super::die_with_parent();
-    let shim = match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) {
-        Ok(fd) => UnixStream::from(fd),
-        Err(error) => {
-            eprintln!("knoc-agent network: standard input: {error}");
-            return ExitCode::from(FAILED);
-        }
+    let shim = match super::shim_at_stdin("network") {
+        Ok(shim) => shim,
+        Err(code) => return code,
     };
     super::release_stdin();
     match run(&shim) {
