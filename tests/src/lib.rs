@@ -16,6 +16,7 @@ pub mod flood;
 pub mod guide;
 pub mod image;
 pub mod interop;
+pub mod nginx;
 pub mod one_pod;
 pub mod own_addresses;
 pub mod pod;

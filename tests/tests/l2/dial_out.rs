@@ -15,11 +15,11 @@ use serde_json::json;
 const SOON: Duration = Duration::from_secs(30);
 
 /// A kubelet that waits for its agent at this address.
-fn accepting(address: SocketAddr) -> [(&'static str, String); 1] {
+pub(super) fn accepting(address: SocketAddr) -> [(&'static str, String); 1] {
     [("KNOC_AGENT_ADDRESS", format!("accept:{address}"))]
 }
 
-fn as_env<'a>(pairs: &'a [(&'static str, String)]) -> Vec<(&'a str, &'a str)> {
+pub(super) fn as_env<'a>(pairs: &'a [(&'static str, String)]) -> Vec<(&'a str, &'a str)> {
     pairs
         .iter()
         .map(|(name, value)| (*name, value.as_str()))
@@ -27,14 +27,15 @@ fn as_env<'a>(pairs: &'a [(&'static str, String)]) -> Vec<(&'a str, &'a str)> {
 }
 
 /// A site whose agent dials `address`, with further settings of that entry.
-fn dialling(address: &str, settings: &str) -> anyhow::Result<Site> {
+pub(super) fn dialling(address: &str, settings: &str) -> anyhow::Result<Site> {
     Site::new(Options {
         tables: format!("[[dial_out]]\naddress = \"{address}\"\n{settings}"),
         ..Options::default()
     })
 }
 
-async fn logged(site: &Site, file: &str, words: &[&str]) -> anyhow::Result<String> {
+/// Waits for a line of the log with these words; returns it.
+pub(super) async fn logged(site: &Site, file: &str, words: &[&str]) -> anyhow::Result<String> {
     let path = site.path(file);
     wait_for(&format!("{words:?} in {file}"), SOON, async || {
         let log = std::fs::read_to_string(&path).unwrap_or_default();
@@ -46,7 +47,8 @@ async fn logged(site: &Site, file: &str, words: &[&str]) -> anyhow::Result<Strin
     .await
 }
 
-async fn connected(kubelet: &Kubelet) -> anyhow::Result<()> {
+/// Waits until the node says that its agent is connected.
+pub(super) async fn connected(kubelet: &Kubelet) -> anyhow::Result<()> {
     wait_for("the node is connected to its agent", SOON, async || {
         let node = kubelet.api.get("v1", "nodes", "", NODE);
         let node = node.map_err(|error| error.to_string())?;
@@ -63,7 +65,8 @@ async fn connected(kubelet: &Kubelet) -> anyhow::Result<()> {
     .await
 }
 
-fn program(command: &str) -> serde_json::Value {
+/// The spec of a pod of this command.
+pub(super) fn program(command: &str) -> serde_json::Value {
     json!({"containers": [{"name": "main", "image": "none", "command": ["/bin/sh", "-c", command]}]})
 }
 

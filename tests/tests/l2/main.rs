@@ -16,6 +16,7 @@ mod egress;
 mod flood;
 mod guide;
 mod image_updates;
+mod ingress;
 mod injection;
 mod install;
 mod knocctl;

@@ -90,6 +90,10 @@ fn of_alert(alert: AlertDescription) -> Option<&'static str> {
         AlertDescription::ProtocolVersion => Some(
             "the peer does not speak TLS 1.3: either it is another service, or something on the way terminates TLS",
         ),
+        // What a web server answers that knows HTTP/1.1 only, such as an Ingress that was not told to pass TLS through.
+        AlertDescription::NoApplicationProtocol => Some(
+            "the peer offers no HTTP/2: either it is another service, or something on the way terminates TLS",
+        ),
         AlertDescription::UnrecognisedName => Some(
             "nothing is known under this host name there: an Ingress or a load balancer chooses the service by it",
         ),
@@ -130,6 +134,18 @@ mod tests {
         }
         let text = said(Error::AlertReceived(AlertDescription::CertificateExpired));
         assert!(text.contains("by the clock of the peer"), "{text}");
+    }
+
+    #[test]
+    fn an_ingress_that_terminates_tls_is_named_whatever_it_answers() {
+        for alert in [
+            AlertDescription::ProtocolVersion,
+            AlertDescription::NoApplicationProtocol,
+            AlertDescription::CertificateRequired,
+        ] {
+            let text = said(Error::AlertReceived(alert));
+            assert!(text.contains("terminates TLS"), "{alert:?}: {text}");
+        }
     }
 
     #[test]
