@@ -50,18 +50,12 @@ row() { # row LEVEL WHAT [SECONDS-IT-MAY-TAKE]
 }
 tests_named() { (cd tests/tests && ls $1 2>/dev/null | sed 's/\.rs$//; s/^/--test /'); }
 
-# The tests of links over SSH start an sshd of their own, with bash, csh and fish as login shells. The service that comes with the package
-# must not run on this machine: it is neither started (apt_get) nor enabled.
-install_sshd() {
-    local unit
+# The tests of links start an sshd of their own, with bash, csh and fish as login shells, and an nginx of their own.
+install_servers() {
     apt_install tcsh tcsh
     apt_install fish fish
-    [ ! -x /usr/sbin/sshd ] || return 0
-    apt_get openssh-server sshd
-    if type -P systemctl >/dev/null; then
-        for unit in ssh.service ssh.socket; do systemctl --quiet disable --now $unit 2>/dev/null || true; done
-    fi
-    update-rc.d ssh disable 2>/dev/null || true
+    install_server /usr/sbin/sshd openssh-server ssh.service ssh.socket
+    install_nginx
 }
 
 # Level 2 needs no root: cargo starts its tests as an ordinary user, if that user can read this folder.
@@ -113,7 +107,7 @@ fi
 
 # The other programs that levels 2 and 3 need are installed and built while the unit tests are compiled; a failure is reported when they
 # are needed.
-install_sshd &
+install_servers &
 [ "$STACK" != full ] || { nice "$testbed/kube/setup.sh" metrics-server && nice "$testbed/interop.sh"; } &
 suite unit --workspace --exclude knoc-tests
 suite unit -p knoc-tests --lib --bins $(tests_named 'tidy*.rs')
@@ -124,7 +118,7 @@ l2
 # l3_argo is not among them: it needs Argo Workflows, which make argo builds and starts (ADR 0064).
 faults=$(tests_named 'l3_faults*.rs l3_crash*.rs l3_cut*.rs')
 others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash\|l3_cut\|l3_two_logins\|l3_argo')
-own_ca='l3_access.rs l3_identity.rs l3_metrics.rs'
+own_ca='l3_access.rs l3_identity.rs l3_metrics.rs l3_proxy.rs'
 if [ "$STACK" != full ]; then
     skip L3 "STACK=$STACK ($why); the real stack is STACK=full" -p knoc-tests $others $faults
 elif ! "$testbed/up.sh"; then
@@ -140,7 +134,7 @@ else
     eval "$("$testbed/env.sh")"
     if [ -n "$given_kubeconfig" ]; then
         skip L3 "KUBECONFIG was given: these want the CA of a control plane of our own" -p knoc-tests $(tests_named "$own_ca")
-        others=$(grep -v 'l3_access\|l3_identity\|l3_metrics' <<<"$others")
+        others=$(grep -v 'l3_access\|l3_identity\|l3_metrics\|l3_proxy' <<<"$others")
     fi
     suite L3 -p knoc-tests $others -- --test-threads=8
     [ -z "$faults" ] || suite L3 -p knoc-tests $faults -- --test-threads=1

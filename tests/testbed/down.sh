@@ -10,7 +10,7 @@ export PROFILE=direct # stops the processes however the agent was reached
 "$testbed/kubelet.sh" down
 for STACK in full slurm local; do STACK=$STACK "$testbed/agent.sh" down; done
 stop_other_profiles
-for prefix in "$KNOC_BED"/kube*; do KUBE_PREFIX=$prefix "$testbed/kube/stop.sh"; done
+for prefix in "$KNOC_BED"/kube*; do KUBE_PREFIX=$prefix "$testbed/kube/proxy.sh" down; KUBE_PREFIX=$prefix "$testbed/kube/stop.sh"; done
 # Stops the cluster of any HPC_SUITE.
 for prefix in "$KNOC_BED"/hpc* "$HPC_PREFIX"; do [ ! -x "$prefix/bin/hpc" ] || "$prefix/bin/hpc" down; done
 [ "${1:-}" = --wipe ] || exit 0

@@ -54,6 +54,24 @@ apt_get() {
     exec 8>&-
 }
 
+# install_server PROGRAM PACKAGE UNIT...: installs a package of whose programs the bed and the tests start their own processes. The service
+# that comes with it must not run on this machine: it is neither started (apt_get) nor enabled.
+install_server() {
+    local program=$1 package=$2 unit
+    shift 2
+    [ ! -x "$program" ] || return 0
+    apt_get "$package" "$program"
+    for unit in "$@"; do
+        ! type -P systemctl >/dev/null || systemctl --quiet disable --now "$unit" 2>/dev/null || true
+        update-rc.d "${unit%.*}" disable 2>/dev/null || true
+    done
+}
+# install_nginx: nginx, and its module for connections that are not HTTP.
+install_nginx() {
+    install_server /usr/sbin/nginx nginx nginx.service
+    [ -f /usr/lib/nginx/modules/ngx_stream_module.so ] || apt_get libnginx-mod-stream
+}
+
 # without_services COMMAND...: runs an installation that starts no service: dpkg's scripts ask /usr/sbin/policy-rc.d (invoke-rc.d(8)).
 # If the machine has one of its own, that one decides. One that a killed run of ours left is replaced, and removed at the end.
 without_services() (

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Removes what an interrupted run of the tests, the benchmark or the upstream suite left: namespaces with their pods, jobs without a
-# pod, limits of Slurm's accounts, armed crash points, a closed port, metrics-server, and settings of the agent and the kubelet for one
+# pod, limits of Slurm's accounts, armed crash points, a closed port, metrics-server, kube-proxy, and settings of the agent and the kubelet for one
 # run. The stack is running before and after; pods of other namespaces continue.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
@@ -45,6 +45,8 @@ afresh
 [ -z "$left" ] || kubectl delete $left --wait=false --ignore-not-found >/dev/null
 # Of l3_metrics: no namespace ends while an API that the API server offers has no server. A given cluster has its own metrics-server.
 [ -n "$given_kubeconfig" ] || "$testbed/kube/metrics-server.sh" down
+# Of l3_proxy: kube-proxy, nginx and their node.
+"$testbed/kube/proxy.sh" down
 # Of l3_chart: what its release has outside of its namespace.
 kubectl delete clusterroles,clusterrolebindings,runtimeclasses,roles,rolebindings --all-namespaces -l app.kubernetes.io/instance=charttest >/dev/null
 [ -z "$jobs" ] || as_user scancel $jobs

@@ -30,7 +30,7 @@ build_control_plane() {
     kubernetes
     say "building the Kubernetes $version control plane (about 6 minutes and 2700 packages, once)"
     (cd "$here" && go_build "the control plane" build -modfile="$modules.mod" -ldflags "$version_flags" -o "$bin/controlplane" .)
-    for name in etcd kube-apiserver kube-controller-manager kube-scheduler kubectl; do
+    for name in etcd kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubectl; do
         rm -f "$bin/$name"
         printf '#!/bin/sh\nexec "%s/controlplane" %s "$@"\n' "$bin" $name >"$bin/$name"
         chmod +x "$bin/$name"

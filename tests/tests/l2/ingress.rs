@@ -111,7 +111,7 @@ async fn an_nginx_that_terminates_tls_is_named_by_agent_doctor_and_node() -> any
     }
     let entry = |(front, _): &(SocketAddr, &str)| format!("[[dial_out]]\naddress = \"{front}\"\n");
     let site = Site::new(Options {
-        tables: fronts.iter().map(entry).collect(),
+        tables: fronts.iter().map(entry).collect::<Vec<_>>().concat(),
         ..Options::default()
     })?;
     let settings = certificate(&site)?;

@@ -1,0 +1,240 @@
+//! Services and an Ingress that lead to web servers in jobs, as clients in the cluster use them: through a real kube-proxy on a node of its
+//! own (`kube/proxy.sh` of the bed), and a real nginx with the servers of an Ingress on that node (`kube/ingress.sh`).
+
+use std::{
+    collections::BTreeSet,
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::{core::v1::Service, networking::v1::Ingress};
+use knoc_tests::{Output, PodBuilder, World, wait_for, world::SOON};
+use kube::{Api, api::PostParams};
+use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    sync::Mutex,
+    task::JoinSet,
+    time::timeout,
+};
+
+/// The node of kube-proxy, as this host reaches it.
+const NODE: Ipv4Addr = Ipv4Addr::new(10, 75, 0, 2);
+/// The host of the Ingress.
+const HOST: &str = "web.example.org";
+/// The size of the large page.
+const SIZE: usize = 256 << 10;
+/// A client that has waited for so long has waited in vain.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// curl's exit code if the connection was refused.
+const REFUSED: i32 = 7;
+/// curl's exit code if it has waited in vain.
+const IN_VAIN: i32 = 28;
+
+/// How many tests use kube-proxy now.
+static USERS: Mutex<usize> = Mutex::const_new(0);
+
+/// Starts kube-proxy for the first test.
+async fn begin(world: &World) -> anyhow::Result<()> {
+    let mut users = USERS.lock().await;
+    if *users == 0 {
+        world.service("kube/proxy.sh", "up").ok().await?;
+    }
+    *users += 1;
+    Ok(())
+}
+
+/// Stops kube-proxy after the last test. A test that fails leaves it for inspection, with the namespace.
+async fn end(world: &World) -> anyhow::Result<()> {
+    let mut users = USERS.lock().await;
+    *users -= 1;
+    if *users == 0 {
+        world.service("kube/proxy.sh", "down").ok().await?;
+    }
+    Ok(())
+}
+
+/// A web server on port 80 of a network of the pod's own, which is ready as long as it has a page of that name.
+fn web(name: &str) -> PodBuilder {
+    let serve = format!(
+        "mkdir /www && echo {name} >/www/name && head -c {SIZE} /dev/zero >/www/large && echo yes >/www/ready && exec httpd -f -p 80 -h /www"
+    );
+    let ready = json!({"httpGet": {"path": "/ready", "port": 80}, "periodSeconds": 1});
+    PodBuilder::new(name)
+        .label("app", "web")
+        .annotation("knoc.io/network", "private")
+        .sh(&serve)
+        .set(
+            "resources",
+            json!({"requests": {"cpu": "100m"}, "limits": {"memory": "256Mi"}}),
+        )
+        .set("ports", json!([{"name": "http", "containerPort": 80}]))
+        .set("readinessProbe", ready)
+}
+
+/// Creates the Service of these pods; returns its ClusterIP, and its port of each node if it is of the type NodePort.
+async fn service(world: &World, kind: &str) -> anyhow::Result<(String, Option<u16>)> {
+    let services: Api<Service> = world.api();
+    let ports = json!([{"name": "http", "port": 80, "targetPort": "http"}]);
+    let spec = json!({"type": kind, "selector": {"app": "web"}, "ports": ports});
+    let object = serde_json::from_value(json!({"metadata": {"name": "web"}, "spec": spec}))?;
+    let created = services.create(&PostParams::default(), &object).await?;
+    let spec = created.spec.context("no spec")?;
+    let ports = spec.ports.unwrap_or_default();
+    let port = ports.iter().find_map(|port| port.node_port);
+    let port = port.map(u16::try_from).transpose()?;
+    Ok((spec.cluster_ip.context("no address")?, port))
+}
+
+/// What a client on that node gets from this address.
+async fn ask(world: &World, address: &str) -> anyhow::Result<Output> {
+    let (limit, url) = (
+        PATIENCE.as_secs().to_string(),
+        format!("http://{address}/name"),
+    );
+    let curl = ["curl", "-sS", "--max-time", &limit, &url];
+    let client = world.service("kube/proxy.sh", "exec").args(curl);
+    client.output().await
+}
+
+/// Asks until curl ends with this exit code. Whatever else it gets meanwhile, it may not wait in vain.
+async fn until(world: &World, address: &str, code: i32) -> anyhow::Result<String> {
+    let what = format!("{address}: exit code {code} of curl");
+    let answer = wait_for(&what, SOON, async || {
+        let answer = ask(world, address).await?;
+        ensure!(answer.code == code || answer.code == IN_VAIN, "{answer}");
+        anyhow::Ok(answer)
+    })
+    .await?;
+    ensure!(answer.code == code, "waited in vain: {answer}");
+    Ok(answer.text())
+}
+
+/// The first line of the answer to a request from this host, and the page.
+async fn fetch(address: SocketAddr, host: &str, path: &str) -> anyhow::Result<(String, Vec<u8>)> {
+    let exchange = async {
+        let mut stream = TcpStream::connect(address).await?;
+        let request = format!("GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).await?;
+        anyhow::Ok(all)
+    };
+    let mut all = timeout(SOON, exchange).await.context("waited in vain")??;
+    let head = all.windows(4).position(|four| four == b"\r\n\r\n");
+    let page = all.split_off(head.context("no head of an answer")? + 4);
+    let head = String::from_utf8_lossy(&all).into_owned();
+    Ok((head.lines().next().unwrap_or_default().to_owned(), page))
+}
+
+/// Waits until the address refuses connections.
+async fn refuses(address: SocketAddr) -> anyhow::Result<()> {
+    wait_for("a refusal", SOON, async || {
+        let connected = timeout(PATIENCE, TcpStream::connect(address)).await;
+        let error = connected.context("waited in vain")?.err();
+        let kind = error.context("it accepts")?.kind();
+        ensure!(kind == std::io::ErrorKind::ConnectionRefused, "{kind}");
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test]
+async fn kube_proxy_leads_to_pods_that_are_ready_and_refuses_at_once_when_none_is()
+-> anyhow::Result<()> {
+    let world = World::new("proxy").await?;
+    begin(&world).await?;
+    let (address, port) = service(&world, "NodePort").await?;
+    let outside = SocketAddr::from((NODE, port.context("no port of the node")?));
+    until(&world, &address, REFUSED).await?;
+    refuses(outside).await?;
+    world.running(&web("one")).await?;
+    world.running(&web("two")).await?;
+    // kube-proxy chooses a pod for each connection.
+    let mut names = BTreeSet::new();
+    wait_for("both pods answer", SOON, async || {
+        names.insert(until(&world, &address, 0).await?);
+        ensure!(names.len() == 2, "{names:?}");
+        Ok(())
+    })
+    .await?;
+    let (status, page) = fetch(outside, "", "/name").await?;
+    let page = String::from_utf8(page)?;
+    ensure!(
+        status.contains(" 200 ") && names.contains(page.trim()),
+        "{status}: {page}"
+    );
+    for name in ["one", "two"] {
+        let unready = ["exec", name, "--", "rm", "/www/ready"];
+        world.kubectl(unready).ok().await?;
+    }
+    until(&world, &address, REFUSED).await?;
+    refuses(outside).await?;
+    let again = ["exec", "one", "--", "sh", "-c", "echo yes >/www/ready"];
+    world.kubectl(again).ok().await?;
+    let name = until(&world, &address, 0).await?;
+    ensure!(name == "one", "{name}");
+    world.delete("one", None).await?;
+    until(&world, &address, REFUSED).await?;
+    refuses(outside).await?;
+    world.wait_gone("one", SOON).await?;
+    end(&world).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn an_ingress_leads_200_clients_at_once_to_a_web_server_in_a_job() -> anyhow::Result<()> {
+    let world = World::new("ingress").await?;
+    begin(&world).await?;
+    let (address, _) = service(&world, "ClusterIP").await?;
+    let backend = json!({"service": {"name": "web", "port": {"name": "http"}}});
+    let paths = json!([{"path": "/", "pathType": "Prefix", "backend": backend}]);
+    let rules = json!([{"host": HOST, "http": {"paths": paths}}]);
+    let object = json!({"metadata": {"name": "web"}, "spec": {"rules": rules}});
+    let ingresses: Api<Ingress> = world.api();
+    ingresses
+        .create(&PostParams::default(), &serde_json::from_value(object)?)
+        .await?;
+    world.running(&web("one")).await?;
+    until(&world, &address, 0).await?;
+    let up = world.service("kube/ingress.sh", "up").arg(&world.namespace);
+    up.ok().await?;
+    let front = SocketAddr::from((NODE, 80));
+    answers(front, " 200 ", "one").await?;
+    let (other, _) = fetch(front, "other.example.org", "/name").await?;
+    ensure!(other.contains(" 404 "), "{other}");
+    let mut fetches = JoinSet::new();
+    for _ in 0..200 {
+        fetches.spawn(fetch(front, HOST, "/large"));
+    }
+    while let Some(fetched) = fetches.join_next().await {
+        let (status, page) = fetched??;
+        ensure!(status.contains(" 200 "), "{status}");
+        ensure!(page.len() == SIZE, "{} bytes of a page", page.len());
+    }
+    // nginx is told that nobody is there, and says so. It is not told of the next pod, and finds it.
+    world.delete("one", None).await?;
+    answers(front, " 502 ", "").await?;
+    world.running(&web("next")).await?;
+    answers(front, " 200 ", "next").await?;
+    world.service("kube/ingress.sh", "down").ok().await?;
+    end(&world).await?;
+    world.finish().await
+}
+
+/// Waits until nginx answers with this status and a page with these words. It may never find that a Service does not answer (504).
+async fn answers(front: SocketAddr, status: &str, words: &str) -> anyhow::Result<()> {
+    let what = format!("status{status}and {words:?}");
+    let got = wait_for(&what, SOON, async || {
+        let (got, page) = fetch(front, HOST, "/name").await?;
+        let page = String::from_utf8_lossy(&page).into_owned();
+        let expected = got.contains(status) && page.contains(words);
+        ensure!(expected || got.contains(" 504 "), "{got}: {page}");
+        anyhow::Ok(got)
+    })
+    .await?;
+    ensure!(got.contains(status), "nginx waited in vain: {got}");
+    Ok(())
+}
