@@ -1,5 +1,5 @@
-//! Services that lead to pods on the real stack. The bed has no kube-proxy: the test reads EndpointSlices and dials what they name, from
-//! this host, which is the kubelet's.
+//! Services that lead to pods on the real stack, without kube-proxy, which l3_proxy has: the test reads EndpointSlices and dials what they
+//! name, from this host, which is the kubelet's.
 
 use std::{
     collections::BTreeSet,

@@ -38,7 +38,7 @@ up() {
 }
 listens() {
     alive "$pidfile" || { say "nginx has ended:"; tail -20 "$state/log/ingress.log" >&2; exit 1; }
-    curl -sS --max-time 5 -o /dev/null "http://$listen"
+    curl --noproxy '*' -sS --max-time 5 -o /dev/null "http://$listen"
 }
 
 case ${1:-}:${2:-} in

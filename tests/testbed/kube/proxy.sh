@@ -55,7 +55,7 @@ kubeconfig() {
 # The Service of the API server leads to this host.
 works() {
     alive "$pidfile" || { say "kube-proxy has ended:"; tail -20 "$state/log/kube-proxy.log" >&2; exit 1; }
-    inside curl -sSf --max-time 5 --cacert "$state/ca.crt" -o /dev/null https://10.96.0.1/livez
+    inside curl --noproxy '*' -sSf --max-time 5 --cacert "$state/ca.crt" -o /dev/null https://10.96.0.1/livez
 }
 up() {
     [ -z "$given_kubeconfig" ] || die "KUBECONFIG is set: that cluster has its own kube-proxy"
