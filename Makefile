@@ -84,6 +84,10 @@ argo: up ## runs Argo Workflows: the examples in deploy/examples/argo, and 200 s
 	   cargo test -p knoc-tests --test l3_argo -- --test-threads=2 --skip two_hundred; \
 	   cargo test -p knoc-tests --test l3_argo -- --nocapture two_hundred
 
+.PHONY: ray
+ray: up ## runs a Ray cluster whose pods have addresses of their own; downloads 72 MB once (docs/guide/networks.md)
+	@eval "$$($(TESTBED)/env.sh)"; cargo test -p knoc-tests --test l3_ray
+
 .PHONY: ssh-transcript
 ssh-transcript: prepare ## goes from an SSH login to a pod's log, with times; writes docs/ssh-transcript.md
 	@$(TESTBED)/ssh-transcript.sh

@@ -9,7 +9,7 @@
 use std::{
     io::{self, IoSliceMut, Read as _, Write as _},
     mem::MaybeUninit,
-    net::{Ipv4Addr, SocketAddrV4, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6, TcpListener},
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::Path,
     process::{Child, Command, Stdio},
@@ -159,7 +159,23 @@ fn there_is_no_way_out_until_somebody_makes_one_and_namespaces_are_created_once(
         &SocketAddrV4::new(Ipv4Addr::new(10, 1, 1, 1), 80),
     );
     assert_eq!(unreachable.unwrap_err(), rustix::io::Errno::NETUNREACH);
+    no_ipv6(&mut helper);
     helper.end();
+}
+
+/// Whoever dials an address of IPv6 learns at once that it is not reached.
+fn no_ipv6(helper: &mut Helper) {
+    let unique_local = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
+    let global = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+    for address in [unique_local, global] {
+        let (answer, mut fds) = helper.ask(&json!({"Socket": "Ipv6"}));
+        let Some(socket) = fds.pop() else {
+            eprintln!("no IPv6: {answer}");
+            return;
+        };
+        let unreachable = connect(&socket, &SocketAddrV6::new(address, 80, 0, 0));
+        assert_eq!(unreachable.unwrap_err(), rustix::io::Errno::NETUNREACH);
+    }
 }
 
 #[test]
@@ -355,8 +371,66 @@ fn pods_reach_each_other_at_their_own_addresses_on_any_port() {
     // The pod's own address is its own.
     let own = connect(a.client(), &SocketAddrV4::new(POD_A, 80));
     own.unwrap();
+    no_ipv6(&mut a);
     a.end();
     b.end();
+}
+
+/// A way to other networks, as pasta configures it; `None` if this user or this host cannot make one.
+fn way_out(helper: &Helper) -> Option<()> {
+    let id = helper.child.id().to_string();
+    let script = "ip tuntap add dev eth0 mode tap; ip address add 192.0.0.2/29 dev eth0; ip link set eth0 up; \
+                  ip route add default via 192.0.0.1";
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the test's own program, which it waits for"
+    )]
+    let mut command = Command::new("nsenter");
+    command
+        .args(["--target", &id, "--user", "--net", "--preserve-credentials"])
+        .args(["sh", "-ec", script]);
+    let made = command.status();
+    if !made.as_ref().is_ok_and(std::process::ExitStatus::success) {
+        eprintln!("no way out: {made:?}");
+        return None;
+    }
+    Some(())
+}
+
+/// The address that the kernel names to a program in the pod that dials another network.
+fn source(helper: &mut Helper, there: Ipv4Addr) -> IpAddr {
+    let socket = helper.tcp();
+    let begun = connect(&socket, &SocketAddrV4::new(there, 53)).unwrap_err();
+    assert_eq!(begun, rustix::io::Errno::INPROGRESS);
+    let socket = std::net::TcpStream::from(socket);
+    socket.local_addr().unwrap().ip()
+}
+
+#[test]
+fn a_program_that_asks_the_kernel_for_its_address_learns_the_one_that_other_pods_reach() {
+    let mut pod = Helper::start();
+    pod.create();
+    if way_out(&pod).is_none() {
+        return;
+    }
+    // In both halves of all addresses.
+    let elsewhere = [Ipv4Addr::new(8, 8, 8, 8), Ipv4Addr::new(203, 0, 113, 1)];
+    let everywhere = Ipv4Addr::new(192, 0, 0, 2);
+    for there in elsewhere {
+        assert_eq!(source(&mut pod, there), everywhere);
+    }
+    let Some(packets) = interface(&mut pod, POD_A) else {
+        return;
+    };
+    for there in elsewhere {
+        assert_eq!(source(&mut pod, there), POD_A);
+    }
+    // The way out stays when the address goes with its interface.
+    drop(packets);
+    for there in elsewhere {
+        assert_eq!(source(&mut pod, there), everywhere);
+    }
+    pod.end();
 }
 
 #[test]

@@ -22,6 +22,7 @@ pub mod own_addresses;
 pub mod pod;
 pub mod proxy;
 pub mod relay;
+pub mod several_pods;
 pub mod site;
 pub mod sshd;
 pub mod terminal;

@@ -13,7 +13,7 @@ use knoc_tests::{
     stays, wait_for,
     world::{exit_code, why},
 };
-use kube::ResourceExt as _;
+use kube::{ResourceExt as _, api::ListParams};
 use serde_json::{Value, json};
 
 /// As [`LIMIT`], and the image with OpenMPI has to be converted first.
@@ -125,6 +125,37 @@ async fn the_example_mpi_benchmark_runs_once_for_each_number_of_ranks() -> anyho
     let log = argo.logs(&name).await?;
     for ranks in ["(2 processes", "(4 processes"] {
         ensure!(log.contains(ranks), "no {ranks}: {log}");
+    }
+    argo.finish().await
+}
+
+/// Lets the account of the workflows create pods, and look whether they have ended.
+async fn allow_pods(argo: &Argo) -> anyhow::Result<()> {
+    let role = "create role pods --verb=create,get --resource=pods";
+    let role = argo.world.kubectl(role.split(' '));
+    role.ok().await?;
+    let account = format!("--serviceaccount={}:default", argo.world.namespace);
+    let binding = ["create", "rolebinding", "pods", "--role=pods", &account];
+    argo.world.kubectl(binding).ok().await.map(drop)
+}
+
+#[tokio::test]
+async fn the_example_mpi_nodes_runs_on_two_nodes_for_each_number_of_ranks() -> anyhow::Result<()> {
+    let argo = Argo::new("argo-mpi-nodes").await?;
+    allow_pods(&argo).await?;
+    let name = argo.example("mpi-nodes.yaml").await?;
+    argo.phase(&name, "Succeeded", WITH_IMAGE).await?;
+    for ranks in ["2", "4"] {
+        let of = ListParams::default().labels(&format!("app=mpi-nodes,ranks={ranks}"));
+        let pods = argo.world.api::<Pod>().list(&of).await?.items;
+        ensure!(pods.len() == 1, "{} pods of {ranks} ranks", pods.len());
+        let pod = &pods[0];
+        let log = argo.world.logs(&pod.name_any(), "main").await?;
+        ensure!(log.contains(&format!("({ranks} processes")), "{log}");
+        let job = pod.annotations().get("knoc.io/job-id").context("no job")?;
+        let show = ["scontrol", "show", "job", job];
+        let shown = argo.world.on("login", show).ok().await?.text();
+        ensure!(shown.contains("NumNodes=2 "), "{shown}");
     }
     argo.finish().await
 }

@@ -197,6 +197,10 @@ async fn names_of_services_resolve_and_lead_to_them() -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
+    // It has no address of IPv6, and is there all the same.
+    let ipv6 = inside(&format!("nslookup -type=aaaa {web} 2>&1")).await?;
+    let wrong = ["NXDOMAIN", "SERVFAIL", "timed out"];
+    ensure!(!wrong.iter().any(|one| ipv6.text().contains(one)), "{ipv6}");
     answers_are_kept(&world, &pod, &web, &dns).await?;
     let missing = inside(&format!("nslookup no-such-name.{domain}")).await?;
     ensure!(missing.code != 0, "{missing}");

@@ -193,9 +193,21 @@ async fn connections(
         .await?;
         ensure!(refused.stderr.contains("refused"), "{port}: {refused}");
     }
+    other_networks(world, client, here).await?;
     // The server sees who has called.
     let caller = gets(world, client, there, "cgi-bin/caller").await?;
     ensure!(caller.contains(&here.to_string()), "{caller}");
+    Ok(())
+}
+
+/// A program that asks the kernel for its address learns the one that other pods reach, and it leads to other networks, too.
+async fn other_networks(world: &World, pod: &str, own: Ipv4Addr) -> anyhow::Result<()> {
+    let asked = inside(world, pod, "ip route get 8.8.8.8").await?;
+    ensure!(asked.text().contains(&format!("src {own}")), "{asked}");
+    let registry = PodBuilder::image_name();
+    let registry = registry.split('/').next().unwrap_or_default();
+    let reached = inside(world, pod, &format!("wget -qO- http://{registry}/v2/")).await?;
+    ensure!(reached.text() == "{}", "{reached}");
     Ok(())
 }
 

@@ -1,8 +1,13 @@
 //! The network of a pod on the real stack: one of its own, and that of the compute node.
 
+use std::time::{Duration, Instant};
+
 use anyhow::ensure;
 use knoc_tests::{Forward, PodBuilder, World, wait_for, world::SOON};
 use serde_json::json;
+
+/// The time in which a command in a container answers that waits for nobody.
+const AT_ONCE: Duration = Duration::from_secs(15);
 
 /// A container that needs little of the node.
 fn small(pod: PodBuilder) -> PodBuilder {
@@ -106,6 +111,17 @@ async fn a_network_of_its_own_leads_to_other_networks_and_not_to_the_nodes_loopb
     for target in ["127.0.0.1", "192.0.0.1", "::1"] {
         let reached = inside(&format!("nc -w 2 {target} 6818 </dev/null")).await?;
         ensure!(reached.code != 0, "{target}: {reached}");
+    }
+    // IPv6 is not reached, and a program learns so at once instead of waiting.
+    for target in ["2001:db8::1", "fd00::1"] {
+        let began = Instant::now();
+        let dialled = inside(&format!("nc -w 30 {target} 80 </dev/null")).await?;
+        ensure!(
+            dialled.stderr.contains("unreachable"),
+            "{target}: {dialled}"
+        );
+        let took = began.elapsed();
+        ensure!(took < AT_ONCE, "{target}: {took:?}");
     }
     // It has no rights over its network.
     let changed = inside("ip link set lo down").await?;

@@ -22,15 +22,12 @@ use super::{ADDRESS, holder::Holder};
 use crate::{
     children::{Child, Children, Exit},
     fdio::Stream,
+    launch::network::protocol::{GATEWAY, OUTWARD},
     output,
 };
 
-/// The first hop from the pod to other networks, and the size of the network that it shares with the pod.
-const GATEWAY: &str = "192.0.0.1";
+/// The size of the network that the pod shares with the first hop to other networks.
 const PREFIX: &str = "29";
-
-/// The pod's interface.
-const INTERFACE: &str = "eth0";
 
 /// How long pasta may take to configure the pod's interface, and how often the shim looks.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -184,12 +181,12 @@ fn arguments(options: &Options<'_>, interface: Option<&str>) -> Vec<OsString> {
     for forwarding in ["-t", "-u", "-T", "-U"] {
         arguments.extend([forwarding, "none"].map(OsString::from));
     }
-    let address = ADDRESS.to_string();
+    let (address, gateway) = (ADDRESS.to_string(), GATEWAY.to_string());
     for (option, value) in [
         ("--address", address.as_str()),
         ("--netmask", PREFIX),
-        ("--gateway", GATEWAY),
-        ("--ns-ifname", INTERFACE),
+        ("--gateway", gateway.as_str()),
+        ("--ns-ifname", OUTWARD),
     ] {
         arguments.extend([option, value].map(OsString::from));
     }

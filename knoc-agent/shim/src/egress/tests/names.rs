@@ -115,6 +115,41 @@ async fn containers_share_a_flow_and_an_answer_is_given_again_without_the_link()
     assert!(other.ends_with(&samples::question(8, "other.ns")[2..]));
 }
 
+/// The C library asks for the addresses of both kinds at once, and most Services have none of IPv6.
+#[tokio::test]
+async fn a_name_without_an_address_of_ipv6_is_there_all_the_same() {
+    let container = Container::new().await;
+    let ipv6 = |id| {
+        let mut question = samples::question(id, "web.ns");
+        let kind = question.len() - 3;
+        question[kind] = 28;
+        question
+    };
+    container.ask(&samples::question(1, "web.ns"));
+    container.ask(&ipv6(2));
+    let flow = attempt(&container.egress, 0).await;
+    let mut call = take(&container.egress, &flow).await;
+    let of_ipv4 = asked(&mut call).await;
+    let of_ipv6 = asked(&mut call).await;
+    let nothing = samples::missing(&of_ipv6, 0, 20, 20);
+    call.send(Input::Data(nothing.into())).await;
+    assert_eq!(
+        container.answer().await,
+        samples::missing(&ipv6(2), 0, 20, 20)
+    );
+    let found = samples::found(&of_ipv4, 20, ADDRESS);
+    call.send(Input::Data(found.into())).await;
+    assert!(container.answer().await.ends_with(&ADDRESS));
+    // Both answers are kept, each for its own question.
+    container.ask(&ipv6(3));
+    let again = container.answer().await;
+    assert_eq!((message::id(&again), again[3] & 0xf), (Some(3), 0));
+    assert_eq!(again[7], 0, "no address: {again:?}");
+    container.ask(&samples::question(4, "web.ns"));
+    assert!(container.answer().await.ends_with(&ADDRESS));
+    assert_eq!(container.newest(flow.id), None, "nobody else was asked");
+}
+
 #[tokio::test]
 async fn a_thousand_names_cost_one_flow() {
     let container = Container::new().await;

@@ -10,6 +10,7 @@ use nix::net::if_::if_nametoindex;
 use super::{
     super::sys,
     netlink::{self, Route, Way},
+    protocol::{GATEWAY, OUTWARD},
     range::Range,
 };
 
@@ -42,7 +43,27 @@ pub(super) fn create(address: Ipv4Addr, range: Range) -> io::Result<OwnedFd> {
         device,
         way: Way::Link,
     })?;
+    // Without a way to other networks nobody looks for an address there.
+    prefer(address).ok();
     Ok(packets)
+}
+
+/// Has what the pod sends to other networks begin with this address, so that a program that asks the kernel which one it has there
+/// learns the one at which other pods reach it. The two halves of all addresses come before pasta's default route, and the kernel
+/// removes their routes with the address.
+fn prefer(source: Ipv4Addr) -> io::Result<()> {
+    let device = if_nametoindex(OUTWARD)?;
+    for half in [Ipv4Addr::UNSPECIFIED, Ipv4Addr::new(128, 0, 0, 0)] {
+        netlink::add_route(Route {
+            to: Range::new(half, 1),
+            device,
+            way: Way::Via {
+                router: GATEWAY,
+                source,
+            },
+        })?;
+    }
+    Ok(())
 }
 
 /// Reaches these ranges over the interface, too.

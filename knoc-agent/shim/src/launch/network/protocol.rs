@@ -8,6 +8,10 @@ use serde::{Deserialize, Serialize};
 pub(crate) use super::range::Range;
 use crate::launch::ids::Ids;
 
+/// pasta's interface in the pod, and the first hop from there to other networks.
+pub(crate) const OUTWARD: &str = "eth0";
+pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 1);
+
 /// The longest message in bytes.
 pub(crate) const LONGEST: usize = 64 << 10;
 
