@@ -55,6 +55,7 @@ mod tests {
         pb::RestartRule {
             not_in,
             exit_codes: exit_codes.to_vec(),
+            restart_all: false,
         }
     }
 

@@ -43,6 +43,7 @@ fn server(uid: &str, host_port: u16) -> anyhow::Result<Pod> {
         host_port: host_port.into(),
         container_port: port.into(),
         host_ip: "127.0.0.1".to_owned(),
+        udp: false,
     }];
     Ok(Pod::new(uid, vec![main]))
 }

@@ -158,6 +158,7 @@ async fn the_containers_own_policy_and_its_rules_decide_about_restarts() -> anyh
     ruled.restart_rules = vec![pb::RestartRule {
         not_in: false,
         exit_codes: vec![42],
+        restart_all: false,
     }];
     let mut once = shell("once", "exit 5");
     once.restart_policy = pb::RestartPolicy::Never.into();

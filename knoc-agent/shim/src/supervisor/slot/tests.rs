@@ -174,6 +174,42 @@ fn a_start_that_failed_because_its_target_restarts_is_repeated() {
 }
 
 #[test]
+fn of_containers_that_all_begin_anew_only_the_one_that_caused_it_has_a_back_off() {
+    let mut slots = [main(RestartRule::All, "a"), main(RestartRule::Never, "a")];
+    for slot in &mut slots {
+        for _ in 0..3 {
+            drop(slot.begin());
+            slot.end(&failed(), String::new(), Duration::ZERO);
+        }
+    }
+    // One that matches by being killed did not cause it.
+    let mut killed = main(RestartRule::All, "a");
+    drop(killed.begin());
+    killed.stop(StopStage::Kill, Duration::ZERO);
+    killed.end(&failed(), String::new(), Duration::from_secs(7));
+    let [mut cause, mut other] = slots;
+    let mut idle = main(RestartRule::Never, "a");
+    for slot in [&mut cause, &mut other, &mut killed, &mut idle] {
+        slot.start_over();
+    }
+    let again = |seconds| Phase::Again {
+        restart_at: Duration::from_secs(seconds),
+    };
+    let phases = [&cause, &other, &killed, &idle].map(|slot| slot.phase);
+    assert_eq!(phases, [again(2), again(0), again(0), Phase::Idle]);
+    // What crashed is what `logs --previous` shows until it starts again.
+    assert_eq!(cause.entry().previous, Some(2));
+    drop(other.begin());
+    assert_eq!(other.history.attempt, 3);
+    other.end(&failed(), String::new(), Duration::ZERO);
+    assert_eq!(
+        other.history.pause,
+        Duration::ZERO,
+        "its back-off begins anew"
+    );
+}
+
+#[test]
 fn an_attempt_that_could_not_be_configured_does_not_count() {
     let mut slot = main(RestartRule::OnFailure, "a");
     let second = Duration::from_secs(1);
