@@ -11,6 +11,7 @@ use knoc_proto::{
     crash,
     error::chain,
     pb::{self, container_status::State},
+    pod::RESTARTING_ALL,
 };
 use tokio::sync::watch;
 
@@ -20,9 +21,6 @@ use super::{
     ranks::table::Loss,
     role::{ContainerSpec, RestartRule, Role},
 };
-
-/// The reason of a container that has ended while all are being ended, as in Kubernetes.
-const RESTARTING_ALL: &str = "RestartingAllContainers";
 
 /// How many notes are kept.
 const NOTES: usize = 32;
@@ -120,7 +118,6 @@ fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) 
         && !context.initialized
         && (phase == Phase::Idle || !context.stopping);
     match phase {
-        // A kubelet's reason, from which ours tells the condition of the pod.
         Phase::Exited { .. } if context.starts_over && spec.role != Role::Ephemeral => {
             waiting(RESTARTING_ALL, "")
         }
