@@ -95,6 +95,58 @@ fn between_two_attempts_the_previous_one_is_the_one_that_crashed() {
     assert_eq!(slot.entry().previous, None, "it has ended for good");
 }
 
+/// What a client measures as the pause between two attempts depends on it.
+#[test]
+fn whenever_somebody_looks_the_number_of_restarts_belongs_to_the_times_beside_it() {
+    let mut slot = main(RestartRule::Always, "a");
+    let pod = pb::PodSpec::default();
+    let seen = |slot: &Slot, now| {
+        let situation = report::Situation {
+            phase: slot.phase,
+            health: slot.health,
+            history: &slot.history,
+            restart: slot.restart(),
+            target_missing: None,
+        };
+        let context = report::StatusContext {
+            pod: &pod,
+            initialized: true,
+            stopping: false,
+            starts_over: false,
+            values_missing: None,
+            now,
+        };
+        report::status(&slot.spec, situation, &context, String::new())
+    };
+    let began = |attempt: i64| Timestamp::from_second(1000 * (attempt + 1)).unwrap();
+    let check = |status: &pb::ContainerStatus| {
+        let number = i64::from(status.restart_count);
+        let ended = status.last_termination.as_ref().map(|last| last.started_at);
+        let expected = |attempt: i64| (attempt >= 0).then(|| report::nanos(began(attempt)));
+        match &status.state {
+            Some(State::Running(running)) => {
+                assert_eq!(running.started_at, report::nanos(began(number)));
+                assert_eq!(ended, expected(number - 1));
+            }
+            Some(State::Waiting(_)) if ended.is_none() => assert_eq!(number, 0),
+            Some(State::Waiting(_)) => assert_eq!(ended, expected(number)),
+            Some(State::Terminated(_)) | None => panic!("{status:?}"),
+        }
+    };
+    check(&seen(&slot, Duration::ZERO));
+    for attempt in 0..4 {
+        drop(slot.begin());
+        check(&seen(&slot, Duration::ZERO));
+        slot.phase = Phase::Running;
+        slot.history.started_at = Some(began(attempt));
+        check(&seen(&slot, Duration::ZERO));
+        slot.end(&failed(), String::new(), Duration::ZERO);
+        // In the back-off, and after it.
+        check(&seen(&slot, Duration::ZERO));
+        check(&seen(&slot, Duration::from_hours(1)));
+    }
+}
+
 #[test]
 fn an_init_container_that_runs_goes_on() {
     let mut slot = of_role(Role::Init, RestartRule::OnFailure, "a");
