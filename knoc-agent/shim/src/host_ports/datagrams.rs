@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::net::connect;
 use tokio::{
     io::ReadBuf,
     net::UdpSocket,
@@ -152,8 +153,9 @@ impl Relay {
                         (client.address, true)
                     }
                     Poll::Ready(Err(_)) => {
-                        // Nobody listens there any more: its next datagram finds out where else, with a socket of its own.
-                        self.clients.swap_remove(at);
+                        // Nobody listens there, or not any more. Its next datagram goes elsewhere.
+                        client.number += 1;
+                        client.aim(&self.inside, self.port)?;
                         context.waker().wake_by_ref();
                         return Poll::Pending;
                     }
@@ -181,12 +183,12 @@ impl Relay {
         let data = self.buffer.get(..arrived.length).unwrap_or_default();
         for _ in 0..TARGETS {
             let sent = client.socket.send(data).await;
-            // Within one host, a refusal comes at once.
+            // Within one host, a refusal usually comes at once.
             if sent.is_ok() && client.socket.take_error()?.is_none() {
                 break;
             }
             client.number += 1;
-            client.aim(&self.inside, self.port).await?;
+            client.aim(&self.inside, self.port)?;
         }
         client.used = Instant::now();
         self.clients.push(client);
@@ -211,15 +213,16 @@ impl Relay {
             used: Instant::now(),
             slot,
         };
-        client.aim(&self.inside, self.port).await?;
+        client.aim(&self.inside, self.port)?;
         Ok(client)
     }
 }
 
 impl Client {
-    async fn aim(&self, inside: &Inside, port: u16) -> io::Result<()> {
+    /// Connects its socket to the address of the pod whose turn it is.
+    fn aim(&self, inside: &Inside, port: u16) -> io::Result<()> {
         let address = SocketAddr::new(inside.address(self.number), port);
-        self.socket.connect(address).await
+        Ok(connect(&self.socket, &address)?)
     }
 }
 

@@ -28,7 +28,10 @@ fn seen(init: State, regular: [State; 2]) -> pb::PodObserved {
 fn condition(status: &PodStatus) -> Option<(&str, &str)> {
     let mut all = status.conditions.iter().flatten();
     let one = all.find(|one| one.type_ == "AllContainersRestarting")?;
-    Some((&one.status, one.reason.as_deref().unwrap_or_default()))
+    Some((
+        one.status.as_str(),
+        one.reason.as_deref().unwrap_or_default(),
+    ))
 }
 
 #[test]
