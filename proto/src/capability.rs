@@ -16,6 +16,8 @@ pub const PRIVILEGED: &str = "privileged";
 
 /// The agent applies the site's policy to host ports, and its shims forward them.
 pub const HOST_PORTS: &str = "host-ports";
+/// The agent's shims forward datagrams from host ports, too.
+pub const UDP_HOST_PORTS: &str = "udp-host-ports";
 /// The agent's shims give pods a network of their own.
 pub const PRIVATE_NETWORK: &str = "private-network";
 /// The agent pulls images with the credentials that come with a pod.
@@ -28,6 +30,8 @@ pub const HOOKS: &str = "hooks";
 pub const SIDECARS: &str = "sidecars";
 /// The agent's shims know restart policies of containers, and their rules.
 pub const RESTART_RULES: &str = "restart-rules";
+/// The agent's shims know rules that restart all containers of a pod.
+pub const RESTART_ALL: &str = "restart-all-containers";
 
 /// The agent adds ephemeral containers to running pods.
 pub const EPHEMERAL: &str = "ephemeral-containers";
@@ -60,19 +64,21 @@ pub const ENV_FILES: &str = "env-files";
 pub const MPI: &str = "mpi";
 
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 21] = [
+pub const OF_PODS: [&str; 23] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
     RUN_AS_NON_ROOT,
     PRIVILEGED,
     HOST_PORTS,
+    UDP_HOST_PORTS,
     PRIVATE_NETWORK,
     PULL_CREDENTIALS,
     PROBES,
     HOOKS,
     SIDECARS,
     RESTART_RULES,
+    RESTART_ALL,
     EPHEMERAL,
     SHARED_PROCESSES,
     STOP_SIGNAL,
@@ -115,6 +121,10 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             HOST_PORTS,
             containers().any(|container| !container.host_ports.is_empty()),
         ),
+        (
+            UDP_HOST_PORTS,
+            containers().any(|container| container.host_ports.iter().any(|port| port.udp)),
+        ),
         (PRIVATE_NETWORK, spec.network() == pb::NetworkMode::Private),
         (PULL_CREDENTIALS, !spec.image_pull_secrets.is_empty()),
         (PROBES, containers().any(has_probe)),
@@ -124,6 +134,11 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             spec.init_containers.iter().any(pb::Container::is_sidecar),
         ),
         (RESTART_RULES, has_restart_rule(spec)),
+        (
+            RESTART_ALL,
+            containers()
+                .any(|container| container.restart_rules.iter().any(|rule| rule.restart_all)),
+        ),
         (EPHEMERAL, !spec.ephemeral_containers.is_empty()),
         (SHARED_PROCESSES, spec.share_process_namespace),
         (
@@ -204,7 +219,10 @@ mod tests {
         }];
         assert_eq!(needed(&spec), [SUB_PATH_EXPR]);
         spec.subdomain = "web".to_owned();
-        spec.containers[0].host_ports = vec![pb::HostPort::default()];
+        spec.containers[0].host_ports = vec![pb::HostPort {
+            udp: true,
+            ..pb::HostPort::default()
+        }];
         spec.set_network(pb::NetworkMode::Private);
         spec.resolver = Some(pb::Resolver {
             only_own: true,
@@ -217,6 +235,10 @@ mod tests {
         spec.containers[0].pre_stop = Some(pb::Hook::default());
         spec.init_containers[0].restart_policy = pb::RestartPolicy::Always.into();
         spec.containers[0].restart_policy = pb::RestartPolicy::Never.into();
+        spec.containers[0].restart_rules = vec![pb::RestartRule {
+            restart_all: true,
+            ..pb::RestartRule::default()
+        }];
         spec.ephemeral_containers = vec![pb::Container::default()];
         spec.share_process_namespace = true;
         spec.containers[0].stop_signal = "SIGINT".to_owned();
@@ -271,6 +293,10 @@ mod tests {
         assert_eq!(
             of(|_, main| main.restart_rules = vec![pb::RestartRule::default()]),
             [RESTART_RULES]
+        );
+        assert_eq!(
+            of(|_, main| main.host_ports = vec![pb::HostPort::default()]),
+            [HOST_PORTS]
         );
         let sidecar = pb::Container {
             restart_policy: pb::RestartPolicy::Always.into(),

@@ -22,6 +22,7 @@ mod volume;
 pub use ephemeral::MAX_EPHEMERAL;
 pub use mpi::{MAX_RANKS, Ranks};
 pub use network::{Hostname, MAX_HOSTNAME};
+pub use restart::RESTARTING_ALL;
 
 /// The folder in a container that holds KNoC's launcher and its socket.
 pub const KNOC_FOLDER: &str = "/.knoc";

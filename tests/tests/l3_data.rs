@@ -1,5 +1,5 @@
 //! Data of the site in pods of the real stack: host paths by the site's policy, claims of volumes that lie there, what the site
-//! mounts into every container, and images below a root.
+//! mounts into every container, and images below a root; and ports of the node that lead to a pod.
 //!
 //! The policy is changed while the suite runs; `sweep.sh` removes what an interrupted run leaves.
 
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
-    PodBuilder, World,
+    PodBuilder, World, wait_for,
     world::{SOON, container_reason, phase_of, why},
 };
 use serde_json::{Value, json};
@@ -23,10 +23,13 @@ async fn on_login(world: &World, script: &str) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&ran.stdout).into_owned())
 }
 
-/// Replaces what the policy says about volumes, and the site's own mounts. Restarts the agent, so that it holds at once.
+/// The port of the node that may lead to a pod.
+const HOST_PORT: u16 = 21_053;
+
+/// Replaces what the policy says about volumes and host ports, and the site's own mounts. Restarts the agent, so that it holds at once.
 async fn set_policy(world: &World, lines: &str, tables: &str) -> anyhow::Result<()> {
     let script = format!(
-        "f={SITE_FILE}; sed -i '/^host_paths *=/d; /^nfs *=/d; /^# l3_data$/,$d' $f; cat >$f.lines <<'END'\n{lines}END\n\
+        "f={SITE_FILE}; sed -i '/^host_paths *=/d; /^nfs *=/d; /^host_ports *=/d; /^# l3_data$/,$d' $f; cat >$f.lines <<'END'\n{lines}END\n\
          sed -i \"/^\\[policy\\]/r $f.lines\" $f; rm $f.lines; cat >>$f <<'END'\n{tables}END\n"
     );
     on_login(world, &script).await?;
@@ -41,7 +44,8 @@ async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<(
     let folder = format!("/scratch/{}", world.namespace);
     let policy = format!(
         "host_paths = [{{path = \"/images\"}}, {{path = \"{folder}\", writable = true}}]\n\
-         nfs = [{{server = \"filer.example.org\", export = \"/export\", path = \"{folder}/nfs\"}}]\n"
+         nfs = [{{server = \"filer.example.org\", export = \"/export\", path = \"{folder}/nfs\"}}]\n\
+         host_ports = [\"{HOST_PORT}\"]\n"
     );
     let tables = "# l3_data\n[[bind]]\npath = \"/images\"\ntarget = \"/opt/site\"\n\
                   [[bind]]\npath = \"/nowhere\"\npartitions = [\"none\"]\n";
@@ -53,15 +57,46 @@ async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<(
     let ran = tokio::join!(
         host_paths(&world, &folder),
         refusals(&world, &folder),
-        claims(&world, &folder)
+        claims(&world, &folder),
+        host_ports(&world)
     );
     set_policy(&world, "", "").await?;
     on_login(&world, &format!("rm -rf {folder}")).await?;
-    let (host_paths, refusals, claims) = ran;
+    let (host_paths, refusals, claims, host_ports) = ran;
+    host_ports?;
     host_paths?;
     refusals?;
     claims?;
     world.finish().await
+}
+
+/// A pod in a network of its own with a port of the node for datagrams.
+fn answering(name: &str, host_port: u16) -> PodBuilder {
+    let port = json!([{"containerPort": 5353, "hostPort": host_port, "protocol": "UDP"}]);
+    PodBuilder::new(name)
+        .annotation("knoc.io/network", "private")
+        .set("ports", port)
+        .sh("exec udpsvd 0.0.0.0 5353 cat")
+}
+
+async fn host_ports(world: &World) -> anyhow::Result<()> {
+    world.create(&answering("unlisted", HOST_PORT + 1)).await?;
+    let failed = world.wait_phase("unlisted", "Failed", SOON).await?;
+    let (_, told) = why(&failed);
+    let expected = format!("hostPort {} is not among policy.host_ports", HOST_PORT + 1);
+    ensure!(told.contains(&expected), "{told}");
+    let uid = world.running(&answering("datagrams", HOST_PORT)).await?;
+    let node = world.compute_node(&uid).await?;
+    let ask = format!(
+        "exec 3<>/dev/udp/127.0.0.1/{HOST_PORT}; for word in one two; do echo $word >&3; timeout 2 head -n 1 <&3; done"
+    );
+    // Each try is a client of its own.
+    wait_for("its datagrams come back", SOON, async || {
+        let asked = world.on(&node, ["bash", "-c", &ask]).output().await?;
+        ensure!(asked.text() == "one\ntwo", "{asked}");
+        anyhow::Ok(())
+    })
+    .await
 }
 
 async fn host_paths(world: &World, folder: &str) -> anyhow::Result<()> {

@@ -100,6 +100,69 @@ async fn a_rule_restarts_a_container_that_its_policy_would_not() -> anyhow::Resu
     world.finish().await
 }
 
+/// Whether the API server accepts rules that restart all containers of a pod.
+async fn knows_restart_all(world: &World) -> anyhow::Result<bool> {
+    let version = world.server_version().await?;
+    let minor = version.split('.').nth(1).and_then(|it| it.parse().ok());
+    let minor: u32 = minor.with_context(|| version.clone())?;
+    Ok(minor >= 36)
+}
+
+#[tokio::test]
+async fn an_exit_code_restarts_all_containers_in_the_same_job() -> anyhow::Result<()> {
+    let world = World::new("restart-all").await?;
+    if !knows_restart_all(&world).await? {
+        return world.finish().await;
+    }
+    let rules = json!([{"action": "RestartAllContainers", "exitCodes": {"operator": "In", "values": [42]}}]);
+    let pod = PodBuilder::new("all")
+        .sh("test -e /data/again && exec sleep 600; touch /data/again; sleep 2; exit 42")
+        .empty_dir("/data")
+        .set("restartPolicy", json!("Never"))
+        .set("restartPolicyRules", rules)
+        .container("other")
+        .set("resources", json!({"requests": {"cpu": "100m"}}))
+        .sh("sleep 600")
+        .init_container("init")
+        .sh("echo ran")
+        .init_container("side")
+        .set("resources", json!({"requests": {"cpu": "100m"}}))
+        .sh("sleep 600")
+        .set("restartPolicy", json!("Always"));
+    let uid = world.create(&pod).await?;
+    let restarted = |pod: &Pod| {
+        let all = ["init", "side", "main", "other"];
+        let once = all.into_iter().all(|name| {
+            status(pod, name).is_some_and(|one| {
+                let last = one.last_state.as_ref();
+                one.restart_count == 1 && last.is_some_and(|last| last.terminated.is_some())
+            })
+        });
+        let false_again = pod
+            .status
+            .as_ref()?
+            .conditions
+            .iter()
+            .flatten()
+            .any(|one| one.type_ == "AllContainersRestarting" && one.status == "False");
+        (once && false_again && is_true(pod, "Ready")).then(|| {
+            let code = |name| {
+                let last = status(pod, name)?.last_state.as_ref()?;
+                Some(last.terminated.as_ref()?.exit_code)
+            };
+            [code("main"), code("other"), code("side")]
+        })
+    };
+    let codes = world
+        .wait_for_state("all", "all were restarted once", LATER, restarted)
+        .await?;
+    ensure!(codes == [Some(42), Some(137), Some(137)], "{codes:?}");
+    world.one_job(&uid, "RUNNING").await?;
+    world.delete("all", Some(1)).await?;
+    world.wait_gone("all", LATER).await?;
+    world.finish().await
+}
+
 #[tokio::test]
 async fn containers_share_their_processes_and_one_may_end_that_of_another() -> anyhow::Result<()> {
     let world = World::new("shared").await?;

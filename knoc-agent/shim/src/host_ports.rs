@@ -1,8 +1,10 @@
-//! Host ports: the shim listens on ports of the compute node and forwards each connection to a port of the pod.
+//! Host ports: the shim listens on ports of the compute node and forwards each connection, or datagram, to a port of the pod.
 //!
 //! They are the pod's own listeners, so there is no TLS, and whoever reaches the node can connect. The agent has checked
 //! the ports against the site's policy. They are bound before any container starts, only on the node's own address and on
 //! its loopback interface.
+
+mod datagrams;
 
 use std::{
     collections::BTreeSet,
@@ -13,13 +15,15 @@ use std::{
 };
 
 use knoc_proto::pb;
+use rustix::net::sockopt::set_socket_keepalive;
 use tokio::{
     io::copy_bidirectional,
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, UdpSocket},
     sync::Semaphore,
     task::JoinSet,
 };
 
+use self::datagrams::{CLIENTS, Inside, Relay};
 use super::{forward, network::Network, pod::Pod};
 
 /// How many connections are forwarded at the same time; further ones are closed at once.
@@ -35,6 +39,11 @@ pub(crate) enum HostPortError {
         "hostPort {port}: hostIP {ip} is neither 127.0.0.1 nor the address of the compute node ({node}); leave it out"
     )]
     Address { port: u32, ip: String, node: String },
+    #[error(
+        "hostPort {port}: datagrams are forwarded to another port only if the pod has a network of its own \
+         (`knoc.io/network: private`)"
+    )]
+    Datagrams { port: u32 },
     #[error("hostPort {} cannot be used on the compute node", address.port())]
     Bind {
         address: SocketAddr,
@@ -48,11 +57,43 @@ pub(crate) enum HostPortError {
 struct Way {
     from: SocketAddr,
     to: u16,
+    udp: bool,
+}
+
+/// A port of the node that is bound.
+#[derive(Debug)]
+enum Bound {
+    Tcp(TcpListener),
+    Udp(UdpSocket),
+}
+
+impl Bound {
+    async fn on(way: Way) -> io::Result<Self> {
+        Ok(if way.udp {
+            Self::Udp(UdpSocket::bind(way.from).await?)
+        } else {
+            Self::Tcp(TcpListener::bind(way.from).await?)
+        })
+    }
+
+    /// Task: forwards until it is dropped. `slots` limits what is forwarded at the same time, of either kind.
+    async fn serve(self, port: u16, network: Network, slots: [Arc<Semaphore>; 2]) {
+        let [connections, clients] = slots;
+        match (self, network) {
+            (Self::Tcp(listener), network) => accept(listener, port, network, connections).await,
+            (Self::Udp(socket), Network::Private(private)) => {
+                let relay = Relay::new(socket, port, Inside::Pod(private), clients);
+                relay.run().await;
+            }
+            // [`ways`] has none.
+            (Self::Udp(_), Network::Host) => {}
+        }
+    }
 }
 
 /// The bound ports.
 #[derive(Debug, Default)]
-pub(crate) struct HostPorts(Vec<(TcpListener, u16)>);
+pub(crate) struct HostPorts(Vec<(Bound, u16)>);
 
 impl HostPorts {
     /// Binds all host ports of the pod, or none.
@@ -61,22 +102,22 @@ impl HostPorts {
         let own = matches!(pod.network, Network::Private(_));
         let mut bound = Vec::new();
         for way in ways(containers, &pod.facts.fields.host_ip, own)? {
-            let listener = TcpListener::bind(way.from).await;
-            let listener = listener.map_err(|source| HostPortError::Bind {
+            let port = Bound::on(way).await;
+            let port = port.map_err(|source| HostPortError::Bind {
                 address: way.from,
                 source,
             })?;
-            bound.push((listener, way.to));
+            bound.push((port, way.to));
         }
         Ok(Self(bound))
     }
 
     /// Task: forwards until it is dropped; all connections end with it.
     pub(crate) async fn serve(self, network: Network) {
-        let slots = Arc::new(Semaphore::new(CONNECTIONS));
+        let slots = [CONNECTIONS, CLIENTS].map(|most| Arc::new(Semaphore::new(most)));
         let mut loops = JoinSet::new();
-        for (listener, port) in self.0 {
-            loops.spawn(accept(listener, port, network.clone(), Arc::clone(&slots)));
+        for (bound, port) in self.0 {
+            loops.spawn(bound.serve(port, network.clone(), slots.clone()));
         }
         while loops.join_next().await.is_some() {}
     }
@@ -111,8 +152,9 @@ async fn relay(mut client: TcpStream, port: u16, network: &Network) {
     let connected = forward::connect_anywhere(network, port, std::process::id()).await;
     if let Ok(reached) = connected {
         let mut inside = reached.stream;
-        // The connection works without it, too.
+        // The connection works without both, too. A client that is gone for hours must not keep its place.
         client.set_nodelay(true).ok();
+        set_socket_keepalive(&client, true).ok();
         // An error ends the connection, and both ends see it close.
         copy_bidirectional(&mut client, &mut inside).await.ok();
     }
@@ -141,6 +183,11 @@ fn ways<'a>(
             "" => None,
             text => Some(text.parse().map_err(|_| refused())?),
         };
+        if one.udp && !own_network {
+            return Err(HostPortError::Datagrams {
+                port: one.host_port,
+            });
+        }
         let addresses: Vec<IpAddr> = match asked.filter(|ip| !ip.is_unspecified()) {
             None => node_ip.into_iter().chain([loopback]).collect(),
             Some(ip) if ip.is_loopback() || Some(ip) == node_ip => vec![ip],
@@ -152,6 +199,7 @@ fn ways<'a>(
         ways.extend(addresses.into_iter().map(|ip| Way {
             from: SocketAddr::new(ip, from),
             to,
+            udp: one.udp,
         }));
     }
     Ok(ways)
@@ -168,6 +216,7 @@ mod tests {
             host_port,
             container_port,
             host_ip: ip.to_owned(),
+            udp: false,
         }
     }
 
@@ -204,6 +253,24 @@ mod tests {
         assert_eq!(count(port(80, 80, "127.0.0.1"), true), 1);
     }
 
+    #[test]
+    fn datagrams_have_ports_of_their_own_and_lead_to_a_network_of_the_pods_own() {
+        let datagrams = |ip| pb::HostPort {
+            udp: true,
+            ..port(53, 1053, ip)
+        };
+        let both = [port(53, 53, "127.0.0.1"), datagrams("127.0.0.1")];
+        let found = shown(&both, true).unwrap();
+        assert_eq!(found, ["127.0.0.1:53>53", "127.0.0.1:53>1053"]);
+        let error = shown(&both, false).unwrap_err();
+        assert!(error.contains("hostPort 53: datagrams"), "{error}");
+        let same = pb::HostPort {
+            container_port: 53,
+            ..datagrams("")
+        };
+        assert_eq!(shown(&[same], false).unwrap().len(), 0);
+    }
+
     #[tokio::test]
     async fn a_port_on_which_the_pod_does_not_listen_closes_the_connection() {
         // The test's own process is not below itself, so its listeners are not the pod's.
@@ -212,7 +279,8 @@ mod tests {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let mut tasks = JoinSet::new();
-        tasks.spawn(HostPorts(vec![(listener, to)]).serve(Network::Host));
+        let bound = Bound::Tcp(listener);
+        tasks.spawn(HostPorts(vec![(bound, to)]).serve(Network::Host));
         let mut client = TcpStream::connect(address).await.unwrap();
         client.write_all(b"secret").await.unwrap();
         let mut answer = Vec::new();

@@ -20,7 +20,7 @@ use std::{
 
 use anyhow::Context as _;
 use knoc_proto::{error::chain, pb};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 
 use self::{
     holder::{Held, Holder},
@@ -132,7 +132,7 @@ impl Private {
             SocketAddr::V4(_) => Family::Ipv4,
             SocketAddr::V6(_) => Family::Ipv6,
         };
-        let socket = self.holder.socket(family).await?;
+        let socket = self.holder.socket(family, Kind::Tcp).await?;
         let socket = TcpSocket::from_std_stream(std::net::TcpStream::from(socket));
         let stream = socket.connect(address).await?;
         // If nobody listens, the kernel may choose this very port for the shim's end, and TCP connects the socket to itself.
@@ -140,6 +140,12 @@ impl Private {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
         Ok(stream)
+    }
+
+    /// A socket for datagrams in the pod's network.
+    pub(crate) async fn datagrams(&self) -> io::Result<UdpSocket> {
+        let socket = self.holder.socket(Family::Ipv4, Kind::Udp).await?;
+        UdpSocket::from_std(socket.into())
     }
 
     /// A socket in the edge, where the shim takes what the pod sends to the cluster.

@@ -20,6 +20,10 @@
 //!             Start: its restart rule says so and the back-off is over
 //! ```
 //!
+//! If a container has ended with an exit code whose rule is [`RestartRule::All`], all others but the ephemeral ones get KILL at
+//! once, and when they have ended, all go to `Again` and begin anew with the startup sequence, whatever their own rules. The container
+//! that caused it waits for its own back-off when its turn comes.
+//!
 //! A container that cannot be configured, because a file with its variables is missing for example, goes from `Starting` to
 //! `Unconfigured`. No attempt has begun then, so it is started again after a pause, whatever its restart rule, and holds up no
 //! other.
@@ -77,6 +81,11 @@ pub(crate) enum Phase {
         /// It is not tried again before this time.
         retry_at: Time,
     },
+    /// All containers of the pod begin anew, and its turn has not come yet.
+    Again {
+        /// It is not started before this time.
+        restart_at: Time,
+    },
     /// Its last attempt has ended.
     Exited {
         code: i32,
@@ -92,7 +101,11 @@ impl Phase {
     pub(crate) fn code(self) -> Option<i32> {
         match self {
             Self::Exited { code, .. } => Some(code),
-            Self::Idle | Self::Starting | Self::Running | Self::Unconfigured { .. } => None,
+            Self::Idle
+            | Self::Starting
+            | Self::Running
+            | Self::Unconfigured { .. }
+            | Self::Again { .. } => None,
         }
     }
 
@@ -102,8 +115,17 @@ impl Phase {
             Self::Exited {
                 code, unhealthy, ..
             } => !rule.restarts(code, unhealthy),
-            Self::Idle | Self::Starting | Self::Running | Self::Unconfigured { .. } => false,
+            Self::Idle
+            | Self::Starting
+            | Self::Running
+            | Self::Unconfigured { .. }
+            | Self::Again { .. } => false,
         }
+    }
+
+    /// Its turn in the startup sequence has not come yet, for the first time or anew.
+    fn is_before_its_turn(self) -> bool {
+        matches!(self, Self::Idle | Self::Again { .. })
     }
 }
 
@@ -181,7 +203,10 @@ impl Container {
     pub(crate) fn lives(&self) -> bool {
         match self.phase {
             Phase::Starting | Phase::Running => true,
-            Phase::Idle | Phase::Unconfigured { .. } | Phase::Exited { .. } => false,
+            Phase::Idle
+            | Phase::Unconfigured { .. }
+            | Phase::Again { .. }
+            | Phase::Exited { .. } => false,
         }
     }
 
@@ -194,8 +219,14 @@ impl Container {
         match self.phase {
             Phase::Starting => true,
             Phase::Idle | Phase::Running => self.post_start_pending,
-            Phase::Unconfigured { .. } | Phase::Exited { .. } => false,
+            Phase::Unconfigured { .. } | Phase::Again { .. } | Phase::Exited { .. } => false,
         }
+    }
+
+    /// It has ended, and its exit code has all containers of the pod begin anew.
+    fn restarts_all(&self) -> bool {
+        let ended = self.role != Role::Ephemeral && self.phase.code().is_some();
+        ended && self.restart == RestartRule::All
     }
 
     /// It has ended and will never be restarted.
@@ -247,12 +278,18 @@ impl View {
             .startup_sequence()
             .filter(|one| one.id > sidecar.id)
             .chain(self.of_role(Role::Main));
-        after.any(|one| one.phase != Phase::Idle)
+        after.any(|one| !one.phase.is_before_its_turn())
     }
 
     /// Whether the startup sequence is over: main containers may start.
     pub(crate) fn initialized(&self) -> bool {
         self.startup_sequence().all(|one| self.opens_gate(one))
+    }
+
+    /// Whether all containers are ended because they begin anew.
+    pub(crate) fn starts_over(&self) -> bool {
+        let one = self.containers.iter().any(Container::restarts_all);
+        one && self.kill_at.is_none() && !self.completed()
     }
 
     /// Whether all containers that decide the pod's phase have succeeded.
@@ -294,6 +331,8 @@ pub(crate) enum Action {
 pub(crate) enum Progress {
     #[default]
     Running,
+    /// All containers begin anew, and have ended for that: their phases are to become `Again`.
+    StartsOver,
     /// The containers that decide its phase have ended for good. Others still live: a stop is due.
     Completed,
     /// Nothing lives and nothing will be started.
@@ -321,6 +360,7 @@ impl Plan {
             Phase::Exited { .. } if container.ended_for_good() => return,
             Phase::Exited { restart_at, .. } => restart_at,
             Phase::Unconfigured { retry_at } => retry_at,
+            Phase::Again { restart_at } => restart_at,
             Phase::Idle => Time::ZERO,
         };
         if view.now < start_at {
@@ -367,6 +407,7 @@ pub(crate) fn decide(view: &View) -> Plan {
     match view.kill_at {
         Some(kill_at) => wind_down(view, kill_at),
         None if view.completed() => complete(view),
+        None if view.starts_over() => start_over(view),
         None => go_on(view),
     }
 }
@@ -398,6 +439,25 @@ fn wind_down(view: &View, kill_at: Time) -> Plan {
     }
     if view.living().next().is_none() {
         plan.progress = Progress::Finished;
+    }
+    plan
+}
+
+/// Ends all containers without a grace period, as a kubelet does; ephemeral ones go on.
+fn start_over(view: &View) -> Plan {
+    let mut plan = Plan {
+        progress: Progress::StartsOver,
+        ..Plan::default()
+    };
+    for container in &view.containers {
+        if container.role == Role::Ephemeral {
+            plan.start(view, container);
+        } else if container.lives() {
+            plan.progress = Progress::Running;
+            if container.stop < StopStage::Kill {
+                plan.actions.push(Action::Kill(container.id));
+            }
+        }
     }
     plan
 }

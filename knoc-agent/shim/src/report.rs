@@ -11,6 +11,7 @@ use knoc_proto::{
     crash,
     error::chain,
     pb::{self, container_status::State},
+    pod::RESTARTING_ALL,
 };
 use tokio::sync::watch;
 
@@ -90,6 +91,8 @@ pub(crate) struct StatusContext<'a> {
     pub(crate) initialized: bool,
     /// The pod is being stopped: no container is restarted.
     pub(crate) stopping: bool,
+    /// All containers are being ended, because they begin anew.
+    pub(crate) starts_over: bool,
     /// Why containers wait for values.
     pub(crate) values_missing: Option<&'a str>,
     pub(crate) now: Time,
@@ -111,30 +114,25 @@ fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) 
     } else {
         "PodInitializing"
     };
+    let initializing = spec.role == Role::Main
+        && !context.initialized
+        && (phase == Phase::Idle || !context.stopping);
     match phase {
+        Phase::Exited { .. } if context.starts_over && spec.role != Role::Ephemeral => {
+            waiting(RESTARTING_ALL, "")
+        }
         Phase::Running => State::Running(pb::Running {
             started_at: history.started_at.map(nanos).unwrap_or_default(),
         }),
-        Phase::Exited { restart_at, .. } => {
+        Phase::Idle | Phase::Again { .. } if initializing => waiting("PodInitializing", ""),
+        Phase::Again { restart_at } | Phase::Exited { restart_at, .. } => {
             if context.stopping || phase.is_final(now.restart) {
                 return State::Terminated(history.ended.clone().unwrap_or_default());
             }
             if context.now < restart_at {
-                let (pause, pod) = (history.pause.as_secs(), context.pod);
-                let message = format!(
-                    "back-off {} restarting failed container={} pod={}_{}({})",
-                    minutes(pause),
-                    spec.name(),
-                    pod.name,
-                    pod.namespace,
-                    pod.uid
-                );
-                return waiting("CrashLoopBackOff", &message);
+                return backing_off(spec.name(), history.pause, context.pod);
             }
             waiting("ContainerCreating", "")
-        }
-        Phase::Idle if spec.role == Role::Main && !context.initialized => {
-            waiting("PodInitializing", "")
         }
         Phase::Idle => match context.values_missing {
             Some(why) => waiting(UNCONFIGURED, why),
@@ -151,6 +149,17 @@ fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) 
         Phase::Starting if history.attempt == 0 => waiting(creating, ""),
         Phase::Starting => waiting("ContainerCreating", ""),
     }
+}
+
+fn backing_off(container: &str, pause: Duration, pod: &pb::PodSpec) -> State {
+    let message = format!(
+        "back-off {} restarting failed container={container} pod={}_{}({})",
+        minutes(pause.as_secs()),
+        pod.name,
+        pod.namespace,
+        pod.uid
+    );
+    waiting("CrashLoopBackOff", &message)
 }
 
 /// PURE: the state of a container that cannot be configured. If its pod is being stopped, only an attempt of before counts.
@@ -225,9 +234,11 @@ fn shown_id(phase: Phase, history: &History, of_attempt: String) -> String {
             let ended = history.ended.as_ref();
             ended.map_or_else(String::new, |ended| ended.container_id.clone())
         }
-        Phase::Starting | Phase::Running | Phase::Unconfigured { .. } | Phase::Exited { .. } => {
-            of_attempt
-        }
+        Phase::Starting
+        | Phase::Running
+        | Phase::Unconfigured { .. }
+        | Phase::Again { .. }
+        | Phase::Exited { .. } => of_attempt,
     }
 }
 
@@ -236,7 +247,9 @@ fn shown_id(phase: Phase, history: &History, of_attempt: String) -> String {
 fn restarts(phase: Phase, history: &History) -> u32 {
     match phase {
         Phase::Starting | Phase::Unconfigured { .. } => history.attempt.saturating_sub(1),
-        Phase::Idle | Phase::Running | Phase::Exited { .. } => history.attempt,
+        Phase::Idle | Phase::Running | Phase::Again { .. } | Phase::Exited { .. } => {
+            history.attempt
+        }
     }
 }
 

@@ -38,6 +38,8 @@ pub(crate) enum Role {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RestartRule {
     Always,
+    /// All containers of the pod begin anew.
+    All,
     OnFailure,
     Never,
 }
@@ -59,7 +61,7 @@ impl RestartRule {
     /// failed.
     pub(crate) fn restarts(self, code: i32, unhealthy: bool) -> bool {
         match self {
-            Self::Always => true,
+            Self::Always | Self::All => true,
             Self::OnFailure => code != 0 || unhealthy,
             Self::Never => false,
         }
@@ -82,13 +84,14 @@ impl ContainerSpec {
     }
 
     /// The rule by which the container is restarted, or not, now that its program has ended with `code`; `None`: it has not
-    /// ended. A rule about the exit code comes before every policy, but an init container that succeeded is done.
+    /// ended. The first rule about the exit code comes before every policy, but an init container that succeeded is done,
+    /// unless all containers are to begin anew.
     pub(crate) fn restart_after(&self, code: Option<i32>) -> RestartRule {
-        let rules = self.container.restart_rules.iter();
-        let named = |code: i32| rules.clone().any(|rule| rule.names(code));
-        match code {
-            Some(0) if self.role == Role::Init => self.restart,
-            Some(code) if named(code) => RestartRule::Always,
+        let mut rules = self.container.restart_rules.iter();
+        let rule = code.and_then(|code| rules.find(|rule| rule.names(code)));
+        match rule {
+            Some(rule) if rule.restart_all => RestartRule::All,
+            Some(_) if self.role != Role::Init || code != Some(0) => RestartRule::Always,
             Some(_) | None => self.restart,
         }
     }
@@ -107,6 +110,7 @@ mod tests {
                 restart_rules: vec![pb::RestartRule {
                     not_in: false,
                     exit_codes: codes.to_vec(),
+                    restart_all: false,
                 }],
                 ..pb::Container::default()
             },
@@ -130,5 +134,21 @@ mod tests {
         let init = spec(Role::Init, RestartPolicy::Never, &[0, 42]);
         assert_eq!(init.restart_after(Some(42)), RestartRule::Always);
         assert_eq!(init.restart_after(Some(0)), RestartRule::Never);
+    }
+
+    #[test]
+    fn the_first_rule_about_the_exit_code_says_whether_all_containers_begin_anew() {
+        for role in [Role::Init, Role::Sidecar, Role::Main] {
+            let mut one = spec(role, RestartPolicy::Never, &[3]);
+            one.container.restart_rules.push(pb::RestartRule {
+                not_in: true,
+                exit_codes: vec![1],
+                restart_all: true,
+            });
+            assert_eq!(one.restart_after(Some(3)), RestartRule::Always, "{role:?}");
+            assert_eq!(one.restart_after(Some(0)), RestartRule::All, "{role:?}");
+            assert_ne!(one.restart_after(Some(1)), RestartRule::All, "{role:?}");
+            assert_ne!(one.restart_after(None), RestartRule::All, "{role:?}");
+        }
     }
 }

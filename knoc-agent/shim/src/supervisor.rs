@@ -190,6 +190,10 @@ impl Supervisor {
             }
             match plan.progress {
                 Progress::Running => {}
+                Progress::StartsOver => {
+                    self.slots.start_over();
+                    continue;
+                }
                 Progress::Completed => {
                     self.order_stop(self.pod.spec().grace(), EndedBy::Themselves, String::new());
                     continue;
@@ -457,6 +461,7 @@ impl Supervisor {
             pod: self.pod.spec(),
             initialized: view.initialized(),
             stopping: self.stop.is_some(),
+            starts_over: view.starts_over(),
             values_missing: (!view.values).then(|| self.missing()),
             now: view.now,
         };

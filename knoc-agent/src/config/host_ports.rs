@@ -62,6 +62,7 @@ mod tests {
             host_port,
             container_port: 80,
             host_ip: String::new(),
+            udp: false,
         };
         let container = pb::Container {
             name: "web".to_owned(),

@@ -51,7 +51,8 @@ impl Patience {
 const USUAL: [&str; 2] = ["ContainerCreating", "PodInitializing"];
 
 /// Conditions for whose status somebody may wait.
-const AWAITED: [&str; 5] = [
+const AWAITED: [&str; 6] = [
+    "AllContainersRestarting",
     "ContainersReady",
     "DisruptionTarget",
     "Initialized",

@@ -200,9 +200,9 @@ carried! {
 
     /// A rule about the exit codes of a container.
     RestartRule of core::ContainerRestartRule, judged as "ContainerRestartRule" {
-        taken { exit_codes: Option<core::ContainerRestartRuleOnExitCodes> }
+        taken { action: String, exit_codes: Option<core::ContainerRestartRuleOnExitCodes> }
         elsewhere {}
-        left { action }
+        left {}
     }
 
     /// The exit codes of such a rule.

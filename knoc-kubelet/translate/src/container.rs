@@ -150,14 +150,15 @@ fn own_restart_policy(container: Container<'_>) -> pb::RestartPolicy {
 
 fn restart_rules(container: Container<'_>) -> Vec<pb::RestartRule> {
     let rules = container.restart_policy_rules.iter().flatten();
-    let codes = rules.filter_map(|rule| RestartRule::from(rule).exit_codes.as_ref());
-    codes
-        .map(|codes| {
-            let codes = ExitCodes::from(codes);
-            pb::RestartRule {
+    let rules = rules.map(RestartRule::from);
+    rules
+        .filter_map(|rule| {
+            let codes = ExitCodes::from(rule.exit_codes.as_ref()?);
+            Some(pb::RestartRule {
                 not_in: codes.operator == "NotIn",
                 exit_codes: codes.values.clone().unwrap_or_default(),
-            }
+                restart_all: rule.action == "RestartAllContainers",
+            })
         })
         .collect()
 }

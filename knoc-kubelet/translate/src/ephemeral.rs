@@ -57,7 +57,7 @@ mod tests {
                     "name": "main", "image": "i", "restartPolicy": "Never",
                     "restartPolicyRules": [
                         {"action": "Restart", "exitCodes": {"operator": "In", "values": [3, 4]}},
-                        {"action": "Restart", "exitCodes": {"operator": "NotIn", "values": [1]}},
+                        {"action": "RestartAllContainers", "exitCodes": {"operator": "NotIn", "values": [1]}},
                     ],
                 }],
                 "ephemeralContainers": [{
@@ -90,6 +90,7 @@ mod tests {
             (rules[1].not_in, &rules[1].exit_codes[..]),
             (true, &[1][..])
         );
+        assert!(!rules[0].restart_all && rules[1].restart_all);
 
         assert_eq!(needs(&pod).secrets, ["s"]);
         let values = values(&pod, &Resolved::default()).unwrap();

@@ -50,9 +50,9 @@ pub(super) fn host_ports(
             continue;
         };
         let protocol = port.protocol.as_deref().unwrap_or("TCP");
-        if protocol != "TCP" {
+        if protocol != "TCP" && protocol != "UDP" {
             problems.push(format!(
-                "ports: hostPort {host_port} with the protocol {protocol}; only TCP ports of the node are forwarded"
+                "ports: hostPort {host_port} with the protocol {protocol}; only TCP and UDP ports of the node are forwarded"
             ));
             continue;
         }
@@ -62,6 +62,7 @@ pub(super) fn host_ports(
             host_port: number(host_port),
             container_port: number(*port.container_port),
             host_ip: port.host_ip.clone().unwrap_or_default(),
+            udp: protocol == "UDP",
         });
     }
     found
@@ -110,6 +111,7 @@ mod tests {
                     {"containerPort": 80, "hostPort": 8080, "hostIP": "127.0.0.1"},
                     {"containerPort": 81},
                     {"containerPort": 53, "hostPort": 53, "protocol": "UDP"},
+                    {"containerPort": 54, "hostPort": 54, "protocol": "SCTP"},
                 ]}],
             }}))
             .unwrap();
@@ -122,14 +124,21 @@ mod tests {
             host_port: 8080,
             container_port: 80,
             host_ip: "127.0.0.1".to_owned(),
+            udp: false,
+        };
+        let datagrams = pb::HostPort {
+            host_port: 53,
+            container_port: 53,
+            host_ip: String::new(),
+            udp: true,
         };
         let (found, problems) = of(false);
-        assert_eq!(found, [expected]);
+        assert_eq!(found, [expected, datagrams]);
         let [problem] = problems.as_slice() else {
             panic!("{problems:?}");
         };
         assert!(
-            problem.starts_with("ports: hostPort 53 with the protocol UDP"),
+            problem.starts_with("ports: hostPort 54 with the protocol SCTP"),
             "{problem}"
         );
         assert_eq!(of(true), (Vec::new(), Vec::new()));

@@ -576,7 +576,7 @@ fn a_host_path_has_its_type_and_a_clean_path() {
 fn a_problem_of_a_container_names_the_list_that_it_is_in() {
     let mut pod = pod();
     let spec = pod.spec.as_mut().unwrap();
-    let port = json!([{"containerPort": 53, "hostPort": 53, "protocol": "UDP"}]);
+    let port = json!([{"containerPort": 53, "hostPort": 53, "protocol": "SCTP"}]);
     let ports: Option<Vec<core::ContainerPort>> = serde_json::from_value(port).unwrap();
     spec.init_containers.as_mut().unwrap()[0].ports = ports.clone();
     spec.containers[1].ports = ports;

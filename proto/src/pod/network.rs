@@ -179,6 +179,7 @@ mod tests {
                     host_port,
                     container_port,
                     host_ip,
+                    udp: false,
                 }
             });
             let container = pb::Container {

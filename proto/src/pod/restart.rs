@@ -2,6 +2,10 @@
 
 use crate::pb;
 
+/// Kubernetes' reason of a container that has ended while all containers of its pod are ended, because they begin anew. The shim
+/// reports it, and the kubelet tells the pod's condition from it.
+pub const RESTARTING_ALL: &str = "RestartingAllContainers";
+
 /// Kubernetes' bounds: how many rules a container may have, and how many exit codes a rule.
 const MAX_RULES: usize = 20;
 const MAX_CODES: usize = 255;
@@ -55,6 +59,7 @@ mod tests {
         pb::RestartRule {
             not_in,
             exit_codes: exit_codes.to_vec(),
+            restart_all: false,
         }
     }
 

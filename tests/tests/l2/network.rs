@@ -43,6 +43,7 @@ fn server(uid: &str, host_port: u16) -> anyhow::Result<Pod> {
         host_port: host_port.into(),
         container_port: port.into(),
         host_ip: "127.0.0.1".to_owned(),
+        udp: false,
     }];
     Ok(Pod::new(uid, vec![main]))
 }
@@ -105,6 +106,30 @@ async fn a_host_port_that_the_site_does_not_list_is_rejected_and_one_that_is_tak
     let expected = format!("hostPort {port} cannot be used on the compute node");
     ensure!(outcome.message.contains(&expected), "{outcome:?}");
     drop(taken);
+    Ok(())
+}
+
+/// All pods of this site are in the node's network.
+#[tokio::test]
+async fn datagrams_from_a_host_port_need_a_network_of_the_pods_own() -> anyhow::Result<()> {
+    let port = free_port()?;
+    let (_site, _agent, client) = Site::start(policy(&format!("\"{port}\""))).await?;
+    let mut pod = server("datagrams", port)?;
+    for container in pod
+        .request
+        .spec
+        .iter_mut()
+        .flat_map(|spec| &mut spec.containers)
+    {
+        for port in &mut container.host_ports {
+            port.udp = true;
+        }
+    }
+    pod.ensure(&client).await?;
+    let outcome = pod.finished(&client, SOON).await?;
+    ensure!(outcome.kind() == OutcomeKind::Failed, "{outcome:?}");
+    let expected = format!("hostPort {port}: datagrams are forwarded");
+    ensure!(outcome.message.contains(&expected), "{outcome:?}");
     Ok(())
 }
 

@@ -158,6 +158,7 @@ async fn the_containers_own_policy_and_its_rules_decide_about_restarts() -> anyh
     ruled.restart_rules = vec![pb::RestartRule {
         not_in: false,
         exit_codes: vec![42],
+        restart_all: false,
     }];
     let mut once = shell("once", "exit 5");
     once.restart_policy = pb::RestartPolicy::Never.into();
@@ -175,6 +176,63 @@ async fn the_containers_own_policy_and_its_rules_decide_about_restarts() -> anyh
     ensure!(pod.terminated(&client, "ruled").await?.exit_code == 7);
     ensure!(pod.terminated(&client, "once").await?.exit_code == 5);
     Ok(())
+}
+
+#[tokio::test]
+async fn an_exit_code_restarts_all_containers_of_the_pod_in_order_and_at_once() -> anyhow::Result<()>
+{
+    let (site, _agent, client) = Site::start(Options::default()).await?;
+    let log = site.path("said");
+    let said = log.display();
+    let mut other = logging("other", &log);
+    other.restart_policy = pb::RestartPolicy::Never.into();
+    let again = site.path("again").display().to_string();
+    let script = format!(
+        "echo +cause >> {said}; if test -e {again}; then exec sleep 600; fi; \
+         touch {again}; until grep -q +side {said} && grep -q +other {said}; do sleep 0.1; done; exit 42"
+    );
+    let mut cause = shell("cause", &script);
+    cause.restart_policy = pb::RestartPolicy::Never.into();
+    cause.restart_rules = vec![pb::RestartRule {
+        not_in: false,
+        exit_codes: vec![42],
+        restart_all: true,
+    }];
+    let init = vec![
+        shell("init", &format!("echo +init >> {said}")),
+        sidecar(logging("side", &log)),
+    ];
+    let pod = with_init("all", init, vec![cause, other]);
+    pod.ensure(&client).await?;
+    let restarted = |pod: &pb::PodObserved| {
+        let once = |name| status(pod, name).is_some_and(|one| one.restart_count == 1);
+        let last = |name| {
+            let last = status(pod, name)?.last_termination.as_ref()?;
+            Some(last.exit_code)
+        };
+        ["init", "side", "cause", "other"].into_iter().all(once)
+            && (last("cause"), last("side"), last("other")) == (Some(42), Some(137), Some(137))
+            && ["side", "cause", "other"]
+                .into_iter()
+                .all(|name| status(pod, name).is_some_and(runs))
+    };
+    pod.wait_for_state(&client, "all were restarted once", SOON, restarted)
+        .await?;
+    // Nobody was asked to end, and the order of the start is that of before.
+    let lines = || fs::read_to_string(&log);
+    wait_for("both starts are complete", SOON, async || {
+        let text = lines()?;
+        ensure!(text.lines().count() == 8, "{text}");
+        anyhow::Ok(())
+    })
+    .await?;
+    let text = lines()?;
+    ensure!(!text.contains('-'), "{text}");
+    for start in text.lines().collect::<Vec<_>>().chunks(4) {
+        let init = start.iter().position(|line| *line == "+init");
+        ensure!(init == Some(0), "{text}");
+    }
+    pod.remove(&client).await
 }
 
 /// Asks for the pod with these ephemeral containers too, as a kubelet does after `kubectl debug`. Their environment has

@@ -43,13 +43,13 @@ use std::{
 use knoc_proto::private::while_dumpable;
 use nix::sched::CloneFlags;
 use rustix::{
-    net::{AddressFamily, SocketFlags, SocketType, socket_with},
+    net::{AddressFamily, SocketFlags, socket_with},
     process::getgid,
 };
 
 use self::{
     edge::{Edge, EdgeError},
-    protocol::{Answer, Family, Request},
+    protocol::{Answer, Family, Kind, Request},
 };
 use super::{
     fds,
@@ -231,8 +231,8 @@ fn carry_out(request: Request, made: &mut Made) -> Result<(Answer, Vec<OwnedFd>)
             let routes = fs::read_to_string(ROUTES).unwrap_or_default();
             Ok((Answer::Routed(has_default(&routes)), Vec::new()))
         }
-        Request::Socket(family) => {
-            let socket = stream_socket(family).map_err(io::Error::from);
+        Request::Socket(family, kind) => {
+            let socket = new_socket(family, kind).map_err(io::Error::from);
             let socket = socket.map_err(NetworkError::on("make a socket"))?;
             Ok((Answer::Done, vec![socket]))
         }
@@ -274,13 +274,13 @@ fn carry_out(request: Request, made: &mut Made) -> Result<(Answer, Vec<OwnedFd>)
     }
 }
 
-fn stream_socket(family: Family) -> rustix::io::Result<OwnedFd> {
+fn new_socket(family: Family, kind: Kind) -> rustix::io::Result<OwnedFd> {
     let family = match family {
         Family::Ipv4 => AddressFamily::INET,
         Family::Ipv6 => AddressFamily::INET6,
     };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    socket_with(family, SocketType::STREAM, flags, None)
+    socket_with(family, kind.into(), flags, None)
 }
 
 /// PURE: whether the text of `/proc/net/route` has a default route.

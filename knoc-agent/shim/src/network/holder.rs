@@ -75,9 +75,13 @@ impl Holder {
         Ok((holder, held))
     }
 
-    /// A TCP socket in the pod's network.
-    pub(super) async fn socket(self: &Arc<Self>, family: Family) -> io::Result<OwnedFd> {
-        self.ask_for_one(Request::Socket(family)).await
+    /// A socket in the pod's network.
+    pub(super) async fn socket(
+        self: &Arc<Self>,
+        family: Family,
+        kind: Kind,
+    ) -> io::Result<OwnedFd> {
+        self.ask_for_one(Request::Socket(family, kind)).await
     }
 
     /// A socket in the edge.

@@ -364,6 +364,53 @@ fn a_container_that_a_probe_stopped_is_restarted_even_if_its_program_ended_well(
 }
 
 #[test]
+fn an_exit_code_may_have_all_containers_begin_anew_at_once() {
+    let roles = [
+        (Role::Init, exited(0)),
+        (Role::Sidecar, Phase::Running),
+        (Role::Main, exited(42)),
+        (Role::Main, Phase::Running),
+        (Role::Ephemeral, Phase::Running),
+    ];
+    let mut view = pod(NEVER, &roles);
+    view.containers[2].restart = RestartRule::All;
+    view.containers[3].pre_stop_pending = true;
+    let plan = decide(&view);
+    // Without a hook, without a grace period, and whoever needs whom.
+    assert_eq!(plan.actions, [Action::Kill(id(1)), Action::Kill(id(3))]);
+    assert_eq!(plan.progress, Progress::Running);
+    for at in [1, 3] {
+        view.containers[at].stop = StopStage::Kill;
+    }
+    assert_eq!(decide(&view), Plan::default(), "they have not ended yet");
+    for at in [1, 3] {
+        view.containers[at].phase = exited(137);
+    }
+    let plan = decide(&view);
+    assert_eq!(
+        (plan.actions, plan.progress),
+        (vec![], Progress::StartsOver)
+    );
+    for at in 0..4 {
+        view.containers[at].phase = Phase::Again {
+            restart_at: Time::ZERO,
+        };
+    }
+    assert_eq!(decide(&view).actions, [Action::Start(id(0))]);
+    // A stop, and the end of the pod, come first.
+    let mut over = pod(
+        NEVER,
+        &[(Role::Sidecar, exited(42)), (Role::Main, exited(0))],
+    );
+    over.containers[0].restart = RestartRule::All;
+    assert_eq!(decide(&over), finished());
+    let mut stopped = pod(NEVER, &roles);
+    stopped.containers[2].restart = RestartRule::All;
+    stopped.kill_at = Some(Time::from_secs(10));
+    assert_eq!(decide(&stopped).actions.first(), Some(&Action::Term(id(3))));
+}
+
+#[test]
 fn the_back_off_grows_and_is_forgotten() {
     let seconds = Duration::from_secs;
     let mut backoff = Backoff::new(seconds(10), seconds(300));

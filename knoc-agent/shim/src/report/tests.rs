@@ -47,6 +47,7 @@ fn ready_and_started_are_what_the_probes_say_and_not_that_the_program_runs() {
         pod: &pod,
         initialized: true,
         stopping: false,
+        starts_over: false,
         values_missing: None,
         now: Duration::ZERO,
     };
@@ -114,6 +115,7 @@ fn a_container_that_waits_says_so_as_a_kubelet_does() {
             pod: &pod,
             initialized: true,
             stopping: false,
+            starts_over: false,
             values_missing: None,
             now: Duration::from_secs(now),
         };
@@ -127,6 +129,67 @@ fn a_container_that_waits_says_so_as_a_kubelet_does() {
         assert_eq!(said(pause, 99), ["CrashLoopBackOff".to_owned(), message]);
     }
     assert_eq!(said(20, 100), ["ContainerCreating", ""]);
+}
+
+#[test]
+fn containers_that_all_begin_anew_say_so_until_their_turn_comes() {
+    let pod = pb::PodSpec::default();
+    let ended = pb::Terminated {
+        exit_code: 42,
+        ..pb::Terminated::default()
+    };
+    let history = History {
+        attempt: 1,
+        ended: Some(ended.clone()),
+        pause: Duration::from_secs(10),
+        ..History::default()
+    };
+    let said = |role, phase, starts_over, stopping| {
+        let situation = Situation {
+            phase,
+            health: Health::down(),
+            history: &history,
+            restart: RestartRule::Never,
+            target_missing: None,
+        };
+        let context = StatusContext {
+            pod: &pod,
+            initialized: false,
+            stopping,
+            starts_over,
+            values_missing: None,
+            now: Duration::from_secs(5),
+        };
+        let status = status(&spec(role), situation, &context, String::new());
+        assert_eq!(status.restart_count, 1, "{role:?}");
+        match status.state {
+            Some(State::Waiting(waiting)) => waiting.reason,
+            Some(State::Terminated(ended)) => ended.exit_code.to_string(),
+            Some(State::Running(_)) | None => panic!("{status:?}"),
+        }
+    };
+    let exited = Phase::Exited {
+        code: 42,
+        unhealthy: false,
+        restart_at: Duration::ZERO,
+    };
+    for role in [Role::Init, Role::Sidecar, Role::Main] {
+        assert_eq!(said(role, exited, true, false), RESTARTING_ALL);
+    }
+    assert_eq!(said(Role::Ephemeral, exited, true, false), "42");
+    let again = |seconds| Phase::Again {
+        restart_at: Duration::from_secs(seconds),
+    };
+    assert_eq!(said(Role::Main, again(9), false, false), "PodInitializing");
+    assert_eq!(said(Role::Init, again(9), false, false), "CrashLoopBackOff");
+    assert_eq!(
+        said(Role::Init, again(0), false, false),
+        "ContainerCreating"
+    );
+    // Nothing begins any more.
+    for role in [Role::Init, Role::Main] {
+        assert_eq!(said(role, again(0), false, true), "42");
+    }
 }
 
 #[test]
@@ -150,6 +213,7 @@ fn a_container_that_cannot_be_configured_says_why_until_it_is_created() {
             pod: &pod,
             initialized: true,
             stopping,
+            starts_over: false,
             values_missing: None,
             now: Duration::ZERO,
         };

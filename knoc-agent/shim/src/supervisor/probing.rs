@@ -144,7 +144,7 @@ impl Supervisor {
 fn killing(name: &str, kind: Kind, restart: RestartRule) -> String {
     let kind = kind.word();
     let after = match restart {
-        RestartRule::Always | RestartRule::OnFailure => ", will be restarted",
+        RestartRule::Always | RestartRule::All | RestartRule::OnFailure => ", will be restarted",
         RestartRule::Never => "",
     };
     format!("Container {name} failed {kind} probe{after}")

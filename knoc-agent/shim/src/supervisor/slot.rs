@@ -187,13 +187,33 @@ impl Slot {
                 *retry_at = Time::ZERO;
                 false
             }
-            Phase::Exited { restart_at, .. } => {
+            Phase::Again { restart_at } | Phase::Exited { restart_at, .. } => {
                 *restart_at = Time::ZERO;
                 self.history.pause = Time::ZERO;
                 self.backoff.reset();
                 false
             }
         }
+    }
+
+    /// All containers of the pod begin anew, so that this one starts again in its turn, whatever its rule. Only the one that
+    /// caused it has a back-off.
+    pub(super) fn start_over(&mut self) {
+        let mut at = Time::ZERO;
+        match self.phase {
+            Phase::Idle => return,
+            Phase::Exited { restart_at, .. }
+                if self.restart() == RestartRule::All && self.stop < StopStage::Kill =>
+            {
+                at = restart_at;
+            }
+            Phase::Starting
+            | Phase::Running
+            | Phase::Unconfigured { .. }
+            | Phase::Again { .. }
+            | Phase::Exited { .. } => self.backoff.reset(),
+        }
+        self.phase = Phase::Again { restart_at: at };
     }
 
     /// A new attempt begins. Returns the channel on which it says how much of its log is written.
@@ -413,7 +433,7 @@ impl Slot {
         let log = self.log.as_ref();
         let waits = match self.phase {
             Phase::Exited { .. } => !self.phase.is_final(self.restart()),
-            Phase::Unconfigured { .. } => true,
+            Phase::Unconfigured { .. } | Phase::Again { .. } => true,
             Phase::Idle | Phase::Starting | Phase::Running => false,
         };
         if waits {

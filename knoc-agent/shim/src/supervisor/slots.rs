@@ -75,6 +75,13 @@ impl Slots {
         self.by_id.values_mut()
     }
 
+    /// All containers but the ephemeral ones have ended, and begin anew.
+    pub(super) fn start_over(&mut self) {
+        let all = self.iter_mut();
+        all.filter(|slot| slot.spec.role != Role::Ephemeral)
+            .for_each(Slot::start_over);
+    }
+
     pub(super) fn view(&self) -> Vec<Container> {
         self.iter().map(Slot::view).collect()
     }

@@ -135,10 +135,13 @@ fn features_are_declared_and_taken_back() {
         };
         status(&facts).get("declaredFeatures").cloned()
     };
-    let one = ["ExtendWebSocketsToKubelet"];
+    let both = [
+        "ExtendWebSocketsToKubelet",
+        "RestartAllContainersOnContainerExits",
+    ];
     let (new, old) = (Release::new(1, 36), Release::new(1, 35));
     assert_eq!(said(None, Some(&declared)), None, "not known: as it was");
-    assert_eq!(said(Some(new), None), Some(json!(one)));
+    assert_eq!(said(Some(new), None), Some(json!(both)));
     assert_eq!(said(Some(old), Some(&declared)), Some(json!([])));
     assert_eq!(said(Some(old), None), None);
 }

@@ -1,7 +1,10 @@
 //! PURE: the conditions that the kubelet owns. `lastTransitionTime` changes only with the condition's status.
 
-use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition};
-use knoc_proto::pb::{self, PodPhase};
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodCondition};
+use knoc_proto::{
+    pb::{self, PodPhase},
+    pod::RESTARTING_ALL,
+};
 
 use super::{Input, containers::Statuses, observed_generation, phase::Phase, seconds};
 use crate::pods::resize::{self, RESIZE_PENDING};
@@ -34,6 +37,10 @@ pub(super) fn conditions(
     if !matches!(phase, Phase::Succeeded | Phase::Failed) && resize::is_asked(input.pod) {
         let why = Some((true, "Infeasible", resize::INFEASIBLE.to_owned()));
         list.push(condition(input, RESIZE_PENDING, why));
+    }
+    if may_restart_all(input.pod) {
+        let why = restarting_all(phase, statuses);
+        list.push(condition(input, "AllContainersRestarting", why));
     }
     let outcome = input
         .observed
@@ -137,6 +144,40 @@ fn containers_ready(phase: Phase, statuses: &Statuses) -> Why {
             Some((false, "ContainersNotReady", text))
         }
     }
+}
+
+/// Whether the exit of a container may have all containers of the pod begin anew. Only such pods have the condition.
+fn may_restart_all(pod: &Pod) -> bool {
+    let containers = pod.spec.iter().flat_map(|spec| {
+        let init = spec.init_containers.iter().flatten();
+        init.chain(&spec.containers)
+    });
+    let mut rules = containers.flat_map(|one| one.restart_policy_rules.iter().flatten());
+    rules.any(|rule| rule.action == "RestartAllContainers")
+}
+
+/// True while containers are ended that begin anew.
+fn restarting_all(phase: Phase, statuses: &Statuses) -> Why {
+    let reason = match phase {
+        Phase::Succeeded => "PodCompleted",
+        Phase::Failed => "PodFailed",
+        Phase::Pending | Phase::Running => {
+            let mut all = statuses.init.iter().chain(&statuses.regular);
+            let ends = |status: &ContainerStatus| {
+                let waiting = status
+                    .state
+                    .as_ref()
+                    .and_then(|state| state.waiting.as_ref());
+                waiting.is_some_and(|one| one.reason.as_deref() == Some(RESTARTING_ALL))
+            };
+            if all.any(ends) {
+                let message = "container exited with restart policy rule".to_owned();
+                return Some((true, "RestartAllContainersStarted", message));
+            }
+            ""
+        }
+    };
+    Some((false, reason, String::new()))
 }
 
 /// The pod's readiness gates, conditions that other controllers set.

@@ -77,10 +77,10 @@ impl Count {
         } else if state.is_some_and(|state| state.running.is_some()) {
             self.pending_init += 1;
         } else {
+            // One that failed is restarted, whatever the pod's policy: otherwise it would not wait.
             match code(status.last_state.as_ref()) {
                 Some(0) => {}
-                Some(_) => self.failed_init += 1,
-                None => self.pending_init += 1,
+                Some(_) | None => self.pending_init += 1,
             }
         }
     }

@@ -5,6 +5,7 @@ use super::*;
 mod address;
 mod ephemeral;
 mod gates;
+mod restarts;
 mod sidecars;
 
 fn at(second: i64) -> Timestamp {

@@ -83,7 +83,7 @@ pub(super) const TABLE: &[Type] = &[
     ]),
     of("ContainerPort", "`ports[]`", &[
         row("name containerPort protocol", Any, Satisfied, "informative, as on any node"),
-        row("hostPort", Any, Honoured, "TCP only; the site's policy lists the ports (`policy.host_ports`); with `hostNetwork` the program listens on the node itself: see [networks](networks.md#host-ports)"),
+        row("hostPort", Any, Honoured, "TCP and UDP; the site's policy lists the ports (`policy.host_ports`); with `hostNetwork` the program listens on the node itself: see [networks](networks.md#host-ports)"),
         row("hostIP", Any, Honoured, "`127.0.0.1` or the address of the compute node; not given: both"),
     ]),
     of("Probe", "`startupProbe`, `livenessProbe`, `readinessProbe`", &[
@@ -94,8 +94,8 @@ pub(super) const TABLE: &[Type] = &[
         row("grpc", Any, Inside("GRPCAction"), ""),
     ]),
     of("ContainerRestartRule", "`restartPolicyRules[]`", &[
-        row("action", Is(&["Restart"]), Satisfied, ""),
-        row("action", Any, Rejected, "only `Restart` is supported"),
+        row("action", Is(&["Restart", "RestartAllContainers"]), Honoured, "`RestartAllContainers` kills the other containers at once and begins anew with the first init container, in the same job and with the same volumes; ephemeral containers go on. The container that caused it waits for its own back-off"),
+        row("action", Any, Rejected, "must be `Restart` or `RestartAllContainers`"),
         row("exitCodes", Any, Inside("ContainerRestartRuleOnExitCodes"), ""),
     ]),
     of("ContainerRestartRuleOnExitCodes", "`restartPolicyRules[].exitCodes`", &[

@@ -165,10 +165,7 @@ impl Edge {
 
     /// A socket in the edge.
     pub(super) fn socket(&self, kind: Kind) -> Result<OwnedFd, EdgeError> {
-        let kind = match kind {
-            Kind::Tcp => SocketType::STREAM,
-            Kind::Udp => SocketType::DGRAM,
-        };
+        let kind = SocketType::from(kind);
         let make = || {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let socket = socket_with(AddressFamily::INET, kind, flags, None)?;

@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeSet, net::Ipv4Addr, path::PathBuf};
 
+use rustix::net::SocketType;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use super::range::Range;
@@ -29,8 +30,8 @@ pub(crate) enum Request {
     IsRouted,
     /// From now on no other process may open the helper's files.
     Seal,
-    /// A new TCP socket in the pod's network.
-    Socket(Family),
+    /// A new socket in the pod's network.
+    Socket(Family, Kind),
     /// From now on, exactly these addresses lead from the pod to the edge.
     Lead(BTreeSet<Range>),
     /// A new socket in the edge.
@@ -61,11 +62,20 @@ pub(crate) enum Family {
     Ipv6,
 }
 
-/// The kind of a socket in the edge.
+/// The kind of a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) enum Kind {
     Tcp,
     Udp,
+}
+
+impl From<Kind> for SocketType {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Tcp => Self::STREAM,
+            Kind::Udp => Self::DGRAM,
+        }
+    }
 }
 
 /// What the helper answers.

@@ -15,6 +15,9 @@ fn any_phase() -> impl Strategy<Value = Phase> {
         (0_u64..20).prop_map(|at| Phase::Unconfigured {
             retry_at: Time::from_secs(at),
         }),
+        (0_u64..20).prop_map(|at| Phase::Again {
+            restart_at: Time::from_secs(at),
+        }),
         (prop_oneof![Just(0), Just(1)], any::<bool>(), 0_u64..20).prop_map(
             |(code, unhealthy, at)| {
                 Phase::Exited {
@@ -94,9 +97,10 @@ prop_compose! {
         values in any::<bool>(),
         kill_at in proptest::option::of(0_u64..20),
         now in 0_u64..20,
+        restarts_all in proptest::option::weighted(0.2, 0_usize..8),
     ) -> View {
         let containers = roles.into_iter().zip(states).enumerate();
-        View {
+        let mut view = View {
             containers: containers
                 .map(|(index, (role, (phase, health, stop, [pre, post], spared_until)))| Container {
                     health,
@@ -110,7 +114,12 @@ prop_compose! {
             values,
             kill_at: kill_at.map(Time::from_secs),
             now: Time::from_secs(now),
+        };
+        let one = restarts_all.and_then(|at| view.containers.get_mut(at));
+        if let Some(one) = one.filter(|one| one.role != Role::Ephemeral) {
+            one.restart = RestartRule::All;
         }
+        view
     }
 }
 
@@ -144,7 +153,10 @@ fn waits_for_its_turn(view: &View, plan: &Plan, container: &Container) -> bool {
     let mut before = view.of_role(Role::Main).filter(|one| one.id < container.id);
     container.role == Role::Main
         && before.any(|one| {
-            let ended = matches!(one.phase, Phase::Exited { .. } | Phase::Unconfigured { .. });
+            let ended = matches!(
+                one.phase,
+                Phase::Exited { .. } | Phase::Unconfigured { .. } | Phase::Again { .. }
+            );
             let hook = one.post_start_pending && !ended;
             let starts = plan.actions.contains(&Action::Start(one.id));
             hook || starts || one.phase == Phase::Starting
@@ -162,7 +174,7 @@ fn is_to_be_restarted(view: &View, plan: &Plan, container: &Container) -> bool {
         return false;
     };
     let wanted = match container.restart {
-        RestartRule::Always => true,
+        RestartRule::Always | RestartRule::All => true,
         RestartRule::OnFailure => code != 0 || unhealthy,
         RestartRule::Never => false,
     };
@@ -172,6 +184,7 @@ fn is_to_be_restarted(view: &View, plan: &Plan, container: &Container) -> bool {
         Role::Init | Role::Ephemeral => false,
     };
     let goes_on = view.values && view.kill_at.is_none() && !view.completed();
+    let goes_on = goes_on && !view.starts_over();
     let due = view.now >= restart_at;
     wanted && turn && due && goes_on && its_gate_is_open(view, container)
 }
@@ -182,6 +195,8 @@ fn end(view: &View, container: &Container) -> Option<Time> {
         Liveness::Live => None,
         // The stop that is due comes first.
         Liveness::Failed { .. } if view.completed() && view.kill_at.is_none() => None,
+        // Those that go on while all others begin anew have no probes.
+        Liveness::Failed { .. } if view.starts_over() && container.role == Role::Ephemeral => None,
         Liveness::Failed { kill_at } => Some(kill_at),
     };
     let end = [view.kill_at, own].into_iter().flatten().min();
@@ -204,7 +219,7 @@ proptest! {
                     prop_assert!(its_gate_is_open(&view, container), "too early");
                     prop_assert!(!waits_for_its_turn(&view, &plan, container), "before its turn");
                     if container.role == Role::Ephemeral {
-                        let never_began = matches!(container.phase, Phase::Idle | Phase::Unconfigured { .. });
+                        let never_began = !matches!(container.phase, Phase::Exited { .. });
                         prop_assert!(never_began, "restarted");
                     }
                     continue;
@@ -214,8 +229,13 @@ proptest! {
                 Action::Kill(_) => StopStage::Kill,
             };
             let failed = container.health.live != Liveness::Live;
-            prop_assert!(container.lives() && (view.kill_at.is_some() || failed));
+            let ends = view.kill_at.is_some() || failed || view.starts_over();
+            prop_assert!(container.lives() && ends);
             prop_assert!(stage > container.stop, "a stop goes one way");
+            if view.starts_over() {
+                prop_assert!(stage == StopStage::Kill && container.role != Role::Ephemeral);
+                continue;
+            }
             // A hook that took the whole grace period is followed by TERM, whoever else still runs.
             let ends = [view.kill_at, match container.health.live {
                 Liveness::Live => None,
@@ -246,6 +266,10 @@ proptest! {
         let lives = view.containers.iter().any(Container::lives);
         match plan.progress {
             Progress::Finished => prop_assert!(plan.actions.is_empty() && !lives),
+            Progress::StartsOver => {
+                let mut others = view.living().filter(|one| one.role != Role::Ephemeral);
+                prop_assert!(view.starts_over() && others.next().is_none());
+            }
             Progress::Completed => {
                 prop_assert!(plan.actions.is_empty() && lives && view.kill_at.is_none());
             }
@@ -311,11 +335,41 @@ impl Simulation {
                 self.view.kill_at = Some(self.view.now + Time::from_secs(30));
                 continue;
             }
-            if plan.actions.is_empty() {
+            let starts_over = plan.progress == Progress::StartsOver;
+            if plan.actions.is_empty() && !starts_over {
                 return plan.progress;
             }
             for action in plan.actions {
                 self.perform(action);
+            }
+            if starts_over {
+                self.start_over();
+            }
+        }
+    }
+
+    /// As the supervisor does, but without a back-off.
+    fn start_over(&mut self) {
+        let containers = self.view.containers.iter_mut();
+        for container in containers.filter(|one| one.role != Role::Ephemeral) {
+            container.phase = Phase::Again {
+                restart_at: self.view.now,
+            };
+            container.restart = RestartRule::Never;
+        }
+    }
+
+    /// Everything starts as soon as it can, and init containers succeed.
+    fn come_up(&mut self) {
+        for _ in 0..40 {
+            self.settle();
+            for number in 0..self.view.containers.len() {
+                let Some(one) = self.view.containers.get(number) else {
+                    continue;
+                };
+                if one.role == Role::Init || !one.health.started {
+                    self.happens(number, 0);
+                }
             }
         }
     }
@@ -376,7 +430,10 @@ impl Simulation {
                     restart_at: now + Time::from_secs(1),
                 };
             }
-            Phase::Idle | Phase::Unconfigured { .. } | Phase::Exited { .. } => {}
+            Phase::Idle
+            | Phase::Unconfigured { .. }
+            | Phase::Again { .. }
+            | Phase::Exited { .. } => {}
         }
         self.view.now += Time::from_secs(1);
     }
@@ -435,6 +492,50 @@ proptest! {
         prop_assert!(deciding.is_sorted(), "out of order: {deciding:?}");
         let starts_of = |id: &SlotId| pod.started.iter().filter(|one| *one == id).count();
         prop_assert!(first.iter().filter(ephemeral).all(|id| starts_of(id) == 1));
+    }
+
+    #[test]
+    fn all_containers_are_killed_and_begin_anew_in_order(
+        startup in proptest::collection::vec(any_startup_role(), 0..4),
+        main in 1_usize..3,
+        which in 0_usize..8,
+        debugged in any::<bool>(),
+    ) {
+        let roles: Vec<_> = startup.into_iter().chain(std::iter::repeat_n(Role::Main, main)).collect();
+        let mut pod = Simulation::new(NEVER, &roles);
+        if debugged {
+            pod.add(Role::Ephemeral);
+        }
+        pod.come_up();
+        let in_order: Vec<_> = (0..roles.len()).map(SlotId::after).collect();
+        let started = |pod: &Simulation| {
+            let all = pod.started.iter().copied();
+            all.filter(|id| pod.role(*id) != Role::Ephemeral).collect::<Vec<_>>()
+        };
+        prop_assert_eq!(started(&pod), in_order.clone());
+        let number = which % roles.len();
+        pod.view.containers[number].phase = super::exited(42);
+        pod.view.containers[number].health = Health::down();
+        pod.view.containers[number].restart = RestartRule::All;
+        let living: Vec<_> = pod.view.living().filter(|one| one.role != Role::Ephemeral).copied().collect();
+        let progress = pod.settle();
+        prop_assert_eq!(progress, Progress::Running);
+        if !living.is_empty() {
+            prop_assert_eq!(started(&pod), in_order.clone(), "one starts while others live");
+            for one in &living {
+                prop_assert_eq!(find(&pod.view, one.id).stop, StopStage::Kill);
+            }
+        }
+        for number in 0..roles.len() {
+            if pod.view.containers[number].lives() && pod.view.containers[number].stop == StopStage::Kill {
+                pod.happens(number, 137);
+            }
+        }
+        pod.come_up();
+        let twice: Vec<_> = in_order.iter().chain(&in_order).copied().collect();
+        prop_assert_eq!(started(&pod), twice);
+        let debug = pod.view.of_role(Role::Ephemeral).all(|one| one.phase == Phase::Running && one.stop == StopStage::NotStopped);
+        prop_assert!(debug, "an ephemeral container goes on");
     }
 
     #[test]

@@ -95,6 +95,58 @@ fn between_two_attempts_the_previous_one_is_the_one_that_crashed() {
     assert_eq!(slot.entry().previous, None, "it has ended for good");
 }
 
+/// What a client measures as the pause between two attempts depends on it.
+#[test]
+fn whenever_somebody_looks_the_number_of_restarts_belongs_to_the_times_beside_it() {
+    let mut slot = main(RestartRule::Always, "a");
+    let pod = pb::PodSpec::default();
+    let seen = |slot: &Slot, now| {
+        let situation = report::Situation {
+            phase: slot.phase,
+            health: slot.health,
+            history: &slot.history,
+            restart: slot.restart(),
+            target_missing: None,
+        };
+        let context = report::StatusContext {
+            pod: &pod,
+            initialized: true,
+            stopping: false,
+            starts_over: false,
+            values_missing: None,
+            now,
+        };
+        report::status(&slot.spec, situation, &context, String::new())
+    };
+    let began = |attempt: i64| Timestamp::from_second(1000 * (attempt + 1)).unwrap();
+    let check = |status: &pb::ContainerStatus| {
+        let number = i64::from(status.restart_count);
+        let ended = status.last_termination.as_ref().map(|last| last.started_at);
+        let expected = |attempt: i64| (attempt >= 0).then(|| report::nanos(began(attempt)));
+        match &status.state {
+            Some(State::Running(running)) => {
+                assert_eq!(running.started_at, report::nanos(began(number)));
+                assert_eq!(ended, expected(number - 1));
+            }
+            Some(State::Waiting(_)) if ended.is_none() => assert_eq!(number, 0),
+            Some(State::Waiting(_)) => assert_eq!(ended, expected(number)),
+            Some(State::Terminated(_)) | None => panic!("{status:?}"),
+        }
+    };
+    check(&seen(&slot, Duration::ZERO));
+    for attempt in 0..4 {
+        drop(slot.begin());
+        check(&seen(&slot, Duration::ZERO));
+        slot.phase = Phase::Running;
+        slot.history.started_at = Some(began(attempt));
+        check(&seen(&slot, Duration::ZERO));
+        slot.end(&failed(), String::new(), Duration::ZERO);
+        // In the back-off, and after it.
+        check(&seen(&slot, Duration::ZERO));
+        check(&seen(&slot, Duration::from_hours(1)));
+    }
+}
+
 #[test]
 fn an_init_container_that_runs_goes_on() {
     let mut slot = of_role(Role::Init, RestartRule::OnFailure, "a");
@@ -171,6 +223,42 @@ fn a_start_that_failed_because_its_target_restarts_is_repeated() {
     slot.target = Some(ended);
     slot.abort.cancel();
     assert!(!slot.has_lost_target(), "the pod ends");
+}
+
+#[test]
+fn of_containers_that_all_begin_anew_only_the_one_that_caused_it_has_a_back_off() {
+    let mut slots = [main(RestartRule::All, "a"), main(RestartRule::Never, "a")];
+    for slot in &mut slots {
+        for _ in 0..3 {
+            drop(slot.begin());
+            slot.end(&failed(), String::new(), Duration::ZERO);
+        }
+    }
+    // One that matches by being killed did not cause it.
+    let mut killed = main(RestartRule::All, "a");
+    drop(killed.begin());
+    killed.stop(StopStage::Kill, Duration::ZERO);
+    killed.end(&failed(), String::new(), Duration::from_secs(7));
+    let [mut cause, mut other] = slots;
+    let mut idle = main(RestartRule::Never, "a");
+    for slot in [&mut cause, &mut other, &mut killed, &mut idle] {
+        slot.start_over();
+    }
+    let again = |seconds| Phase::Again {
+        restart_at: Duration::from_secs(seconds),
+    };
+    let phases = [&cause, &other, &killed, &idle].map(|slot| slot.phase);
+    assert_eq!(phases, [again(2), again(0), again(0), Phase::Idle]);
+    // What crashed is what `logs --previous` shows until it starts again.
+    assert_eq!(cause.entry().previous, Some(2));
+    drop(other.begin());
+    assert_eq!(other.history.attempt, 3);
+    other.end(&failed(), String::new(), Duration::ZERO);
+    assert_eq!(
+        other.history.pause,
+        Duration::ZERO,
+        "its back-off begins anew"
+    );
 }
 
 #[test]
