@@ -84,6 +84,13 @@ argo: up ## runs Argo Workflows: the examples in deploy/examples/argo, and 200 s
 	   cargo test -p knoc-tests --test l3_argo -- --test-threads=2 --skip two_hundred; \
 	   cargo test -p knoc-tests --test l3_argo -- --nocapture two_hundred
 
+.PHONY: charts
+charts: up ## runs the pods of ten well-known charts; writes the table in docs/guide/charts.md (images are made once, about 10 minutes)
+	@trap '$(TESTBED)/charts.sh down' EXIT; $(TESTBED)/charts.sh up; eval "$$($(TESTBED)/env.sh)"; \
+	   export KNOC_CHARTS_PAGE=$(CURDIR)/docs/guide/charts.md code=0; \
+	   cargo test -p knoc-tests --test l3_charts -- --test-threads=2 --skip several_pods || code=$$?; \
+	   cargo test -p knoc-tests --test l3_charts -- --test-threads=1 several_pods || code=$$?; exit $$code
+
 .PHONY: ssh-transcript
 ssh-transcript: prepare ## goes from an SSH login to a pod's log, with times; writes docs/ssh-transcript.md
 	@$(TESTBED)/ssh-transcript.sh

@@ -6,9 +6,7 @@ use std::{collections::BTreeSet, fs, net::Ipv4Addr, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::{batch::v1::Job, core::v1::Pod, discovery::v1::EndpointSlice};
-use knoc_tests::{
-    PodBuilder, World, cluster::ClusterDns, guide::root, own_addresses, wait_for, world::SOON,
-};
+use knoc_tests::{World, cluster::ClusterDns, guide::root, own_addresses, wait_for};
 use kube::{ResourceExt as _, api::ListParams};
 
 /// The image of the example, and the one with the same programs on the bed (tests/testbed/dask.sh).
@@ -33,7 +31,7 @@ async fn a_dask_cluster_of_a_scheduler_and_three_workers_computes_a_sum() -> any
 }
 
 async fn check(world: &World, dns: &ClusterDns) -> anyhow::Result<()> {
-    resolver(world, dns).await?;
+    dns.reaches_pods(world).await?;
     let (image, here) = IMAGES;
     let example = fs::read_to_string(root().join("deploy/examples/dask.yaml"))?;
     ensure!(example.matches(image).count() == 3, "{example}");
@@ -62,26 +60,6 @@ async fn check(world: &World, dns: &ClusterDns) -> anyhow::Result<()> {
     let all_workers = hosts.iter().all(|host| host.starts_with("dask-worker-"));
     ensure!(hosts.len() == 3 && all_workers, "{log}");
     Ok(())
-}
-
-/// Waits until pods are given the resolver of the cluster: a pod has the one that was known when it was staged.
-async fn resolver(world: &World, dns: &ClusterDns) -> anyhow::Result<()> {
-    let mut number = 0;
-    wait_for("a pod with the cluster's resolver", SOON * 2, async || {
-        number += 1;
-        let name = format!("resolver{number}");
-        let pod = PodBuilder::new(&name)
-            .annotation("knoc.io/network", "private")
-            .command(["cat", "/etc/resolv.conf"]);
-        world.run(&pod, "Succeeded").await?;
-        let file = world.logs(&name, "main").await?;
-        ensure!(
-            file.contains(&format!("nameserver {}\n", dns.address)),
-            "{file}"
-        );
-        Ok(())
-    })
-    .await
 }
 
 /// The address of the scheduler's pod, once it is ready.
