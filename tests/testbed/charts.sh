@@ -107,6 +107,8 @@ extra_ray() {
     "$tools/charts-pip/bin/pip" install -q --disable-pip-version-check --only-binary=:all: --implementation cp --no-compile \
         --python-version "${python#python}" --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
         --target "$1/usr/local/lib/$python/dist-packages" 'ray[default]==2.60.0'
+    # A root that is read-only keeps no compiled modules, and each of Ray's processes would compile them again. Templates cannot be compiled.
+    chroot "$1" python3 -m compileall -q "/usr/local/lib/$python/dist-packages" >/dev/null 2>&1 || true
     # The one that pip writes names the Python of this host.
     rm -rf "$1/usr/local/lib/$python/dist-packages/bin"
     program "$1" /usr/local/bin/ray <<'END'

@@ -11,7 +11,7 @@ use k8s_openapi::api::{
     core::v1::Service,
 };
 use knoc_tests::{
-    Background, World,
+    World,
     charts::{LIMIT, Release, get},
     cluster::ClusterDns,
     own_addresses, wait_for,
@@ -207,11 +207,10 @@ async fn spark(release: &Release) -> anyhow::Result<()> {
 
 // ---- gitlab-runner ----
 
-/// What the runner sends to the helper, and to the build.
+/// What the runner sends to the helper, and to the build. Their output is in a file, because an attached client leaves with its input.
 const CLONE: &str = r#"
-mkdir -p "$CI_PROJECT_DIR" && cd "$CI_PROJECT_DIR" && git init -q .
-echo 'echo "built in $CI_PROJECT_DIR"' >build && git add build
-git -c user.name=chart -c user.email=chart@example.org commit -q -m 'the commit' && echo "the helper has cloned"
+(mkdir -p "$CI_PROJECT_DIR" && cd "$CI_PROJECT_DIR" && git init -q . && echo 'echo "built in $CI_PROJECT_DIR"' >build && git add build &&
+    git -c user.name=chart -c user.email=chart@example.org commit -q -m 'the commit' && echo "the helper has cloned" >>/logs-1-2/output.log) &
 "#;
 const BUILD: &str = r#"
 cat >/scripts-1-2/step_script <<'END'
@@ -221,6 +220,9 @@ exec 3<>/dev/tcp/redis/6379 && printf 'PING\r\n' >&3 && read -r line <&3 && echo
 END
 (bash /scripts-1-2/step_script 2>&1 | tee -a /logs-1-2/output.log) &
 "#;
+/// What is in that file then.
+const BUILT: &str =
+    "the helper has cloned\nthe commit\nbuilt in /builds/group/project\nthe service says +PONG";
 
 #[tokio::test]
 async fn a_build_pod_of_gitlab_runner_runs_what_is_attached() -> anyhow::Result<()> {
@@ -230,27 +232,24 @@ async fn a_build_pod_of_gitlab_runner_runs_what_is_attached() -> anyhow::Result<
 }
 
 async fn gitlab_runner(release: &Release) -> anyhow::Result<()> {
+    let world = &release.world;
     let pod = "runner-chart-project-1-concurrent-0";
     release.ready(pod).await?;
     for (container, script, text) in [
         ("helper", CLONE, "the helper has cloned"),
-        ("build", BUILD, "the service says +PONG"),
+        ("build", BUILD, BUILT),
     ] {
-        let attach = ["attach", "-i", pod, "-c", container];
-        let attach = release.world.kubectl(attach).stdin(script);
-        let mut attached = Background::start(attach)?;
-        attached.expect(text).await.context(container)?;
-        attached.kill().await?;
+        let attach = world.kubectl(["attach", "-i", pod, "-c", container]);
+        attach.stdin(script).ok().await?;
+        // As the runner reads the output, from the helper.
+        wait_for(text, SOON, async || {
+            let read = world.kubectl(["exec", pod, "-c", "helper", "--"]);
+            let output = read.args(["cat", "/logs-1-2/output.log"]).ok().await?;
+            ensure!(output.text().starts_with(text), "{output}");
+            Ok(())
+        })
+        .await?;
     }
-    // As the runner reads the output of the build, from the helper.
-    let read = ["exec", pod, "-c", "helper", "--"];
-    let read = release.world.kubectl(read);
-    let output = read.args(["cat", "/logs-1-2/output.log"]).ok().await?;
-    let output = output.text();
-    ensure!(
-        output.starts_with("the commit\nbuilt in /builds/group/project\nthe service says +PONG"),
-        "{output:?}"
-    );
     Ok(())
 }
 
