@@ -33,7 +33,7 @@ image() {
 }
 account() { # account TREE NAME UID HOME
     echo "$2:x:$3:0::$4:/bin/bash" >>"$1/etc/passwd"
-    mkdir -p "$1$4"
+    install -d -m 1777 "$1$4" # pods run as the HPC user, whatever the image calls its user
 }
 program() { # program TREE PATH: the standard input, as a program
     install -D -m 755 /dev/stdin "$1$2"
