@@ -19,7 +19,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{Forward, Run, World, guide::root, wait_for, world::has_condition};
+use crate::{Forward, World, guide::root, wait_for, world::has_condition};
 
 /// The time in which an image is fetched and converted, and its pod becomes ready, beside others.
 pub const LIMIT: Duration = Duration::from_mins(10);
@@ -238,9 +238,8 @@ impl Release {
     }
 
     async fn answer(&self, target: &str, port: u16, request: &str) -> anyhow::Result<String> {
-        let forward: Run = self
-            .world
-            .kubectl(["port-forward", target, &format!(":{port}")]);
+        let any = format!(":{port}");
+        let forward = self.world.kubectl(["port-forward", target, &any]);
         let forward = Forward::start(forward).await?;
         let mut stream = forward.connect().await?;
         stream.write_all(request.as_bytes()).await?;
