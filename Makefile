@@ -88,6 +88,13 @@ argo: up ## runs Argo Workflows: the examples in deploy/examples/argo, and 200 s
 ray: up ## runs a Ray cluster whose pods have addresses of their own; downloads 72 MB once (docs/guide/networks.md)
 	@eval "$$($(TESTBED)/env.sh)"; cargo test -p knoc-tests --test l3_ray
 
+.PHONY: charts
+charts: up ## runs the pods of ten well-known charts; writes the table in docs/guide/charts.md (images are made once, about 10 minutes)
+	@trap '$(TESTBED)/charts.sh down' EXIT; $(TESTBED)/charts.sh up; eval "$$($(TESTBED)/env.sh)"; \
+	   export KNOC_CHARTS_PAGE=$(CURDIR)/docs/guide/charts.md code=0; \
+	   cargo test -p knoc-tests --test l3_charts -- --test-threads=2 --skip several_pods || code=$$?; \
+	   cargo test -p knoc-tests --test l3_charts -- --test-threads=1 several_pods || code=$$?; exit $$code
+
 .PHONY: ssh-transcript
 ssh-transcript: prepare ## goes from an SSH login to a pod's log, with times; writes docs/ssh-transcript.md
 	@$(TESTBED)/ssh-transcript.sh

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
 use kube::{
     Api,
@@ -17,7 +17,7 @@ use kube::{
 use serde_json::json;
 use tokio::{net::UdpSocket, sync::watch, task::JoinSet};
 
-use crate::World;
+use crate::{PodBuilder, World, wait_for, world::SOON};
 
 /// This host on the network of the login node.
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
@@ -96,6 +96,26 @@ impl ClusterDns {
     pub fn add(&self, name: &str, address: Ipv4Addr) {
         self.names
             .send_modify(|names| names.push((name.to_lowercase(), address)));
+    }
+
+    /// Waits until pods are given the resolver of the cluster: a pod has the one that was known when it was staged.
+    pub async fn reaches_pods(&self, world: &World) -> anyhow::Result<()> {
+        let mut number = 0;
+        wait_for("a pod with the cluster's resolver", SOON * 2, async || {
+            number += 1;
+            let name = format!("resolver{number}");
+            let pod = PodBuilder::new(&name)
+                .annotation("knoc.io/network", "private")
+                .command(["cat", "/etc/resolv.conf"]);
+            world.run(&pod, "Succeeded").await?;
+            let file = world.logs(&name, "main").await?;
+            ensure!(
+                file.contains(&format!("nameserver {}\n", self.address)),
+                "{file}"
+            );
+            Ok(())
+        })
+        .await
     }
 
     /// How many questions were asked so far.

@@ -7,6 +7,7 @@ pub mod argo;
 pub mod background;
 pub mod bench;
 pub mod cases;
+pub mod charts;
 pub mod cluster;
 pub mod command;
 pub mod conformance;

@@ -17,7 +17,7 @@ afresh() {
     # Of l3_cut_nodes: the port for shims that compute nodes cannot reach, and what the agent found out then.
     profile_network
     rm -f "$agent_home_here/.local/state/knoc/shim-route.json"
-    # Of conformance/run.sh, argo.sh, l3_data and l3_mesh.
+    # Of conformance/run.sh, argo.sh, charts.sh, l3_data and l3_mesh.
     sed -i '/^privileged *=/d; /^host_paths *=/d; /^host_ports *=/d; /^nfs *=/d; /^pod_traffic *=/d; /^# l3_data$/,$d' "$agent_home_here/.config/knoc/agent.toml"
     "$testbed/conformance/nodes.sh" all
     "$testbed/agent.sh" up

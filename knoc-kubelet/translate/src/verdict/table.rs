@@ -173,7 +173,7 @@ pub(super) const TABLE: &[Type] = &[
     of("Capabilities", "`capabilities`", &[
         row("drop", Any, Satisfied, "containers have none"),
         row("add", Empty, Satisfied, ""),
-        row("add", Is(&["SYS_PTRACE"]), Mapped, "not granted: a program may trace those of its own user, as far as the node allows it (`kubectl debug` asks for it)"),
+        row("add", Is(&["NET_BIND_SERVICE", "SYS_PTRACE"]), Mapped, "not granted: in a network of its own, a pod binds any port without it; a program may trace those of its own user, as far as the node allows it (`kubectl debug` asks for it)"),
         row("add", Any, Rejected, "an ordinary user cannot grant capabilities"),
     ]),
     of("Profile", "`seccompProfile`, `appArmorProfile`", &[

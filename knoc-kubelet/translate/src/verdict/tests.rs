@@ -201,6 +201,27 @@ fn all_rejected_fields_are_reported_at_once() {
 }
 
 #[test]
+fn the_capability_to_bind_low_ports_is_not_granted_and_does_not_reject_a_pod() {
+    let with = |add: Value| {
+        let mut pod = ordinary();
+        pod["spec"]["containers"][0]["securityContext"] =
+            json!({"capabilities": {"drop": ["ALL"], "add": add}});
+        judge(&pod)
+    };
+    let findings = with(json!(["NET_BIND_SERVICE"]));
+    assert_eq!(findings.rejected, Vec::<String>::new());
+    let [mapped] = findings.mapped.as_slice() else {
+        panic!("{:?}", findings.mapped);
+    };
+    assert!(mapped.contains("capabilities.add: not granted"), "{mapped}");
+    // What the charts of Grafana (`initChownData`) and JupyterHub (`blockWithIptables`) ask for by default.
+    for add in ["CHOWN", "NET_ADMIN"] {
+        let rejected = with(json!(["NET_BIND_SERVICE", add])).rejected;
+        assert_eq!(rejected.len(), 1, "{rejected:?}");
+    }
+}
+
+#[test]
 fn fields_that_request_nothing_special_are_admitted() {
     let mut pod = ordinary();
     pod["spec"]["hostNetwork"] = json!(false);
