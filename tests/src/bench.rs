@@ -27,6 +27,7 @@ mod kubernetes;
 pub mod links;
 mod load;
 mod machine;
+mod peers;
 mod pods;
 pub mod relay;
 mod relayed;

@@ -7,7 +7,7 @@ use super::egress::{Egress, WATCHED};
 use super::pods::Batch;
 use super::stats::Series;
 use super::streams::Stream;
-use super::{Figures, machine};
+use super::{Figures, machine, peers};
 
 /// One target: the measured value and its upper bound, or its lower bound if `least` is set.
 struct Bound {
@@ -28,7 +28,7 @@ pub(super) fn page(figures: &Figures, bed: &Bed, quick: bool) -> anyhow::Result<
          Control plane, Slurm (three nodes), registry and all of KNoC share it, so there is no network delay, and figures at \
          50 pods include 50 container starts on these cores. Figures are in milliseconds unless another unit is given. Each figure of \
          KNoC is shown with its floor, the lower bound: Slurm and Apptainer used by hand as the same user, measured alternately in the \
-         same run. The figures of other projects, at the end, are older.\n",
+         same run. The figures of other projects, at the end, are of another run.\n",
         date = jiff::Timestamp::now().strftime("%Y-%m-%d"),
         version = info.version,
         scheduler = info.scheduler_version,
@@ -46,7 +46,7 @@ pub(super) fn page(figures: &Figures, bed: &Bed, quick: bool) -> anyhow::Result<
         pods(&mut out, batch)?;
     }
     others(&mut out, figures)?;
-    peers(&mut out, figures)?;
+    peers::section(&mut out, figures)?;
     Ok(out)
 }
 
@@ -420,63 +420,6 @@ fn spent(out: &mut String, streams: &[Stream]) -> anyhow::Result<()> {
             "| {name} | {shim:.2} | {agent:.2} | {kubelet:.2} | {server:.2} | {client:.2} | {relays:.2} | {reader:.2} |"
         )?;
     }
-    Ok(())
-}
-
-/// Medians in milliseconds, measured on the same kind of test bed before KNoC was written: the figure, the floor of that run,
-/// interLink, KNoC in Go. Only the ratios to the floor of the same run can be compared with ours.
-const PEERS_AND_FLOOR: [(&str, f64, f64, f64); 2] = [
-    ("created → job in the queue / sbatch", 10.0, 74.0, 678.0),
-    (
-        "T2 created → first line / the same by hand",
-        560.0,
-        837.0,
-        1466.0,
-    ),
-];
-
-/// The figures of other projects next to ours.
-fn peers(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
-    out.push_str(
-        "## Comparison with other projects\n\n\
-         interLink (virtual kubelet, API server and Slurm plugin) and Go KNoC (commit e1c17e3 of 2023-02-01, its last) were built and \
-         run on a bed like this one (Kubernetes 1.36.3, Slurm 24.11.5, Apptainer 1.4.5; the program sleeps 1 s, as above) before \
-         KNoC was written. That was another run, not later than 2026-11-22; its exact date, and interLink's version, were not \
-         recorded. Its floor was lower than today's (560 ms instead of the figure above), so its milliseconds cannot be compared \
-         with ours; only each figure as a multiple of the floor of its own run can be compared. If that run had no floor of the same \
-         kind, there is no ratio. Differences below 300 ms are not significant, because slurmctld starts jobs once a second.\n\n\
-         | 1 pod, × the floor of its own run | interLink | Go KNoC | KNoC, this run |\n|---|---|---|---|\n",
-    );
-    let one = figures.batches.iter().find(|batch| batch.pods == 1);
-    for (index, (what, floor, interlink, go)) in PEERS_AND_FLOOR.into_iter().enumerate() {
-        let ours = one.map(|batch| match index {
-            0 => batch.t2_before.median() / batch.sbatch.median(),
-            _ => batch.t2.median() / batch.t2_hand.median(),
-        });
-        let ours = ours.map_or_else(|| "–".to_owned(), |ratio| format!("{ratio:.1} ×"));
-        writeln!(
-            out,
-            "| {what} | {:.1} × | {:.1} × | {ours} |",
-            interlink / floor,
-            go / floor
-        )?;
-    }
-    out.push_str(
-        "\nThe run of the other projects, median / min / max in milliseconds:\n\n\
-         | | its floor, by hand | interLink | Go KNoC |\n|---|---|---|---|\n\
-         | T1 created → job in the queue | 10 | 74 / 36 / 268 | 678 / 574 / 1117 |\n\
-         | T2 created → first line | 560 | 837 / 415 / 1407 | 1466 / 847 / 1741 |\n\
-         | T3 process end → Succeeded seen | – | 6975 / 4033 / 10,024 | 3455 / 141 / 5048 |\n\
-         | 50 at once: T2 | 50 × sbatch alone ≈ 1,500 | 3710 / 1591 / 8757 | 10,507 / 3459 / 18,080 |\n\
-         | 50 at once: T3 | – | 268,600 / 17,085 / 516,600 | 4139 / 917 / 9684 |\n\
-         | RPCs per minute to slurmctld at 50 running pods | 0 | 36 | 0 (never asks) |\n\
-         | resident memory at 50 pods | – | 65 + 39 + 34 MB | 43 MB |\n\
-         | exec | 78 (instance://) | not implemented | hangs |\n\n",
-    );
-    writeln!(
-        out,
-        "To repeat: `make bench` measures KNoC and its floors, but not the other projects (it starts the stack if it is not running)."
-    )?;
     Ok(())
 }
 
