@@ -80,7 +80,8 @@ impl Sifs {
     }
 }
 
-async fn read(settings: &Settings, sif: Arc<File>) -> Result<ImageFile, CommandError> {
+/// The config in the open SIF file `sif`; empty if it contains none.
+pub(super) async fn read(settings: &Settings, sif: Arc<File>) -> Result<ImageFile, CommandError> {
     let Some(list) = settings.command() else {
         return Ok(ImageFile::default());
     };
