@@ -18,11 +18,13 @@ use crate::{
     policy::Live,
 };
 
+mod by_job;
 mod cached;
 mod compressed;
 mod fake;
 mod hostile;
 mod private;
+mod pushed;
 
 use self::fake::{CONFIG, Content, FakeRegistry, Reply, tar};
 
