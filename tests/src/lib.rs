@@ -21,6 +21,7 @@ pub mod own_addresses;
 pub mod pod;
 pub mod proxy;
 pub mod relay;
+pub mod second_agent;
 pub mod site;
 pub mod sshd;
 pub mod terminal;
