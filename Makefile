@@ -84,6 +84,11 @@ argo: up ## runs Argo Workflows: the examples in deploy/examples/argo, and 200 s
 	   cargo test -p knoc-tests --test l3_argo -- --test-threads=2 --skip two_hundred; \
 	   cargo test -p knoc-tests --test l3_argo -- --nocapture two_hundred
 
+.PHONY: large-image
+large-image: up ## pulls an image of 5 GB in 20 layers beside other pods: its Events, the agent's memory; needs 12 GB of disk
+	@trap '$(TESTBED)/large-image.sh down' EXIT; $(TESTBED)/large-image.sh up; eval "$$($(TESTBED)/env.sh)"; \
+	   cargo test -p knoc-tests --test l3_large_image -- --nocapture
+
 .PHONY: ssh-transcript
 ssh-transcript: prepare ## goes from an SSH login to a pod's log, with times; writes docs/ssh-transcript.md
 	@$(TESTBED)/ssh-transcript.sh

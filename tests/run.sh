@@ -121,9 +121,10 @@ wait
 l2
 
 # Faults (nodes that go down, processes that are killed) would affect other tests, so these tests run alone, one after the other.
-# l3_argo is not among them: it needs Argo Workflows, which make argo builds and starts (ADR 0064).
+# l3_argo is not among them: it needs Argo Workflows, which make argo builds and starts (ADR 0064). Nor is l3_large_image, whose image
+# make large-image makes.
 faults=$(tests_named 'l3_faults*.rs l3_crash*.rs l3_cut*.rs')
-others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash\|l3_cut\|l3_two_logins\|l3_argo')
+others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash\|l3_cut\|l3_two_logins\|l3_argo\|l3_large_image')
 own_ca='l3_access.rs l3_identity.rs l3_metrics.rs'
 if [ "$STACK" != full ]; then
     skip L3 "STACK=$STACK ($why); the real stack is STACK=full" -p knoc-tests $others $faults
