@@ -9,9 +9,9 @@ use super::{
     compression::Method,
     download::LONGEST,
     progress::Step,
-    pull::{LAYOUT, Puller, SIF, blocking, fatal, why},
+    pull::{LAYOUT, Puller, SIF, blocking},
     slots::Slot,
-    untrusted::shown,
+    untrusted::{fatal, shown, why},
 };
 use crate::{
     command::{Command, CommandErrorKind},

@@ -34,9 +34,8 @@ use super::{
     sif,
     slots::FairSlots,
     unpacked::{self, Budget, LayerError},
-    untrusted::shown,
+    untrusted::why,
 };
-use crate::command::CommandError;
 
 /// How many images are pulled at the same time: their layers and their unpacked files are on disk
 /// meanwhile.
@@ -232,27 +231,6 @@ pub(super) async fn blocking<T: Send + 'static>(
     done.map_err(|error| chain(&error)).flatten()
 }
 
-/// Why the runtime failed, in its own message if it wrote one.
-pub(super) fn why(error: &CommandError) -> String {
-    let message = error.message().map_or_else(|| chain(error), fatal);
-    // The message may contain text from the image.
-    shown(&message)
-}
-
-/// The lines of Apptainer's output that say why it failed.
-pub(super) fn fatal(message: &str) -> String {
-    let why: Vec<&str> = message
-        .lines()
-        .filter(|line| line.starts_with("FATAL") || line.starts_with("ERROR"))
-        .filter_map(|line| line.split_once(':').map(|(_, rest)| rest.trim()))
-        .collect();
-    if why.is_empty() {
-        message.to_owned()
-    } else {
-        why.join("; ")
-    }
-}
-
 /// The directory of one pull, which is removed on drop.
 #[derive(Debug)]
 struct Temporary(PathBuf);
@@ -291,20 +269,5 @@ impl Drop for Temporary {
             Ok(runtime) => drop(runtime.spawn_blocking(remove)),
             Err(_) => remove(),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_lines_that_matter_are_kept() {
-        let message = "INFO:    Converting OCI blobs to SIF format\nWARNING: x\nFATAL:   While making image from oci registry: error fetching image: manifest unknown\n";
-        assert_eq!(
-            fatal(message),
-            "While making image from oci registry: error fetching image: manifest unknown"
-        );
-        assert_eq!(fatal("anything"), "anything");
     }
 }

@@ -12,7 +12,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::{Settings, file::ImageFile, flight::Flights, pull::why};
+use super::{Settings, file::ImageFile, flight::Flights, untrusted::why};
 use crate::command::CommandError;
 
 /// No SIF that a runtime writes has more JSON objects.
