@@ -270,9 +270,8 @@ impl Settings {
 
 /// What submits the jobs that convert images, if the site wants jobs for that.
 fn jobs(site: &Config) -> Option<Arc<OwnJobs>> {
-    match site.images.convert {
-        Convert::Login => return None,
-        Convert::Job => {}
+    if site.images.convert == Convert::Login {
+        return None;
     }
     let size = Size {
         partition: site.images.convert_partition.clone(),
