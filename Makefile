@@ -95,6 +95,11 @@ charts: up ## runs the pods of ten well-known charts; writes the table in docs/g
 	   cargo test -p knoc-tests --test l3_charts -- --test-threads=2 --skip several_pods || code=$$?; \
 	   cargo test -p knoc-tests --test l3_charts -- --test-threads=1 several_pods || code=$$?; exit $$code
 
+.PHONY: large-image
+large-image: up ## pulls an image of 5 GB in 20 layers beside other pods: its Events, the agent's memory; needs 12 GB of disk
+	@trap '$(TESTBED)/large-image.sh down' EXIT; $(TESTBED)/large-image.sh up; eval "$$($(TESTBED)/env.sh)"; \
+	   cargo test -p knoc-tests --test l3_large_image -- --nocapture
+
 .PHONY: ssh-transcript
 ssh-transcript: prepare ## goes from an SSH login to a pod's log, with times; writes docs/ssh-transcript.md
 	@$(TESTBED)/ssh-transcript.sh

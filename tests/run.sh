@@ -115,10 +115,10 @@ wait
 l2
 
 # Faults (nodes that go down, processes that are killed) would affect other tests, so these tests run alone, one after the other.
-# l3_argo, l3_ray and l3_charts are not among them: make argo builds and starts Argo Workflows (ADR 0064), and make ray and make charts
-# make large images.
+# l3_argo, l3_ray, l3_charts and l3_large_image are not among them: make argo builds and starts Argo Workflows (ADR 0064), and make ray, make charts and
+# make large-image make large images.
 faults=$(tests_named 'l3_faults*.rs l3_crash*.rs l3_cut*.rs')
-others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash\|l3_cut\|l3_two_logins\|l3_argo\|l3_ray\|l3_charts')
+others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash\|l3_cut\|l3_two_logins\|l3_argo\|l3_ray\|l3_charts\|l3_large_image')
 own_ca='l3_access.rs l3_identity.rs l3_metrics.rs l3_proxy.rs'
 if [ "$STACK" != full ]; then
     skip L3 "STACK=$STACK ($why); the real stack is STACK=full" -p knoc-tests $others $faults

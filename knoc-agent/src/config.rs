@@ -31,7 +31,7 @@ use std::{
 pub use self::{
     binds::SiteBind,
     host_paths::HostPath,
-    images::{Compression, ImageSettings},
+    images::{Compression, Convert, ImageSettings},
     limits::Limits,
     mapped::{Csi, Nfs},
 };

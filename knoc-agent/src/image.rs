@@ -4,7 +4,8 @@
 //! ```text
 //! name ──parse──► path under an allowed root ──────────────► config from the SIF itself
 //!        └──────► registry name ──tag→digest──► layers ──check──► convert ──► state_dir/images/sha256-….sif + .json
-//!                                (registry)    (by us)            (runtime)   (renamed into place)
+//!                                (registry)    (by us)    │       (runtime)   (renamed into place)
+//!                                                         └ a SIF file that was pushed (oras://) is used as it is
 //! ```
 //!
 //! This runs on the login node before `sbatch`. Pulls are single-flight: if many pods need one
@@ -28,15 +29,16 @@
 //! image that was pulled with credentials is for pods whose own could pull it (`access`). No path
 //! outside the site's image roots is opened.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use knoc_contract::jobdir::StateDir;
 use knoc_proto::pb;
 
 use crate::{
     command::{Command, CommandError, login_environment},
-    config::{Compression, Config, Registry, RuntimeKind},
+    config::{Compression, Config, Convert, Registry, RuntimeKind},
     policy::Live,
+    scheduler::slurm::{OwnJobs, Size},
 };
 
 mod access;
@@ -45,6 +47,7 @@ mod cache;
 mod checks;
 mod claims;
 mod compression;
+mod convert;
 mod digest;
 mod download;
 mod file;
@@ -97,7 +100,7 @@ pub enum ImageErrorKind {
     /// The name is invalid, or names a file outside the site's image roots. Trying again does not
     /// help.
     InvalidName,
-    /// A source that is not supported, such as `oras://`.
+    /// A source that is not supported, such as `library://`.
     Unsupported,
     /// A registry that this site does not allow.
     Denied,
@@ -203,6 +206,8 @@ pub struct Settings {
     pub policy: Live,
     /// How the files of new images are compressed.
     pub compression: Compression,
+    /// Submits the jobs that convert images; if `None`, they are converted on the login node.
+    pub(crate) jobs: Option<Arc<OwnJobs>>,
     /// Limits on sizes and times.
     pub limits: Bounds,
     /// How many conversions may run at the same time.
@@ -243,6 +248,7 @@ impl Settings {
             registries: site.registries.clone(),
             policy,
             compression: site.images.compression,
+            jobs: jobs(site),
             limits: Bounds {
                 size: site.limits.image_size,
                 unpacked: site.limits.image_unpacked,
@@ -260,6 +266,20 @@ impl Settings {
         let command = Command::new(self.program.as_ref()?);
         Some(command.envs(&self.env).env("LC_ALL", "C"))
     }
+}
+
+/// What submits the jobs that convert images, if the site wants jobs for that.
+fn jobs(site: &Config) -> Option<Arc<OwnJobs>> {
+    if site.images.convert == Convert::Login {
+        return None;
+    }
+    let size = Size {
+        partition: site.images.convert_partition.clone(),
+        cpus: site.images.convert_cpus,
+        memory: site.images.convert_memory,
+        time: site.images.convert_time,
+    };
+    Some(Arc::new(OwnJobs::new(site.into(), size)))
 }
 
 /// The runtime's own version text, such as `apptainer 1.4.5`.

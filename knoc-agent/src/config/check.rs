@@ -9,7 +9,7 @@ use std::{
 use knoc_link::{Carrier, Identity};
 use knoc_proto::{egress::AllowList, ids::SiteName, mesh::NamespacePairs, settings::Document};
 
-use super::{Config, dial_out, host_ports::HostPorts, network};
+use super::{Config, Convert, SchedulerKind, dial_out, host_ports::HostPorts, network};
 use crate::policy::{denied::Denied, nodes::assigned};
 
 /// Less would not hold what a program writes at once.
@@ -230,6 +230,9 @@ impl Check<'_> {
             ("limits.image_size", limits.image_size > 0),
             ("limits.image_unpacked", limits.image_unpacked > 0),
             ("limits.image_stall", !limits.image_stall.is_zero()),
+            ("images.convert_cpus", config.images.convert_cpus > 0),
+            ("images.convert_memory", config.images.convert_memory > 0),
+            ("images.convert_time", !config.images.convert_time.is_zero()),
             ("limits.pods", limits.pods != Some(0)),
             ("limits.poll_min", !limits.poll_min.is_zero()),
             ("limits.srun_idle", !limits.srun_idle.is_zero()),
@@ -248,6 +251,9 @@ impl Check<'_> {
         if limits.image_cache < limits.image_size {
             let what = format!("must be at least `image_size`, {} bytes", limits.image_size);
             self.wrong("limits.image_cache", what);
+        }
+        if config.images.convert == Convert::Job && config.scheduler == SchedulerKind::Local {
+            self.wrong("images.convert", "`job` needs the scheduler slurm");
         }
         if config.backoff.initial > config.backoff.max {
             let what = format!("must be at most `max`, {:?}", config.backoff.max);

@@ -20,6 +20,16 @@ fn a_site_name_is_enough() {
     assert_eq!(config.images.compression, Compression::Auto);
     let config = parse("site = 'trixie'\n[images]\ncompression = 'lz4'").unwrap();
     assert_eq!(config.images.compression, Compression::Lz4);
+    assert_eq!(config.images.convert, Convert::Login);
+    let config = parse(
+        "site = 'trixie'\n[images]\nconvert = 'job'\nconvert_memory = '1GiB'\nconvert_time = '90s'",
+    )
+    .unwrap();
+    let images = config.images;
+    assert_eq!(
+        (images.convert, images.convert_cpus, images.convert_memory),
+        (Convert::Job, 2, 1 << 30)
+    );
 }
 
 #[test]
@@ -62,6 +72,17 @@ fn mistakes_name_line_and_allowed_values() {
                 "agent.toml:3: images.compression",
                 "`auto`, `gzip`, `zstd`, `lz4`",
             ],
+        ),
+        (
+            "site = 'x'\nscheduler = 'local'\n[images]\nconvert = 'job'",
+            &[
+                "agent.toml:4: images.convert",
+                "`job` needs the scheduler slurm",
+            ],
+        ),
+        (
+            "site = 'x'\n[images]\nconvert_cpus = 0",
+            &["agent.toml:3: images.convert_cpus", "above 0"],
         ),
         (
             "site = 'x'\n[job]\nnode_dns_suffixes = ['lan', '.Lan']",

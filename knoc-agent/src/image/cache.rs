@@ -60,6 +60,9 @@ pub(super) struct Entry {
     pub(super) file: ImageFile,
     #[serde(flatten)]
     pub(super) access: Access,
+    /// Whether it was pushed as this SIF file, and not converted by the agent.
+    #[serde(rename = "Pushed", default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) pushed: bool,
 }
 
 /// The cache directory.
@@ -178,6 +181,15 @@ impl Cache {
             })
         };
         entries.filter_map(|entry| image(entry.ok()?)).collect()
+    }
+
+    /// The names of the directories of pulls that an earlier agent left unfinished. Blocking.
+    pub(super) fn pulls(&self) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(self.temporary()) else {
+            return Vec::new();
+        };
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        names.collect()
     }
 
     /// Removes what an earlier agent left unfinished. Blocking; called once, at start.
@@ -314,15 +326,17 @@ mod tests {
                 ..ImageFile::default()
             },
             access: Access::pulled("a/b", true),
+            pushed: true,
         };
         cache.put("sha256:ab", &entry, &pulled).unwrap();
         assert_eq!(cache.get("sha256:ab"), Some(entry));
-        // What agents wrote that sent no credentials.
+        // What agents wrote that sent no credentials and knew no SIF files of registries.
         let older = state.images().join("sha256-cd");
         std::fs::File::create(older.with_extension("sif")).unwrap();
         write_json(&older.with_extension("json"), &ImageFile::default()).unwrap();
-        let older = cache.get("sha256:cd").map(|entry| entry.access);
-        assert_eq!(older, Some(Access::pulled("a/b", false)));
+        let older = cache.get("sha256:cd").unwrap();
+        assert_eq!(older.access, Access::pulled("a/b", false));
+        assert!(!older.pushed);
         assert!(state.images().join("sha256-ab.sif").is_file());
         cache.remember("busybox", "sha256:ab").unwrap();
         let again = Cache::new(state);

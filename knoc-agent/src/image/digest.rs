@@ -80,6 +80,16 @@ impl Digest {
         hasher.finish()
     }
 
+    /// Checks that what a registry sent for this digest has it.
+    pub fn check(&self, found: &Self) -> Result<(), String> {
+        if found == self {
+            return Ok(());
+        }
+        Err(format!(
+            "the registry sent content with digest {found} instead of {self}"
+        ))
+    }
+
     /// A hasher whose digests can be compared with this one.
     #[must_use]
     pub fn hasher(&self) -> Hasher {

@@ -63,14 +63,18 @@ impl ImageFile {
                 blob.os
             ));
         }
-        let file = blob.config.unwrap_or_default();
-        let length = file.length();
-        if length > MAX_TEXTS {
-            return Err(format!(
-                "entrypoint, arguments and variables of the image have {length} bytes, and at most {MAX_TEXTS} are allowed"
-            ));
+        blob.config.unwrap_or_default().bounded()
+    }
+
+    /// Checks that it is not too large for every container to have a copy.
+    pub(super) fn bounded(self) -> Result<Self, String> {
+        let length = self.length();
+        if length <= MAX_TEXTS {
+            return Ok(self);
         }
-        Ok(file)
+        Err(format!(
+            "entrypoint, arguments and variables of the image have {length} bytes, and at most {MAX_TEXTS} are allowed"
+        ))
     }
 
     fn length(&self) -> usize {

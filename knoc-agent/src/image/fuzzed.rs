@@ -29,6 +29,11 @@ pub fn manifests(data: &[u8]) {
             assert!(image.layers.len() <= MAX_LAYERS);
             let blobs = image.layers.iter().chain([&image.config]);
             blobs.for_each(|blob| in_its_folder(&blob.digest));
+            // A SIF file is not written into a layout.
+            if image.sif {
+                assert_eq!(image.layers.len(), 1);
+                return;
+            }
             let packings = vec![Packing::Gzip; image.layers.len()];
             let written = manifest::write(&image, &packings);
             let Ok(written) = written else {
@@ -163,7 +168,7 @@ mod tests {
                 Just(r#""layers":[]"#.to_owned()),
                 Just(r#""manifests":[]"#.to_owned()),
                 "\"config\":\\{\"digest\":\"sha(256|512):[a-f0-9]{62,66}\",\"size\":[0-9]{1,20}\\}",
-                "\"layers\":\\[\\{\"mediaType\":\"application/vnd.oci.image.layer.v1.tar\",\"digest\":\"sha256:[a-f0-9]{64}\",\"size\":[0-9]{1,4}\\}\\]",
+                "\"layers\":\\[\\{\"mediaType\":\"application/vnd.(oci.image.layer.v1.tar|sylabs.sif.layer.v1.sif)\",\"digest\":\"sha256:[a-f0-9]{64}\",\"size\":[0-9]{1,4}\\}\\]",
             ], 0..5),
         ) {
             manifests(format!("{{{}}}", parts.join(",")).as_bytes());

@@ -113,7 +113,12 @@ fn open_sif(found: &Found) -> std::io::Result<Option<(FileId, Arc<File>)>> {
         return Ok(None);
     }
     let again = format!("/proc/self/fd/{}", found.fd.as_raw_fd());
-    let mut file = File::open(again)?;
+    open(Path::new(&again))
+}
+
+/// Opens a file for reading if it is a SIF file. Blocking.
+pub(super) fn open(path: &Path) -> std::io::Result<Option<(FileId, Arc<File>)>> {
+    let mut file = File::open(path)?;
     let mut head = [0_u8; MAGIC_AT + MAGIC.len()];
     file.read_exact(&mut head)?;
     if !head.ends_with(MAGIC) {

@@ -21,6 +21,11 @@ pub(super) const MAX_CONFIG: usize = 4 << 20;
 pub(super) const MAX_LAYERS: usize = 500;
 /// The most entries of one index.
 const MAX_ENTRIES: usize = 1000;
+/// The media types of a SIF file that was pushed as it is. Early versions of Singularity wrote the second one, misspelt.
+const SIF: [&str; 2] = [
+    "application/vnd.sylabs.sif.layer.v1.sif",
+    "appliciation/vnd.sylabs.sif.layer.tar",
+];
 /// The media types that a request for a manifest accepts.
 pub(super) const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
      application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json";
@@ -86,6 +91,8 @@ pub(super) struct Descriptor {
 pub(super) struct Image {
     pub(super) config: Descriptor,
     pub(super) layers: Vec<Descriptor>,
+    /// Whether its only layer is a SIF file, and not an archive of files. Its config is of no use then.
+    pub(super) sif: bool,
 }
 
 impl Image {
@@ -197,8 +204,15 @@ fn image(config: &RawDescriptor, layers: &[RawDescriptor]) -> Result<Image, Stri
             "the image's config is longer than the {MAX_CONFIG} bytes allowed"
         ));
     }
+    let sif = layers.iter().any(is_sif);
+    if sif && layers.len() > 1 {
+        return Err(format!(
+            "a SIF file is the only layer of its image, and this one has {}",
+            layers.len()
+        ));
+    }
     let layer = |layer: &RawDescriptor| {
-        if !is_layer(&layer.media_type) {
+        if !sif && !is_layer(&layer.media_type) {
             return Err(format!(
                 "a layer is of the type {:?}: this is not a container image, or not one that can be run",
                 layer.media_type
@@ -210,7 +224,15 @@ fn image(config: &RawDescriptor, layers: &[RawDescriptor]) -> Result<Image, Stri
         })
     };
     let layers = layers.iter().map(layer).collect::<Result<_, _>>()?;
-    Ok(Image { config, layers })
+    Ok(Image {
+        config,
+        layers,
+        sif,
+    })
+}
+
+fn is_sif(layer: &RawDescriptor) -> bool {
+    SIF.contains(&layer.media_type.as_str())
 }
 
 fn digest(text: &str) -> Result<Digest, String> {

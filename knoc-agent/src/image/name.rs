@@ -14,9 +14,14 @@ const MAX_REPOSITORY: usize = 255;
 const MAX_TAG: usize = 128;
 const MAX_HOST: usize = 255;
 
+/// What the name of an image begins with that was pushed as a SIF file.
+const ORAS: &str = "oras://";
+
 /// The name of an image in a registry.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Name {
+    /// Whether the image is a SIF file that was pushed as it is.
+    sif: bool,
     registry: String,
     repository: String,
     tag: Option<String>,
@@ -51,6 +56,37 @@ pub enum NameError {
 }
 
 impl Name {
+    /// Parses `oras://…`, which is the name of a SIF file in a registry, `docker://…`, or a name without a scheme.
+    pub fn of_pod(text: &str) -> Result<Self, NameError> {
+        let (text, sif) = match text.strip_prefix(ORAS) {
+            Some(text) => (text, true),
+            None => (text.strip_prefix("docker://").unwrap_or(text), false),
+        };
+        Ok(Self {
+            sif,
+            ..text.parse()?
+        })
+    }
+
+    /// Checks that the registry has what the name says.
+    pub fn fits(&self, sif: bool) -> Result<(), String> {
+        match (self.sif, sif) {
+            (true, true) | (false, false) => Ok(()),
+            (true, false) => {
+                Err("this is a container image and not a SIF file: leave oras:// out".to_owned())
+            }
+            (false, true) => Err(format!(
+                "this was pushed as a SIF file: write {ORAS} before its name"
+            )),
+        }
+    }
+
+    /// What its name begins with, if it is a SIF file.
+    #[must_use]
+    pub fn scheme(&self) -> &'static str {
+        if self.sif { ORAS } else { "" }
+    }
+
     /// The host, with its port if the name has one.
     #[must_use]
     pub fn registry(&self) -> &str {
@@ -107,7 +143,7 @@ impl Name {
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.registry, self.repository)?;
+        write!(f, "{}{}/{}", self.scheme(), self.registry, self.repository)?;
         if let Some(tag) = &self.tag {
             write!(f, ":{tag}")?;
         }
@@ -150,6 +186,7 @@ impl FromStr for Name {
         }
         let tag = tag.or_else(|| digest.is_none().then(|| "latest".to_owned()));
         Ok(Self {
+            sif: false,
             registry,
             repository,
             tag,

@@ -31,6 +31,8 @@ pub(super) struct Progress {
     step: Mutex<(Step, Instant)>,
     /// How long it waited before it began.
     waited: OnceLock<Duration>,
+    /// The name of the Slurm job that converts it.
+    job: OnceLock<String>,
 }
 
 impl Progress {
@@ -40,7 +42,13 @@ impl Progress {
             received: AtomicU64::new(0),
             step: Mutex::new((Step::Waits, Instant::now())),
             waited: OnceLock::new(),
+            job: OnceLock::new(),
         }
+    }
+
+    /// A Slurm job of this name is to convert it.
+    pub(super) fn by_job(&self, name: &str) {
+        self.job.get_or_init(|| name.to_owned());
     }
 
     pub(super) fn enter(&self, step: Step) {
@@ -77,7 +85,13 @@ impl fmt::Display for Progress {
                 size(self.bytes)
             ),
             Step::Checks => write!(f, "checking its layers for {seconds} s"),
-            Step::Converts => write!(f, "converting it for {seconds} s"),
+            Step::Converts => match self.job.get() {
+                None => write!(f, "converting it for {seconds} s"),
+                Some(job) => write!(
+                    f,
+                    "waiting for {seconds} s for the Slurm job {job} to convert it"
+                ),
+            },
         }
     }
 }
@@ -143,6 +157,11 @@ mod tests {
         progress.enter(Step::Converts);
         tokio::time::advance(Duration::from_secs(7)).await;
         assert_eq!(said(), "converting it for 7 s");
+        progress.by_job("knoc_image_7");
+        assert_eq!(
+            said(),
+            "waiting for 7 s for the Slurm job knoc_image_7 to convert it"
+        );
         assert_eq!(watch.pulled(), Some((Duration::from_secs(3), 5 << 30)));
     }
 

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! size by the manifest ─► slot ─► room in the cache ─► layers ─► digests, unpacked size ─► conversion ─► cache
+//!                                                        └─────► digest of a SIF file ─────────────────────┘
 //! ```
 //!
 //! The runtime makes no request of its own: it is given an OCI image layout in which every blob was
@@ -22,20 +23,20 @@ use super::{
     Settings,
     access::Access,
     cache::{Cache, Entry},
-    compression::{Compressor, Method},
+    compression::Compressor,
     download::{Download, Layout},
+    file::ImageFile,
+    local,
     progress::{Progress, Step},
     reference::Source,
-    registry::{Found, RegistryClient, describe},
+    registry::{Config, Found, RegistryClient, describe},
     room::Reserved,
+    sif,
     slots::FairSlots,
     unpacked::{self, Budget, LayerError},
-    untrusted::shown,
+    untrusted::why,
 };
-use crate::command::{Command, CommandError, CommandErrorKind};
 
-/// How much of the runtime's output is kept.
-const MAX_OUTPUT: usize = 64 * 1024;
 /// How many images are pulled at the same time: their layers and their unpacked files are on disk
 /// meanwhile.
 pub(super) const PULLS: usize = 8;
@@ -43,9 +44,9 @@ pub(super) const PULLS: usize = 8;
 pub(super) const PULLS_EACH: usize = 2;
 /// The layout's name in the directory of its pull. The runtime is given only this relative name,
 /// because it would parse a colon in the state directory's path as the start of a tag.
-const LAYOUT: &str = "layout";
+pub(super) const LAYOUT: &str = "layout";
 /// The name there of the file that the runtime makes.
-const SIF: &str = "image.sif";
+pub(super) const SIF: &str = "image.sif";
 
 /// Pulls an image that is not cached.
 #[derive(Debug, Clone)]
@@ -57,8 +58,10 @@ pub(super) struct Puller {
     pub(super) progress: Arc<Progress>,
     /// Slots for whole pulls.
     pub(super) pulls: Arc<FairSlots>,
-    /// Slots for conversions, which use the login node's processors.
+    /// Slots for checks and conversions, which use the login node's processors.
     pub(super) conversions: Arc<FairSlots>,
+    /// One slot for each image: repositories that have the same one lead to one conversion.
+    pub(super) claims: Arc<FairSlots>,
     /// Decides how the image's files are compressed.
     pub(super) compressor: Arc<Compressor>,
 }
@@ -90,26 +93,36 @@ impl Puller {
             progress: &self.progress,
         };
         // Fetched only now, so that a pull that waits for a slot holds little memory.
-        let config = self.registry.config(&source, &found.image).await?;
+        let config = if found.image.sif {
+            None
+        } else {
+            Some(self.registry.config(&source, &found.image).await?)
+        };
         download.layers(&found.image).await?;
         let fetched = begin.elapsed();
         self.progress.enter(Step::Checks);
-        let _converting = self.conversions.acquire(registry).await;
-        let checked = self.check(layout, &found, config.text).await;
-        checked.map_err(|text| describe(&source, &text))?;
         let digest = found.digest.to_string();
+        let _claim = self.claims.acquire(&digest).await;
+        let converting = self.conversions.acquire(registry).await;
+        let file = match config {
+            None => self.take(layout, &found, &temporary).await,
+            Some(config) => self.check(layout, &found, config).await,
+        };
+        let file = file.map_err(|text| describe(&source, &text))?;
         // What was downloaded proves that the source has the image, if it is cached already.
         let (cache, cached, also) = (Arc::clone(&self.cache), digest.clone(), access.clone());
         if blocking(move || cache.join(&cached, also).map_err(|err| chain(&err))).await? {
             return Ok(());
         }
-        self.progress.enter(Step::Converts);
-        self.convert(&temporary).await?;
+        if !found.image.sif {
+            self.convert(&temporary.0, converting).await?;
+        }
         let image = source.reference.at(&found.digest);
         tracing::info!(%image, bytes = size, ?fetched, elapsed = ?begin.elapsed(), "pulled");
         let entry = Entry {
-            file: config.file,
+            file,
             access,
+            pushed: found.image.sif,
         };
         self.keep(temporary, reserved, digest, entry).await
     }
@@ -151,8 +164,13 @@ impl Puller {
         .await
     }
 
-    /// Checks the digests and the unpacked size of all layers, and completes the layout.
-    async fn check(&self, layout: Layout, found: &Found, config: Vec<u8>) -> Result<(), String> {
+    /// Checks the digests and the unpacked size of all layers, and completes the layout. Returns the image's config.
+    async fn check(
+        &self,
+        layout: Layout,
+        found: &Found,
+        config: Config,
+    ) -> Result<ImageFile, String> {
         let stop = CancellationToken::new();
         let _stops = stop.clone().drop_guard();
         let mut budget = Budget {
@@ -174,76 +192,43 @@ impl Puller {
                     LayerError::Broken(why) => why,
                 })?);
             }
-            layout.complete(&image, &config, &packings)
+            layout.complete(&image, &config.text, &packings)?;
+            Ok(config.file)
         })
         .await
     }
 
-    /// Converts the layout to a SIF file. An image that cannot be compressed as it should be is compressed with gzip.
-    async fn convert(&self, temporary: &Temporary) -> Result<(), String> {
-        let method = self.compressor.method(&self.settings).await;
-        let converted = self.conversion(method, temporary)?.run().await;
-        let Err(error) = converted else {
-            return Ok(());
-        };
-        let by_itself = matches!(error.kind, CommandErrorKind::Exit { code: Some(_), .. });
-        if method == Method::Gzip || !by_itself {
-            return Err(why(&error));
-        }
-        // Only if this succeeds was it the compression.
-        let again = self.conversion(Method::Gzip, temporary)?.run().await;
-        again.map_err(|error| why(&error))?;
-        self.compressor.failed(method, why(&error));
-        Ok(())
-    }
-
-    /// The command that converts the layout.
-    fn conversion(&self, method: Method, temporary: &Temporary) -> Result<Command, String> {
-        let command = self
-            .settings
-            .command()
-            .ok_or("this site has no container runtime")?;
-        let source = format!("oci:{LAYOUT}");
-        let command = command
-            .args(method.argv(SIF, &source))
-            .current_dir(&temporary.0)
-            .deadline(self.settings.pull_timeout)
-            .capture(MAX_OUTPUT);
-        let folders = ["TMPDIR", "CACHEDIR"];
-        Ok(folders.into_iter().fold(command, |command, folder| {
-            command
-                .env(format!("APPTAINER_{folder}"), &temporary.0)
-                .env(format!("SINGULARITY_{folder}"), &temporary.0)
-        }))
+    /// Takes an image that was pushed as a SIF file as it is, if its digest is right. Returns the config in it.
+    async fn take(
+        &self,
+        layout: Layout,
+        found: &Found,
+        temporary: &Temporary,
+    ) -> Result<ImageFile, String> {
+        let stop = CancellationToken::new();
+        let _stops = stop.clone().drop_guard();
+        let (image, target) = (Arc::clone(&found.image), temporary.0.join(SIF));
+        let open = blocking(move || {
+            let digest = image.layers.first().map(|layer| &layer.digest);
+            let digest = digest.ok_or("the image has no layer")?;
+            let path = layout.blob(digest);
+            unpacked::verify(&path, digest, &|| stop.is_cancelled())?;
+            let failed = |error: std::io::Error| format!("{}: {error}", path.display());
+            std::fs::rename(&path, &target).map_err(failed)?;
+            let open = local::open(&target).map_err(failed)?;
+            open.ok_or_else(|| format!("layer {digest} is not a SIF file"))
+        });
+        let (_, file) = open.await?;
+        let config = sif::read(&self.settings, file).await;
+        config.map_err(|error| why(&error))?.bounded()
     }
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, String> + Send + 'static,
 ) -> Result<T, String> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|error| chain(&error)).flatten()
-}
-
-/// Why the runtime failed, in its own message if it wrote one.
-pub(super) fn why(error: &CommandError) -> String {
-    let message = error.message().map_or_else(|| chain(error), fatal);
-    // The message may contain text from the image.
-    shown(&message)
-}
-
-/// The lines of Apptainer's output that say why it failed.
-fn fatal(message: &str) -> String {
-    let why: Vec<&str> = message
-        .lines()
-        .filter(|line| line.starts_with("FATAL") || line.starts_with("ERROR"))
-        .filter_map(|line| line.split_once(':').map(|(_, rest)| rest.trim()))
-        .collect();
-    if why.is_empty() {
-        message.to_owned()
-    } else {
-        why.join("; ")
-    }
 }
 
 /// The directory of one pull, which is removed on drop.
@@ -284,20 +269,5 @@ impl Drop for Temporary {
             Ok(runtime) => drop(runtime.spawn_blocking(remove)),
             Err(_) => remove(),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_lines_that_matter_are_kept() {
-        let message = "INFO:    Converting OCI blobs to SIF format\nWARNING: x\nFATAL:   While making image from oci registry: error fetching image: manifest unknown\n";
-        assert_eq!(
-            fatal(message),
-            "While making image from oci registry: error fetching image: manifest unknown"
-        );
-        assert_eq!(fatal("anything"), "anything");
     }
 }

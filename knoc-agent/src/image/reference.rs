@@ -14,9 +14,8 @@ pub enum Reference {
     Path(PathBuf),
 }
 
-/// Apptainer's schemes that are not supported, or not yet.
+/// Apptainer's schemes that are not supported.
 const UNSUPPORTED: &[&str] = &[
-    "oras",
     "library",
     "shub",
     "oci",
@@ -30,7 +29,7 @@ const UNSUPPORTED: &[&str] = &[
     "dhub",
 ];
 
-/// Parses what a pod names: `busybox`, `quay.io/a/b:tag`, `docker://…`, an absolute path.
+/// Parses what a pod names: `busybox`, `quay.io/a/b:tag`, `docker://…`, `oras://…`, an absolute path.
 pub fn parse(image: &str) -> Result<Reference, ImageError> {
     let invalid = |message: String| ImageError::new(image, ImageErrorKind::InvalidName, message);
     if image.starts_with('/') {
@@ -39,22 +38,23 @@ pub fn parse(image: &str) -> Result<Reference, ImageError> {
         }
         return Ok(Reference::Path(PathBuf::from(image)));
     }
-    let name = image.strip_prefix("docker://").unwrap_or(image);
-    if let Some((scheme, rest)) = name.split_once(':')
+    let schemes = ["docker://", "oras://"];
+    let name = schemes
+        .iter()
+        .find_map(|scheme| image.strip_prefix(*scheme));
+    if let Some((scheme, rest)) = name.unwrap_or(image).split_once(':')
         && (rest.starts_with("//")
             || (UNSUPPORTED.contains(&scheme) && rest.starts_with(['/', '.'])))
     {
         let message = if UNSUPPORTED.contains(&scheme) {
-            "is not supported"
+            "is not supported; fetch it once with `apptainer pull`, and name the SIF file by its path under the site's image_roots"
         } else {
-            "is unknown"
+            "is unknown; use docker://, oras://, or a path under the site's image_roots"
         };
-        let message = format!(
-            "the source {scheme}: {message}; use a docker image, or a path under the site's image_roots"
-        );
+        let message = format!("the source {scheme}: {message}");
         return Err(ImageError::new(image, ImageErrorKind::Unsupported, message));
     }
-    name.parse()
+    Name::of_pod(image)
         .map(Reference::Registry)
         .map_err(|err| invalid(format!("{err}")))
 }
@@ -146,16 +146,15 @@ fn rename(name: &Name, full: &str) -> Result<Name, String> {
     let digest = digest
         .map(|digest| format!("@{digest}"))
         .unwrap_or_default();
-    let text = format!("{full}{tag}{digest}");
-    text.parse()
-        .map_err(|err| format!("the mirror's name {text:?}: {err}"))
+    let text = format!("{}{full}{tag}{digest}", name.scheme());
+    Name::of_pod(&text).map_err(|err| format!("the mirror's name {text:?}: {err}"))
 }
 
 /// `docker.io/library/busybox@sha256:…`: the image ID that Kubernetes shows, whichever mirror was
 /// used.
 #[must_use]
 pub fn image_id(name: &Name, digest: &str) -> String {
-    format!("{}/{}@{digest}", name.registry(), name.repository())
+    format!("{}{}@{digest}", name.scheme(), name.repository_path())
 }
 
 #[cfg(test)]
@@ -186,6 +185,8 @@ mod tests {
             ("localhost/x", "localhost/x:latest"),
             ("quay.io/a/b/c:t", "quay.io/a/b/c:t"),
             ("/images/x.sif", "path /images/x.sif"),
+            ("oras://ghcr.io/a/b:1", "oras://ghcr.io/a/b:1"),
+            ("oras://ctl:5000/a", "oras://ctl:5000/a:latest"),
         ];
         for (image, expected) in cases {
             assert_eq!(whole(image), expected, "{image}");
@@ -200,7 +201,9 @@ mod tests {
             "Busybox",
             "busybox:",
             "a b",
-            "oras://x/y",
+            "oras://",
+            "oras://docker://x",
+            "oras:/x/y",
             "library://a/b:c",
             "shub://x",
             "docker-archive:/x.tar",
@@ -218,7 +221,8 @@ mod tests {
                 whole(bad)
             );
         }
-        assert!(whole("oras://x/y").contains("oras: is not supported"));
+        let library = whole("library://a/b");
+        assert!(library.contains("library: is not supported; fetch it once with `apptainer pull`"));
     }
 
     fn registry(prefix: &str, mirror: Option<&str>, insecure: bool) -> Registry {
@@ -250,6 +254,12 @@ mod tests {
             ("ctl:5000/x/y", "ctl:5000/x/y:latest", true),
             ("ctl:50001/x/y", "ctl:50001/x/y:latest", false),
             ("quay.io/x/y", "quay.io/x/y:latest", false),
+            ("oras://ctl:5000/x:1", "oras://ctl:5000/x:1", true),
+            (
+                "oras://docker.io/a/b",
+                "oras://mirror.example.org/hub/a/b:latest",
+                false,
+            ),
         ];
         for (image, expected, insecure) in cases {
             let Ok(Reference::Registry(name)) = parse(image) else {

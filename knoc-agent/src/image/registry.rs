@@ -157,7 +157,10 @@ impl RegistryClient {
         for _ in 0..=MAX_INDEXES {
             let (digest, text) = self.manifest(source, &version, named.as_ref()).await?;
             match manifest::read(&text)? {
-                Manifest::Image(image) => return Ok((digest, image)),
+                Manifest::Image(image) => {
+                    source.reference.fits(image.sif)?;
+                    return Ok((digest, image));
+                }
                 Manifest::Index(digest) => {
                     version = digest.to_string();
                     named = Some(digest);
@@ -357,13 +360,7 @@ async fn accepted(mut answer: Answer) -> Result<Answer, String> {
 }
 
 fn same(expected: &Digest, content: &[u8]) -> Result<(), String> {
-    let found = expected.same_of(content);
-    if found == *expected {
-        return Ok(());
-    }
-    Err(format!(
-        "the registry sent content with digest {found} instead of {expected}"
-    ))
+    expected.check(&expected.same_of(content))
 }
 
 /// An error message that may contain a registry's text: made safe to show, and prefixed with what

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
-use knoc_contract::host::node_name;
+use knoc_contract::{host::node_name, image_file::FileId, walk};
 use knoc_proto::pb::{self, PullPolicy};
 
 use super::{
@@ -45,6 +45,7 @@ pub struct Images {
     registry: Arc<RegistryClient>,
     pull_slots: Arc<FairSlots>,
     conversions: Arc<FairSlots>,
+    claims: Arc<FairSlots>,
     compressor: Arc<Compressor>,
     resolutions: Flights<Source, Result<Resolution, String>>,
     pulls: Flights<PullKey, Result<(), String>>,
@@ -64,6 +65,7 @@ impl Images {
             pull_slots: FairSlots::new(PULLS, PULLS_EACH),
             // Conversions use processors and are short: those of one registry may have all slots.
             conversions: FairSlots::new(settings.concurrency, settings.concurrency),
+            claims: FairSlots::new(usize::MAX, 1),
             compressor: Arc::new(Compressor::new(settings.compression)),
             resolutions: Flights::default(),
             pulls: Flights::default(),
@@ -96,8 +98,14 @@ impl Images {
         self.compressor.unread(node, compressions);
     }
 
-    /// Removes what pulls of an earlier agent left behind. Blocking; called once, at start.
+    /// Removes what pulls of an earlier agent left behind, and cancels their jobs. Blocking; called once, at start, in the
+    /// runtime.
     pub fn sweep(&self) {
+        if let Some(jobs) = &self.settings.jobs {
+            for name in self.cache.pulls() {
+                jobs.cancel(&name);
+            }
+        }
         self.cache.sweep();
     }
 
@@ -305,7 +313,7 @@ impl Images {
             path: self.cache.sif(&known.digest),
             image_id: reference::image_id(name, &known.digest),
             config: known.entry.file.into(),
-            file: None,
+            file: known.file,
             hold: Some(known.hold),
         }
     }
@@ -351,6 +359,7 @@ impl Images {
             progress,
             pulls: Arc::clone(&self.pull_slots),
             conversions: Arc::clone(&self.conversions),
+            claims: Arc::clone(&self.claims),
             compressor: Arc::clone(&self.compressor),
         };
         let pull = || puller.pull(source, found, access);
@@ -402,6 +411,8 @@ struct Wanted<'a> {
 struct Known {
     digest: String,
     entry: Entry,
+    /// The identity of a SIF file that was pushed as it is, which is used like one of the site.
+    file: Option<pb::ImageFileId>,
     hold: Hold,
 }
 
@@ -423,9 +434,16 @@ async fn here(cache: &Arc<Cache>, digest: String) -> Option<Known> {
         // Hold it first and look it up then, so that an image that is found stays.
         let hold = cache.hold(&digest);
         let entry = cache.get(&digest)?;
+        let file = if entry.pushed {
+            let found = walk::own(&cache.sif(&digest)).ok()?;
+            Some(FileId::of(&found).to_job(&node_name()))
+        } else {
+            None
+        };
         Some(Known {
             digest,
             entry,
+            file,
             hold,
         })
     };

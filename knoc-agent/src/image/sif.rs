@@ -12,7 +12,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::{Settings, file::ImageFile, flight::Flights, pull::why};
+use super::{Settings, file::ImageFile, flight::Flights, untrusted::why};
 use crate::command::CommandError;
 
 /// No SIF that a runtime writes has more JSON objects.
@@ -80,7 +80,8 @@ impl Sifs {
     }
 }
 
-async fn read(settings: &Settings, sif: Arc<File>) -> Result<ImageFile, CommandError> {
+/// The config in the open SIF file `sif`; empty if it contains none.
+pub(super) async fn read(settings: &Settings, sif: Arc<File>) -> Result<ImageFile, CommandError> {
     let Some(list) = settings.command() else {
         return Ok(ImageFile::default());
     };

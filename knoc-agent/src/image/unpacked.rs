@@ -375,15 +375,27 @@ pub(super) fn measure(
     };
     rest.map_err(broken)?;
     let found = reader.into_inner().hasher.finish();
-    if found != *digest {
-        return Err(LayerError::Broken(format!(
-            "the registry sent content with digest {found} instead of {digest}"
-        )));
-    }
+    digest.check(&found).map_err(LayerError::Broken)?;
     unpacked.map_err(broken)?;
     let left = sink.tar.finish();
     *budget = left.map_err(|error| LayerError::Broken(format!("layer {digest}: {error}")))?;
     Ok(packing)
+}
+
+/// Checks the digest of a file that is used as it is. Blocking.
+pub(super) fn verify(path: &Path, digest: &Digest, stop: &dyn Fn() -> bool) -> Result<(), String> {
+    let failed = |error: io::Error| format!("{}: {error}", path.display());
+    let mut file = File::open(path).map_err(failed)?;
+    let mut hasher = digest.hasher();
+    let mut buffer = vec![0; BUFFER];
+    while !stop() {
+        let read = file.read(&mut buffer).map_err(failed)?;
+        if read == 0 {
+            break;
+        }
+        hasher.update(buffer.get(..read).unwrap_or_default());
+    }
+    digest.check(&hasher.finish())
 }
 
 fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {

@@ -1,4 +1,8 @@
-//! PURE: makes texts of untrusted servers safe to show and to log.
+//! PURE: makes texts of untrusted servers, and of the runtime about untrusted images, safe to show and to log.
+
+use knoc_proto::error::chain;
+
+use crate::command::CommandError;
 
 /// The longest part of a registry's own text that is shown.
 const MAX_SHOWN: usize = 1024;
@@ -23,9 +27,40 @@ pub(super) fn shown(text: &str) -> String {
     out
 }
 
+/// Why the runtime failed, in its own message if it wrote one.
+pub(super) fn why(error: &CommandError) -> String {
+    let message = error.message().map_or_else(|| chain(error), fatal);
+    // The message may contain text from the image.
+    shown(&message)
+}
+
+/// The lines of Apptainer's output that say why it failed.
+pub(super) fn fatal(message: &str) -> String {
+    let why: Vec<&str> = message
+        .lines()
+        .filter(|line| line.starts_with("FATAL") || line.starts_with("ERROR"))
+        .filter_map(|line| line.split_once(':').map(|(_, rest)| rest.trim()))
+        .collect();
+    if why.is_empty() {
+        message.to_owned()
+    } else {
+        why.join("; ")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_lines_that_matter_are_kept() {
+        let message = "INFO:    Converting OCI blobs to SIF format\nWARNING: x\nFATAL:   While making image from oci registry: error fetching image: manifest unknown\n";
+        assert_eq!(
+            fatal(message),
+            "While making image from oci registry: error fetching image: manifest unknown"
+        );
+        assert_eq!(fatal("anything"), "anything");
+    }
 
     #[test]
     fn control_characters_are_escaped_and_long_texts_cut() {

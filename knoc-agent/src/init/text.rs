@@ -278,6 +278,13 @@ registries = []
 # the runtime can write it (Apptainer from 1.4 on) and no compute node has been unable to read it, else gzip. Images that are in the
 # cache stay as they are.
 # compression = "auto"  # default
+# Where they are converted: on the login node (login), or in a Slurm job for each image (job), with the account and the QOS of pods
+# that name none. The partition of these jobs, if not that of such pods; their CPUs, memory and time limit.
+# convert = "login"  # default
+# convert_partition = "short"  # example
+# convert_cpus = 2  # default
+# convert_memory = "4GiB"  # default
+# convert_time = "1h"  # default
 
 [limits]
 # Submissions: the sustained rate per second, the burst after an idle period, and the number of concurrent sbatch calls.

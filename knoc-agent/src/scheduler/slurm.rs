@@ -30,6 +30,7 @@ mod checks;
 mod enter;
 mod flags;
 mod nodes;
+mod own_job;
 mod ownership;
 mod parse;
 mod round;
@@ -38,6 +39,7 @@ mod settings;
 mod shape;
 mod submit_error;
 
+pub(crate) use own_job::{OwnJobs, Size};
 use ownership::Ownership;
 pub use settings::Settings;
 

@@ -386,7 +386,9 @@ impl Keyring {
 /// The repository of an image with its registry, as keyrings know it: `docker.io/library/busybox`. `None` for a file, and
 /// for a name that has no repository.
 fn repository(image: &str) -> Option<String> {
-    let name = image.strip_prefix("docker://").unwrap_or(image);
+    let mut schemes = ["docker://", "oras://"].into_iter();
+    let name = schemes.find_map(|scheme| image.strip_prefix(scheme));
+    let name = name.unwrap_or(image);
     if name.starts_with('/') {
         return None;
     }

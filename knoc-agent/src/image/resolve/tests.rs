@@ -18,11 +18,13 @@ use crate::{
     policy::Live,
 };
 
+mod by_job;
 mod cached;
 mod compressed;
 mod fake;
 mod hostile;
 mod private;
+mod pushed;
 
 use self::fake::{CONFIG, Content, FakeRegistry, Reply, tar};
 
@@ -118,6 +120,7 @@ fn settings(dir: &Path, registry: &str, program: PathBuf) -> Settings {
         }],
         policy: Live::fixed(Policy::default()),
         compression: Compression::Gzip,
+        jobs: None,
         limits: Bounds {
             size: 1 << 20,
             unpacked: 8 << 20,
@@ -308,7 +311,8 @@ async fn without_a_runtime_an_image_is_only_a_name() {
 #[tokio::test]
 async fn a_source_is_rejected_before_the_pod_is_accepted_and_a_bad_name_waits() {
     let world = World::new().await;
-    let error = world.images.check("oras://x/y").unwrap_err();
+    world.images.check("oras://x/y").unwrap();
+    let error = world.images.check("library://x/y").unwrap_err();
     assert_eq!(error.kind, ImageErrorKind::Unsupported);
     world.images.check("Whatever it is").unwrap();
     let waits = world

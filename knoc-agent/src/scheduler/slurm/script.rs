@@ -233,19 +233,25 @@ pub(in crate::scheduler) fn script(
     jobdir: &Path,
 ) -> Result<String, SubmitError> {
     let (shim, jobdir) = (quote(path_text(shim)?), quote(path_text(jobdir)?));
+    // USR2 announces the time limit, and USR1 is the agent's own stop signal. Both end a process
+    // that does not handle them, and the shim of the job directory may be an older one. So they are
+    // ignored until a shim installs handlers.
+    let words = [shim, "shim".to_owned(), jobdir];
+    Ok(batch(prelude, "trap '' USR1 USR2\n", &words))
+}
+
+/// A batch script of the site's prelude, further lines, and one `exec` of words that are quoted already.
+pub(super) fn batch(prelude: &str, lines: &str, words: &[String]) -> String {
     let mut script = "#!/bin/sh\n".to_owned();
     if !prelude.trim().is_empty() {
         script.push_str(prelude.trim_end());
         script.push('\n');
     }
-    // USR2 announces the time limit, and USR1 is the agent's own stop signal. Both end a process
-    // that does not handle them, and the shim of the job directory may be an older one. So they are
-    // ignored until a shim installs handlers.
-    script.push_str("trap '' USR1 USR2\n");
+    script.push_str(lines);
     script.push_str("exec ");
-    script.push_str(&[&shim, "shim", &jobdir].join(" "));
+    script.push_str(&words.join(" "));
     script.push('\n');
-    Ok(script)
+    script
 }
 
 fn path_text(path: &Path) -> Result<&str, SubmitError> {

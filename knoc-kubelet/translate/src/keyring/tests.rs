@@ -197,6 +197,7 @@ fn names_become_repositories() {
         ("ctl:5000/x:1", Some("ctl:5000/x")),
         ("ctl:5000/x/y@sha256:00", Some("ctl:5000/x/y")),
         ("docker://localhost/x", Some("localhost/x")),
+        ("oras://ctl:5000/a/b:1", Some("ctl:5000/a/b")),
         ("/x.sif", None),
         ("", None),
     ] {

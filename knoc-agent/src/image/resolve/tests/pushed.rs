@@ -1,0 +1,129 @@
+//! Tests of images that were pushed as SIF files (`oras://`).
+
+use super::*;
+
+const SIF_TYPE: &str = "application/vnd.sylabs.sif.layer.v1.sif";
+const NAME: &str = "oras://sif:1";
+
+/// A SIF file of 100 bytes; the fake runtime says its size as the command of its config.
+fn sif() -> Vec<u8> {
+    let mut bytes = vec![0; 32];
+    bytes.extend_from_slice(b"SIF_MAGIC");
+    bytes.resize(100, 7);
+    bytes
+}
+
+fn pushed(layers: &[(&str, &[u8])]) -> String {
+    let layer = |(media_type, bytes): &(&str, &[u8])| {
+        let (digest, size) = (Digest::of(bytes), bytes.len());
+        format!(r#"{{"mediaType":"{media_type}","digest":"{digest}","size":{size}}}"#)
+    };
+    let layers: Vec<String> = layers.iter().map(layer).collect();
+    format!(
+        r#"{{"schemaVersion":2,"config":{{"mediaType":"application/vnd.sylabs.sif.config.v1+json","digest":"{}","size":2}},"layers":[{}]}}"#,
+        Digest::of(b"{}"),
+        layers.join(",")
+    )
+}
+
+/// A registry with that manifest under `library/sif`, and with `blob` in place of the blob `named`.
+async fn world(manifest: &str, named: &[u8], blob: &[u8]) -> World {
+    let off = Arc::new(AtomicBool::new(false));
+    let digest = Digest::of(named).to_string();
+    let content = one().text("library/sif", manifest).falsified(&digest, blob);
+    let flag = Arc::clone(&off);
+    let registry = FakeRegistry::start(move |ask| {
+        if flag.load(Ordering::SeqCst) {
+            Reply::Close
+        } else {
+            content.answer(ask)
+        }
+    });
+    let registry = registry.await;
+    let dir = tempfile::tempdir().unwrap();
+    let images = images(dir.path(), &registry.address);
+    write_program(&dir.path().join("apptainer"), SIF);
+    World {
+        dir,
+        registry,
+        off,
+        images,
+    }
+}
+
+#[tokio::test]
+async fn a_pushed_sif_is_used_as_it_is_and_kept_by_its_digest() {
+    let manifest = pushed(&[(SIF_TYPE, &sif()[..])]);
+    let mut world = world(&manifest, &sif(), &sif()).await;
+    let all = (0..20).map(|_| world.images.resolve(NAME, PullPolicy::Always, &[]));
+    for image in futures::future::join_all(all).await {
+        let image = image.unwrap();
+        assert_eq!(image.config.cmd, ["100"]);
+        assert_eq!(std::fs::read(&image.path).unwrap(), sif());
+        let id = format!("oras://docker.io/library/sif@{}", digest(&manifest));
+        assert_eq!(image.image_id, id);
+        // It starts as a SIF file of the site does.
+        assert_eq!(image.file.unwrap().size, 100);
+    }
+    // `list` and `dump`, and nothing was converted.
+    assert_eq!(world.pulls(), 2);
+    let blobs = world.registry.seen.count("GET", "/blobs/");
+    assert_eq!(blobs, 1, "its config is of no use");
+    world.off.store(true, Ordering::SeqCst);
+    world.again();
+    let kept = world.images.resolve(NAME, PullPolicy::IfNotPresent, &[]);
+    assert!(kept.await.unwrap().file.is_some());
+    let asks = world.images.resolve(NAME, PullPolicy::Always, &[]);
+    asks.await.unwrap_err();
+}
+
+#[tokio::test]
+async fn what_is_not_one_sif_file_is_rejected_by_name() {
+    let (sif, layer) = (sif(), layer());
+    let tar_type = "application/vnd.oci.image.layer.v1.tar";
+    let mut other = sif.clone();
+    other[99] = 8;
+    let text = b"not a SIF file, however long it may be, and a bit more of it";
+    let good = pushed(&[(SIF_TYPE, &sif[..])]);
+    let two = pushed(&[(SIF_TYPE, &sif[..]), (tar_type, &layer[..])]);
+    let cases: [(String, &[u8], &[u8], &str, &str); 6] = [
+        (two, &sif, &sif, NAME, "the only layer"),
+        (
+            pushed(&[("application/x-tool", &sif[..])]),
+            &sif,
+            &sif,
+            NAME,
+            "of the type \"application/x-tool\"",
+        ),
+        (
+            good.clone(),
+            &sif,
+            &sif,
+            "sif:1",
+            "write oras:// before its name",
+        ),
+        (
+            good.clone(),
+            &sif,
+            &sif,
+            "oras://one:v1",
+            "leave oras:// out",
+        ),
+        (good, &sif, &other, NAME, "instead of sha256:"),
+        (
+            pushed(&[(SIF_TYPE, &text[..])]),
+            text,
+            text,
+            NAME,
+            "is not a SIF file",
+        ),
+    ];
+    for (manifest, named, blob, name, expected) in cases {
+        let world = world(&manifest, named, blob).await;
+        let error = world.images.resolve(name, PullPolicy::Always, &[]).await;
+        let error = error.unwrap_err();
+        assert_eq!(error.reason(), "ErrImagePull", "{error}");
+        assert!(error.message.contains(expected), "{expected}: {error}");
+        assert!(error.message.contains("library/"), "{error}");
+    }
+}
