@@ -9,10 +9,7 @@ use knoc_tests::{
     site::{Daemon, Kubelet, Options, Site, free_port},
     wait_for,
 };
-use rustix::{
-    net::sockopt::set_socket_linger,
-    process::{Resource, Rlimit, getrlimit, setrlimit},
-};
+use rustix::net::sockopt::set_socket_linger;
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -21,7 +18,7 @@ use tokio::{
     task::JoinSet,
 };
 
-const SOON: Duration = Duration::from_secs(40);
+pub(crate) const SOON: Duration = Duration::from_secs(40);
 
 /// Connects to the API server as often as it is told: sends, ends its direction, and says what came back.
 const CLIENT: &str = r#"
@@ -59,13 +56,17 @@ async fn echo() -> anyhow::Result<(u16, JoinSet<()>)> {
     Ok((port, tasks))
 }
 
+/// The Service `default/kubernetes` with this port.
+pub(crate) fn service(port: u16) -> serde_json::Value {
+    json!({"metadata": {"name": "kubernetes"}, "spec": {"type": "ClusterIP", "clusterIP": "10.96.0.1",
+        "clusterIPs": ["10.96.0.1"], "ports": [{"name": "https", "port": port, "protocol": "TCP"}]}})
+}
+
 /// A cluster with the Service `default/kubernetes`, whose endpoint is that port of this host.
 async fn cluster(site: &Site, port: u16) -> anyhow::Result<Kubelet> {
     let kubelet = Kubelet::prepare(site).await?;
     let api = &kubelet.api;
-    let service = json!({"metadata": {"name": "kubernetes"}, "spec": {"type": "ClusterIP", "clusterIP": "10.96.0.1",
-        "clusterIPs": ["10.96.0.1"], "ports": [{"name": "https", "port": 443, "protocol": "TCP"}]}});
-    api.create("v1", "services", "default", service)?;
+    api.create("v1", "services", "default", service(443))?;
     let ranges = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}});
     api.create("networking.k8s.io/v1", "servicecidrs", "", ranges)?;
     if port > 0 {
@@ -83,7 +84,7 @@ fn client(kubelet: &Kubelet, name: &str, connections: u32) -> anyhow::Result<Str
 }
 
 /// The log of the pod, once it has ended.
-async fn log(site: &Site, uid: &str) -> anyhow::Result<String> {
+pub(crate) async fn log(site: &Site, uid: &str) -> anyhow::Result<String> {
     wait_for("the end of the client", SOON, async || {
         let run = site
             .knocctl(["logs", uid])
@@ -103,7 +104,7 @@ async fn log(site: &Site, uid: &str) -> anyhow::Result<String> {
 }
 
 /// The messages of the pod's Events about connections that were refused.
-async fn refusals(kubelet: &Kubelet) -> anyhow::Result<Vec<String>> {
+pub(crate) async fn refusals(kubelet: &Kubelet) -> anyhow::Result<Vec<String>> {
     told(kubelet, "EgressRefused").await
 }
 
@@ -143,7 +144,7 @@ async fn counted(site: &Site, kubelet: &Kubelet, lines: &[String]) -> anyhow::Re
 }
 
 /// A site, a cluster and a kubelet with these settings.
-async fn start(
+pub(crate) async fn start(
     tables: &str,
     port: u16,
     env: &[(&str, &str)],
@@ -379,161 +380,6 @@ async fn a_connection_that_one_side_breaks_off_is_not_complete_for_the_other() -
     ensure!(end == Err(io::ErrorKind::ConnectionReset), "{end:?}");
     let log = log(&site, &uid).await?;
     ensure!(log.starts_with("broken"), "{log}");
-    Ok(())
-}
-
-/// Sends on and on to an endpoint that has closed its connection.
-const SENDER: &str = r#"
-import os, socket, time
-target = (os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"]))
-try:
-    with socket.create_connection(target) as peer:
-        peer.sendall(b"x")
-        while peer.recv(10): pass
-        until = time.monotonic() + 20
-        while time.monotonic() < until:
-            peer.sendall(b"y" * 1000)
-            time.sleep(0.05)
-        print("it was never told", flush=True)
-except OSError:
-    print("broken", flush=True)
-print("end", flush=True)
-"#;
-
-#[tokio::test]
-async fn a_program_that_sends_to_an_endpoint_that_is_gone_is_told() -> anyhow::Result<()> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let port = listener.local_addr()?.port();
-    let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        while let Ok((mut peer, _)) = listener.accept().await {
-            // It has read everything, so this is a regular end.
-            peer.read_exact(&mut [0]).await.ok();
-        }
-    });
-    let (site, kubelet, _running) = start("", port, &[]).await?;
-    let main = json!({"name": "main", "image": "none", "command": ["python3", "-c", SENDER]});
-    let uid = kubelet.create_pod("client", json!({"containers": [main]}))?;
-    let log = log(&site, &uid).await?;
-    ensure!(log.starts_with("broken"), "{log}");
-    Ok(())
-}
-
-/// Holds so many connections until they end, and then opens one more.
-const HOLDER: &str = r#"
-import os, socket, sys, time
-target = (os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"]))
-held = [socket.create_connection(target) for _ in range(int(sys.argv[1]))]
-for peer in held: peer.sendall(b"x")
-for peer in held: peer.recv(1)
-print("open", flush=True)
-ended = 0
-for peer in held:
-    try:
-        if not peer.recv(1): ended += 1
-    except OSError:
-        ended += 1
-print("ended", ended, flush=True)
-for _ in range(100):
-    try:
-        with socket.create_connection(target) as peer:
-            peer.sendall(b"x")
-            if peer.recv(1):
-                print("again", flush=True)
-                break
-    except OSError:
-        pass
-    time.sleep(0.1)
-print("end", flush=True)
-"#;
-
-/// The endpoint sends each byte back and keeps its connections.
-async fn keeper() -> anyhow::Result<(u16, JoinSet<()>)> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let port = listener.local_addr()?.port();
-    let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        let mut peers = JoinSet::new();
-        while let Ok((mut peer, _)) = listener.accept().await {
-            peers.spawn(async move {
-                let (mut reader, mut writer) = peer.split();
-                tokio::io::copy(&mut reader, &mut writer).await
-            });
-        }
-    });
-    Ok((port, tasks))
-}
-
-/// Waits until the log of the pod has this text.
-async fn logged(site: &Site, uid: &str, text: &str) -> anyhow::Result<()> {
-    wait_for(text, SOON, async || {
-        let run = site.knocctl(["logs", uid]);
-        let run = run.map_err(|error| error.to_string())?;
-        let output = run.output().await;
-        let log = output.map_err(|error| format!("{error:#}"))?.text();
-        if log.contains(text) { Ok(()) } else { Err(log) }
-    })
-    .await
-}
-
-#[tokio::test]
-async fn a_hundred_connections_end_with_their_kubelet_and_the_next_one_serves_new_ones()
--> anyhow::Result<()> {
-    let (port, _keeper) = keeper().await?;
-    let (site, kubelet, [_agent, process]) = start("", port, &[]).await?;
-    let main =
-        json!({"name": "main", "image": "none", "command": ["python3", "-c", HOLDER, "100"]});
-    let uid = kubelet.create_pod("client", json!({"containers": [main]}))?;
-    logged(&site, &uid, "open").await?;
-    process.kill().await?;
-    logged(&site, &uid, "ended 100").await?;
-    let _process = kubelet.start(&site, &[]).await?;
-    let log = log(&site, &uid).await?;
-    ensure!(log.contains("again"), "{log}");
-    Ok(())
-}
-
-/// Connects more often than a pod may, and says how many connections were reset.
-const MANY: &str = r#"
-import os, resource, socket
-hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
-target = (os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"]))
-held, reset = [], 0
-for number in range(10000):
-    try:
-        peer = socket.create_connection(target)
-        peer.sendall(b"x")
-        if not peer.recv(1): raise OSError("ended")
-        held.append(peer)
-    except OSError:
-        reset += 1
-        if reset == 20: break
-print("held", len(held), flush=True)
-print("end", flush=True)
-"#;
-
-#[tokio::test]
-async fn a_pod_that_opens_ten_thousand_connections_is_bounded_and_told_by_name()
--> anyhow::Result<()> {
-    // This process has the other ends.
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        ..limit
-    };
-    setrlimit(Resource::Nofile, raised)?;
-    let (port, _keeper) = keeper().await?;
-    let (site, kubelet, _running) = start("", port, &[]).await?;
-    let main = json!({"name": "main", "image": "none", "command": ["python3", "-c", MANY]});
-    let uid = kubelet.create_pod("client", json!({"containers": [main]}))?;
-    let log = log(&site, &uid).await?;
-    ensure!(log.starts_with("held 768\n"), "{log}");
-    let refused = refusals(&kubelet).await?;
-    ensure!(
-        refused[0].contains("768 open connections to the cluster, which is the limit"),
-        "{refused:?}"
-    );
     Ok(())
 }
 
