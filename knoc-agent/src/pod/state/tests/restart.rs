@@ -132,8 +132,14 @@ fn a_deleted_pod_whose_job_runs_after_all_is_ended() {
         grace: Duration::from_secs(5),
         reason: "test".to_owned(),
     });
+    let (hidden, _) = feed(and(running(), [delete(), missing()]));
+    assert!(matches!(
+        hidden.stage(),
+        Some(JobStage::Settling { cause: Some(_), .. })
+    ));
     for (pod, event) in [
         (settling, seen("1", JobState::Running)),
+        (hidden, seen("1", JobState::Running)),
         (recorded, Event::Begin),
     ] {
         let (pod, effects) = step(pod, event, at(9));
