@@ -204,7 +204,11 @@ async fn from_container(reader: &ReadHalf<'_>, output: &Output) -> Result<(), St
         } else {
             egress_output::Output::Data(take(&mut buffer))
         };
-        if !send(output, message).await || count == 0 {
+        if !send(output, message).await {
+            // The caller is gone, and what was sent with it.
+            return Err(failed(&io::ErrorKind::BrokenPipe.into()));
+        }
+        if count == 0 {
             return Ok(());
         }
     }
