@@ -37,7 +37,7 @@ pub(crate) enum Broken {
 /// What happens once the peer of the socket takes no more bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum OnWriteError {
-    /// The other direction goes on, and what the pod sends is read and dropped.
+    /// The other direction goes on, and what the pod sends is read and dropped: the peer reads no more, but what it sends still matters.
     Drain,
     /// The connection ends: otherwise a program that sends without end would never notice.
     Break,
@@ -54,32 +54,34 @@ pub(crate) fn reset(stream: TcpStream) {
     drop(split(stream));
 }
 
-/// Writes the data of the call to the socket until the call ends.
+/// Writes the data of the call to the socket until the call ends. `on_error` is asked with each piece that cannot be written.
 pub(crate) async fn to_socket<M: prost::Message + Default>(
     mut output: Messages<M>,
     mut guard: ResetUnlessEnded,
-    on_error: OnWriteError,
+    on_error: impl Fn() -> OnWriteError,
     part: impl Fn(M) -> Option<Part>,
 ) -> Result<(), Broken> {
-    let mut reads = true;
+    let mut failed = None;
     loop {
         let next = output.message().await;
         let next = next.map_err(|status| Broken::Pod(status.message().to_owned()))?;
         let Some(next) = next else { break };
         match (part(next), guard.writer()) {
-            (Some(Part::Data(data)), Some(writer)) if reads => {
-                match (writer.write_all(&data).await, on_error) {
-                    (Ok(()), _) => {}
-                    // The peer reads no more, but what it sends still matters.
-                    (Err(_), OnWriteError::Drain) => reads = false,
-                    (Err(error), OnWriteError::Break) => return Err(Broken::Socket(error)),
+            (Some(Part::Data(data)), Some(writer)) => {
+                if failed.is_none() {
+                    failed = writer.write_all(&data).await.err();
+                }
+                let Some(error) = failed.take() else { continue };
+                match on_error() {
+                    OnWriteError::Drain => failed = Some(error),
+                    OnWriteError::Break => return Err(Broken::Socket(error)),
                 }
             }
             (Some(Part::Closed), _) => {
                 // Fails if the peer has closed the connection, which the other direction notices.
                 guard.end().await.ok();
             }
-            (Some(Part::Data(_)) | None, _) => {}
+            (Some(Part::Data(_)), None) | (None, _) => {}
         }
     }
     match guard.writer() {

@@ -46,6 +46,7 @@ build() {
     (cd "$sources" && go_build "Argo Workflows" build -ldflags "-s -w -X $module.version=$version" -o "$bin/" ./cmd/workflow-controller ./cmd/argoexec)
     GOBIN=$bin go_build gofakes3 install -ldflags "-s -w" $store_module/cmd/gofakes3@$store_version
     echo "$versions" >"$bin/.built"
+    trim_go_cache
 }
 
 node() { hpc exec login "$@"; }

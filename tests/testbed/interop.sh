@@ -49,8 +49,9 @@ install_go_client() {
     say "building the Go client"
     install_go
     # Uses the flags of the control plane, so that packages compiled for it are not compiled again.
-    (cd "$clients/go" && CGO_ENABLED=0 go build -trimpath -modfile="${from[0]}" -ldflags "-s -w" -o "$interop/go-client" .)
+    (cd "$clients/go" && CGO_ENABLED=0 go_locked build -trimpath -modfile="${from[0]}" -ldflags "-s -w" -o "$interop/go-client" .)
     fresh go "${from[@]}"
+    trim_go_cache
 }
 
 exec 9>"$interop/.setup.lock"

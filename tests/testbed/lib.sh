@@ -26,6 +26,9 @@ export KUBE_PREFIX=${KUBE_PREFIX:-$kube_prefix}
 run=$KNOC_BED/run      # pid files, certificates and configuration of what `up` starts
 log=$KNOC_BED/log
 tools=$KNOC_BED/tools  # Go, where the machine has none
+# Go's compiled packages. Those of the bed's user are left alone, because these are removed (trim_go_cache).
+go_cache=$KNOC_BED/go-build
+export GOCACHE=${GOCACHE:-$go_cache}
 mkdir -p "$run" "$log" "$tools/bin"
 chmod 700 "$run"
 export PATH=$PATH:$KUBE_PREFIX/bin:$tools/bin
@@ -113,13 +116,24 @@ install_go() {
     export PATH=$tools/bin:$PATH
 }
 
+# go_locked go-ARGUMENTS...: runs go, and keeps its cache meanwhile.
+go_locked() { flock -s "$go_cache.lock" go "$@"; }
+# trim_go_cache: removes the compiled packages (more than 2 GB) once the conformance suite is built, which shares most of them with the control
+# plane, or if less than 10 GB are free; never while something is being built. Without them, what is built later only takes longer.
+trim_go_cache() {
+    local free
+    free=$(df --output=avail -k "$KNOC_BED" | tail -1)
+    if [ ! -e "$KUBE_PREFIX/bin/.conformance" ] && [ "$free" -gt $((10 << 20)) ]; then return 0; fi
+    (flock -n 7 || exit 0; rm -rf --one-file-system "${go_cache:?}") 7>"$go_cache.lock"
+}
+
 # go_build WHAT go-ARGUMENTS...: prints the progress every 15 s.
 go_build() {
     local what=$1 line count=0 said=$SECONDS
     shift
     # The flags are the same for all programs, so that shared packages are compiled once; -s -w would drop the debugging information at the end.
     # The garbage collectors of the compilers run less often, which saves a sixth of the time for some hundred MB.
-    GOGC=400 go "$1" -v -trimpath -gcflags=all=-dwarf=false "${@:2}" 2>&1 | while read -r line; do
+    GOGC=400 go_locked "$1" -v -trimpath -gcflags=all=-dwarf=false "${@:2}" 2>&1 | while read -r line; do
         case $line in
         'go: downloading '*) line="downloads ${line#go: downloading }" ;;
         *[!a-zA-Z0-9._/~+-]*) echo "$line" >&2 ;; # not the name of a package: an error message

@@ -20,8 +20,9 @@ build() {
     [ "$(cat "$bin/.built" 2>/dev/null)" != "$stamp" ] || return 0
     say "building kubeseal and the controller of sealed-secrets"
     mkdir -p "$bin"
-    (cd "$sources" && go build -trimpath -o "$bin/" github.com/bitnami/sealed-secrets/cmd/kubeseal github.com/bitnami/sealed-secrets/cmd/controller)
+    (cd "$sources" && go_locked build -trimpath -o "$bin/" github.com/bitnami/sealed-secrets/cmd/kubeseal github.com/bitnami/sealed-secrets/cmd/controller)
     echo "$stamp" >"$bin/.built"
+    trim_go_cache
 }
 # The chart of the same version, with its roles and the definition of SealedSecret.
 controller_up() {

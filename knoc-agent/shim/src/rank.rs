@@ -9,6 +9,7 @@
 //! there. If the connection is lost, the program is killed: nobody would hear of its end, and the shim has counted the rank
 //! as lost.
 
+mod stoppable;
 mod streams;
 
 use std::{
@@ -43,11 +44,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::level_filters::LevelFilter;
 
-use self::streams::{Streams, Way};
+use self::{
+    stoppable::Stoppable,
+    streams::{Streams, Way},
+};
 use super::{
     children::Children,
     container::{
-        Attempt, Ended, Program,
+        Attempt, Ended,
         rank::{self, Own},
     },
     link::dial,
@@ -391,7 +395,7 @@ impl Prepared {
     /// helper.
     async fn run(
         self,
-        mut orders: mpsc::Receiver<Order>,
+        orders: mpsc::Receiver<Order>,
         mut streams: Streams,
         writer: &mut (impl AsyncWrite + Unpin),
         tasks: &mut JoinSet<()>,
@@ -412,68 +416,16 @@ impl Prepared {
             events,
             target: None,
         };
-        let (started, mut runs) = oneshot::channel();
-        let ended = {
-            let running = rank::run(&pod, &attempt, self.own, started);
-            tokio::pin!(running);
-            let mut stoppable = Stoppable {
-                program: None,
-                abort,
-            };
-            let mut connected = true;
-            loop {
-                tokio::select! {
-                    biased;
-                    ended = &mut running => break ended,
-                    order = orders.recv(), if connected => {
-                        connected = order.is_some();
-                        stoppable.obey(order, &mut streams, &pod);
-                    }
-                    Ok(program) = &mut runs, if stoppable.program.is_none() => {
-                        let running = pb::RankRunning { pid: program.identity.pid };
-                        stoppable.program = Some(program);
-                        // If it is lost, `orders` ends.
-                        say(writer, from_rank::Message::Running(running)).await.ok();
-                    }
-                    () = streams.next_end() => {}
-                }
-            }
-        };
+        let (started, runs) = oneshot::channel();
+        let running = rank::run(&pod, &attempt, self.own, started);
+        let stoppable = Stoppable::new(abort);
+        let around = (&pod, &mut streams, &mut *writer);
+        let ended = stoppable.until_end(running, (runs, orders), around).await;
         // Of several ranks that fail, the first one counts, however long the removal of what it wrote takes.
         let code = tell_end(writer, end_of(&ended)).await;
         streams.finish().await;
         super::remove_folders(pod).await;
         Ok(code)
-    }
-}
-
-/// The program, as far as it runs.
-struct Stoppable {
-    program: Option<Arc<Program>>,
-    abort: CancellationToken,
-}
-
-impl Stoppable {
-    /// Does what the shim orders. If there is no order, the connection is lost, and the program is killed.
-    fn obey(&self, order: Option<Order>, streams: &mut Streams, pod: &Arc<Pod>) {
-        match order {
-            Some(Order::Signal(signal)) => self.take(signal),
-            Some(Order::OpenStream(id)) => streams.open(id, pod, self.program.as_ref()),
-            Some(Order::EndStream(id)) => streams.end(id),
-            None => self.take(Signal::KILL),
-        }
-    }
-
-    fn take(&self, signal: Signal) {
-        match &self.program {
-            Some(program) if signal == Signal::KILL => {
-                program.kill();
-                self.abort.cancel();
-            }
-            Some(program) => program.signal(signal),
-            // The program does not run yet: there is nothing that could take the signal.
-            None => self.abort.cancel(),
-        }
     }
 }
 

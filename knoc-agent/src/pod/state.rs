@@ -32,7 +32,7 @@ pub use timeouts::Timeouts;
 /// One step of the machine.
 #[must_use]
 pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
-    let effects = match event {
+    let mut effects = match event {
         Event::Begin => begin(&mut pod, now),
         Event::Staged => before_job::staged(&mut pod, now),
         Event::StageFailed {
@@ -82,6 +82,7 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
         Event::Tick => tick(&mut pod, now),
         Event::Forget => ending::forget(&mut pod, now),
     };
+    effects.extend(ending::obey_deletion(&mut pod, now));
     (pod, effects)
 }
 
@@ -89,12 +90,11 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
 fn link(pod: &mut Pod, up: bool, now: Timestamp) -> Vec<Effect> {
     pod.link = up;
     pod.read_soon(now);
-    // A link that breaks may mean that the job has ended.
-    if up || pod.job().is_none() {
-        Vec::new()
-    } else {
-        vec![Effect::PollSoon]
+    if up {
+        return ending::tell_again(pod, now).into_iter().collect();
     }
+    // A link that breaks may mean that the job has ended.
+    pod.job().map(|_| Effect::PollSoon).into_iter().collect()
 }
 
 /// The actor has started, perhaps after a restart of the agent: no effect that the state waits for is under way.

@@ -6,7 +6,10 @@
 use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -199,7 +202,16 @@ async fn tcp(stream: TcpStream, input: ToPod, output: FromPod, open: &Open) {
         }
         part
     };
-    let to_cluster = halves::to_socket(output, guard, OnWriteError::Drain, counted);
+    // An endpoint that has ended its direction and takes no more is gone: nobody else would tell a program that sends on and on.
+    let ended = &AtomicBool::new(false);
+    let on_error = || {
+        if ended.load(Ordering::Relaxed) {
+            OnWriteError::Break
+        } else {
+            OnWriteError::Drain
+        }
+    };
+    let to_cluster = halves::to_socket(output, guard, on_error, counted);
     // The input ends with this direction.
     let from_cluster = async move {
         let wrap = |part: Part| match part {
@@ -209,7 +221,9 @@ async fn tcp(stream: TcpStream, input: ToPod, output: FromPod, open: &Open) {
             }
             Part::Closed => message(Input::Closed(true)),
         };
-        halves::from_socket(&reader, &input, wrap).await
+        let how = halves::from_socket(&reader, &input, wrap).await;
+        ended.store(how.is_ok(), Ordering::Relaxed);
+        how
     };
     let both = async { tokio::try_join!(to_cluster, from_cluster) };
     if let Err(broken) = both.await {

@@ -52,7 +52,7 @@ pub(super) async fn run(
         }
         part
     };
-    let to_client = halves::to_socket(output, guard, OnWriteError::Break, counted);
+    let to_client = halves::to_socket(output, guard, || OnWriteError::Break, counted);
     let from_client = halves::until_broken(&reader, &input, wrap);
     // The call ends when both directions have ended. If the client's connection breaks, the call is dropped before its input:
     // the end of the input would be the end of the data.

@@ -7,13 +7,7 @@
 //! A port that is closed refuses connections at once, and those that wait to be accepted are reset. Connections that were accepted go
 //! on until one of their ends closes or breaks them, as on any node.
 
-use std::{
-    collections::{HashMap, HashSet},
-    io,
-    net::SocketAddr,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use knoc_proto::{error::chain, ids::PodUid, reason::ErrorReason};
 use tokio::{
@@ -64,7 +58,7 @@ struct Shared {
 pub(super) struct Listeners {
     shared: Shared,
     open: HashMap<PodPort, Open>,
-    /// For each pod that has a port: how many more connections it may have.
+    /// For each pod that has a port or connections: how many more it may have.
     of_one: HashMap<PodUid, Arc<Semaphore>>,
     /// The same for each namespace; it only counts.
     of_namespace: HashMap<Arc<str>, Arc<Semaphore>>,
@@ -146,9 +140,9 @@ impl Listeners {
             tracing::debug!(%key, "no longer relaying");
             self.open.remove(key);
         }
-        let pods: HashSet<_> = self.open.keys().map(|key| &key.uid).collect();
-        self.of_one.retain(|uid, _| pods.contains(uid));
-        // Connections of closed ports count as well, until they end.
+        // Connections of closed ports count as well, until they end: otherwise a port that is closed and opened again, because a policy
+        // comes and goes, would give a pod more of them.
+        self.of_one.retain(|_, count| Arc::strong_count(count) > 1);
         self.of_namespace
             .retain(|_, count| Arc::strong_count(count) > 1);
         over
@@ -353,9 +347,32 @@ mod tests {
         listeners.joined().await;
         let error = TcpStream::connect(at).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
-        assert!(listeners.of_one.is_empty(), "nothing of the pod is left");
         listeners.retain(|_| true);
+        assert!(listeners.of_one.is_empty(), "nothing of the pod is left");
         assert!(listeners.of_namespace.is_empty(), "nor of its namespace");
+    }
+
+    #[tokio::test]
+    async fn a_port_that_is_closed_and_opened_again_gives_a_pod_no_more_connections() {
+        let (mut listeners, _refused) = listeners();
+        let at = free_port().await;
+        listeners.open(key(80), &"team".into(), at).await.unwrap();
+        let left = |listeners: &Listeners| {
+            let pod = listeners.of_one.get("u-1")?;
+            Some(pod.available_permits())
+        };
+        let pod = listeners.of_one.get("u-1").unwrap();
+        let connection = Arc::clone(pod).try_acquire_owned().unwrap();
+        listeners.retain(|_| false);
+        listeners.joined().await;
+        let again = free_port().await;
+        listeners
+            .open(key(80), &"team".into(), again)
+            .await
+            .unwrap();
+        assert_eq!(left(&listeners), Some(OF_ONE - 1));
+        drop(connection);
+        assert_eq!(left(&listeners), Some(OF_ONE));
     }
 
     #[tokio::test]

@@ -82,7 +82,7 @@ make_images() {
     push nonroot e2e-test-images/nonroot:1.5
 
     mkdir -p "$images/nonewprivs/usr/local/bin"
-    (cd "$testbed/conformance" && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o "$images/nonewprivs/usr/local/bin/nnp" \
+    (cd "$testbed/conformance" && CGO_ENABLED=0 go_locked build -trimpath -ldflags "-s -w" -o "$images/nonewprivs/usr/local/bin/nnp" \
         k8s.io/kubernetes/test/images/nonewprivs)
     chmod u+s,g+s "$images/nonewprivs/usr/local/bin/nnp"
     derived nonewprivs base

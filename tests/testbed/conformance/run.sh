@@ -11,6 +11,7 @@
 [ "$STACK" = full ] || die "the conformance suite needs STACK=full (STACK=$STACK: $why)"
 "$testbed/kube/setup.sh" conformance
 "$testbed/conformance/images.sh"
+trim_go_cache
 repositories=$run/conformance-repositories.yaml
 printf 'promoterE2eRegistry: %s/e2e-test-images\ngcRegistry: %s\n' $registry $registry >"$repositories"
 export KUBE_TEST_REPO_LIST=$repositories KNOC_REGISTRY=$registry

@@ -88,3 +88,4 @@ for part in "$@"; do
     *) die "$part: control-plane, helm, metrics-server, kubectl and conformance are known" ;;
     esac
 done
+trim_go_cache

@@ -18,7 +18,7 @@ use tokio::{
     task::JoinSet,
 };
 
-const SOON: Duration = Duration::from_secs(40);
+pub(crate) const SOON: Duration = Duration::from_secs(40);
 
 /// Connects to the API server as often as it is told: sends, ends its direction, and says what came back.
 const CLIENT: &str = r#"
@@ -56,13 +56,17 @@ async fn echo() -> anyhow::Result<(u16, JoinSet<()>)> {
     Ok((port, tasks))
 }
 
+/// The Service `default/kubernetes` with this port.
+pub(crate) fn service(port: u16) -> serde_json::Value {
+    json!({"metadata": {"name": "kubernetes"}, "spec": {"type": "ClusterIP", "clusterIP": "10.96.0.1",
+        "clusterIPs": ["10.96.0.1"], "ports": [{"name": "https", "port": port, "protocol": "TCP"}]}})
+}
+
 /// A cluster with the Service `default/kubernetes`, whose endpoint is that port of this host.
 async fn cluster(site: &Site, port: u16) -> anyhow::Result<Kubelet> {
     let kubelet = Kubelet::prepare(site).await?;
     let api = &kubelet.api;
-    let service = json!({"metadata": {"name": "kubernetes"}, "spec": {"type": "ClusterIP", "clusterIP": "10.96.0.1",
-        "clusterIPs": ["10.96.0.1"], "ports": [{"name": "https", "port": 443, "protocol": "TCP"}]}});
-    api.create("v1", "services", "default", service)?;
+    api.create("v1", "services", "default", service(443))?;
     let ranges = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}});
     api.create("networking.k8s.io/v1", "servicecidrs", "", ranges)?;
     if port > 0 {
@@ -80,7 +84,7 @@ fn client(kubelet: &Kubelet, name: &str, connections: u32) -> anyhow::Result<Str
 }
 
 /// The log of the pod, once it has ended.
-async fn log(site: &Site, uid: &str) -> anyhow::Result<String> {
+pub(crate) async fn log(site: &Site, uid: &str) -> anyhow::Result<String> {
     wait_for("the end of the client", SOON, async || {
         let run = site
             .knocctl(["logs", uid])
@@ -100,7 +104,7 @@ async fn log(site: &Site, uid: &str) -> anyhow::Result<String> {
 }
 
 /// The messages of the pod's Events about connections that were refused.
-async fn refusals(kubelet: &Kubelet) -> anyhow::Result<Vec<String>> {
+pub(crate) async fn refusals(kubelet: &Kubelet) -> anyhow::Result<Vec<String>> {
     told(kubelet, "EgressRefused").await
 }
 
@@ -140,7 +144,7 @@ async fn counted(site: &Site, kubelet: &Kubelet, lines: &[String]) -> anyhow::Re
 }
 
 /// A site, a cluster and a kubelet with these settings.
-async fn start(
+pub(crate) async fn start(
     tables: &str,
     port: u16,
     env: &[(&str, &str)],

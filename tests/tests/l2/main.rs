@@ -13,6 +13,7 @@ mod crash;
 mod data;
 mod dial_out;
 mod egress;
+mod egress_faults;
 mod flood;
 mod guide;
 mod image_updates;

@@ -88,3 +88,40 @@ async fn a_restart_changes_nothing_of_a_pod() -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+/// A deletion must not be lost on its way, whichever of the two is away at the time and whichever comes back first.
+#[tokio::test]
+async fn pods_that_are_deleted_while_agent_or_kubelet_is_away_end_soon_after() -> anyhow::Result<()>
+{
+    let site = Site::new(Options::default())?;
+    let mut agent = site.agent(&[]).await?;
+    let kubelet = Kubelet::prepare(&site).await?;
+    let mut process = kubelet.start(&site, &[]).await?;
+    let main = json!({"name": "main", "image": "none", "command": ["/bin/sleep", "600"]});
+    let names = ["before", "kubelet-away", "both-away", "agent-away", "after"];
+    for name in names {
+        kubelet.create_pod(name, json!({"containers": [main]}))?;
+    }
+    for name in names {
+        kubelet.phase(name, "Running", SOON).await?;
+    }
+    let delete = |name: &str| {
+        let none = json!({});
+        kubelet.api.delete("pods", "default", name, &none).map(drop)
+    };
+    // The request may be on its way to the agent.
+    delete("before")?;
+    process.kill().await?;
+    delete("kubelet-away")?;
+    agent.kill().await?;
+    delete("both-away")?;
+    process = kubelet.process(&site, &[])?;
+    delete("agent-away")?;
+    agent = site.agent(&[]).await?;
+    delete("after")?;
+    for name in names {
+        kubelet.gone(name, SOON).await?;
+    }
+    drop((agent, process));
+    Ok(())
+}

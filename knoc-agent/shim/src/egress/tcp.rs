@@ -6,6 +6,7 @@
 use std::{
     io,
     net::{SocketAddr, SocketAddrV4},
+    pin::pin,
     time::Duration,
 };
 
@@ -17,7 +18,7 @@ use knoc_proto::{
     reason::ErrorReason,
 };
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
+    io::{AsyncReadExt as _, AsyncWriteExt as _, Interest, copy_bidirectional},
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
@@ -39,6 +40,8 @@ pub(super) struct Guarded(TcpStream);
 impl Guarded {
     pub(super) fn new(stream: TcpStream) -> Self {
         reset::at_the_end(&stream);
+        // Whether somebody is still at the other end, if neither side sends: a container that was killed, or a pod that has gone.
+        keep_alive(&stream);
         // The connection works without it, too.
         stream.set_nodelay(true).ok();
         Self(stream)
@@ -98,8 +101,6 @@ async fn to_pod(stream: &mut TcpStream, head: &[u8], pod: SocketAddrV4, egress: 
 
 /// Copies between the connection and that to another pod, `head` first. Returns whether both directions have ended.
 pub(super) async fn join(stream: &mut TcpStream, head: &[u8], other: TcpStream) -> bool {
-    // The container cannot find out itself that the pod has gone: what it asks the other side is answered here.
-    keep_alive(&other);
     let mut other = Guarded::new(other);
     let both = async {
         other.0.write_all(head).await?;
@@ -123,7 +124,22 @@ async fn carry(stream: &mut TcpStream, head: Bytes, taken: Taken) -> bool {
     }
     let (reader, writer) = stream.split();
     let both = async {
-        tokio::try_join!(to_container(input, writer), from_container(reader, &output)).map(drop)
+        let mut to = pin!(to_container(input, writer));
+        let mut from = pin!(from_container(&reader, &output));
+        tokio::select! {
+            biased;
+            ended = &mut to => {
+                ended?;
+                return from.await;
+            }
+            ended = &mut from => ended?,
+        }
+        tokio::select! {
+            biased;
+            ended = to => ended,
+            // It has ended its direction and is gone since: an endpoint that sends nothing would keep its place for ever.
+            error = broken(&reader) => Err(failed(&error)),
+        }
     };
     let ended = tokio::select! {
         biased;
@@ -163,7 +179,13 @@ async fn to_container(
     }
 }
 
-async fn from_container(reader: ReadHalf<'_>, output: &Output) -> Result<(), Status> {
+/// Waits until the connection breaks, which nobody notices who neither reads nor writes.
+async fn broken(reader: &ReadHalf<'_>) -> io::Error {
+    let ready = reader.ready(Interest::ERROR).await;
+    ready.err().unwrap_or(io::ErrorKind::ConnectionReset.into())
+}
+
+async fn from_container(reader: &ReadHalf<'_>, output: &Output) -> Result<(), Status> {
     let mut buffer = BytesMut::new();
     loop {
         buffer.reserve(CHUNK);
@@ -182,7 +204,11 @@ async fn from_container(reader: ReadHalf<'_>, output: &Output) -> Result<(), Sta
         } else {
             egress_output::Output::Data(take(&mut buffer))
         };
-        if !send(output, message).await || count == 0 {
+        if !send(output, message).await {
+            // The caller is gone, and what was sent with it.
+            return Err(failed(&io::ErrorKind::BrokenPipe.into()));
+        }
+        if count == 0 {
             return Ok(());
         }
     }

@@ -443,3 +443,31 @@ async fn a_call_that_ends_frees_a_connection_of_which_the_clusters_direction_has
     };
     tokio::time::timeout(SOON, freed).await.unwrap();
 }
+
+#[tokio::test]
+async fn a_container_that_is_gone_after_its_direction_has_ended_frees_its_place() {
+    let (gate, _orders) = gate();
+    let (mut client, _) = dial(&gate).await;
+    let mut call = take(&gate.egress, &attempt(&gate.egress, 0).await).await;
+    client.shutdown().await.unwrap();
+    assert_eq!(call.next().await, egress_output::Output::Closed(true));
+    // The endpoint sends nothing, and does not end its direction.
+    rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO)).unwrap();
+    drop(client);
+    let ended = tokio::time::timeout(SOON, call.output.recv()).await;
+    let status = ended.expect("it stays").unwrap().unwrap_err();
+    assert_eq!(ErrorReason::of(&status), Some(ErrorReason::NotListening));
+}
+
+#[tokio::test]
+async fn whether_a_container_is_still_there_is_asked() {
+    let (gate, _orders) = gate();
+    let listener = TcpListener::bind("127.0.9.9:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let _client = TcpStream::connect(address).await.unwrap();
+    let (accepted, _) = listener.accept().await.unwrap();
+    let same = rustix::io::dup(&accepted).unwrap();
+    gate.admit(accepted);
+    attempt(&gate.egress, 0).await;
+    assert!(rustix::net::sockopt::socket_keepalive(&same).unwrap());
+}

@@ -104,13 +104,13 @@ impl Lane {
                 Some(state @ (State::Asked | State::Away)) => {
                     self.wait(&mut queue, &mut members, &state).await
                 }
-                Some(State::Nobody) => {
-                    self.refuse(&mut queue, &mut members, Reason::HostUnreachable)
-                        .await
+                Some(state @ State::Nobody) => {
+                    let why = (&state, Reason::HostUnreachable);
+                    self.refuse(&mut queue, &mut members, why).await
                 }
-                Some(State::Denied) => {
-                    self.refuse(&mut queue, &mut members, Reason::Prohibited)
-                        .await
+                Some(state @ State::Denied) => {
+                    let why = (&state, Reason::Prohibited);
+                    self.refuse(&mut queue, &mut members, why).await
                 }
                 Some(State::Present(member)) => self.carry(&mut queue, &member, &mut way).await,
             };
@@ -149,12 +149,14 @@ impl Lane {
         &self,
         queue: &mut mpsc::Receiver<Bytes>,
         members: &mut watch::Receiver<Members>,
-        reason: Reason,
+        (state, reason): (&State, Reason),
     ) -> Next {
         loop {
+            // What happens to other addresses does not make it stay: who tries many would use up all lanes.
+            let other = |members: &Members| members.state(self.target) != Some(state);
             let packet = tokio::select! {
                 biased;
-                changed = members.changed() => return match changed {
+                changed = members.wait_for(other) => return match changed.map(drop) {
                     Ok(()) => Next::Again,
                     Err(_) => Next::End,
                 },

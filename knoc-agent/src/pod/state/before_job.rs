@@ -5,14 +5,13 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use super::{
-    ending,
     event::Effect,
     pod::Pod,
     states::{
         BeforeJob, ERR_IMAGE_PULL, Failure, IMAGE_PULL_BACK_OFF, INVALID_IMAGE_NAME, Otherwise,
         State, Trouble,
     },
-    transition::{deleted_before_job, deletion_cause, finish, first_look, queue},
+    transition::{deleted_before_job, finish, first_look, queue},
 };
 use crate::{
     pod::{outcome::Outcome, placement::Placement},
@@ -142,11 +141,7 @@ pub(super) fn submitted(pod: &mut Pod, submitted: Submitted, now: Timestamp) -> 
         pod.note(false, "SlurmRequestChanged", text, now);
     }
     queue(pod, Placement::own_job(submitted.job), now);
-    let mut effects = vec![Effect::Persist, Effect::PollSoon];
-    if let Some(deleted) = deletion_cause(pod) {
-        effects.extend(ending::dequeue(pod, deleted, now));
-    }
-    effects
+    vec![Effect::Persist, Effect::PollSoon]
 }
 
 pub(super) fn submit_failed(

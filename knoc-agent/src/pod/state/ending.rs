@@ -77,6 +77,42 @@ fn delete_with_job(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     }
 }
 
+/// A deletion is a level: in whatever way a pod that is being deleted has come to a job that nobody ends, that job is ended now.
+pub(super) fn obey_deletion(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    let Some(deleted) = deletion_cause(pod) else {
+        return Vec::new();
+    };
+    match pod.stage() {
+        Some(JobStage::Queued { .. }) => dequeue(pod, deleted, now),
+        Some(JobStage::Running) => tell(pod, now),
+        Some(JobStage::Stopping { .. } | JobStage::Lost { .. } | JobStage::Settling { .. })
+        | None => Vec::new(),
+    }
+}
+
+/// The link to the shim of a job that is being ended is up: the shim may never have heard of it, because a signal did not arrive. The
+/// grace still counts from when the containers were to be told first.
+pub(super) fn tell_again(pod: &Pod, now: Timestamp) -> Option<Effect> {
+    let Some(JobStage::Stopping {
+        how: Ending::Told | Ending::Cancelled,
+        ..
+    }) = pod.stage()
+    else {
+        return None;
+    };
+    let left = (pod.since + grace(pod)).duration_since(now);
+    Some(Effect::Stop {
+        job: pod.job()?,
+        grace: Duration::try_from(left).unwrap_or_default(),
+    })
+}
+
+/// How long the containers have once they are told to end.
+fn grace(pod: &Pod) -> Duration {
+    let deletion = pod.deletion.as_ref();
+    deletion.map_or(pod.facts.grace, |deletion| deletion.grace)
+}
+
 /// Takes a queued job out of the queue. If it has started meanwhile, [`still_there`] tells its containers.
 pub(super) fn dequeue(pod: &mut Pod, cause: Cause, now: Timestamp) -> Vec<Effect> {
     let Some(cancel) = cancel(pod, Cancel::Queued) else {
@@ -164,8 +200,7 @@ pub(super) fn escalate(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let Some(job) = pod.job() else {
         return Vec::new();
     };
-    let deletion = pod.deletion.as_ref();
-    let grace = deletion.map_or(pod.facts.grace, |deletion| deletion.grace);
+    let (grace, linked) = (grace(pod), pod.link);
     let end_of_grace = pod.since + grace.saturating_add(pod.facts.timeouts.stop_slack);
     let Some(JobStage::Stopping { how, deadline, .. }) = pod.stage_mut() else {
         return Vec::new();
@@ -184,12 +219,16 @@ pub(super) fn escalate(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         Ending::Told | Ending::Cancelled => {
             *how = Ending::Cancelled;
             *deadline = now + CANCEL_AGAIN;
-            let how = Cancel::Kill;
-            vec![
-                Effect::Persist,
-                Effect::Cancel { job, how },
-                Effect::PollSoon,
-            ]
+            // The scheduler may not answer, and the shim may.
+            let (how, own) = (Cancel::Kill, job.clone());
+            let grace = Duration::ZERO;
+            let stop = linked.then_some(Effect::Stop { job: own, grace });
+            let cancel = [Effect::Cancel { job, how }, Effect::PollSoon];
+            [Effect::Persist]
+                .into_iter()
+                .chain(stop)
+                .chain(cancel)
+                .collect()
         }
     }
 }

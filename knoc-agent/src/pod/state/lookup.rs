@@ -5,10 +5,9 @@ use knoc_contract::exit_codes::ShimExit;
 
 use super::{
     before_job::{back_off, rejected},
-    ending,
     event::Effect,
     pod::{LOOK_AGAIN, LOOKS, Pod},
-    states::{BeforeJob, JobStage, Look, Otherwise, State},
+    states::{BeforeJob, Look, Otherwise, State},
     transition::{conclude, deletion_cause, queue, surplus},
     with_job,
 };
@@ -34,15 +33,6 @@ pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Ef
     pod.sbatch = None;
     let mut effects = vec![Effect::Persist];
     effects.extend(with_job::round(pod, jobs, false, now));
-    let Some(deleted) = deletion_cause(pod) else {
-        return effects;
-    };
-    match pod.stage() {
-        Some(JobStage::Queued { .. }) => effects.extend(ending::dequeue(pod, deleted, now)),
-        Some(JobStage::Running) => effects.extend(ending::tell(pod, now)),
-        Some(JobStage::Stopping { .. } | JobStage::Lost { .. } | JobStage::Settling { .. })
-        | None => {}
-    }
     effects
 }
 

@@ -121,6 +121,11 @@ fn seen_alive(
             vec![Effect::Persist]
         }
         JobStage::Settling { cause: None, .. } if runs && !reported(pod) => started(pod, now),
+        // It was not shown for a while, and was never told to end, or not for long enough.
+        JobStage::Settling {
+            cause: Some(Cause::Deleted(_)),
+            ..
+        } if runs && !reported(pod) => ending::tell(pod, now),
         // The job went from its nodes back to the queue: it was requeued.
         JobStage::Settling { cause: None, .. } if reported(pod) && went_back(pod, before) => {
             end_requeued(pod, now)

@@ -207,6 +207,16 @@ async fn questions_fail_at_once_if_the_flow_is_refused_and_nobody_is_asked_again
     assert_eq!(container.newest(flow.id), None);
 }
 
+/// As while no kubelet is there, or its DNS servers are not reached.
+#[tokio::test(start_paused = true)]
+async fn a_question_that_nobody_takes_is_a_failure_and_no_silence() {
+    let container = Container::new().await;
+    container.ask(&samples::question(9, "web.ns"));
+    let failed = container.answer().await;
+    assert_eq!((message::id(&failed), failed[3] & 0xf), (Some(9), 2));
+    assert_eq!(container.newest(0), None, "it is not announced any more");
+}
+
 #[tokio::test]
 async fn questions_are_asked_again_as_soon_as_a_flow_has_an_answer() {
     let container = Container::new().await;

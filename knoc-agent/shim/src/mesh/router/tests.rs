@@ -293,3 +293,32 @@ async fn a_shim_that_sends_packets_of_others_loses_its_tunnel() {
         .ok();
     assert_eq!(b.within(NOT_LATER).await, None);
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_tries_many_addresses_does_not_keep_the_lanes_of_those_that_nobody_has() {
+    let mesh = Mesh::with(Range::parse("10.200.0.0/16"));
+    let (_ours, theirs) = UnixDatagram::pair().unwrap();
+    let (commands, _orders) = mpsc::channel(1);
+    let lane = Lane {
+        target: B,
+        own: A,
+        wanted: mesh.want(B).unwrap(),
+        interface: Arc::new(Interface::new(theirs.into()).unwrap()),
+        pair: Arc::new(KeyPair::generate("shim").unwrap()),
+        notes: Arc::new(Notes::new(commands)),
+    };
+    mesh.members
+        .send_modify(|members| members.set(B, State::Nobody));
+    let (_queue, packets) = mpsc::channel(QUEUE);
+    let others = async {
+        for host in 1..100 {
+            sleep(Duration::from_secs(10)).await;
+            drop(mesh.want(Ipv4Addr::new(10, 200, 1, host)));
+        }
+    };
+    tokio::select! {
+        () = lane.run(packets) => {}
+        () = others => panic!("the lane stays as long as others are tried"),
+    }
+    assert_eq!(mesh.members.borrow().state(B), None);
+}

@@ -97,6 +97,8 @@ proptest! {
             }
             alive = pod.job();
             prop_assert!(pod.deletion.is_some() || before.deletion.is_none(), "a deletion stays");
+            let idle = matches!(pod.stage(), Some(JobStage::Queued { .. } | JobStage::Running));
+            prop_assert!(pod.deletion.is_none() || !idle, "nobody ends the job: {:?}", pod.state);
             prop_assert!(pod.notes.windows(2).all(|two| two[0].sequence < two[1].sequence));
             prop_assert!(pod.notes.len() <= NOTES);
         }

@@ -1,6 +1,7 @@
 //! Tests of what a restarted agent does with the state that it finds.
 
 use super::{deadline::lowered, *};
+use crate::pod::outcome::Cause;
 
 #[test]
 fn a_final_report_that_was_written_meanwhile_finishes_after_the_restart() {
@@ -79,5 +80,79 @@ fn a_record_restores_the_pod() {
             view.marks = Marks::default();
         }
         assert_eq!(back, pod);
+    }
+}
+
+/// How long the containers have by the one effect, which tells them to end.
+fn told(effects: &[Effect]) -> Duration {
+    let [Effect::Stop { grace, .. }] = effects else {
+        panic!("{effects:?}")
+    };
+    *grace
+}
+
+/// Agent, kubelet and scheduler may have been away together: the signal did not arrive, and the link is back.
+#[test]
+fn the_shim_of_a_deleted_pod_is_told_again_when_its_link_is_back() {
+    let (pod, _) = feed(and(running(), [delete()]));
+    let (soon, effects) = step(pod.clone(), Event::Link(true), at(14));
+    assert_eq!(
+        told(&effects),
+        Duration::from_secs(20),
+        "what is left of it"
+    );
+    assert_eq!(soon.wake(), Some(at(4 + 30 + 15)));
+    let (_, effects) = step(pod.clone(), Event::Link(true), at(40));
+    assert_eq!(told(&effects), Duration::ZERO);
+    // The scheduler was asked to kill the job, which may have failed, too.
+    let (killed, _) = step(pod, Event::Tick, at(49));
+    let (linked, effects) = step(killed, Event::Link(true), at(50));
+    assert_eq!(told(&effects), Duration::ZERO);
+    let due = linked.wake().unwrap();
+    let (_, effects) = step(linked, Event::Tick, due);
+    assert!(cancels(&effects, "1", Cancel::Kill));
+    let stops = |effect: &Effect| matches!(effect, Effect::Stop { grace, .. } if grace.is_zero());
+    assert!(effects.iter().any(stops), "{effects:?}");
+    // Nobody tells a job that is only taken out of the queue.
+    let (dequeued, _) = feed(and(queued(), [delete()]));
+    assert_eq!(step(dequeued, Event::Link(true), at(9)).1, []);
+}
+
+/// A deletion is a level: it must not be lost on whatever way the pod comes to a job that runs.
+#[test]
+fn a_deleted_pod_whose_job_runs_after_all_is_ended() {
+    let ended = [seen("1", JobState::Completed), delete()];
+    let (settling, _) = feed(and(running(), ended));
+    assert!(matches!(
+        settling.stage(),
+        Some(JobStage::Settling { cause: None, .. })
+    ));
+    let (mut recorded, _) = feed(running());
+    recorded.deletion = Some(Deletion {
+        grace: Duration::from_secs(5),
+        reason: "test".to_owned(),
+    });
+    let (hidden, _) = feed(and(running(), [delete(), missing()]));
+    assert!(matches!(
+        hidden.stage(),
+        Some(JobStage::Settling { cause: Some(_), .. })
+    ));
+    for (pod, event) in [
+        (settling, seen("1", JobState::Running)),
+        (hidden, seen("1", JobState::Running)),
+        (recorded, Event::Begin),
+    ] {
+        let (pod, effects) = step(pod, event, at(9));
+        let told = matches!(
+            pod.stage(),
+            Some(JobStage::Stopping {
+                cause: Cause::Deleted(_),
+                how: Ending::Told,
+                ..
+            })
+        );
+        assert!(told, "{:?}", pod.state);
+        let stops = |effect: &Effect| matches!(effect, Effect::Stop { .. });
+        assert!(effects.iter().any(stops), "{effects:?}");
     }
 }
