@@ -273,13 +273,13 @@ fn jobs(site: &Config) -> Option<Arc<OwnJobs>> {
     if site.images.convert == Convert::Login {
         return None;
     }
-    let size = Size {
+    let limits = Size {
         partition: site.images.convert_partition.clone(),
         cpus: site.images.convert_cpus,
         memory: site.images.convert_memory,
         time: site.images.convert_time,
     };
-    Some(Arc::new(OwnJobs::new(site.into(), size)))
+    Some(Arc::new(OwnJobs::new(site.into(), limits)))
 }
 
 /// The runtime's own version text, such as `apptainer 1.4.5`.

@@ -98,6 +98,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         let mut mounts = container.mounts.iter();
         mounts.any(|mount| !mount.sub_path_expr.is_empty())
     };
+    let any = |test: fn(&pb::Container) -> bool| containers().any(test);
     let asked = [
         (SUB_PATH_EXPR, containers().any(expanded)),
         (
@@ -109,26 +110,17 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             RESOLVER,
             (spec.resolver.as_ref()).is_some_and(pb::Resolver::has_own_settings),
         ),
-        (
-            RUN_AS_NON_ROOT,
-            containers().any(|container| container.run_as_non_root),
-        ),
-        (
-            PRIVILEGED,
-            containers().any(|container| container.privileged),
-        ),
-        (
-            HOST_PORTS,
-            containers().any(|container| !container.host_ports.is_empty()),
-        ),
+        (RUN_AS_NON_ROOT, any(|one| one.run_as_non_root)),
+        (PRIVILEGED, any(|one| one.privileged)),
+        (HOST_PORTS, any(|one| !one.host_ports.is_empty())),
         (
             UDP_HOST_PORTS,
-            containers().any(|container| container.host_ports.iter().any(|port| port.udp)),
+            any(|one| one.host_ports.iter().any(|port| port.udp)),
         ),
         (PRIVATE_NETWORK, spec.network() == pb::NetworkMode::Private),
         (PULL_CREDENTIALS, !spec.image_pull_secrets.is_empty()),
-        (PROBES, containers().any(has_probe)),
-        (HOOKS, containers().any(has_hook)),
+        (PROBES, any(has_probe)),
+        (HOOKS, any(has_hook)),
         (
             SIDECARS,
             spec.init_containers.iter().any(pb::Container::is_sidecar),
@@ -136,15 +128,11 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         (RESTART_RULES, has_restart_rule(spec)),
         (
             RESTART_ALL,
-            containers()
-                .any(|container| container.restart_rules.iter().any(|rule| rule.restart_all)),
+            any(|one| one.restart_rules.iter().any(|rule| rule.restart_all)),
         ),
         (EPHEMERAL, !spec.ephemeral_containers.is_empty()),
         (SHARED_PROCESSES, spec.share_process_namespace),
-        (
-            STOP_SIGNAL,
-            containers().any(|container| !container.stop_signal.is_empty()),
-        ),
+        (STOP_SIGNAL, any(|one| !one.stop_signal.is_empty())),
         (HOST_PATHS, spec.volumes.iter().any(is_host_path)),
         (MAPPED_VOLUMES, spec.volumes.iter().any(is_mapped)),
         (IMAGE_VOLUMES, spec.volumes.iter().any(is_image)),

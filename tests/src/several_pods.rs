@@ -7,9 +7,7 @@ use anyhow::{Context as _, ensure};
 use k8s_openapi::api::{batch::v1::Job, core::v1::Pod, discovery::v1::EndpointSlice};
 use kube::{ResourceExt as _, api::ListParams};
 
-use crate::{
-    PodBuilder, World, cluster::ClusterDns, guide::root, own_addresses, wait_for, world::SOON,
-};
+use crate::{World, cluster::ClusterDns, guide::root, own_addresses, wait_for};
 
 /// An example in `deploy/examples`: one pod that the others look for, three workers, and the pod of a Job that computes something with them.
 #[derive(Debug)]
@@ -53,7 +51,7 @@ impl Example {
 
     /// Runs the example until its Job is complete. Returns the log of the client.
     async fn run(&self, world: &World, dns: &ClusterDns) -> anyhow::Result<String> {
-        resolver(world, dns).await?;
+        dns.reaches_pods(world).await?;
         let (image, here) = self.images;
         let path = root().join("deploy/examples").join(self.file);
         let example = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
@@ -104,24 +102,4 @@ impl Example {
         let pod = pods.iter().find(succeeded).context("no client succeeded")?;
         world.logs(&pod.name_any(), "client").await
     }
-}
-
-/// Waits until pods are given the resolver of the cluster: a pod has the one that was known when it was staged.
-async fn resolver(world: &World, dns: &ClusterDns) -> anyhow::Result<()> {
-    let mut number = 0;
-    wait_for("a pod with the cluster's resolver", SOON * 2, async || {
-        number += 1;
-        let name = format!("resolver{number}");
-        let pod = PodBuilder::new(&name)
-            .annotation("knoc.io/network", "private")
-            .command(["cat", "/etc/resolv.conf"]);
-        world.run(&pod, "Succeeded").await?;
-        let file = world.logs(&name, "main").await?;
-        ensure!(
-            file.contains(&format!("nameserver {}\n", dns.address)),
-            "{file}"
-        );
-        Ok(())
-    })
-    .await
 }

@@ -90,19 +90,17 @@ async fn nginx_serves_its_page_before_and_after_a_rollout() -> anyhow::Result<()
 async fn nginx(release: &Release) -> anyhow::Result<()> {
     for path in ["/before", "/after"] {
         release.rolled_out("deployment/nginx").await?;
-        let page = release.answers(
-            "deployment/nginx",
-            8080,
-            &get(path, ""),
-            "the chart of nginx",
-        );
-        page.await?;
+        let request = get(path, "");
+        let page = "the chart of nginx";
+        let answers = release.answers("deployment/nginx", 8080, &request, page);
+        answers.await?;
         // The links of the image in a volume lead to the log of the container.
         wait_for("the line of the access log", SOON, async || {
             let of = "app.kubernetes.io/name=nginx";
             let logs = ["logs", "-c", "nginx", "--tail=-1", "-l", of];
             let log = release.world.kubectl(logs).ok().await?.text();
-            ensure!(log.contains(&format!("\"GET {path} HTTP/1.1\" 200")), log);
+            let line = format!("\"GET {path} HTTP/1.1\" 200");
+            ensure!(log.contains(&line), log);
             Ok(())
         })
         .await?;

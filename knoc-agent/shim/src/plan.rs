@@ -358,9 +358,8 @@ impl Plan {
         let start_at = match container.phase {
             Phase::Starting | Phase::Running => return,
             Phase::Exited { .. } if container.ended_for_good() => return,
-            Phase::Exited { restart_at, .. } => restart_at,
+            Phase::Exited { restart_at, .. } | Phase::Again { restart_at } => restart_at,
             Phase::Unconfigured { retry_at } => retry_at,
-            Phase::Again { restart_at } => restart_at,
             Phase::Idle => Time::ZERO,
         };
         if view.now < start_at {

@@ -182,7 +182,9 @@ async fn to_container(
 /// Waits until the connection breaks, which nobody notices who neither reads nor writes.
 async fn broken(reader: &ReadHalf<'_>) -> io::Error {
     let ready = reader.ready(Interest::ERROR).await;
-    ready.err().unwrap_or(io::ErrorKind::ConnectionReset.into())
+    ready
+        .err()
+        .unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())
 }
 
 async fn from_container(reader: &ReadHalf<'_>, output: &Output) -> Result<(), Status> {

@@ -197,14 +197,13 @@ impl Relay {
 
     /// A new client, in the place of the one that was silent for the longest time if there are too many.
     async fn welcome(&mut self, address: SocketAddr) -> io::Result<Client> {
-        let slot = match Arc::clone(&self.slots).try_acquire_owned() {
-            Ok(slot) => slot,
-            Err(_) => {
-                let all = self.clients.iter().enumerate();
-                let oldest = all.min_by_key(|(_, one)| one.used).map(|(at, _)| at);
-                let oldest = oldest.ok_or(io::ErrorKind::QuotaExceeded)?;
-                self.clients.swap_remove(oldest).slot
-            }
+        let slot = if let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() {
+            slot
+        } else {
+            let all = self.clients.iter().enumerate();
+            let oldest = all.min_by_key(|(_, one)| one.used).map(|(at, _)| at);
+            let oldest = oldest.ok_or(io::ErrorKind::QuotaExceeded)?;
+            self.clients.swap_remove(oldest).slot
         };
         let client = Client {
             address,

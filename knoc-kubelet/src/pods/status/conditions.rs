@@ -39,7 +39,7 @@ pub(super) fn conditions(
         list.push(condition(input, RESIZE_PENDING, why));
     }
     if may_restart_all(input.pod) {
-        let why = restarting_all(phase, statuses);
+        let why = Some(restarting_all(phase, statuses));
         list.push(condition(input, "AllContainersRestarting", why));
     }
     let outcome = input
@@ -157,7 +157,7 @@ fn may_restart_all(pod: &Pod) -> bool {
 }
 
 /// True while containers are ended that begin anew.
-fn restarting_all(phase: Phase, statuses: &Statuses) -> Why {
+fn restarting_all(phase: Phase, statuses: &Statuses) -> (bool, &'static str, String) {
     let reason = match phase {
         Phase::Succeeded => "PodCompleted",
         Phase::Failed => "PodFailed",
@@ -172,12 +172,12 @@ fn restarting_all(phase: Phase, statuses: &Statuses) -> Why {
             };
             if all.any(ends) {
                 let message = "container exited with restart policy rule".to_owned();
-                return Some((true, "RestartAllContainersStarted", message));
+                return (true, "RestartAllContainersStarted", message);
             }
             ""
         }
     };
-    Some((false, reason, String::new()))
+    (false, reason, String::new())
 }
 
 /// The pod's readiness gates, conditions that other controllers set.

@@ -77,6 +77,8 @@ async fn a_pushed_sif_is_used_as_it_is_and_kept_by_its_digest() {
     asks.await.unwrap_err();
 }
 
+type Case<'a> = (String, &'a [u8], &'a [u8], &'a str, &'a str);
+
 #[tokio::test]
 async fn what_is_not_one_sif_file_is_rejected_by_name() {
     let (sif, layer) = (sif(), layer());
@@ -86,7 +88,8 @@ async fn what_is_not_one_sif_file_is_rejected_by_name() {
     let text = b"not a SIF file, however long it may be, and a bit more of it";
     let good = pushed(&[(SIF_TYPE, &sif[..])]);
     let two = pushed(&[(SIF_TYPE, &sif[..]), (tar_type, &layer[..])]);
-    let cases: [(String, &[u8], &[u8], &str, &str); 6] = [
+    // The manifest, the layer that it names and the one that is sent; the name that the pod has, and the words of the error.
+    let cases: [Case<'_>; 6] = [
         (two, &sif, &sif, NAME, "the only layer"),
         (
             pushed(&[("application/x-tool", &sif[..])]),
