@@ -82,7 +82,7 @@ impl Helper {
     }
 
     fn tcp(&mut self) -> OwnedFd {
-        let (answer, mut fds) = self.ask(&json!({"Socket": "Ipv4"}));
+        let (answer, mut fds) = self.ask(&json!({"Socket": ["Ipv4", "Tcp"]}));
         assert_eq!(answer, json!("Done"));
         fds.pop().unwrap()
     }
@@ -168,7 +168,7 @@ fn no_ipv6(helper: &mut Helper) {
     let unique_local = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
     let global = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
     for address in [unique_local, global] {
-        let (answer, mut fds) = helper.ask(&json!({"Socket": "Ipv6"}));
+        let (answer, mut fds) = helper.ask(&json!({"Socket": ["Ipv6", "Tcp"]}));
         let Some(socket) = fds.pop() else {
             eprintln!("no IPv6: {answer}");
             return;

@@ -289,7 +289,10 @@ impl View {
     /// Whether all containers are ended because they begin anew.
     pub(crate) fn starts_over(&self) -> bool {
         let one = self.containers.iter().any(Container::restarts_all);
-        one && self.kill_at.is_none() && !self.completed()
+        // A container that was killed for it has not ended by itself, even if its own rule would not restart it.
+        let mut deciding = self.of_role(Role::Init).chain(self.of_role(Role::Main));
+        let killed = deciding.any(|one| one.stop == StopStage::Kill);
+        one && self.kill_at.is_none() && (killed || !self.completed())
     }
 
     /// Whether all containers that decide the pod's phase have succeeded.
@@ -405,8 +408,8 @@ impl Plan {
 pub(crate) fn decide(view: &View) -> Plan {
     match view.kill_at {
         Some(kill_at) => wind_down(view, kill_at),
-        None if view.completed() => complete(view),
         None if view.starts_over() => start_over(view),
+        None if view.completed() => complete(view),
         None => go_on(view),
     }
 }
