@@ -33,7 +33,7 @@ const SENDS: [&str; 11] = [
 ];
 
 /// Words in such files that are no reasons of Events: kinds and types, reasons of containers, pods and conditions, names of calls.
-const OTHERS: [&str; 33] = [
+const OTHERS: [&str; 34] = [
     "Authority",
     "Clock",
     "Completed",
@@ -56,6 +56,7 @@ const OTHERS: [&str; 33] = [
     "Normal",
     "Pod",
     "PodInitializing",
+    "Pushed",
     "Rejected",
     "RunContainerError",
     "Running",

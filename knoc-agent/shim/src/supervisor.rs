@@ -503,14 +503,7 @@ impl Supervisor {
                 report.message = message;
             }
         });
-        self.publish_directory();
-    }
-
-    fn publish_directory(&self) {
-        let slots = self.slots.iter();
-        let entries = slots.map(|slot| (slot.spec.name().to_owned(), slot.entry()));
-        self.directory
-            .send_replace(Arc::new(Directory::new(entries)));
+        self.directory.send_replace(self.slots.directory());
     }
 
     fn finish(&mut self) {
@@ -561,7 +554,7 @@ impl Supervisor {
             }
             report.message = message;
         });
-        self.publish_directory();
+        self.directory.send_replace(self.slots.directory());
     }
 }
 

@@ -1,11 +1,12 @@
 //! All containers of the pod, by their ids. Containers are never removed, and can be added while others run.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use knoc_proto::pb;
 
 use super::{
     super::{
+        directory::Directory,
         plan::{Backoff, Container},
         role::{ContainerSpec, RestartRule, Role, SlotId},
     },
@@ -35,6 +36,14 @@ impl Slots {
             policy,
             backoff,
         }
+    }
+
+    /// What the servers of exec, attach and logs see of the containers.
+    pub(super) fn directory(&self) -> Arc<Directory> {
+        let entries = self
+            .iter()
+            .map(|slot| (slot.spec.name().to_owned(), slot.entry()));
+        Arc::new(Directory::new(entries))
     }
 
     /// Adds a container, at the pod's start or later: it starts when its role lets it. `before` is what an earlier run of
