@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
-    PodBuilder, World, wait_for,
+    PodBuilder, World, image, wait_for,
     world::{SOON, container_reason, phase_of, why},
 };
 use serde_json::{Value, json};
@@ -53,12 +53,13 @@ async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<(
         "mkdir -p {folder}/nfs/set {folder}/claim; echo exported >{folder}/nfs/set/file; ln -s /home/hpcuser {folder}/out"
     );
     on_login(&world, &prepare).await?;
+    image::build(&world, &folder).await?;
     set_policy(&world, &policy, tables).await?;
     let ran = tokio::join!(
         host_paths(&world, &folder),
         refusals(&world, &folder),
         claims(&world, &folder),
-        host_ports(&world)
+        host_ports(&world, &folder)
     );
     set_policy(&world, "", "").await?;
     on_login(&world, &format!("rm -rf {folder}")).await?;
@@ -71,21 +72,25 @@ async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<(
 }
 
 /// A pod in a network of its own with a port of the node for datagrams.
-fn answering(name: &str, host_port: u16) -> PodBuilder {
+fn answering(name: &str, folder: &str, host_port: u16) -> PodBuilder {
     let port = json!([{"containerPort": 5353, "hostPort": host_port, "protocol": "UDP"}]);
     PodBuilder::new(name)
+        .image(&image::path(folder))
         .annotation("knoc.io/network", "private")
         .set("ports", port)
-        .sh("exec udpsvd 0.0.0.0 5353 cat")
+        .command(["/knoc-dialer", "echo", "0.0.0.0:5353"])
 }
 
-async fn host_ports(world: &World) -> anyhow::Result<()> {
-    world.create(&answering("unlisted", HOST_PORT + 1)).await?;
+async fn host_ports(world: &World, folder: &str) -> anyhow::Result<()> {
+    let unlisted = answering("unlisted", folder, HOST_PORT + 1);
+    world.create(&unlisted).await?;
     let failed = world.wait_phase("unlisted", "Failed", SOON).await?;
     let (_, told) = why(&failed);
     let expected = format!("hostPort {} is not among policy.host_ports", HOST_PORT + 1);
     ensure!(told.contains(&expected), "{told}");
-    let uid = world.running(&answering("datagrams", HOST_PORT)).await?;
+    let uid = world
+        .running(&answering("datagrams", folder, HOST_PORT))
+        .await?;
     let node = world.compute_node(&uid).await?;
     let ask = format!(
         "exec 3<>/dev/udp/127.0.0.1/{HOST_PORT}; for word in one two; do echo $word >&3; timeout 2 head -n 1 <&3; done"

@@ -123,7 +123,14 @@ async fn a_name_of_the_other_kind_says_what_to_write() -> anyhow::Result<()> {
 #[tokio::test]
 async fn a_private_sif_runs_for_those_who_have_its_password() -> anyhow::Result<()> {
     let world = World::new("oras-private").await?;
-    push(&world, "/images/own.sif").await?;
+    // Under a name of its own it is another image than that of the other tests, which everybody may use.
+    let own = format!("/tmp/{}.sif", world.namespace);
+    world
+        .on("login", ["cp", "/images/own.sif", &own])
+        .ok()
+        .await?;
+    push(&world, &own).await?;
+    world.on("login", ["rm", &own]).ok().await?;
     let oras = format!("oras://{}", name(&world).replace("ctl:5000", "ctl:5001"));
     let nobody = pod("nobody", &oras, "IfNotPresent");
     fails(&world, &nobody, "user name and a password").await?;

@@ -416,15 +416,17 @@ struct Known {
     hold: Hold,
 }
 
-/// The image that the name had when it was last resolved.
+/// The image that the name had when it was last resolved. One of the other kind is not it: the registry is asked again, and the
+/// error says what to write.
 async fn known(cache: &Arc<Cache>, name: &Name) -> Option<Known> {
-    let (look, name) = (Arc::clone(cache), name.clone());
+    let (look, of) = (Arc::clone(cache), name.clone());
     let look = move || {
-        let known = look.digest(&name.whole());
-        known.or_else(|| name.digest().map(ToString::to_string))
+        let known = look.digest(&of.whole());
+        known.or_else(|| of.digest().map(ToString::to_string))
     };
     let digest = tokio::task::spawn_blocking(look).await.ok()??;
-    here(cache, digest).await
+    let known = here(cache, digest).await;
+    known.filter(|known| name.fits(known.entry.pushed).is_ok())
 }
 
 /// The image with this digest.

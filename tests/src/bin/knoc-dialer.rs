@@ -1,4 +1,4 @@
-//! What pods and floors dial with in the benchmarks of egress. It uses only the standard library: the benchmark compiles this file
+//! What pods and floors dial with in the benchmarks of egress, and a server for datagrams. It uses only the standard library: the benchmark compiles this file
 //! for musl, puts it into an image, and runs it on the nodes.
 //!
 //! - `knoc-dialer first ADDRESS COUNT` connects, sends a request line and waits for the first byte, COUNT times.
@@ -6,6 +6,7 @@
 //! - `knoc-dialer names ADDRESS NAME COUNT` asks a DNS server COUNT times for NAME; `%` in it is replaced by a number each time.
 //! - `knoc-dialer hold ADDRESS COUNT` opens COUNT connections, and holds them until it is killed.
 //! - `knoc-dialer relay PORT ADDRESS` passes connections on to ADDRESS, without TLS: the floor.
+//! - `knoc-dialer echo ADDRESS` sends each datagram that comes there back.
 //!
 //! The first three print the microseconds of each time on a line of its own.
 
@@ -42,7 +43,17 @@ fn main() -> Result<()> {
         }
         ["hold", address, count] => hold(parse(address)?, parse(count)?),
         ["relay", port, address] => relay(parse(port)?, parse(address)?),
-        _ => Err(wrong("first, send, names, hold or relay")),
+        ["echo", address] => echo(parse(address)?),
+        _ => Err(wrong("first, send, names, hold, relay or echo")),
+    }
+}
+
+fn echo(address: SocketAddr) -> Result<()> {
+    let socket = UdpSocket::bind(address)?;
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let (length, from) = socket.recv_from(&mut buffer)?;
+        socket.send_to(&buffer[..length], from)?;
     }
 }
 

@@ -3,8 +3,13 @@ use std::io;
 
 use jiff::Timestamp;
 use knoc_proto::error::chain;
-use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, OtherError};
+use rustls::{
+    AlertDescription, CertificateError, Error, InvalidMessage, OtherError, PeerIncompatible,
+};
 use rustls_pki_types::UnixTime;
+
+/// The peer speaks an older version of TLS, or none.
+const OLDER_TLS: &str = "the peer does not speak TLS 1.3: either it is another service, or something on the way terminates TLS";
 
 /// The error of a handshake, in words. rustls shows errors of ours only as Rust values, and times as numbers of seconds.
 pub(crate) fn readable_error(error: io::Error) -> io::Error {
@@ -25,6 +30,10 @@ fn words(error: &Error) -> Option<String> {
     match error {
         Error::InvalidCertificate(wrong) => of_certificate(wrong),
         Error::AlertReceived(alert) => of_alert(*alert).map(str::to_owned),
+        // A client's list of versions is new in TLS 1.3.
+        Error::PeerIncompatible(PeerIncompatible::SupportedVersionsExtensionRequired) => {
+            Some(OLDER_TLS.to_owned())
+        }
         Error::NoCertificatesPresented => Some(
             "no certificate of the peer arrived: either it has none, or something on the way terminates TLS (an Ingress or a \
              load balancer that does not pass TLS through)"
@@ -87,9 +96,7 @@ fn of_alert(alert: AlertDescription) -> Option<&'static str> {
         AlertDescription::CertificateRequired => {
             Some("our certificate did not reach the peer: something on the way terminates TLS")
         }
-        AlertDescription::ProtocolVersion => Some(
-            "the peer does not speak TLS 1.3: either it is another service, or something on the way terminates TLS",
-        ),
+        AlertDescription::ProtocolVersion => Some(OLDER_TLS),
         // What a web server answers that knows HTTP/1.1 only, such as an Ingress that was not told to pass TLS through.
         AlertDescription::NoApplicationProtocol => Some(
             "the peer offers no HTTP/2: either it is another service, or something on the way terminates TLS",
@@ -146,6 +153,8 @@ mod tests {
             let text = said(Error::AlertReceived(alert));
             assert!(text.contains("terminates TLS"), "{alert:?}: {text}");
         }
+        let older = PeerIncompatible::SupportedVersionsExtensionRequired;
+        assert_eq!(said(Error::PeerIncompatible(older)), OLDER_TLS);
     }
 
     #[test]
