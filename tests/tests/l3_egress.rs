@@ -17,7 +17,7 @@ use serde_json::json;
 /// The image with kubectl, as the nodes see it.
 const IMAGE: &str = "/images/egress-client";
 
-/// Puts kubectl, which the bed has as a part of one static program, into a copy of the image of busybox.
+/// Puts kubectl, which the bed has as a part of one static program, into a copy of the image of busybox. The tests do it one by one.
 async fn image() -> anyhow::Result<()> {
     let variable =
         |name: &str| std::env::var(name).with_context(|| format!("{name} is not set: make up"));
@@ -29,7 +29,7 @@ async fn image() -> anyhow::Result<()> {
         .text();
     let program = PathBuf::from(kubectl).with_file_name("controlplane");
     let script = format!(
-        "set -e; cd {images}; test -e egress-client && exit; rm -rf egress-client.new; cp -a busybox egress-client.new; \
+        "set -e; cd {images}; exec 9<.; flock 9; test -e egress-client && exit; rm -rf egress-client.new; cp -a busybox egress-client.new; \
          cp {program} egress-client.new/controlplane; mv egress-client.new egress-client",
         images = images.display(),
         program = program.display()
