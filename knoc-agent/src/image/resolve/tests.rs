@@ -52,8 +52,12 @@ fn one() -> Content {
 
 impl World {
     async fn new() -> Self {
+        Self::of(one()).await
+    }
+
+    async fn of(content: Content) -> Self {
         let off = Arc::new(AtomicBool::new(false));
-        let (content, flag) = (one(), Arc::clone(&off));
+        let flag = Arc::clone(&off);
         let registry = FakeRegistry::start(move |ask| {
             if flag.load(Ordering::SeqCst) {
                 Reply::Close

@@ -28,27 +28,11 @@ fn pushed(layers: &[(&str, &[u8])]) -> String {
 
 /// A registry with that manifest under `library/sif`, and with `blob` in place of the blob `named`.
 async fn world(manifest: &str, named: &[u8], blob: &[u8]) -> World {
-    let off = Arc::new(AtomicBool::new(false));
     let digest = Digest::of(named).to_string();
     let content = one().text("library/sif", manifest).falsified(&digest, blob);
-    let flag = Arc::clone(&off);
-    let registry = FakeRegistry::start(move |ask| {
-        if flag.load(Ordering::SeqCst) {
-            Reply::Close
-        } else {
-            content.answer(ask)
-        }
-    });
-    let registry = registry.await;
-    let dir = tempfile::tempdir().unwrap();
-    let images = images(dir.path(), &registry.address);
-    write_program(&dir.path().join("apptainer"), SIF);
-    World {
-        dir,
-        registry,
-        off,
-        images,
-    }
+    let world = World::of(content).await;
+    write_program(&world.dir.path().join("apptainer"), SIF);
+    world
 }
 
 #[tokio::test]
@@ -75,6 +59,24 @@ async fn a_pushed_sif_is_used_as_it_is_and_kept_by_its_digest() {
     assert!(kept.await.unwrap().file.is_some());
     let asks = world.images.resolve(NAME, PullPolicy::Always, &[]);
     asks.await.unwrap_err();
+}
+
+#[tokio::test]
+async fn a_cached_image_is_not_taken_for_one_of_the_other_kind() {
+    let manifest = pushed(&[(SIF_TYPE, &sif()[..])]);
+    let world = world(&manifest, &sif(), &sif()).await;
+    let kept = world.images.resolve(NAME, PullPolicy::Always, &[]);
+    kept.await.unwrap();
+    let by_digest = format!("sif@{}", digest(&manifest));
+    for name in ["sif:1", &by_digest] {
+        for policy in [PullPolicy::Always, PullPolicy::IfNotPresent] {
+            let error = world.images.resolve(name, policy, &[]).await.unwrap_err();
+            let expected = "write oras:// before its name";
+            assert!(error.message.contains(expected), "{name}: {error}");
+        }
+        let never = world.images.resolve(name, PullPolicy::Never, &[]);
+        never.await.unwrap_err();
+    }
 }
 
 type Case<'a> = (String, &'a [u8], &'a [u8], &'a str, &'a str);
