@@ -336,8 +336,8 @@ impl<'a> Conductor<'a> {
                 }
             }
             Effect::FirstRuns => {
-                let running = event.running.unwrap_or_default();
-                self.first_runs(running).await;
+                let rank = event.running.unwrap_or_default();
+                self.first_runs(rank).await;
             }
             Effect::EndOthers => {
                 self.tell(Signal::TERM);
@@ -386,7 +386,7 @@ impl<'a> Conductor<'a> {
     }
 
     /// Rank 0 runs on this node: its state is that of the container, whose processes are those of its PID namespace.
-    async fn first_runs(&mut self, running: pb::RankRunning) {
+    async fn first_runs(&mut self, rank: pb::RankRunning) {
         if self.table.first_host() != node_name() {
             // Its pid means another process here.
             self.failure = Some(format!(
@@ -399,14 +399,14 @@ impl<'a> Conductor<'a> {
             return;
         }
         // If it is not there any more, its end comes next.
-        let (Some(identity), Some((spec, hub))) = (Identity::of(running.pid), self.program.take())
+        let (Some(identity), Some((spec, hub))) = (Identity::of(rank.pid), self.program.take())
         else {
             return;
         };
         let program = Program {
             identity,
             beside: None,
-            isolated: self.isolated && !running.shares_processes,
+            isolated: self.isolated && !rank.shares_processes,
             spec,
             hub,
             ranks: Some(Ranks {
