@@ -23,6 +23,7 @@ pub use ephemeral::MAX_EPHEMERAL;
 pub use mpi::{MAX_RANKS, Ranks};
 pub use network::{Hostname, MAX_HOSTNAME};
 pub use restart::RESTARTING_ALL;
+pub use stop::REAL_TIME;
 
 /// The folder in a container that holds KNoC's launcher and its socket.
 pub const KNOC_FOLDER: &str = "/.knoc";

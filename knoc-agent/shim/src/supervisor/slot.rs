@@ -17,7 +17,7 @@ use super::super::{
     ranks::table::Loss,
     report::{self, History},
     role::{ContainerSpec, RestartRule, Role},
-    signals::Identity,
+    signals::{self, Identity},
     usage::{Account, Counters},
 };
 
@@ -450,7 +450,7 @@ fn stop_signal(spec: &ContainerSpec) -> Signal {
     let config = spec.image.config.as_ref();
     let of_image = || config.and_then(pb::ImageConfig::stop_signal_number);
     let own = spec.container.stop_signal_number().or_else(of_image);
-    own.and_then(Signal::from_named_raw).unwrap_or(Signal::TERM)
+    own.and_then(signals::numbered).unwrap_or(Signal::TERM)
 }
 
 #[cfg(test)]

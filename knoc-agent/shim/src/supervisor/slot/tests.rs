@@ -176,6 +176,12 @@ fn a_program_is_stopped_by_the_signal_of_its_own_image() {
     slot.phase = Phase::Running;
     slot.renew(with_signal("c", "SIGTERM"), Duration::from_secs(30));
     assert_eq!(slot.signal, Signal::QUIT);
+    for (text, number) in [("SIGRTMIN+3", 37), ("64", 64), ("33", 15)] {
+        let mut slot = main(RestartRule::Always, "a");
+        slot.renew(with_signal("b", text), Duration::ZERO);
+        drop(slot.begin());
+        assert_eq!(slot.signal.as_raw(), number, "{text}");
+    }
 }
 
 #[test]
