@@ -596,6 +596,11 @@ async fn push_with_links(repository: &Repository<'_>) -> anyhow::Result<String> 
     Ok(folder)
 }
 
+/// A mount of that directory of the volume `models`.
+fn part(path: &str, sub_path: &str) -> Value {
+    json!({"name": "models", "mountPath": path, "subPath": sub_path})
+}
+
 #[tokio::test]
 async fn a_folder_of_an_image_is_a_volume_and_no_link_leads_out_of_it() -> anyhow::Result<()> {
     let world = World::new("images-folder").await?;
@@ -606,22 +611,20 @@ async fn a_folder_of_an_image_is_a_volume_and_no_link_leads_out_of_it() -> anyho
         {"name": "empty", "emptyDir": {}},
     ]);
     let pod = |name: &str| PodBuilder::new(name).spec("volumes", volumes.clone());
-    let mount =
-        |path: &str, folder: &str| json!({"name": "models", "mountPath": path, "subPath": folder});
+    let mounts = json!([
+        part("/a", "tree/deep/real"),
+        part("/srv/b", "tree/absolute"),
+        part("/dev/c", "tree/within/real"),
+        part("/d", "tree/out"),
+        part("/e", "tree/up"),
+        {"name": "models", "mountPath": "/f", "subPathExpr": "tree/$(PART)/real"},
+        {"name": "models", "mountPath": "/g"},
+    ]);
+    // The runtime has one process for each image that it mounts.
     let reads = pod("reads")
+        .memory("256Mi")
         .set("env", json!([{"name": "PART", "value": "deep"}]))
-        .set(
-            "volumeMounts",
-            json!([
-                mount("/a", "tree/deep/real"),
-                mount("/srv/b", "tree/absolute"),
-                mount("/dev/c", "tree/within/real"),
-                mount("/d", "tree/out"),
-                mount("/e", "tree/up"),
-                {"name": "models", "mountPath": "/f", "subPathExpr": "tree/$(PART)/real"},
-                {"name": "models", "mountPath": "/g"},
-            ]),
-        )
+        .set("volumeMounts", mounts)
         .sh(
             "cat /a/file /srv/b/file /dev/c/file /d/marker /e/marker /f/file /g/etc/marker; ls /a; \
              touch /a/x 2>/dev/null || echo read-only",
@@ -639,18 +642,15 @@ async fn a_folder_of_an_image_is_a_volume_and_no_link_leads_out_of_it() -> anyho
         ),
         ("file", "tree/deep/real/file", "it is not a directory"),
     ] {
-        let one = pod(name).set("volumeMounts", json!([mount("/a", sub_path)]));
+        let one = pod(name).set("volumeMounts", json!([part("/a", sub_path)]));
         let failed = world.run(&one.sh("true"), "Failed").await?;
         let (reason, message) = container_reason(&failed, "main").context("no reason")?;
-        ensure!(
-            reason == "CreateContainerError" && message.contains(expected),
-            "{name}: {reason}: {message}"
-        );
+        let as_expected = reason == "CreateContainerError" && message.contains(expected);
+        ensure!(as_expected, "{name}: {reason}: {message}");
     }
-    let below = json!([mount("/a", "tree"), {"name": "empty", "mountPath": "/a/deep"}]);
-    let below = pod("below").set("volumeMounts", below);
-    let rejected = world.run(&below.sh("true"), "Failed").await?;
-    let (_, message) = why(&rejected);
+    let below = json!([part("/a", "tree"), {"name": "empty", "mountPath": "/a/deep"}]);
+    let below = pod("below").set("volumeMounts", below).sh("true");
+    let (_, message) = why(&world.run(&below, "Failed").await?);
     ensure!(
         message.contains("in a subPath of an image volume"),
         "{message}"
