@@ -52,6 +52,7 @@ use super::{
     ranks::{command::Ranks, table::Loss},
     role::{ContainerSpec, SlotId},
     signals::{self, Identity},
+    turn::{self, Turn},
     usage::{Counters, Used},
 };
 use crate::launch::beside::Beside;
@@ -386,11 +387,13 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let mut folders = prepare(pod, attempt, values).await?;
     complete(&mut spec, &folders);
     let kills_before = pod.oom.unclaimed();
+    let turn = turn_of(attempt).await?;
     let mut up = bring_up(pod, attempt, &folders, container).await?;
     complete_inside(pod, attempt, (&mut folders, &mut up), &mut spec).await?;
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
     let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);
     let terminal = launched(&mut up.runtime, launching).await?;
+    drop(turn);
     let sources = from_terminal(terminal.as_ref()).unwrap_or(sources);
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
     let mut keeper = hub::open(container.stdin, container.stdin_once, stdio.ours, terminal);
@@ -404,9 +407,8 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
         ranks: None,
     };
     let isolated = program.isolated;
-    let event = running(attempt, program);
     // The supervisor outlives its attempts.
-    attempt.events.send(event).await.ok();
+    attempt.events.send(running(attempt, program)).await.ok();
     let live = pod.jobdir.log_path(&container.name, attempt.number);
     let over = CancellationToken::new();
     let pump = output::pump(sources, log(pod, attempt, &live), over.clone(), &hub);
@@ -472,6 +474,15 @@ fn with_signal(exit: Exit) -> Exit {
         exit.signal
     };
     Exit { signal, ..exit }
+}
+
+/// Waits until few other containers are set up on the node.
+async fn turn_of(attempt: &Attempt) -> Result<Option<Turn>, AttemptError> {
+    tokio::select! {
+        biased;
+        turn = turn::take() => Ok(turn),
+        () = attempt.abort.cancelled() => Err(AttemptError::Aborted),
+    }
 }
 
 /// Waits until the program runs, and ends the runtime if it does not. Returns the terminal of the program, if it has one.

@@ -62,6 +62,7 @@ mod sif;
 mod signals;
 mod sizes;
 mod supervisor;
+mod turn;
 mod usage;
 mod values_poll;
 mod volumes;
