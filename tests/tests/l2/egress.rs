@@ -62,6 +62,13 @@ pub(crate) fn service(port: u16) -> serde_json::Value {
         "clusterIPs": ["10.96.0.1"], "ports": [{"name": "https", "port": port, "protocol": "TCP"}]}})
 }
 
+/// The EndpointSlice of the Service `default/kubernetes`, which leads to this port of this host.
+pub(crate) fn endpoint(port: u16) -> serde_json::Value {
+    json!({"metadata": {"name": "kubernetes", "labels": {"kubernetes.io/service-name": "kubernetes"}},
+        "addressType": "IPv4", "ports": [{"name": "https", "port": port, "protocol": "TCP"}],
+        "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": true}}]})
+}
+
 /// A cluster with the Service `default/kubernetes`, whose endpoint is that port of this host.
 async fn cluster(site: &Site, port: u16) -> anyhow::Result<Kubelet> {
     let kubelet = Kubelet::prepare(site).await?;
@@ -70,9 +77,7 @@ async fn cluster(site: &Site, port: u16) -> anyhow::Result<Kubelet> {
     let ranges = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}});
     api.create("networking.k8s.io/v1", "servicecidrs", "", ranges)?;
     if port > 0 {
-        let slice = json!({"metadata": {"name": "kubernetes", "labels": {"kubernetes.io/service-name": "kubernetes"}},
-            "addressType": "IPv4", "ports": [{"name": "https", "port": port, "protocol": "TCP"}],
-            "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": true}}]});
+        let slice = endpoint(port);
         api.create("discovery.k8s.io/v1", "endpointslices", "default", slice)?;
     }
     Ok(kubelet)
@@ -109,7 +114,7 @@ pub(crate) async fn refusals(kubelet: &Kubelet) -> anyhow::Result<Vec<String>> {
 }
 
 /// The messages of the Events with this reason, once there is one.
-async fn told(kubelet: &Kubelet, reason: &str) -> anyhow::Result<Vec<String>> {
+pub(crate) async fn told(kubelet: &Kubelet, reason: &str) -> anyhow::Result<Vec<String>> {
     wait_for(reason, SOON, async || {
         let messages = told_by_now(kubelet, reason);
         if messages.is_empty() {
@@ -122,7 +127,7 @@ async fn told(kubelet: &Kubelet, reason: &str) -> anyhow::Result<Vec<String>> {
 }
 
 /// The messages of the Events with this reason.
-fn told_by_now(kubelet: &Kubelet, reason: &str) -> Vec<String> {
+pub(crate) fn told_by_now(kubelet: &Kubelet, reason: &str) -> Vec<String> {
     let events = kubelet.api.list("v1", "events", "default");
     let wanted = events.iter().filter(|event| event["reason"] == reason);
     wanted.map(|event| event["message"].to_string()).collect()
@@ -352,8 +357,9 @@ async fn breaker() -> anyhow::Result<(u16, JoinSet<()>, mpsc::Receiver<io::Resul
     tasks.spawn(async move {
         while let Ok((mut peer, _)) = listener.accept().await {
             let mut first = [0];
-            if peer.read_exact(&mut first).await.is_err() || peer.write_all(b"part").await.is_err()
-            {
+            // The kubelet itself connects too, and looks for a certificate.
+            let is_pod = peer.read_exact(&mut first).await.is_ok() && b"rw".contains(&first[0]);
+            if !is_pod || peer.write_all(b"part").await.is_err() {
                 continue;
             }
             if first == *b"r" {
