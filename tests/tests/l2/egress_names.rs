@@ -7,6 +7,7 @@ use anyhow::ensure;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use knoc_link::verifier::provider;
 use knoc_tests::{
+    endpoint,
     site::{Kubelet, NODE},
     wait_for,
 };
@@ -17,10 +18,10 @@ use kube::{
 use rcgen::{CertificateParams, KeyPair};
 use rustls::ServerConfig;
 use rustls_pki_types::PrivateKeyDer;
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{net::TcpStream, task::JoinSet};
 use tokio_rustls::TlsAcceptor;
 
-use crate::egress::{SOON, endpoint, start, told, told_by_now};
+use crate::egress::{SOON, slice, start, told, told_by_now};
 
 /// The type of the node's condition, and the reason of its Event.
 const MISMATCH: &str = "ApiServerCertificateMismatch";
@@ -36,16 +37,12 @@ async fn server(names: &[&str]) -> anyhow::Result<(u16, JoinSet<()>)> {
         .with_no_client_auth()
         .with_single_cert(vec![certificate.der().clone()], key)?;
     let acceptor = TlsAcceptor::from(Arc::new(config));
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let port = listener.local_addr()?.port();
-    let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            // A client that rejects the certificate ends the handshake.
-            acceptor.accept(stream).await.ok();
-        }
-    });
-    Ok((port, tasks))
+    endpoint::serve(move |stream: TcpStream| {
+        let acceptor = acceptor.clone();
+        // A client that rejects the certificate ends the handshake.
+        async move { acceptor.accept(stream).await.map(drop) }
+    })
+    .await
 }
 
 /// Waits until the condition of the node has this status, and returns its message.
@@ -86,7 +83,7 @@ async fn a_certificate_that_does_not_name_the_service_is_told_before_a_pod_fails
     let (port, _complete) = server(&["10.96.0.1", "kubernetes.default.svc"]).await?;
     let client = kube::Client::try_from(kube::Config::new(kubelet.api.url().parse()?))?;
     let slices: Api<EndpointSlice> = Api::namespaced(client, "default");
-    let moved = Patch::Merge(endpoint(port));
+    let moved = Patch::Merge(slice(port));
     slices
         .patch("kubernetes", &PatchParams::default(), &moved)
         .await?;
