@@ -48,7 +48,7 @@ const NAME: &str = "kubernetes.default.svc";
 /// When the certificates are looked at again although no address has changed.
 const AGAIN: Duration = Duration::from_mins(10);
 /// The same if no endpoint has shown one.
-const RETRY: Duration = Duration::from_mins(1);
+const RETRY: Duration = Duration::from_secs(30);
 /// The shortest time between two looks, however often the addresses change.
 const REST: Duration = Duration::from_secs(10);
 /// The most endpoints that are looked at.
