@@ -113,7 +113,8 @@ fn explain(ended: &Result<(), CommandError>, output: &str) -> String {
         // It was not accepted, or it could not even write.
         (Err(error), "") => match error.message() {
             Some(text) if text.starts_with(SUBMITTED) => format!(
-                "{}, and it has written nothing: can the nodes of its partition write to the agent's state directory?",
+                "{}, and it has written nothing: it may have been cancelled, or the nodes of its partition cannot write to the agent's \
+                 state directory",
                 shown(text)
             ),
             Some(_) | None => why(error),
