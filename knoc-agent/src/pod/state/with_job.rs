@@ -283,7 +283,8 @@ fn report_grace(pod: &Pod) -> Duration {
 fn gone(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let since = *pod.unseen.get_or_insert(now);
     let soon = now < since + pod.lag();
-    let (never_shown, linked) = (pod.view.is_none(), pod.link);
+    let never_shown = pod.view.is_none();
+    let lives = pod.link && !reported(pod);
     let (job, stage) = match &mut pod.state {
         State::WithJob { placement, stage } => (placement.job(), stage),
         State::Finished { lingering, .. } => {
@@ -302,8 +303,8 @@ fn gone(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
             pod.enter_stage(JobStage::Lost { since, look_at }, now);
             vec![Effect::Persist, Effect::ReadFiles]
         }
-        // The job may be alive, and its cancellation may have missed it. While its shim reports, it is.
-        JobStage::Stopping { .. } if linked || (soon && never_shown) => Vec::new(),
+        // The job may be alive, and its cancellation may have missed it. While its shim reports and has not told the end, it is.
+        JobStage::Stopping { .. } if lives || (soon && never_shown) => Vec::new(),
         JobStage::Stopping { .. } => ended(pod, now),
         JobStage::Lost { .. } | JobStage::Settling { .. } => Vec::new(),
     }

@@ -129,6 +129,8 @@ fn a_job_that_is_shown_again_is_ended_as_before_whatever_the_reason() {
         matches!(linked.stage(), Some(JobStage::Stopping { .. })),
         "its shim is there"
     );
+    let (reported, _) = step(linked.clone(), report("1", 9, true), due);
+    assert!(step(reported, missing(), due).0.is_finished());
     let (alone, _) = step(linked, Event::Link(false), due);
     let (hidden, _) = step(alone, missing(), due);
     assert!(matches!(
