@@ -105,13 +105,15 @@ impl Puller {
 
 /// PURE: why a job has made no image, by how it ended and what it has written.
 fn explain(ended: &Result<(), CommandError>, output: &str) -> String {
-    match (ended, output) {
-        (Ok(()), "") => {
+    let said = fatal(output);
+    match ended {
+        // Nothing of what it has written says why.
+        Ok(()) if said == output => {
             "it ended before it had made the image: it may have been cancelled, or its node has failed"
                 .to_owned()
         }
         // It was not accepted, or it could not even write.
-        (Err(error), "") => match error.message() {
+        Err(error) if output.is_empty() => match error.message() {
             Some(text) if text.starts_with(SUBMITTED) => format!(
                 "{}, and it has written nothing: it may have been cancelled, or the nodes of its partition cannot write to the agent's \
                  state directory",
@@ -119,7 +121,7 @@ fn explain(ended: &Result<(), CommandError>, output: &str) -> String {
             ),
             Some(_) | None => why(error),
         },
-        (Ok(()) | Err(_), output) => shown(&fatal(output)),
+        Ok(()) | Err(_) => shown(&said),
     }
 }
 
