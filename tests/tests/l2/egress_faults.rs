@@ -22,6 +22,7 @@ try:
     with socket.create_connection(target) as peer:
         peer.sendall(b"x")
         while peer.recv(10): pass
+        print("closed", flush=True)
         until = time.monotonic() + 20
         while time.monotonic() < until:
             peer.sendall(b"y" * 1000)
@@ -41,7 +42,7 @@ async fn a_program_that_sends_to_an_endpoint_that_is_gone_is_told() -> anyhow::R
     let main = json!({"name": "main", "image": "none", "command": ["python3", "-c", SENDER]});
     let uid = kubelet.create_pod("client", json!({"containers": [main]}))?;
     let log = log(&site, &uid).await?;
-    ensure!(log.starts_with("broken"), "{log}");
+    ensure!(log.starts_with("closed\nbroken\n"), "{log}");
     Ok(())
 }
 

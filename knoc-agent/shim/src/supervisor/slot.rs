@@ -197,20 +197,26 @@ impl Slot {
     }
 
     /// All containers of the pod begin anew, so that this one starts again in its turn, whatever its rule. Only the one that
-    /// caused it has a back-off.
+    /// caused it waits for its back-off, and those that caused it before and have not had their turn since: if two that crash did
+    /// end each other's back-off, the pod would begin anew without a pause.
     pub(super) fn start_over(&mut self) {
         let mut at = Time::ZERO;
         match self.phase {
             Phase::Idle => return,
-            Phase::Exited { restart_at, .. }
-                if self.restart() == RestartRule::All && self.stop < StopStage::Kill =>
+            Phase::Again { restart_at } => at = restart_at,
+            Phase::Exited {
+                restart_at,
+                unhealthy,
+                ..
+            } if self.restart() == RestartRule::All
+                && (unhealthy || self.stop < StopStage::Kill) =>
             {
                 at = restart_at;
             }
+            Phase::Exited { .. } if self.spec.may_restart_all() => self.backoff.take_back(),
             Phase::Starting
             | Phase::Running
             | Phase::Unconfigured { .. }
-            | Phase::Again { .. }
             | Phase::Exited { .. } => self.backoff.reset(),
         }
         self.phase = Phase::Again { restart_at: at };
