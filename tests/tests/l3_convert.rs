@@ -107,12 +107,12 @@ async fn waits_in(world: &World, partition: &str) -> anyhow::Result<()> {
     agent.knocctl(&format!("delete {uid}")).ok().await?;
     none_queued(world, partition).await?;
     // An administrator cancels it. Slurm says that its exit code is 0.
-    let lost = agent.submit("lost", &busybox).await?;
+    let cancelled = agent.submit("cancelled", &busybox).await?;
     let job = one_queued(world, partition, "").await?;
     let (id, _) = job.split_once(' ').context("no id")?;
     world.on_as_root("ctl", ["scancel", id]).ok().await?;
-    described(&agent, &lost, "it may have been cancelled").await?;
-    agent.knocctl(&format!("delete {lost}")).ok().await?;
+    described(&agent, &cancelled, "it may have been cancelled").await?;
+    agent.knocctl(&format!("delete {cancelled}")).ok().await?;
     none_queued(world, partition).await?;
     let last = agent.submit("last", &busybox).await?;
     one_queued(world, partition, "").await?;

@@ -121,7 +121,9 @@ async fn a_job_that_leaves_no_whole_file_has_failed_whatever_slurm_says() {
     assert!(error.contains("state directory"), "{error}");
     let kept = std::fs::read_dir(file("images")).unwrap();
     let kept = kept.filter_map(|entry| entry.unwrap().file_name().into_string().ok());
-    let kept: Vec<String> = kept.filter(|name| name.ends_with(".sif")).collect();
+    let kept: Vec<String> = kept
+        .filter(|name| Path::new(name).extension() == Some("sif".as_ref()))
+        .collect();
     assert!(kept.is_empty(), "{kept:?}");
 }
 
