@@ -24,6 +24,7 @@ pub mod own_addresses;
 pub mod pod;
 pub mod proxy;
 pub mod relay;
+pub mod repository;
 pub mod second_agent;
 pub mod several_pods;
 pub mod site;

@@ -3,8 +3,8 @@
 # to http://ctl:5000 under the names and tags of k8s.io/kubernetes/test/utils/image/manifest.go; does nothing if they are there.
 #
 # All images but pause have one layer in common: busybox, bash, curl, dig, hostname, nc and nginx; sh.c says which shell its `sh` is. It
-# calls itself Alpine Linux, as those of upstream do, because a test looks for that name. An agent that has an older image of the same name
-# keeps it for pods that do not ask for `imagePullPolicy: Always`.
+# calls itself Alpine Linux, as those of upstream do, because a test looks for that name. The agent forgets its images, as it
+# would keep older ones of the same names.
 . "$(dirname "$0")/../lib.sh"
 images=$HPC_PREFIX/shared/images/conformance
 layout=/images/conformance/layout # as the nodes see it
@@ -110,4 +110,7 @@ rm -rf --one-file-system "$images"
 mkdir -p "$images"
 make_images
 chmod -R a+rX "$images"
+"$testbed/agent.sh" down
+rm -rf --one-file-system "$agent_home_here/.local/state/knoc/images"
+"$testbed/agent.sh" up
 echo "$stamp" >"$images/.stamp"
