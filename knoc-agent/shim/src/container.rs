@@ -7,6 +7,7 @@
 //! task in the helper of each.
 
 mod folders;
+mod ids;
 mod parallel;
 pub(crate) mod rank;
 mod up;
@@ -171,6 +172,7 @@ pub(crate) struct Unmounted {
 /// What becomes an Event with a count.
 #[derive(Debug)]
 pub(crate) struct Told {
+    pub(crate) warning: bool,
     pub(crate) reason: &'static str,
     pub(crate) message: String,
     pub(crate) count: i32,
@@ -369,8 +371,9 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     folders.message_below(up.message.take());
     spec.passwd = passwd::of_image(pod, (up.identity, up.beside), &spec).await;
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
+    [spec.uid, spec.gid] = ids::wanted(pod, container, &config);
     let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);
-    let terminal = launched(&mut up.runtime, launching).await?;
+    let (terminal, own_ids) = launched(&mut up.runtime, launching).await?;
     let sources = from_terminal(terminal.as_ref()).unwrap_or(sources);
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
     let mut keeper = hub::open(container.stdin, container.stdin_once, stdio.ours, terminal);
@@ -384,9 +387,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
         ranks: None,
     };
     let isolated = program.isolated;
-    let event = running(attempt, program);
-    // The supervisor outlives its attempts.
-    attempt.events.send(event).await.ok();
+    ids::tell_running(pod, attempt, program, own_ids).await;
     let live = pod.jobdir.log_path(&container.name, attempt.number);
     let over = CancellationToken::new();
     let pump = output::pump(sources, log(pod, attempt, &live), over.clone(), &hub);
@@ -412,18 +413,6 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let used_at_end = up.runtime.child.used.unwrap_or_default();
     let used = spent(pod.runtime.isolates(), used_before, used_at_end);
     Ok((exit, message, losses, killed, used))
-}
-
-fn running(attempt: &Attempt, program: Program) -> Event {
-    let news = News::Running {
-        program: Arc::new(program),
-        started_at: Timestamp::now(),
-    };
-    Event {
-        id: attempt.spec.id,
-        attempt: attempt.number,
-        news,
-    }
 }
 
 /// Where the output goes, and how the supervisor learns of lines that could not be written.
@@ -454,11 +443,12 @@ fn with_signal(exit: Exit) -> Exit {
     Exit { signal, ..exit }
 }
 
-/// Waits until the program runs, and ends the runtime if it does not. Returns the terminal of the program, if it has one.
+/// Waits until the program runs, and ends the runtime if it does not. Returns the terminal of the program, if it has one, and
+/// whether it was to see itself as another user and does not.
 async fn launched(
     runtime: &mut Runtime,
     launching: impl Future<Output = Result<Launched, AttemptError>>,
-) -> Result<Option<Arc<Stream>>, AttemptError> {
+) -> Result<(Option<Arc<Stream>>, bool), AttemptError> {
     let launched = match launching.await {
         Ok(launched) => launched,
         Err(error) => {
@@ -467,7 +457,8 @@ async fn launched(
         }
     };
     let terminal = launched.master.map(Stream::new).transpose();
-    Ok(terminal.map_err(PrepareError::Pipes)?.map(Arc::new))
+    let terminal = terminal.map_err(PrepareError::Pipes)?.map(Arc::new);
+    Ok((terminal, launched.own_ids))
 }
 
 /// Starts the program. It may lie on a file system that hangs, so `abort` ends the wait.

@@ -219,7 +219,7 @@ async fn launch(
     }
 }
 
-/// The launch specification of the process. Its environment and working directory are the container's.
+/// The launch specification of the process. Its environment, working directory and ids are the container's.
 fn spec(container: &LaunchSpec, start: &pb::ExecStart) -> LaunchSpec {
     let mut spec = LaunchSpec {
         argv: start
@@ -233,6 +233,9 @@ fn spec(container: &LaunchSpec, start: &pb::ExecStart) -> LaunchSpec {
         temporary: Vec::new(),
         settle: false,
         descriptor: None,
+        // The helper joins the user namespace of the program.
+        uid: None,
+        gid: None,
         ..container.clone()
     };
     if start.tty && !spec.env.iter().any(|entry| entry.starts_with(b"TERM=")) {
