@@ -97,6 +97,95 @@ async fn mpich_and_open_mpi_of_debian_run_on_two_nodes() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
+async fn open_mpi_of_debian_uses_nothing_but_shared_memory_on_one_node() -> anyhow::Result<()> {
+    image().await?;
+    let world = World::new("mpi-memory").await?;
+    let resources = json!({"requests": {"cpu": "2"}, "limits": {"memory": "512Mi"}});
+    // With another transport than this one, the ranks would not reach each other.
+    let env = json!([
+        {"name": "OMPI_MCA_pml", "value": "ob1"},
+        {"name": "OMPI_MCA_btl", "value": "self,sm"},
+    ]);
+    let pod = PodBuilder::new("memory")
+        .annotation("knoc.io/ntasks", "2")
+        .annotation("knoc.io/mpi", "pmix")
+        .image(IMAGE)
+        .command(["/ring-openmpi"])
+        .set("env", env)
+        .set("resources", resources);
+    world.run(&pod, "Succeeded").await?;
+    let log = world.logs("memory", "main").await?;
+    for rank in 0..2 {
+        // The sum of the numbers up to its own.
+        let (begin, end) = (
+            format!("rank {rank} of 2 on "),
+            format!(": sum 3, token {rank}"),
+        );
+        let said = by_rank(&log)
+            .into_iter()
+            .any(|(_, text)| text.starts_with(&begin) && text.ends_with(&end));
+        ensure!(said, "rank {rank}: {log}");
+    }
+    world.finish().await
+}
+
+/// What a rank does that shares a node with another one. It waits for the file `go` and ends then, if it is the one that ends first.
+/// Otherwise it waits until the other one is gone, and goes on for a while.
+fn beside(first: &str) -> String {
+    format!(
+        "touch /tmp/i-am-$SLURM_PROCID; echo $$ >/dev/shm/pid-$SLURM_PROCID; echo ready; \
+         while ! test -e /dev/shm/go; do sleep 0.1; done; \
+         if test $SLURM_PROCID = {first}; then exit 0; fi; \
+         while test -d /proc/$(cat /dev/shm/pid-{first}); do sleep 0.1; done; sleep 2; echo outlived"
+    )
+}
+
+/// Of which ranks, or of the node, a rank reaches the files by the processes that it sees.
+const REACHES: &str = "for process in /proc/[0-9]*; do \
+     for one in 0 1; do [ ! -e $process/root/tmp/i-am-$one ] || echo $one; done; \
+     [ ! -e $process/root/home/hpcuser ] || echo the node; done | sort -u";
+
+#[tokio::test]
+async fn ranks_on_one_node_share_processes_and_memory_and_reach_their_own_files_only()
+-> anyhow::Result<()> {
+    let world = World::new("mpi-beside").await?;
+    // Either of them may be the one whose helper holds what they share.
+    for first in ["0", "1"] {
+        let name = format!("beside-{first}");
+        let resources = json!({"requests": {"cpu": "200m"}, "limits": {"memory": "256Mi"}});
+        let pod = PodBuilder::new(&name)
+            .annotation("knoc.io/ntasks", "2")
+            .annotation("knoc.io/mpi", "none")
+            .sh(&beside(first))
+            .set("resources", resources);
+        let uid = world.running(&pod).await?;
+        wait_log(&world, &name, "ready", 2).await?;
+        for rank in ["0", "1"] {
+            let in_rank = async |script: &str| {
+                let exec = ["exec", &uid, "--rank", rank, "--", "sh", "-c", script];
+                anyhow::Ok(world.knocctl(exec).ok().await?.text())
+            };
+            let pids = in_rank("cd /dev/shm && cat pid-0 pid-1").await?;
+            let (zero, one) = pids.split_once('\n').with_context(|| pids.clone())?;
+            ensure!(zero != one, "{pids}");
+            let seen = in_rank(&format!("ls -d /proc/{zero} /proc/{one}")).await?;
+            ensure!(seen.lines().count() == 2, "rank {rank}: {seen}");
+            wait_for("it reaches its own files only", SOON, async || {
+                let reached = in_rank(REACHES).await?;
+                ensure!(reached == rank, "rank {rank}: {reached:?}");
+                anyhow::Ok(())
+            })
+            .await?;
+        }
+        let go = ["exec", &uid, "--", "touch", "/dev/shm/go"];
+        world.knocctl(go).ok().await?;
+        world.wait_phase(&name, "Succeeded", SOON).await?;
+        wait_log(&world, &name, "outlived", 1).await?;
+    }
+    world.finish().await
+}
+
+#[tokio::test]
 async fn the_example_runs_on_two_nodes() -> anyhow::Result<()> {
     let world = World::new("mpi-example").await?;
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/mpi.yaml");

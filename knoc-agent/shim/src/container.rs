@@ -53,6 +53,7 @@ use super::{
     ranks::{command::Ranks, table::Loss},
     role::{ContainerSpec, SlotId},
     signals::{self, Identity},
+    turn::{self, Turn},
     usage::{Counters, Used},
 };
 use crate::launch::beside::Beside;
@@ -367,6 +368,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let mut folders = prepare(pod, attempt, values).await?;
     complete(&mut spec, &folders);
     let kills_before = pod.oom.unclaimed();
+    let turn = turn_of(attempt).await?;
     let mut up = bring_up(pod, attempt, &folders, container).await?;
     folders.message_below(up.message.take());
     spec.passwd = passwd::of_image(pod, (up.identity, up.beside), &spec).await;
@@ -374,6 +376,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     [spec.uid, spec.gid] = ids::wanted(pod, container, &config);
     let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);
     let (terminal, own_ids) = launched(&mut up.runtime, launching).await?;
+    drop(turn);
     let sources = from_terminal(terminal.as_ref()).unwrap_or(sources);
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
     let mut keeper = hub::open(container.stdin, container.stdin_once, stdio.ours, terminal);
@@ -441,6 +444,15 @@ fn with_signal(exit: Exit) -> Exit {
         exit.signal
     };
     Exit { signal, ..exit }
+}
+
+/// Waits until few other containers are set up on the node.
+async fn turn_of(attempt: &Attempt) -> Result<Option<Turn>, AttemptError> {
+    tokio::select! {
+        biased;
+        turn = turn::take() => Ok(turn),
+        () = attempt.abort.cancelled() => Err(AttemptError::Aborted),
+    }
 }
 
 /// Waits until the program runs, and ends the runtime if it does not. Returns the terminal of the program, if it has one, and

@@ -61,6 +61,7 @@ mod sif;
 mod signals;
 mod sizes;
 mod supervisor;
+mod turn;
 mod usage;
 mod values_poll;
 mod volumes;

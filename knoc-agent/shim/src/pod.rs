@@ -231,8 +231,8 @@ impl Pod {
         self.job.settings.clone().unwrap_or_default()
     }
 
-    /// Whether no program sees itself as another user than the agent's: the site wants that, or the programs of several ranks
-    /// reach each other's memory, as only those of one user namespace may.
+    /// Whether no program sees itself as another user than the agent's: the site wants that, or there are several ranks, whose
+    /// libraries speak with Slurm.
     pub(crate) fn keeps_ids(&self) -> bool {
         let ranks = self.spec.job.as_ref().is_some_and(|job| job.mpi.is_some());
         ranks || self.settings().own_ids

@@ -1,13 +1,15 @@
 //! The PID namespace of a pod whose containers share their processes.
 //!
 //! A helper ([`crate::launch::hold`]) holds the PID namespace of all containers. It is
-//! started with the first container, and ends with the shim.
+//! started with the first container, and ends with the shim. Ranks on one node share such a namespace, too: the helper of one of
+//! them starts the holder.
 
 use std::{
     io,
     os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
     path::Path,
     process::{Command, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,6 +19,7 @@ use super::{
     children::{Child, Children},
     handshake::{self, HandshakeError},
     network::Network,
+    ranks::node::NodeFolder,
     signals::Identity,
 };
 use crate::launch::contain::spec::ContainSpec;
@@ -37,6 +40,8 @@ pub(crate) enum ProcessesError {
     Spawn(#[source] io::Error),
     #[error("hold the PID namespace")]
     Hold(#[source] HandshakeError),
+    #[error("find the PID namespace of the ranks on this node")]
+    Find(#[source] io::Error),
     #[error("the helper that holds the PID namespace has ended")]
     Ended,
     #[error("the helper that holds the PID namespace did not start within {} s", START.as_secs())]
@@ -71,6 +76,27 @@ impl Holder {
         let started = timeout(START, start(helper)).await;
         let (first, child) = started.map_err(|_| ProcessesError::Slow)??;
         *holder = Some((first, child));
+        Ok(first)
+    }
+
+    /// PID 1 of the namespace that the ranks on this node share. Whoever asks first starts it, and names it to the others in their
+    /// folder.
+    pub(crate) async fn of_node(
+        &self,
+        folder: &Arc<NodeFolder>,
+        helper: Helper<'_>,
+    ) -> Result<Identity, ProcessesError> {
+        let of_all = Arc::clone(folder);
+        // Another one may be starting it.
+        let finding = tokio::task::spawn_blocking(move || of_all.holder()).await;
+        let found = finding.map_err(io::Error::other).flatten();
+        let (file, named) = found.map_err(ProcessesError::Find)?;
+        if let Some(first) = named.filter(|first| first.runs()) {
+            return Ok(first);
+        }
+        let first = self.first(helper).await?;
+        let naming = folder.name_holder(&file, first);
+        naming.map_err(ProcessesError::Find)?;
         Ok(first)
     }
 }

@@ -193,6 +193,7 @@ async fn run_program(
     let joining = move || NodeFolder::join(Path::new(scratch::MEMORY), &name);
     let folder = tokio::task::spawn_blocking(joining).await?;
     let folder = folder.context("create the /dev/shm that the ranks on this node share")?;
+    let folder = Arc::new(folder);
     let ran = match prepare(jobdir, start, number, &folder) {
         Ok(prepared) => {
             if cleans(|name| std::env::var(name).ok()) {
@@ -203,6 +204,12 @@ async fn run_program(
         }
         Err(error) => Err(error),
     };
+    if folder.holds() {
+        // Their programs would end with this process. The shim ends them if they do not end by themselves.
+        let folder = Arc::clone(&folder);
+        let waiting = tokio::task::spawn_blocking(move || folder.wait_for_others());
+        waiting.await.ok();
+    }
     let until = std::time::Instant::now() + LAST_REMOVAL;
     let leaving = tokio::task::spawn_blocking(move || folder.leave(until));
     tokio::time::timeout(LAST_REMOVAL, leaving).await.ok();
@@ -214,6 +221,11 @@ async fn run_program(
 fn cleans(variable: impl Fn(&str) -> Option<String>) -> bool {
     let first_of_node = variable("SLURM_LOCALID").as_deref() == Some("0");
     first_of_node && variable("SLURM_NODEID").is_some_and(|node| node != "0")
+}
+
+/// PURE: whether there may be other ranks on this node; `ranks` are the numbers of those on it.
+fn has_others(ranks: Option<&str>) -> bool {
+    ranks.is_none_or(|ranks| ranks.contains([',', '-']))
 }
 
 /// Keeps Slurm's signals from ending the helper before its program, as long as what it returns exists.
@@ -321,7 +333,7 @@ fn prepare(
     jobdir: JobDir,
     start: pb::RankStart,
     number: u32,
-    folder: &NodeFolder,
+    folder: &Arc<NodeFolder>,
 ) -> anyhow::Result<Prepared> {
     let claim = super::identity()?;
     let endpoint = endpoint(jobdir.path());
@@ -332,9 +344,11 @@ fn prepare(
     pod.facts.hostname.kernel = node_name();
     let memory = folder.memory();
     let pmix = std::env::var_os(step::PMIX_FOLDER).map(PathBuf::from);
+    let on_node = std::env::var("SLURM_GTIDS").ok();
     pod.shared = Some(Shared {
         memory: memory.context("create the /dev/shm that the ranks on this node share")?,
         pmix: pmix.filter(|path| path.is_absolute() && path.is_dir()),
+        processes: has_others(on_node.as_deref()).then(|| Arc::clone(folder)),
     });
     let values = start.values.unwrap_or_default();
     let values = PodValues::check(values, pod.spec())?;
@@ -477,6 +491,12 @@ mod tests {
         assert!(!given(Some("0"), Some("0")), "the shim is there");
         assert!(!given(Some("1"), Some("1")), "another one does it");
         assert!(!given(None, Some("0")) && !given(Some("1"), None) && !given(None, None));
+    }
+
+    #[test]
+    fn a_rank_has_others_on_its_node_unless_slurm_says_that_it_is_alone() {
+        assert!(!has_others(Some("3")));
+        assert!(has_others(Some("0,1")) && has_others(Some("0-3")) && has_others(None));
     }
 
     #[test]

@@ -83,6 +83,18 @@ pub(crate) struct Situation<'a> {
     pub(crate) target_missing: Option<&'a str>,
 }
 
+/// Why containers wait that have everything else.
+const ADDRESS_MISSING: &str = "the container waits for the pod's address from the agent";
+
+/// What the pod lacks before containers can begin.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Missing<'a> {
+    /// Its values, and why: a failure, unless they come.
+    Values(&'a str),
+    /// Its address. It comes within a second, so this is a step of the start like any other.
+    Address,
+}
+
 /// What a container's status depends on besides the container itself.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StatusContext<'a> {
@@ -93,8 +105,8 @@ pub(crate) struct StatusContext<'a> {
     pub(crate) stopping: bool,
     /// All containers are being ended, because they begin anew.
     pub(crate) starts_over: bool,
-    /// Why containers wait for values.
-    pub(crate) values_missing: Option<&'a str>,
+    /// What containers wait for that have not begun.
+    pub(crate) missing: Option<Missing<'a>>,
     pub(crate) now: Time,
 }
 
@@ -134,8 +146,9 @@ fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) 
             }
             waiting("ContainerCreating", "")
         }
-        Phase::Idle => match context.values_missing {
-            Some(why) => waiting(UNCONFIGURED, why),
+        Phase::Idle => match context.missing {
+            Some(Missing::Values(why)) => waiting(UNCONFIGURED, why),
+            Some(Missing::Address) => waiting(creating, ADDRESS_MISSING),
             None => match now.target_missing {
                 Some(why) => waiting(UNCONFIGURED, why),
                 None => waiting(creating, ""),

@@ -462,7 +462,7 @@ impl Supervisor {
             initialized: view.initialized(),
             stopping: self.stop.is_some(),
             starts_over: view.starts_over(),
-            values_missing: (!view.values).then(|| self.missing()),
+            missing: (!view.values).then(|| self.missing()),
             now: view.now,
         };
         let mut all = Statuses::default();

@@ -319,9 +319,8 @@ of probes and of hooks see themselves as the program does.
   (`chown`), and a program that starts as root to become somebody else (`gosu`, `su`, `apt`) cannot: do not ask for `runAsUser: 0` then, and
   it runs as the HPC user, which is not root. `kubectl cp` into a container with `runAsUser: 0` needs `--no-preserve`.
 - The HPC user's further groups still count for files, but have no names and no numbers inside. `fsGroup` and `supplementalGroups` add none.
-- `srun` and other programs that compare their own number with that of the HPC user need a container that asks for none: set
-  `user_ids = \"own\"` under `[job]` of the site file if all pods are like this. Memory of another container's program cannot be
-  read, which MPI does within a node; so the pods of several ranks keep the HPC user.
+- `srun` and other programs that compare their own number with that of the HPC user need a container that asks for none, or
+  `user_ids = \"own\"` under `[job]` of the site file. MPI's libraries are such programs, so pods of several ranks keep the HPC user.
 
 The program is the HPC user inside, too, if the site wants it (`user_ids = \"own\"`), with several ranks, with a setuid runtime, without
 a runtime (`process`), on compute nodes that allow no further user namespace, and with an agent of an older version. If the pod asks for

@@ -2,10 +2,11 @@
 # Runs the upstream end-to-end suite against the stack that is up: run.sh [OPTION…] LIST…, as tests/src/bin/knoc-conformance.rs says.
 # The suite counts a tainted node as no node, so the kubelet runs without its taint meanwhile. Some of its pods ask for privileges that
 # they need only on SELinux hosts: the site allows them, without the privileges. Some mount folders below /tmp of the node, and one has a
-# host port: the site allows those too. The Kubernetes node offers no more than the compute nodes have, and of these one takes jobs, or
-# with NODES=exclusive each job gets one (nodes.sh). Pods have the address of their compute node as status.podIP, unless KNOC_NODE_POD_IP says
-# otherwise, so that Services have endpoints; the relay, which needs pods without an address, is then off. KNOC_NODE_POD_IP=own also needs
-# KNOC_NODE_POD_RANGE.
+# host port: the site allows those too. Some reach Services that they have made: cluster and site list all of them, and CoreDNS knows their
+# names. The Kubernetes node offers no more than the compute nodes have, and of these one takes jobs, or with NODES=exclusive each job gets
+# one (nodes.sh). Pods have the address of their compute node as status.podIP, unless KNOC_NODE_POD_IP says otherwise, so that Services have
+# endpoints; the relay, which needs pods without an address, is then off. KNOC_NODE_POD_IP=own also needs KNOC_NODE_POD_RANGE. With
+# NETWORK=host pods are in the networks of the compute nodes, where the API server reaches them.
 . "$(dirname "$0")/../lib.sh"
 . "$testbed/stack.sh"
 [ "$STACK" = full ] || die "the conformance suite needs STACK=full (STACK=$STACK: $why)"
@@ -19,15 +20,25 @@ kubelet() { "$testbed/kubelet.sh" down; env "$@" "$testbed/kubelet.sh" up; } # k
 policy() { # policy LINE…: replaces these settings of the policy; the agent reads them again by itself
     local lines=
     [ $# = 0 ] || lines=$(printf '\\n%s' "$@")
-    sed -i -e '/^privileged *=/d; /^host_paths *=/d; /^host_ports *=/d' -e "s|^\[policy\]$|&$lines|" "$agent_home_here/.config/knoc/agent.toml"
+    sed -i -e '/^privileged *=/d; /^host_paths *=/d; /^host_ports *=/d; /^egress *=/d' -e "s|^\[policy\]$|&$lines|" "$agent_home_here/.config/knoc/agent.toml"
 }
-# If this script is killed, sweep.sh does the same.
-trap 'policy; kubelet -u KNOC_NODE_POD_IP -u KNOC_NODE_POD_RANGE; "$testbed/conformance/nodes.sh" all' EXIT
-policy 'privileged = "unprivileged"' 'host_paths = [{ path = "/tmp", writable = true }]' 'host_ports = ["21017"]'
+network() { # network [MODE]: the network of pods that ask for none, or that of the bed
+    local file=$agent_home_here/.config/knoc/agent.toml
+    [ -n "${1:-}" ] || grep -q '^network = ' "$file" || return 0
+    sed -i -e '/^network = /d' -e "s|^\[job\]$|&${1:+\\nnetwork = \"$1\"}|" "$file"
+    "$testbed/agent.sh" down
+    "$testbed/agent.sh" up
+}
+egress=$(sed -n '/^egress *=/p' "$agent_home_here/.config/knoc/agent.toml") # what the site lists otherwise
+# If this script is killed, sweep.sh does the same, and the agent's script lists Services again.
+trap '"$testbed/kube/coredns.sh" down; policy ${egress:+"$egress"}; network; kubelet -u KNOC_NODE_POD_IP -u KNOC_NODE_POD_RANGE; "$testbed/conformance/nodes.sh" all' EXIT
+policy 'privileged = "unprivileged"' 'host_paths = [{ path = "/tmp", writable = true }]' 'host_ports = ["21017"]' 'egress = ["*/*"]'
+network "${NETWORK:-}"
+"$testbed/kube/coredns.sh" up
 "$testbed/conformance/nodes.sh" "${NODES:-one}"
 pod_ip=${KNOC_NODE_POD_IP:-node} relay=off
 [ "$pod_ip" != none ] || relay= # that of the bed
-kubelet KNOC_NODE_TAINT=false KNOC_NODE_QUEUE_FACTOR=1 KNOC_NODE_POD_IP="$pod_ip" KNOC_RELAY_ALLOW=$relay
+kubelet KNOC_NODE_TAINT=false KNOC_NODE_QUEUE_FACTOR=1 KNOC_NODE_POD_IP="$pod_ip" KNOC_RELAY_ALLOW=$relay KNOC_EGRESS_ALLOW='*/*'
 # The chart's own pod can run on no node of the bed, and tests of the scheduler wait until no pod is pending. The next start of the kubelet
 # installs the chart again.
 kubectl scale deployment --namespace $namespace --all --replicas=0 >/dev/null

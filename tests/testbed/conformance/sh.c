@@ -1,6 +1,7 @@
-/* The `sh` of the suite's images: busybox's, whose messages the suite compares, or bash if the name of a variable is no name in a shell.
- * Debian's busybox drops such variables from the environment of its children, and that of upstream's image does not. */
+/* The `sh` of the suite's images: busybox's, whose messages the suite compares, or bash. Debian's busybox drops variables whose names are no
+ * names in a shell from the environment of its children, and runs its own nc, which lacks options; that of upstream's image does neither. */
 #include <ctype.h>
+#include <string.h>
 #include <unistd.h>
 
 extern char **environ;
@@ -19,7 +20,9 @@ static int is_name(const char *variable) {
 
 int main(int argc, char **argv) {
     const char *shell = "/usr/bin/busybox";
-    (void)argc;
+    for (int i = 1; i < argc; i++)
+        if (strstr(argv[i], "nc -"))
+            shell = "/usr/bin/bash-static";
     for (char **variable = environ; *variable; variable++)
         if (!is_name(*variable))
             shell = "/usr/bin/bash-static";

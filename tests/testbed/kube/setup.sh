@@ -1,9 +1,9 @@
 #!/bin/bash
 # Builds into $KUBE_PREFIX/bin what is missing there; the versions are in go.mod and go-VERSION.mod:
-#   setup.sh [control-plane] [helm] [metrics-server] [kubectl] [conformance]
+#   setup.sh [control-plane] [helm] [metrics-server] [coredns] [kubectl] [conformance]
 # control-plane: main.go (etcd, Kubernetes $KUBE_VERSION, kubectl; about 6 minutes on 2 cores). metrics-server: unmodified, with its
-# own go.mod. kubectl: only kubectl, for a given cluster. conformance: the upstream end-to-end suite, ginkgo's test binary e2e.test, and
-# agnhost, the program of its test image.
+# own go.mod. coredns: with the plugins that a cluster's DNS has. kubectl: only kubectl, for a given cluster. conformance: the upstream
+# end-to-end suite, ginkgo's test binary e2e.test, and agnhost, the program of its test image.
 . "$(dirname "$0")/../lib.sh"
 here=$testbed/kube
 bin=$KUBE_PREFIX/bin
@@ -64,6 +64,16 @@ build_metrics_server() {
     (cd "$module" && go_build metrics-server build -ldflags "-s -w" -o "$bin/metrics-server" sigs.k8s.io/metrics-server/cmd/metrics-server)
     echo "$stamp" >"$bin/.metrics-server"
 }
+build_coredns() {
+    local module=$here/coredns stamp version
+    stamp=$(cat "$module"/main.go "$module"/go.mod "$module"/go.sum | sha256sum | cut -c1-16)
+    [ "$(cat "$bin/.coredns" 2>/dev/null)" != "$stamp" ] || return 0
+    install_go
+    version=$(sed -n 's/.*github.com\/coredns\/coredns \(v[^ ]*\).*/\1/p' "$module/go.mod")
+    say "building CoreDNS $version (about 2 minutes, once)"
+    (cd "$module" && go_build CoreDNS build -ldflags "-s -w" -o "$bin/coredns" .)
+    echo "$stamp" >"$bin/.coredns"
+}
 build_conformance() {
     local module=$testbed/conformance stamp
     [ "$KUBE_VERSION" = 1.36 ] || die "the conformance suite is that of Kubernetes 1.36, and KUBE_VERSION is $KUBE_VERSION"
@@ -83,9 +93,10 @@ for part in "$@"; do
     control-plane) build_control_plane ;;
     helm) build_helm ;;
     metrics-server) build_metrics_server ;;
+    coredns) build_coredns ;;
     kubectl) build_kubectl ;;
     conformance) build_conformance ;;
-    *) die "$part: control-plane, helm, metrics-server, kubectl and conformance are known" ;;
+    *) die "$part: control-plane, helm, metrics-server, coredns, kubectl and conformance are known" ;;
     esac
 done
 trim_go_cache

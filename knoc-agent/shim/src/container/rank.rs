@@ -47,7 +47,6 @@ async fn try_run(
     if spec.argv.is_empty() {
         return Err(AttemptError::NoCommand);
     }
-    step::with_rank(&mut spec.env, &own.variables);
     let mut descriptors = own.stdio;
     if let Some(pmi) = own.pmi {
         spec.descriptor = Some(step::PMI_FD.as_bytes().to_vec());
@@ -58,6 +57,12 @@ async fn try_run(
     let kills_before = pod.oom.unclaimed();
     let mut up = up::bring_up(pod, attempt, &folders, container).await?;
     folders.message_below(up.message.take());
+    let isolated = pod.runtime.isolates() && up.beside.is_none();
+    let others = pod
+        .shared
+        .as_ref()
+        .is_some_and(|all| all.processes.is_some());
+    step::with_rank(&mut spec.env, &own.variables, isolated && others);
     spec.passwd = passwd::of_image(pod, (up.identity, up.beside), &spec).await;
     let launching = launch(up.socket, &spec, descriptors, &attempt.abort);
     launched(&mut up.runtime, launching).await?;
@@ -67,7 +72,7 @@ async fn try_run(
     let program = Program {
         identity: up.identity,
         beside: up.beside,
-        isolated: pod.runtime.isolates(),
+        isolated,
         spec,
         hub: keeper.hub(),
         ranks: None,
@@ -75,7 +80,7 @@ async fn try_run(
     // The helper waits for it as long as the rank runs.
     started.send(Arc::new(program)).ok();
     let exit = up.runtime.ended(&attempt.abort, up.identity).await;
-    if !pod.runtime.isolates() {
+    if !isolated {
         signals::kill_left(up.identity.pid);
     }
     let exit = with_signal(exit);

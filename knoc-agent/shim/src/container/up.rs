@@ -31,6 +31,7 @@ use super::{
         output,
         pod::Pod,
         processes::{Helper, ProcessesError},
+        ranks::node::NodeFolder,
         signals::{self, Identity},
     },
     Attempt, AttemptError, Event, News, Unmounted,
@@ -87,7 +88,7 @@ pub(super) async fn bring_up(
     container: &pb::Container,
 ) -> Result<Up, AttemptError> {
     let listener = folders.listen()?;
-    let beside = shared_processes(pod, attempt).await?;
+    let beside = shared_processes(pod, attempt, container).await?;
     if pod.runtime.isolates() && !pod.mounting.by_name() {
         let named = folders.mounts().staged();
         let starting = Starting {
@@ -124,9 +125,20 @@ pub(super) async fn bring_up(
     starting.with_best_root(container, named).await
 }
 
-/// The process whose PID namespace the container shares: that of the pod, of its target, or none. Without isolation all
-/// containers see all processes.
-async fn shared_processes(pod: &Pod, attempt: &Attempt) -> Result<Option<Beside>, AttemptError> {
+/// The process whose PID namespace the container shares: that of the pod, of its target, of the ranks on this node, or none.
+/// Without isolation all containers see all processes.
+async fn shared_processes(
+    pod: &Pod,
+    attempt: &Attempt,
+    container: &pb::Container,
+) -> Result<Option<Beside>, AttemptError> {
+    let ranks = pod
+        .shared
+        .as_ref()
+        .and_then(|shared| shared.processes.as_ref());
+    if let Some(folder) = ranks {
+        return of_ranks(pod, attempt, (container, folder)).await;
+    }
     let shares = pod.spec().share_process_namespace;
     if !pod.runtime.isolates() || !shares && attempt.target.is_none() {
         return Ok(None);
@@ -137,13 +149,43 @@ async fn shared_processes(pod: &Pod, attempt: &Attempt) -> Result<Option<Beside>
     if !shares {
         return Ok(attempt.target.map(Beside::container));
     }
-    let helper = Helper {
+    Ok(Some(Beside::holder(pod.holder.first(helper(pod)).await?)))
+}
+
+/// The process whose PID namespace the ranks on this node share, if the node and the runtime can do that. A rank can do without.
+async fn of_ranks(
+    pod: &Pod,
+    attempt: &Attempt,
+    (container, folder): (&pb::Container, &Arc<NodeFolder>),
+) -> Result<Option<Beside>, AttemptError> {
+    // Root's rights in a container need a user namespace of its own for the subordinate ids.
+    if !pod.runtime.isolates() || pod.mounting.by_name() || container.fakeroot {
+        return Ok(None);
+    }
+    let first = tokio::select! {
+        biased;
+        first = pod.holder.of_node(folder, helper(pod)) => first,
+        () = attempt.abort.cancelled() => return Err(AttemptError::Aborted),
+    };
+    match first {
+        Ok(first) => Ok(Some(Beside::holder(first))),
+        // The start of the container will find the same.
+        Err(ProcessesError::Hold(HandshakeError::NoNamespaces { errno, .. }))
+            if pod.mounting.is_final(errno) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn helper(pod: &Pod) -> Helper<'_> {
+    Helper {
         agent: &pod.agent,
         children: &pod.children,
         users: &pod.mounting.users,
         network: &pod.network,
-    };
-    Ok(Some(Beside::holder(pod.holder.first(helper).await?)))
+    }
 }
 
 /// Resolves the names on a blocking thread: a file system that the pod mounts may hang.

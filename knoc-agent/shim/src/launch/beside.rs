@@ -29,8 +29,8 @@ enum Whose {
     /// The helper that holds the PID namespace of a pod. The containers' user namespaces are below its own.
     Holder,
     /// A program in a container. Whatever runs in its user namespace, or below it, is at its mercy: also the runtime that
-    /// starts another container, which sees the files of the node. So only the namespace above the one that owns the
-    /// processes is entered: the program itself may be further below, for its ids or because it has gone there.
+    /// starts another container, which sees the files of the node. So only the namespace above the container's is entered, that which
+    /// owns its files: the program itself may be further below ([`super::ids::show`]).
     Container,
 }
 
@@ -84,7 +84,8 @@ impl Beside {
     /// none, and has the children of this process created in the latter.
     pub(super) fn join(self) -> io::Result<()> {
         let open = |name: &str| File::open(format!("/proc/{}/ns/{name}", self.pid));
-        let (user, processes) = (open("user")?, OwnedFd::from(open("pid")?));
+        let (user, processes) = (open("user")?, open("pid")?);
+        let files = OwnedFd::from(open("mnt")?);
         // Compared after both were opened, so a pid that was given to another process is noticed.
         if crate::proc::start_time(self.pid) != Some(self.start) {
             return Err(io::Error::other(
@@ -94,7 +95,7 @@ impl Beside {
         let user = match self.whose {
             Whose::Holder => user,
             Whose::Container => {
-                let owner = File::from(sys::owner_of_namespace(&processes)?);
+                let owner = File::from(sys::owner_of_namespace(&files)?);
                 if is_own(&owner)? {
                     return Err(io::Error::other(
                         "the target has no user namespace of its own, so nothing can share its processes safely",

@@ -52,7 +52,10 @@ impl Stoppable {
                     self.obey(order, streams, pod);
                 }
                 Ok(program) = &mut runs, if self.program.is_none() => {
-                    let running = pb::RankRunning { pid: program.identity.pid };
+                    let running = pb::RankRunning {
+                        pid: program.identity.pid,
+                        shares_processes: program.beside.is_some(),
+                    };
                     self.program = Some(program);
                     // If it is lost, `orders` ends.
                     say(writer, from_rank::Message::Running(running)).await.ok();

@@ -42,8 +42,8 @@ pub(crate) struct Event {
     pub(crate) input: Input,
     /// The way to the helper, with its hello. The connection ends when it is dropped.
     pub(crate) line: Option<mpsc::Sender<Bytes>>,
-    /// The pid of its program, once that runs.
-    pub(crate) pid: Option<u32>,
+    /// What is said of its program, once that runs.
+    pub(crate) running: Option<pb::RankRunning>,
     pub(crate) used: Usage,
 }
 
@@ -108,7 +108,7 @@ async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
         rank,
         input,
         line: None,
-        pid: None,
+        running: None,
         used: Usage::default(),
     };
     let begun = Event {
@@ -128,7 +128,7 @@ async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
                 return Loss::Rank;
             };
             let told = Event {
-                pid: said.pid,
+                running: said.running,
                 used: said.used,
                 ..event(said.input)
             };
@@ -190,7 +190,7 @@ fn of_attempt(message: pb::FromRank, attempt: u32) -> Option<Hello> {
 
 struct Said {
     input: Input,
-    pid: Option<u32>,
+    running: Option<pb::RankRunning>,
     used: Usage,
 }
 
@@ -200,7 +200,7 @@ fn said(message: pb::FromRank) -> Option<Said> {
         Message::Hello(_) | Message::Stream(_) => None,
         Message::Running(running) => Some(Said {
             input: Input::Running,
-            pid: Some(running.pid),
+            running: Some(running),
             used: Usage::default(),
         }),
         Message::Ended(ended) => Some(Said {
@@ -210,7 +210,7 @@ fn said(message: pb::FromRank) -> Option<Said> {
                 message: ended.message,
                 lost: None,
             }),
-            pid: None,
+            running: None,
             used: Usage {
                 cpu_nanos: ended.cpu_nanos,
                 page_faults: ended.page_faults,

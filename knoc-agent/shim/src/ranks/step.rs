@@ -69,14 +69,14 @@ pub(crate) const PMI_FD: &str = "PMI_FD";
 /// The variable with the folder in which the PMIx server of the node and its ranks meet.
 pub(crate) const PMIX_FOLDER: &str = "PMIX_SERVER_TMPDIR";
 
-/// What a rank gets for these variables if neither the pod nor its image sets them.
-///
-/// - How it gets its data from the PMIx server. The server offers files in shared memory, which lie in the `/tmp` of the node, where a
-///   container does not see them; a rank that is offered them fails in `MPI_Init`. `hash` sends the data.
-/// - Open MPI sends nothing through shared memory (the transport is `sm`, before version 5 `vader`). It takes a segment for its own if the
-///   process that made it has its own PID, and each rank is the first process of a PID namespace: it would write to an address of
-///   another process, and crash.
-const DEFAULTS: [(&str, &str); 2] = [("PMIX_MCA_gds", "hash"), ("OMPI_MCA_btl", "^sm,vader")];
+/// How a rank gets its data from the PMIx server, unless the pod or its image says it. The server offers files in shared memory, which lie
+/// in the `/tmp` of the node, where a container does not see them; a rank that is offered them fails in `MPI_Init`. `hash` sends the data.
+const GDS: (&str, &str) = ("PMIX_MCA_gds", "hash");
+
+/// What Open MPI does not use between ranks that do not see each other's processes, unless the pod or its image says it: shared memory
+/// (before version 5 the transport is `vader`). It takes a segment for its own if the process that made it has its own PID, and each of
+/// these ranks is the first process of a PID namespace: it would write to an address of another process, and crash.
+const BTL: (&str, &str) = ("OMPI_MCA_btl", "^sm,vader");
 
 /// The step that runs the ranks.
 #[derive(Debug)]
@@ -195,8 +195,8 @@ fn begins_with_one(name: &OsStr, prefixes: &[&str]) -> bool {
 }
 
 /// The environment `env` of a program (`NAME=value`) with the variables of its rank, which replace those of the pod. A rank that finds the
-/// others by PMI or PMIx also has what is missing of the [`DEFAULTS`].
-pub(crate) fn with_rank(env: &mut Vec<Vec<u8>>, rank: &[(Vec<u8>, Vec<u8>)]) {
+/// others by PMI or PMIx also gets [`GDS`] and, if it is `apart` from others on its node, [`BTL`].
+pub(crate) fn with_rank(env: &mut Vec<Vec<u8>>, rank: &[(Vec<u8>, Vec<u8>)], apart: bool) {
     let is = |entry: &[u8], name: &[u8]| {
         entry
             .strip_prefix(name)
@@ -212,7 +212,7 @@ pub(crate) fn with_rank(env: &mut Vec<Vec<u8>>, rank: &[(Vec<u8>, Vec<u8>)]) {
     if !rank.iter().any(|(name, _)| finds(name)) {
         return;
     }
-    for (name, value) in DEFAULTS {
+    for (name, value) in [Some(GDS), apart.then_some(BTL)].into_iter().flatten() {
         if !env.iter().any(|entry| is(entry, name.as_bytes())) {
             env.push(format!("{name}={value}").into_bytes());
         }
@@ -312,7 +312,7 @@ mod tests {
             entry("PMI_FD=1"),
             entry("A=b"),
         ];
-        with_rank(&mut env, &[(entry("SLURM_PROCID"), entry("2"))]);
+        with_rank(&mut env, &[(entry("SLURM_PROCID"), entry("2"))], true);
         let wanted = ["SLURM_PROCID_X=1", "A=b", "SLURM_PROCID=2"].map(entry);
         assert_eq!(env, wanted);
     }
@@ -320,16 +320,19 @@ mod tests {
     #[test]
     fn what_would_fail_between_the_containers_of_ranks_is_off_unless_the_pod_says_how() {
         let entry = |text: &str| text.as_bytes().to_vec();
-        let with = |env: &[&str], rank: &str| {
+        let given = |env: &[&str], rank: &str, apart| {
             let mut env: Vec<_> = env.iter().map(|text| entry(text)).collect();
-            with_rank(&mut env, &[(entry(rank), entry("2"))]);
+            with_rank(&mut env, &[(entry(rank), entry("2"))], apart);
             env
         };
+        let with = |env: &[&str], rank: &str| given(env, rank, true);
         let defaults = ["PMIX_MCA_gds=hash", "OMPI_MCA_btl=^sm,vader"].map(entry);
         for rank in ["PMIX_RANK", "PMI_RANK"] {
             let env = with(&[], rank);
             assert_eq!(env[0], entry(&format!("{rank}=2")));
             assert_eq!(env[1..], defaults);
+            let env = given(&[], rank, false);
+            assert_eq!(env[1..], defaults[..1], "shared memory works");
         }
         let own = with(
             &["PMIX_MCA_gds=shmem2", "OMPI_MCA_btl=self,ofi"],

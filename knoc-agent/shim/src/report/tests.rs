@@ -48,7 +48,7 @@ fn ready_and_started_are_what_the_probes_say_and_not_that_the_program_runs() {
         initialized: true,
         stopping: false,
         starts_over: false,
-        values_missing: None,
+        missing: None,
         now: Duration::ZERO,
     };
     let shown = |role, phase, health| {
@@ -116,7 +116,7 @@ fn a_container_that_waits_says_so_as_a_kubelet_does() {
             initialized: true,
             stopping: false,
             starts_over: false,
-            values_missing: None,
+            missing: None,
             now: Duration::from_secs(now),
         };
         match state(&spec(Role::Main), situation, &context) {
@@ -157,7 +157,7 @@ fn containers_that_all_begin_anew_say_so_until_their_turn_comes() {
             initialized: false,
             stopping,
             starts_over,
-            values_missing: None,
+            missing: None,
             now: Duration::from_secs(5),
         };
         let status = status(&spec(role), situation, &context, String::new());
@@ -214,7 +214,7 @@ fn a_container_that_cannot_be_configured_says_why_until_it_is_created() {
             initialized: true,
             stopping,
             starts_over: false,
-            values_missing: None,
+            missing: None,
             now: Duration::ZERO,
         };
         status(&spec(Role::Main), situation, &context, "x://new".to_owned())
@@ -295,4 +295,33 @@ async fn a_final_report_that_cannot_be_written_is_given_up() {
     publisher.update(|report| report.r#final = true);
     drop(publisher);
     assert!(!keeper.join_next().await.unwrap().unwrap());
+}
+
+#[test]
+fn a_pod_that_waits_for_its_address_is_being_created_and_has_not_failed() {
+    let pod = pb::PodSpec::default();
+    let history = History::default();
+    let reason = |missing| {
+        let context = StatusContext {
+            pod: &pod,
+            initialized: true,
+            stopping: false,
+            starts_over: false,
+            missing: Some(missing),
+            now: Duration::ZERO,
+        };
+        let situation = Situation {
+            phase: Phase::Idle,
+            health: Health::down(),
+            history: &history,
+            restart: RestartRule::Always,
+            target_missing: None,
+        };
+        match state(&spec(Role::Main), situation, &context) {
+            State::Waiting(waiting) => waiting.reason,
+            state @ (State::Running(_) | State::Terminated(_)) => panic!("{state:?}"),
+        }
+    };
+    assert_eq!(reason(Missing::Address), "ContainerCreating");
+    assert_eq!(reason(Missing::Values("they expired")), UNCONFIGURED);
 }

@@ -2,10 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use super::Supervisor;
-
-/// Why containers wait that have everything else.
-const ADDRESS_MISSING: &str = "the container waits for the pod's address from the agent";
+use super::{super::report::Missing, Supervisor};
 
 impl Supervisor {
     /// The pod has its address, or its containers start without one. An address may still come afterwards.
@@ -19,11 +16,11 @@ impl Supervisor {
     }
 
     /// Why containers do not start.
-    pub(super) fn missing(&self) -> &str {
+    pub(super) fn missing(&self) -> Missing<'_> {
         if self.has_values() {
-            ADDRESS_MISSING
+            Missing::Address
         } else {
-            &self.values_missing
+            Missing::Values(&self.values_missing)
         }
     }
 }

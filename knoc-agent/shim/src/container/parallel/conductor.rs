@@ -335,7 +335,10 @@ impl<'a> Conductor<'a> {
                     *line = None;
                 }
             }
-            Effect::FirstRuns => self.first_runs(event.pid.unwrap_or_default()).await,
+            Effect::FirstRuns => {
+                let rank = event.running.unwrap_or_default();
+                self.first_runs(rank).await;
+            }
             Effect::EndOthers => {
                 self.tell(Signal::TERM);
                 self.next_in(OTHERS, Next::KillRanks);
@@ -383,7 +386,7 @@ impl<'a> Conductor<'a> {
     }
 
     /// Rank 0 runs on this node: its state is that of the container, whose processes are those of its PID namespace.
-    async fn first_runs(&mut self, pid: u32) {
+    async fn first_runs(&mut self, rank: pb::RankRunning) {
         if self.table.first_host() != node_name() {
             // Its pid means another process here.
             self.failure = Some(format!(
@@ -396,13 +399,14 @@ impl<'a> Conductor<'a> {
             return;
         }
         // If it is not there any more, its end comes next.
-        let (Some(identity), Some((spec, hub))) = (Identity::of(pid), self.program.take()) else {
+        let (Some(identity), Some((spec, hub))) = (Identity::of(rank.pid), self.program.take())
+        else {
             return;
         };
         let program = Program {
             identity,
             beside: None,
-            isolated: self.isolated,
+            isolated: self.isolated && !rank.shares_processes,
             spec,
             hub,
             ranks: Some(Ranks {

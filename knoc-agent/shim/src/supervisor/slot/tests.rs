@@ -113,7 +113,7 @@ fn whenever_somebody_looks_the_number_of_restarts_belongs_to_the_times_beside_it
             initialized: true,
             stopping: false,
             starts_over: false,
-            values_missing: None,
+            missing: None,
             now,
         };
         report::status(&slot.spec, situation, &context, String::new())
