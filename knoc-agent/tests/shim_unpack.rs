@@ -157,6 +157,15 @@ async fn a_node_that_mounts_no_image_says_nothing_about_the_compression() {
     assert!(ran.unmounted.is_empty(), "{:?}", ran.unmounted);
 }
 
+/// Otherwise one full disk would turn the images of a whole site to gzip.
+#[tokio::test]
+async fn a_node_whose_disk_is_full_says_nothing_about_the_compression() {
+    let full = "write to squashfs with zstd compression: No space left on device";
+    let ran = run(6, true, full).await;
+    assert_eq!(ran.calls.len(), 6, "{:?}", ran.calls);
+    assert!(ran.unmounted.is_empty(), "{:?}", ran.unmounted);
+}
+
 /// Otherwise a pod could turn the images of a whole site to gzip, by a mount that fails.
 #[tokio::test]
 async fn what_a_pod_calls_its_mounts_says_nothing_about_the_node() {

@@ -10,10 +10,13 @@
 //!                                           └─► carry: dial the endpoint ═EgressStream═► the pod
 //! ```
 //!
+//! A second task ([`names`]) looks whether the API server's certificate names what pods are told to use.
+//!
 //! A connection does not depend on the call that announced it: it goes on while `WatchEgress` is opened again.
 
 mod carry;
 mod decide;
+mod names;
 mod own_pod;
 mod refused;
 pub(crate) mod table;
@@ -48,6 +51,7 @@ use tonic::{Status, Streaming};
 
 use self::{
     carry::{Connection, Failed},
+    names::Names,
     refused::Refused,
     told::{Told, Troubles},
     watch::Cluster,
@@ -158,6 +162,7 @@ pub fn start(
             .clone()
             .run(client, services, ranges, shutdown.clone()),
     );
+    tasks.spawn(Names::new(&setup, cluster.clone()).run(shutdown.clone()));
     tasks.spawn(Connections::new(setup, cluster).run(shutdown.clone()));
 }
 

@@ -7,6 +7,7 @@
 //! disconnected.
 
 pub(crate) mod allocations;
+pub mod api_names;
 mod condition;
 mod expiry;
 pub mod features;
@@ -231,6 +232,7 @@ impl NodeTask {
             .map(|(purpose, health)| (*purpose, health.borrow().clone()))
             .collect();
         let link_certificate = self.link_certificate.borrow().clone();
+        let api_names = self.unit.api_names();
         let facts = Facts {
             identity: self.unit.identity(),
             link: &link,
@@ -238,6 +240,7 @@ impl NodeTask {
             orphans,
             certificates: &certificates,
             link_certificate: &link_certificate,
+            api_names: &api_names,
             server: self.server.and_then(|(release, _)| release),
             previous: node.status.as_ref(),
             now: Timestamp::now(),

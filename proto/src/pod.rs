@@ -23,6 +23,7 @@ pub use ephemeral::MAX_EPHEMERAL;
 pub use mpi::{MAX_RANKS, Ranks};
 pub use network::{Hostname, MAX_HOSTNAME};
 pub use restart::RESTARTING_ALL;
+pub use stop::REAL_TIME;
 
 /// The folder in a container that holds KNoC's launcher and its socket.
 pub const KNOC_FOLDER: &str = "/.knoc";
@@ -314,6 +315,7 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
         }
     }
     check_mounts(spec, container, problems);
+    volume::check_folders(spec, container, problems);
     probe::check(container, problems);
     restart::check(container, problems);
     stop::check(container, problems);
@@ -328,14 +330,6 @@ fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Ve
         if !known(volume) {
             problems.push(format!(
                 "container {name:?} mounts the unknown volume {volume:?}"
-            ));
-        }
-        if volume::is_image(spec, volume)
-            && !(sub_path.is_empty() && mount.sub_path_expr.is_empty())
-        {
-            problems.push(format!(
-                "container {name:?}: mountPath {path:?} is a part of the image volume {volume:?}, and only the whole of an image \
-                 can be mounted: leave out subPath and subPathExpr"
             ));
         }
         match paths::in_container(path) {

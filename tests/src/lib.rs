@@ -12,6 +12,7 @@ pub mod cluster;
 pub mod command;
 pub mod conformance;
 pub mod doctor;
+pub mod endpoint;
 pub mod fake_api;
 pub mod flood;
 pub mod guide;
@@ -29,6 +30,7 @@ pub mod site;
 pub mod sshd;
 pub mod terminal;
 pub mod wait;
+pub mod web;
 pub mod world;
 
 pub use background::{Background, Forward};

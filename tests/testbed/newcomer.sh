@@ -45,13 +45,13 @@ hpc_user() {
     registry_of_the_bed
     show "ssh $account '.local/bin/knoc-agent serve --detach'"
     show "ssh $account '.local/bin/knocctl doctor --probe'" || true
-    show "scp -q $account:.config/knoc/kubelet-bundle.yaml ."
+    show "scp -q $account:.config/knoc/kubelet-bundle.yaml kubelet-bundle-demo.yaml"
 }
 administrator() {
     role "The cluster administrator: the kubelet" "With the bundle, the name of the site and the address."
     show "kubectl create namespace $namespace"
-    show "kubectl -n $namespace apply -f kubelet-bundle.yaml"
-    show "helm install knoc $repository/deploy/chart/knoc --namespace $namespace --set agent.address=$login:10350 --set agent.site=demo"
+    show "kubectl -n $namespace apply -f kubelet-bundle-demo.yaml"
+    show "$install_chart_of_the_guide --set agent.address=$login:10350 --set agent.site=demo"
     agent_address=$login:10350
     kubelet_of_the_bed
     show "kubectl get node knoc-demo"
@@ -61,13 +61,13 @@ namespace_user() {
     local KUBECONFIG=$work/team.kubeconfig
     export KUBECONFIG
     role "The user of a namespace: the first pod" "With rights in the namespace \`team\` only."
-    show "kubectl auth can-i create pods"
-    show "kubectl apply -f $repository/deploy/examples/hello.yaml"
-    show "kubectl wait --for=condition=Ready pod/hello --timeout=10m"
-    show "kubectl logs hello"
-    show "kubectl exec hello -- hostname"
-    show "kubectl get pod hello -o jsonpath='{.metadata.annotations.knoc\\.io/job-id}{\"\\n\"}'"
-    show "kubectl delete pod hello"
+    show "kubectl -n team auth can-i create pods"
+    show "kubectl -n team apply -f $repository/deploy/examples/hello.yaml"
+    show "kubectl -n team wait --for=condition=Ready pod/hello --timeout=10m"
+    show "kubectl -n team logs hello"
+    show "kubectl -n team exec hello -- hostname"
+    show "kubectl -n team get pod hello -o jsonpath='{.metadata.annotations.knoc\\.io/job-id}{\"\\n\"}'"
+    show "kubectl -n team delete pod hello"
 }
 leaving() {
     role "Leaving" "First the pods, then the kubelet and its node, then the agent."
@@ -76,6 +76,7 @@ leaving() {
     stop "$run/kubelet-demo.pid"
     show "kubectl delete node knoc-demo"
     show "kubectl delete namespace $namespace"
+    show "ssh $account squeue --me"
     show "knocctl agent uninstall --ssh $account"
     show "ssh $account 'rm -r .config/knoc .local/state/knoc && ls -A'"
 }
@@ -117,7 +118,7 @@ set -e
 {
     printf '# A newcomer in each role\n\nWritten by `make newcomer-transcript`, %s: the commands of [install.md](guide/install.md) and [operating.md](guide/operating.md#leaving) on the\n' "$(date -u +%F)"
     printf 'test bed, from nothing to a pod'"'"'s log and back. The times are seconds since the beginning; reading is not counted. Not shown: the registry of\n'
-    printf 'the test bed is added to the site file, and the kubelet runs as a process of the host with what its Deployment would mount, because the\ncluster of the test bed has no node for it.\n'
+    printf 'the test bed is added to the site file, and the kubelet runs as a process of the host with what its Deployment would mount, because the\ncluster of the test bed has no node for it; so nobody pulls the image from the registry that `helm install` names.\n'
     # The first role closes a block that was not opened.
     sed "s|$repository/||g; s|$work/||g; s/\x1b\[[0-9]*m//g" "$work/out" | sed '1d'
     printf '```\n'

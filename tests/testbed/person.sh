@@ -3,6 +3,8 @@
 login=10.77.0.2
 account=hpcuser2@$login
 home=$HPC_PREFIX/shared/home/hpcuser2
+# What docs/guide/install.md and README.md type to install the chart. The registry is theirs: nobody pulls the image here.
+install_chart_of_the_guide="helm install knoc $repository/deploy/chart/knoc --namespace $namespace --set image.repository=registry.example.org/knoc-kubelet"
 
 # The person's machine and account as they were before KNoC, with ssh and scp that have a key and known hosts of their own: $work/bin is
 # found before the machine's. The bed's own agent and kubelet give way, so that ports and cluster are free.

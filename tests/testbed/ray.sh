@@ -3,8 +3,7 @@
 # Makes the image with its programs once (a minute or two; the wheel has 72 MB), a sandbox of the nodes: /images/ray. Python and what Ray's
 # core needs beside itself are Debian's packages.
 . "$(dirname "$0")/lib.sh"
-. "$testbed/stack.sh"
-image=$HPC_PREFIX/shared/images/ray
+. "$testbed/images.sh"
 packages=python3-click,python3-filelock,python3-jsonschema,python3-msgpack,python3-packaging,python3-protobuf,python3-requests,python3-yaml
 modules=/usr/local/lib/python3.13/dist-packages # of the image
 
@@ -21,20 +20,20 @@ install_wheel() {
     rm -r "$into/bin" "$into/ray/jars"
 }
 
-[ "$STACK" = full ] || die "STACK=$STACK ($why): Ray is for the full stack"
+make_image() {
+    local image=$1
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    debian_image "$image" "$packages"
+    install_wheel "$image$modules"
+    chmod -R a+rX "$image$modules"
+    # Containers cannot write into the image, and would compile Ray at each start. Its libraries for machine learning are not used.
+    chroot "$image" /usr/bin/python3 -m compileall -q -x '/ray/(air|data|llm|rllib|serve|train|tune)/' "$modules" >"$log/ray.log" 2>&1 \
+        || say "some modules of Ray were not compiled: $log/ray.log"
+    # The last step: whoever finds the program finds all of it.
+    printf '#!/usr/bin/python3\nfrom ray.scripts.scripts import main\nmain()\n' >"$work/ray"
+    install -m 755 "$work/ray" "$image/usr/local/bin/ray"
+}
+
 [ "${1:-}" = image ] || die "usage: ray.sh image"
-exec 9>"$run/ray.lock"
-flock 9
-[ ! -x "$image/usr/local/bin/ray" ] || exit 0
-say "making the image of Ray"
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-debian_image "$image" "$packages" 9>&-
-install_wheel "$image$modules" 9>&-
-chmod -R a+rX "$image$modules"
-# Containers cannot write into the image, and would compile Ray at each start. Its libraries for machine learning are not used.
-chroot "$image" /usr/bin/python3 -m compileall -q -x '/ray/(air|data|llm|rllib|serve|train|tune)/' "$modules" >"$log/ray.log" 2>&1 9>&- \
-    || say "some modules of Ray were not compiled: $log/ray.log"
-# The last step: whoever finds the program finds all of it.
-printf '#!/usr/bin/python3\nfrom ray.scripts.scripts import main\nmain()\n' >"$work/ray"
-install -m 755 "$work/ray" "$image/usr/local/bin/ray"
+make_once ray usr/local/bin/ray Ray make_image

@@ -3,31 +3,27 @@
 # `image` makes the image with its programs once (about half a minute), a sandbox of the nodes: /images/redis. `up` does so, too, and starts a server on this
 # host, which stands for a server in the cluster. It keeps everything in memory, and listens only while the tests need it.
 . "$(dirname "$0")/lib.sh"
-. "$testbed/stack.sh"
+. "$testbed/images.sh"
 image=$HPC_PREFIX/shared/images/redis
 pidfile=$run/redis.pid
 address=10.77.0.1 # of the host on the network of the login node
 port=6379
 
-make_image() {
-    [ ! -x "$image/usr/bin/redis-server" ] || return 0
-    say "making the image of Redis"
-    debian_image "$image" redis-server
-}
+make_image() { debian_image "$1" redis-server; }
 answers() { (exec 3<>"/dev/tcp/$address/$port" && printf 'PING\r\n' >&3 && read -r -t 2 line <&3 && [ "${line:0:5}" = +PONG ]); }
 up() {
-    make_image
     alive "$pidfile" || start "$pidfile" "$log/redis.log" chroot "$image" /usr/bin/redis-server --bind $address --port $port \
         --protected-mode no --save '' --appendonly no --dir /tmp
     wait_for 20 "Redis at $address:$port" answers || { tail -5 "$log/redis.log" >&2; exit 1; }
 }
 
-[ "$STACK" = full ] || die "STACK=$STACK ($why): Redis is for the full stack"
-exec 9>"$run/redis.lock"
-flock 9
 case ${1:-} in
-image) make_image 9>&- ;;
+image | up) make_once redis usr/bin/redis-server Redis make_image ;;
+down) exec 9>"$run/redis.lock"; flock 9 ;;
+*) die "usage: redis.sh image | up | down" ;;
+esac
+case $1 in
+image) ;;
 up) up 9>&- ;;
 down) stop "$pidfile" ;;
-*) die "usage: redis.sh image | up | down" ;;
 esac

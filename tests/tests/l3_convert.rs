@@ -39,6 +39,16 @@ async fn one_queued(world: &World, partition: &str, before: &str) -> anyhow::Res
     .await
 }
 
+/// Waits until all jobs of the partition have ended.
+async fn none_queued(world: &World, partition: &str) -> anyhow::Result<()> {
+    wait_for("the job is cancelled", SOON, async || {
+        let jobs = queued(world, partition).await?;
+        ensure!(jobs.is_empty(), "{jobs:?}");
+        Ok(())
+    })
+    .await
+}
+
 /// Waits until the description of the pod has this text.
 async fn described(agent: &SecondAgent<'_>, uid: &str, text: &str) -> anyhow::Result<()> {
     wait_for(&format!("{uid}: {text}"), TOLD, async || {
@@ -95,12 +105,15 @@ async fn waits_in(world: &World, partition: &str) -> anyhow::Result<()> {
     ensure!(queued(world, partition).await? == [second]);
     // With the last pod that waits for it, the job goes.
     agent.knocctl(&format!("delete {uid}")).ok().await?;
-    wait_for("the job is cancelled", SOON, async || {
-        let jobs = queued(world, partition).await?;
-        ensure!(jobs.is_empty(), "{jobs:?}");
-        Ok(())
-    })
-    .await?;
+    none_queued(world, partition).await?;
+    // An administrator cancels it. Slurm says that its exit code is 0.
+    let cancelled = agent.submit("cancelled", &busybox).await?;
+    let job = one_queued(world, partition, "").await?;
+    let (id, _) = job.split_once(' ').context("no id")?;
+    world.on_as_root("ctl", ["scancel", id]).ok().await?;
+    described(&agent, &cancelled, "it may have been cancelled").await?;
+    agent.knocctl(&format!("delete {cancelled}")).ok().await?;
+    none_queued(world, partition).await?;
     let last = agent.submit("last", &busybox).await?;
     one_queued(world, partition, "").await?;
     let up = format!("scontrol update PartitionName={partition} State=UP");

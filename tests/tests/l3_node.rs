@@ -107,7 +107,7 @@ async fn capacity_is_that_of_sinfo_and_allocatable_a_multiple_of_it() -> anyhow:
 }
 
 /// The conditions of a healthy node.
-const WELL: [(&str, &str, &str); 8] = [
+const WELL: [(&str, &str, &str); 9] = [
     ("Ready", "True", "KubeletReady"),
     ("MemoryPressure", "False", "KubeletHasSufficientMemory"),
     ("DiskPressure", "False", "KubeletHasNoDiskPressure"),
@@ -116,6 +116,7 @@ const WELL: [(&str, &str, &str); 8] = [
     ("AgentConnected", "True", "LinkUp"),
     ("SlurmReachable", "True", "ControllerAnswers"),
     ("PidIsolation", "True", "PidNamespaces"),
+    ("ApiServerCertificateMismatch", "False", "AddressesNamed"),
 ];
 
 #[tokio::test]

@@ -8,17 +8,11 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
-use k8s_openapi::api::{core::v1::Service, networking::v1::Ingress};
-use knoc_tests::{Output, PodBuilder, World, wait_for, world::SOON};
+use k8s_openapi::api::networking::v1::Ingress;
+use knoc_tests::{Output, World, wait_for, web, world::SOON};
 use kube::{Api, api::PostParams};
 use serde_json::json;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    sync::Mutex,
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::{net::TcpStream, sync::Mutex, task::JoinSet, time::timeout};
 
 /// The node of kube-proxy, as this host reaches it.
 const NODE: Ipv4Addr = Ipv4Addr::new(10, 75, 0, 2);
@@ -56,32 +50,11 @@ async fn end(world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A web server on port 80 of a network of the pod's own, which is ready as long as it has a page of that name.
-fn web(name: &str) -> PodBuilder {
-    let serve = format!(
-        "mkdir /www && echo {name} >/www/name && head -c {SIZE} /dev/zero >/www/large && echo yes >/www/ready && exec httpd -f -p 80 -h /www"
-    );
-    let ready = json!({"httpGet": {"path": "/ready", "port": 80}, "periodSeconds": 1});
-    PodBuilder::new(name)
-        .label("app", "web")
-        .annotation("knoc.io/network", "private")
-        .sh(&serve)
-        .set(
-            "resources",
-            json!({"requests": {"cpu": "100m"}, "limits": {"memory": "256Mi"}}),
-        )
-        .set("ports", json!([{"name": "http", "containerPort": 80}]))
-        .set("readinessProbe", ready)
-}
-
 /// Creates the Service of these pods; returns its ClusterIP, and its port of each node if it is of the type NodePort.
 async fn service(world: &World, kind: &str) -> anyhow::Result<(String, Option<u16>)> {
-    let services: Api<Service> = world.api();
-    let ports = json!([{"name": "http", "port": 80, "targetPort": "http"}]);
-    let spec = json!({"type": kind, "selector": {"app": "web"}, "ports": ports});
-    let object = serde_json::from_value(json!({"metadata": {"name": "web"}, "spec": spec}))?;
-    let created = services.create(&PostParams::default(), &object).await?;
-    let spec = created.spec.context("no spec")?;
+    let mut spec = web::to_pods();
+    spec["type"] = json!(kind);
+    let spec = web::service(world, spec).await?.spec.context("no spec")?;
     let ports = spec.ports.unwrap_or_default();
     let port = ports.iter().find_map(|port| port.node_port);
     let port = port.map(u16::try_from).transpose()?;
@@ -112,23 +85,6 @@ async fn until(world: &World, address: &str, code: i32) -> anyhow::Result<String
     Ok(answer.text())
 }
 
-/// The first line of the answer to a request from this host, and the page.
-async fn fetch(address: SocketAddr, host: &str, path: &str) -> anyhow::Result<(String, Vec<u8>)> {
-    let exchange = async {
-        let mut stream = TcpStream::connect(address).await?;
-        let request = format!("GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n");
-        stream.write_all(request.as_bytes()).await?;
-        let mut all = Vec::new();
-        stream.read_to_end(&mut all).await?;
-        anyhow::Ok(all)
-    };
-    let mut all = timeout(SOON, exchange).await.context("waited in vain")??;
-    let head = all.windows(4).position(|four| four == b"\r\n\r\n");
-    let page = all.split_off(head.context("no head of an answer")? + 4);
-    let head = String::from_utf8_lossy(&all).into_owned();
-    Ok((head.lines().next().unwrap_or_default().to_owned(), page))
-}
-
 /// Waits until the address refuses connections.
 async fn refuses(address: SocketAddr) -> anyhow::Result<()> {
     wait_for("a refusal", SOON, async || {
@@ -150,8 +106,8 @@ async fn kube_proxy_leads_to_pods_that_are_ready_and_refuses_at_once_when_none_i
     let outside = SocketAddr::from((NODE, port.context("no port of the node")?));
     until(&world, &address, REFUSED).await?;
     refuses(outside).await?;
-    world.running(&web("one")).await?;
-    world.running(&web("two")).await?;
+    world.running(&web::pod("one", SIZE)).await?;
+    world.running(&web::pod("two", SIZE)).await?;
     // kube-proxy chooses a pod for each connection.
     let mut names = BTreeSet::new();
     wait_for("both pods answer", SOON, async || {
@@ -160,7 +116,7 @@ async fn kube_proxy_leads_to_pods_that_are_ready_and_refuses_at_once_when_none_i
         Ok(())
     })
     .await?;
-    let (status, page) = fetch(outside, "", "/name").await?;
+    let (status, page) = web::fetch(outside, "", "/name").await?;
     let page = String::from_utf8(page)?;
     ensure!(
         status.contains(" 200 ") && names.contains(page.trim()),
@@ -197,17 +153,17 @@ async fn an_ingress_leads_200_clients_at_once_to_a_web_server_in_a_job() -> anyh
     ingresses
         .create(&PostParams::default(), &serde_json::from_value(object)?)
         .await?;
-    world.running(&web("one")).await?;
+    world.running(&web::pod("one", SIZE)).await?;
     until(&world, &address, 0).await?;
     let up = world.service("kube/ingress.sh", "up").arg(&world.namespace);
     up.ok().await?;
     let front = SocketAddr::from((NODE, 80));
     answers(front, " 200 ", "one").await?;
-    let (other, _) = fetch(front, "other.example.org", "/name").await?;
+    let (other, _) = web::fetch(front, "other.example.org", "/name").await?;
     ensure!(other.contains(" 404 "), "{other}");
     let mut fetches = JoinSet::new();
     for _ in 0..200 {
-        fetches.spawn(fetch(front, HOST, "/large"));
+        fetches.spawn(web::fetch(front, HOST, "/large"));
     }
     while let Some(fetched) = fetches.join_next().await {
         let (status, page) = fetched??;
@@ -217,7 +173,7 @@ async fn an_ingress_leads_200_clients_at_once_to_a_web_server_in_a_job() -> anyh
     // nginx is told that nobody is there, and says so. It is not told of the next pod, and finds it.
     world.delete("one", None).await?;
     answers(front, " 502 ", "").await?;
-    world.running(&web("next")).await?;
+    world.running(&web::pod("next", SIZE)).await?;
     answers(front, " 200 ", "next").await?;
     world.service("kube/ingress.sh", "down").ok().await?;
     end(&world).await?;
@@ -228,7 +184,7 @@ async fn an_ingress_leads_200_clients_at_once_to_a_web_server_in_a_job() -> anyh
 async fn answers(front: SocketAddr, status: &str, words: &str) -> anyhow::Result<()> {
     let what = format!("status{status}and {words:?}");
     let got = wait_for(&what, SOON, async || {
-        let (got, page) = fetch(front, HOST, "/name").await?;
+        let (got, page) = web::fetch(front, HOST, "/name").await?;
         let page = String::from_utf8_lossy(&page).into_owned();
         let expected = got.contains(status) && page.contains(words);
         ensure!(expected || got.contains(" 504 "), "{got}: {page}");

@@ -11,17 +11,13 @@ use anyhow::{Context as _, ensure};
 use k8s_openapi::api::{
     core::v1::Service, discovery::v1::EndpointSlice, networking::v1::NetworkPolicy,
 };
-use knoc_tests::{Forward, PodBuilder, World, stays, wait_for, world::SOON};
+use knoc_tests::{Forward, World, stays, wait_for, web, world::SOON};
 use kube::{
     Api,
     api::{DeleteParams, ListParams, PostParams},
 };
-use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    task::JoinSet,
-};
+use serde_json::json;
+use tokio::{io::AsyncReadExt as _, net::TcpStream, task::JoinSet};
 
 /// The size of the page of the web server.
 const SIZE: usize = 1 << 20;
@@ -29,36 +25,6 @@ const SIZE: usize = 1 << 20;
 const HUGE: u64 = 1 << 30;
 /// How long a pod must stay without an endpoint.
 const QUEUED: Duration = Duration::from_secs(3);
-
-/// A web server on port 80 of a network of the pod's own, which is ready once it answers.
-fn web(name: &str) -> PodBuilder {
-    let serve = format!(
-        "mkdir /www && echo {name} >/www/name && head -c {SIZE} /dev/zero >/www/large && exec httpd -f -p 80 -h /www"
-    );
-    let ready = json!({"httpGet": {"path": "/name", "port": 80}, "periodSeconds": 1});
-    PodBuilder::new(name)
-        .label("app", "web")
-        .annotation("knoc.io/network", "private")
-        .sh(&serve)
-        .set(
-            "resources",
-            json!({"requests": {"cpu": "100m"}, "limits": {"memory": "256Mi"}}),
-        )
-        .set("ports", json!([{"name": "http", "containerPort": 80}]))
-        .set("readinessProbe", ready)
-}
-
-async fn service(world: &World, spec: Value) -> anyhow::Result<()> {
-    let services: Api<Service> = world.api();
-    let object = json!({"metadata": {"name": "web"}, "spec": spec});
-    let service = serde_json::from_value(object)?;
-    services.create(&PostParams::default(), &service).await?;
-    Ok(())
-}
-
-fn to_web() -> Value {
-    json!({"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]})
-}
 
 async fn slices(world: &World) -> anyhow::Result<Vec<EndpointSlice>> {
     let of = ListParams::default().labels("endpointslice.kubernetes.io/managed-by=relay.knoc.io");
@@ -85,16 +51,6 @@ fn address(slice: &EndpointSlice) -> Option<SocketAddr> {
     ready.then_some(SocketAddr::new(address, u16::try_from(port).ok()?))
 }
 
-async fn fetch(address: SocketAddr, path: &str) -> anyhow::Result<Vec<u8>> {
-    let mut stream = TcpStream::connect(address).await?;
-    let request = format!("GET {path} HTTP/1.0\r\n\r\n");
-    stream.write_all(request.as_bytes()).await?;
-    let mut all = Vec::new();
-    stream.read_to_end(&mut all).await?;
-    let head = all.windows(4).position(|four| four == b"\r\n\r\n");
-    Ok(all.split_off(head.context("no head of an answer")? + 4))
-}
-
 async fn refuses(world: &World, address: SocketAddr) -> anyhow::Result<()> {
     wait_for("a refusal", SOON, async || {
         let slices = slices(world).await?;
@@ -110,13 +66,13 @@ async fn refuses(world: &World, address: SocketAddr) -> anyhow::Result<()> {
 #[tokio::test]
 async fn a_service_leads_to_web_servers_in_jobs() -> anyhow::Result<()> {
     let world = World::new("relay").await?;
-    service(&world, to_web()).await?;
-    world.running(&web("one")).await?;
-    world.running(&web("two")).await?;
+    web::service(&world, web::to_pods()).await?;
+    world.running(&web::pod("one", SIZE)).await?;
+    world.running(&web::pod("two", SIZE)).await?;
     let addresses = ready(&world, 2).await?;
     let mut names = BTreeSet::new();
     for address in &addresses {
-        let name = String::from_utf8(fetch(*address, "/name").await?)?;
+        let name = String::from_utf8(web::page(*address, "/name").await?)?;
         names.insert(name.trim().to_owned());
     }
     ensure!(
@@ -127,7 +83,7 @@ async fn a_service_leads_to_web_servers_in_jobs() -> anyhow::Result<()> {
     let address = *addresses.first().context("no address")?;
     let mut fetches = JoinSet::new();
     for _ in 0..200 {
-        fetches.spawn(async move { fetch(address, "/large").await });
+        fetches.spawn(async move { web::page(address, "/large").await });
     }
     while let Some(fetched) = fetches.join_next().await {
         ensure!(fetched??.len() == SIZE, "a page was cut");
@@ -150,13 +106,13 @@ async fn a_service_leads_to_web_servers_in_jobs() -> anyhow::Result<()> {
 #[tokio::test]
 async fn a_gibibyte_arrives_complete_and_kubectl_forwards_to_the_service() -> anyhow::Result<()> {
     let world = World::new("relay-large").await?;
-    let mut spec = to_web();
+    let mut spec = web::to_pods();
     spec["ports"] = json!([{"name": "bulk", "port": 8081}]);
-    service(&world, spec).await?;
+    web::service(&world, spec).await?;
     let serve = format!(
-        "mkdir /www && echo bulk >/www/name && httpd -p 80 -h /www && exec nc -ll -p 8081 -e head -c {HUGE} /dev/zero"
+        "mkdir /www && echo bulk >/www/name && echo yes >/www/ready && httpd -p 80 -h /www && exec nc -ll -p 8081 -e head -c {HUGE} /dev/zero"
     );
-    world.running(&web("bulk").sh(&serve)).await?;
+    world.running(&web::pod("bulk", SIZE).sh(&serve)).await?;
     let address = *ready(&world, 1).await?.first().context("no address")?;
     // The pod is ready when its web server is, perhaps before this listener.
     let mut stream = wait_for("the first byte", SOON, async || {
@@ -183,7 +139,7 @@ async fn a_gibibyte_arrives_complete_and_kubectl_forwards_to_the_service() -> an
     let services: Api<Service> = world.api();
     services.delete("web", &DeleteParams::default()).await?;
     refuses(&world, address).await?;
-    service(&world, to_web()).await?;
+    web::service(&world, web::to_pods()).await?;
     ready(&world, 1).await?;
     let forward = Forward::start(world.kubectl(["port-forward", "service/web", ":80"])).await?;
     let answer = forward.exchange(b"GET /name HTTP/1.0\r\n\r\n").await?;
@@ -195,12 +151,13 @@ async fn a_gibibyte_arrives_complete_and_kubectl_forwards_to_the_service() -> an
 #[tokio::test]
 async fn a_pod_in_the_queue_is_published_once_its_job_runs() -> anyhow::Result<()> {
     let world = World::new("relay-queued").await?;
-    let mut spec = to_web();
+    let mut spec = web::to_pods();
     spec["publishNotReadyAddresses"] = json!(true);
-    service(&world, spec).await?;
+    web::service(&world, spec).await?;
     let hold = ["sbatch", "--parsable", "--hold", "--wrap", "true"];
     let gate = world.on("login", hold).ok().await?.text();
-    let pod = web("queued").annotation("knoc.io/dependency", &format!("afterany:{gate}"));
+    let pod =
+        web::pod("queued", SIZE).annotation("knoc.io/dependency", &format!("afterany:{gate}"));
     let uid = world.create(&pod).await?;
     world.wait_job(&uid).await?;
     stays("no endpoint of a queued pod", QUEUED, async || {
@@ -212,15 +169,15 @@ async fn a_pod_in_the_queue_is_published_once_its_job_runs() -> anyhow::Result<(
     let release = world.on("login", ["scontrol", "release", &gate]);
     release.ok().await?;
     let address = *ready(&world, 1).await?.first().context("no address")?;
-    wait_for("the page", SOON, async || fetch(address, "/name").await).await?;
+    wait_for("the page", SOON, async || web::page(address, "/name").await).await?;
     world.finish().await
 }
 
 #[tokio::test]
 async fn a_network_policy_ends_the_relay_and_its_removal_begins_it_again() -> anyhow::Result<()> {
     let world = World::new("relay-policy").await?;
-    service(&world, to_web()).await?;
-    world.running(&web("one")).await?;
+    web::service(&world, web::to_pods()).await?;
+    world.running(&web::pod("one", SIZE)).await?;
     let address = *ready(&world, 1).await?.first().context("no address")?;
     let policies: Api<NetworkPolicy> = world.api();
     let policy = json!({"metadata": {"name": "deny"}, "spec": {"podSelector": {"matchLabels": {"app": "web"}}}});
@@ -238,17 +195,17 @@ async fn a_network_policy_ends_the_relay_and_its_removal_begins_it_again() -> an
     .await?;
     policies.delete("deny", &DeleteParams::default()).await?;
     let again = *ready(&world, 1).await?.first().context("no address")?;
-    fetch(again, "/name").await?;
+    web::page(again, "/name").await?;
     world.finish().await
 }
 
 #[tokio::test]
 async fn what_cannot_be_relayed_is_an_event() -> anyhow::Result<()> {
     let world = World::new("relay-refused").await?;
-    let mut headless = to_web();
+    let mut headless = web::to_pods();
     headless["clusterIP"] = json!("None");
-    service(&world, headless).await?;
-    world.running(&web("one")).await?;
+    web::service(&world, headless).await?;
+    world.running(&web::pod("one", SIZE)).await?;
     wait_for("the Event", SOON, async || {
         let events = world.events("one").await?;
         let told = events

@@ -35,7 +35,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     folders::{Folders, PrepareError},
-    up::{Runtime, bring_up},
+    up::{Runtime, Up, bring_up},
 };
 use super::{
     attach::hub::{self, Hub},
@@ -45,7 +45,7 @@ use super::{
     fdio::{self, Stream},
     handshake::{self, HandshakeError, Launched},
     health::Change,
-    measure,
+    inside, measure,
     output::{self, Log, Source},
     passwd,
     pod::Pod,
@@ -334,6 +334,27 @@ fn complete(spec: &mut LaunchSpec, folders: &Folders) {
     spec.settle = folders.settle;
 }
 
+/// Does what is to be done in the container before its program runs. Ends the runtime on failure.
+async fn complete_inside(
+    pod: &Pod,
+    attempt: &Attempt,
+    (folders, up): (&mut Folders, &mut Up),
+    spec: &mut LaunchSpec,
+) -> Result<(), AttemptError> {
+    folders.message_below(up.message.take());
+    let (place, abort) = ((up.identity, up.beside), &attempt.abort);
+    if let Err(what) = inside::mount_folders(pod, place, folders.mounts(), abort).await {
+        up.runtime.end().await;
+        return Err(if abort.is_cancelled() {
+            AttemptError::Aborted
+        } else {
+            PrepareError::Mount(what).into()
+        });
+    }
+    spec.passwd = passwd::of_image(pod, place, spec, abort).await;
+    Ok(())
+}
+
 /// The links that the launcher creates: names and targets in turn.
 fn links(folders: &Folders) -> Vec<Vec<u8>> {
     let bytes = |path: &Path| path.as_os_str().as_encoded_bytes().to_vec();
@@ -370,8 +391,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let kills_before = pod.oom.unclaimed();
     let turn = turn_of(attempt).await?;
     let mut up = bring_up(pod, attempt, &folders, container).await?;
-    folders.message_below(up.message.take());
-    spec.passwd = passwd::of_image(pod, (up.identity, up.beside), &spec).await;
+    complete_inside(pod, attempt, (&mut folders, &mut up), &mut spec).await?;
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
     [spec.uid, spec.gid] = ids::wanted(pod, container, &config);
     let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);

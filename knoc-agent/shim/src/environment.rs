@@ -97,7 +97,10 @@ pub(crate) fn launch_spec(
 /// wants rights that nobody can give it here.
 pub(crate) fn ids(container: &pb::Container, image: &pb::ImageConfig) -> [Option<u32>; 2] {
     let id = |id: Option<i64>| id.and_then(|id| u32::try_from(id).ok());
-    let (user, group) = image.user.split_once(':').unwrap_or((&image.user, ""));
+    let (user, group) = image
+        .user
+        .split_once(':')
+        .unwrap_or((image.user.as_str(), ""));
     let gid = id(container.run_as_group);
     if container.run_as_user.is_some() {
         return [id(container.run_as_user), gid];

@@ -13,6 +13,7 @@ pub(crate) mod beside;
 pub mod contain;
 pub mod enter;
 pub(crate) mod fds;
+mod folder;
 pub mod hold;
 pub(crate) mod ids;
 mod limits;

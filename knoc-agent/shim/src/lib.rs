@@ -31,6 +31,7 @@ mod handshake;
 mod health;
 mod host_ports;
 mod inputs;
+mod inside;
 mod job_signals;
 pub mod launch;
 mod link;

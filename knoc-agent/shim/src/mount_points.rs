@@ -128,6 +128,7 @@ mod tests {
             read_only: false,
             needs_descriptor: false,
             image: None,
+            folder: None,
             point: None,
         };
         targets.iter().enumerate().map(bind).collect()

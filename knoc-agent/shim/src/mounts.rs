@@ -6,7 +6,7 @@
 
 use std::{
     os::fd::OwnedFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
 
@@ -33,8 +33,8 @@ pub(crate) enum NameError {
         source: SourceError,
     },
     #[error(
-        "{what}: a hostPath, or a subPath of a writable volume, needs user namespaces, which this node or its container \
-         runtime (setuid) does not use; mount a whole volume of another kind, or have the site allow user namespaces and \
+        "{what}: a hostPath, or a subPath of a writable volume or of an image, needs user namespaces, which this node or its \
+         container runtime (setuid) does not use; mount a whole volume of another kind, or have the site allow user namespaces and \
          install the runtime without its setuid part"
     )]
     NeedsNamespaces { what: String },
@@ -196,6 +196,13 @@ impl Mounts {
         }
     }
 
+    /// The folders of images that are still to be mounted over the whole of each: what error messages call it, the path in the
+    /// container, and that in the image.
+    pub(crate) fn folders(&self) -> impl Iterator<Item = (&str, &Path, &Path)> {
+        let volumes = self.volumes.iter();
+        volumes.filter_map(|one| Some((&*one.what, &*one.target, one.folder.as_deref()?)))
+    }
+
     /// Replaces the staging paths in a message of the runtime by the names of what is mounted there, which users know.
     pub(crate) fn with_own_names(&self, message: &str) -> String {
         let image = self.staging.join("image");
@@ -273,8 +280,6 @@ fn bind(mounted: &Mounted, source: PathBuf) -> Bind {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     fn mounts(root: &Path, path: &str, needs_descriptor: bool) -> Mounts {
@@ -289,6 +294,7 @@ mod tests {
             read_only: false,
             needs_descriptor,
             image: None,
+            folder: None,
             point: None,
         };
         let image = pb::ResolvedImage {

@@ -497,6 +497,8 @@ pub(crate) struct Backoff {
     initial: Duration,
     max: Duration,
     next: Duration,
+    /// What it was before the last attempt ended.
+    before: Duration,
 }
 
 impl Backoff {
@@ -505,7 +507,13 @@ impl Backoff {
             initial,
             max,
             next: Duration::ZERO,
+            before: Duration::ZERO,
         }
+    }
+
+    /// The last attempt does not count: its end was not its own.
+    pub(crate) fn take_back(&mut self) {
+        self.next = self.before;
     }
 
     /// Begins anew, as for a container that has not ended yet.
@@ -524,6 +532,7 @@ impl Backoff {
             self.next = Duration::ZERO;
         }
         let wait = self.next;
+        self.before = wait;
         self.next = (wait * 2).clamp(self.initial, self.max.max(self.initial));
         wait
     }

@@ -62,6 +62,7 @@ use super::{
     },
     role::{ContainerSpec, RestartRule, Role, SlotId},
     scratch::{self, Cleaner, LAST_REMOVAL},
+    signals,
 };
 
 /// Threads for file work that may take long or hang.
@@ -304,7 +305,7 @@ enum Order {
 async fn listen(mut reader: impl AsyncRead + Unpin, orders: mpsc::Sender<Order>) {
     while let Ok(Some(told)) = wire::read::<pb::ToRank>(&mut reader, wire::TO_RANK).await {
         let order = match told.message {
-            Some(to_rank::Message::Signal(number)) => match Signal::from_named_raw(number) {
+            Some(to_rank::Message::Signal(number)) => match signals::numbered(number) {
                 Some(signal) => Order::Signal(signal),
                 None => continue,
             },
@@ -542,6 +543,8 @@ mod tests {
         for message in [
             to_rank::Message::Signal(15),
             to_rank::Message::Signal(999),
+            to_rank::Message::Signal(32),
+            to_rank::Message::Signal(37),
             to_rank::Message::OpenStream(1),
             to_rank::Message::EndStream(1),
             to_rank::Message::Signal(9),
@@ -555,6 +558,7 @@ mod tests {
         drop(theirs);
         for wanted in [
             Order::Signal(Signal::TERM),
+            Order::Signal(signals::numbered(37).unwrap()),
             Order::OpenStream(1),
             Order::EndStream(1),
             Order::Signal(Signal::KILL),

@@ -83,6 +83,12 @@ impl ContainerSpec {
         &self.container.name
     }
 
+    /// Whether one of its exits may have all containers of the pod begin anew.
+    pub(crate) fn may_restart_all(&self) -> bool {
+        let mut rules = self.container.restart_rules.iter();
+        self.restart == RestartRule::All || rules.any(|rule| rule.restart_all)
+    }
+
     /// The rule by which the container is restarted, or not, now that its program has ended with `code`; `None`: it has not
     /// ended. The first rule about the exit code comes before every policy, but an init container that succeeded is done,
     /// unless all containers are to begin anew.

@@ -97,9 +97,14 @@ pub(crate) fn names_squashfs(message: &str) -> bool {
 /// The word by which such a message says that the compression of the image is the reason.
 pub(crate) const COMPRESSION: &str = "compression";
 
-/// Whether such a message says that the compression of the image is the reason.
+/// What says that the file system is the reason, as a full one is, and nothing about what the runtime can mount or unpack.
+const OTHER_REASONS: [&str; 3] = ["no space left", "quota exceeded", "input/output error"];
+
+/// Whether such a message says that the compression of the image is the reason, and nothing else.
 pub(crate) fn blames_compression(message: &str) -> bool {
-    message.to_ascii_lowercase().contains(COMPRESSION)
+    let message = message.to_ascii_lowercase();
+    let has = |word: &str| message.contains(word);
+    has(COMPRESSION) && !OTHER_REASONS.into_iter().any(has)
 }
 
 /// Why a container cannot be brought up with this runtime.
@@ -167,6 +172,21 @@ mod tests {
         let no_fuse = "FATAL:   container creation failed: image driver mount failure: image driver squashfuse_ll instance exited with \
             error: squashfuse_ll exited: fuse: device not found, try 'modprobe fuse' first";
         assert!(names_squashfs(no_fuse) && !blames_compression(no_fuse));
+        // A full disk, or one that fails, is none of the compression's.
+        for reason in [
+            "write_block failed to write to output file: No space left on device",
+            "Disk quota exceeded",
+            "Input/output error",
+        ] {
+            let full = format!(
+                "FATAL:   while extracting /images/a.sif: root filesystem extraction failed: extract command failed: Filesystem uses \
+                 zstd compression; FATAL ERROR: {reason}"
+            );
+            assert!(
+                names_squashfs(&full) && !blames_compression(&full),
+                "{full}"
+            );
+        }
         assert!(!names_squashfs(
             "FATAL:   container creation failed: mount /data: no such file or directory"
         ));

@@ -1,5 +1,6 @@
 //! Sends signals to a container: to its program, or to all its processes.
 
+use knoc_proto::pod::REAL_TIME;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 use super::proc;
@@ -26,6 +27,20 @@ impl Identity {
     pub(crate) fn lives(self) -> bool {
         proc::start_time(self.pid) == Some(self.start)
     }
+}
+
+/// The signal with this number: one that has a name, or a real-time signal.
+#[expect(
+    unsafe_code,
+    reason = "there is no safe form for a real-time signal that leaves the C library out"
+)]
+pub(crate) fn numbered(number: i32) -> Option<Signal> {
+    if !REAL_TIME.contains(&number) {
+        return Signal::from_named_raw(number);
+    }
+    // SAFETY: it is a signal of the kernel, and only other programs get it. What the C library of the shim keeps for itself
+    // concerns signals that a process sends to its own threads.
+    Some(unsafe { Signal::from_raw_unchecked(number) })
 }
 
 /// Sends `signal` to the program only, as container runtimes do.

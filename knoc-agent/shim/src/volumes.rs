@@ -100,6 +100,8 @@ pub(crate) struct Mounted {
     pub(crate) needs_descriptor: bool,
     /// If the source is an image file: the part of it whose files are mounted.
     pub(crate) image: Option<Part>,
+    /// If only a folder of an image is mounted: its path there. [`super::inside`] mounts it over the whole of the image.
+    pub(crate) folder: Option<PathBuf>,
     /// Where the mount point lies; set by [`super::mount_points`].
     pub(crate) point: Option<Point>,
 }
@@ -285,6 +287,7 @@ impl Volumes {
                 // Only the site names the path.
                 needs_descriptor: false,
                 image: None,
+                folder: None,
                 point: None,
             }
         };
@@ -375,6 +378,7 @@ impl Volumes {
             read_only: mount.read_only || read_only,
             needs_descriptor,
             image: None,
+            folder: None,
             point: None,
         };
         let inside = |root: &PathBuf, path, make| spec::Source::Inside {
@@ -385,10 +389,11 @@ impl Volumes {
         Ok(match &root.place {
             Place::Folder(folder) => mounted(inside(folder, path, true), false, !whole),
             Place::Files(folder) => mounted(inside(folder, path, false), true, false),
-            // The agent accepts no path in an image: a link there could lead to a file of the node.
             Place::Image(source, part) => Mounted {
                 image: *part,
-                ..mounted(source.clone(), true, false)
+                folder: (!whole).then_some(path),
+                // The helper that mounts a folder needs rights in the container's user namespace.
+                ..mounted(source.clone(), true, !whole)
             },
             Place::Host(host) => {
                 let source = spec::Source::Host(HostSource {

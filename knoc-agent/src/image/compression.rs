@@ -5,17 +5,25 @@
 //! That it has failed, or that a compute node could not read what it wrote, is known afterwards: no pod fails for it, because
 //! the image is then converted with gzip, and the shim has its files unpacked. [`choose`] and [`describe`] are PURE, and decide.
 //!
-//! [`Compressor`] owns what is known. It is not kept on disk: shims repeat their reports, and the rest is found out again.
+//! [`Compressor`] owns what is known. It is not kept on disk: shims repeat their reports, and the rest is found out again. What has
+//! failed counts for a day: it may have been a full disk, or a node that was repaired since.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use knoc_proto::error::chain;
+use tokio::time::Instant;
 
 use super::{Settings, untrusted::shown};
 use crate::config::Compression;
 
 /// The option of the runtime's command `build`; Apptainer has it from 1.4 on, SingularityCE has not.
 const OPTION: &str = "--mksquashfs-args";
+
+/// How long a failure counts. To find out again costs a second conversion, or one start of a container from unpacked files.
+const COUNTS: Duration = Duration::from_hours(24);
 
 /// The compression of one image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,9 +78,34 @@ struct Known {
     /// Whether the runtime passes arguments on to mksquashfs. `None`: it was not asked yet, or did not answer.
     passes: Option<bool>,
     /// How the runtime failed to convert an image that it then converted with gzip.
-    failed: Option<String>,
+    failed: Option<Failure>,
     /// A compute node whose runtime could not mount an image with the compression that is wanted.
-    unread: Option<String>,
+    unread: Option<Failure>,
+}
+
+/// What has failed, and when.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Failure {
+    what: String,
+    at: Instant,
+}
+
+impl Failure {
+    fn now(what: String) -> Self {
+        Self {
+            what,
+            at: Instant::now(),
+        }
+    }
+}
+
+impl Known {
+    /// PURE: forgets the failures that do not count any more.
+    fn forget(&mut self, now: Instant) {
+        for failure in [&mut self.failed, &mut self.unread] {
+            failure.take_if(|it| now.duration_since(it.at) >= COUNTS);
+        }
+    }
 }
 
 /// PURE: the compression that the site wants.
@@ -103,15 +136,16 @@ fn describe(setting: Compression, known: &Known) -> (Result<String, String>, Str
         return (Ok("gzip, as the site file says".to_owned()), String::new());
     }
     let or = "set compression = \"gzip\" under [images] of the site file";
-    if let Some(message) = &known.failed {
-        let what =
-            format!("gzip, because the runtime failed to compress an image with {name}: {message}");
+    if let Some(Failure { what, .. }) = &known.failed {
+        let what = format!(
+            "gzip for a day, because the runtime failed to compress an image with {name}: {what}"
+        );
         let cure = format!("install a mksquashfs that can write {name}, or {or}");
         return (Err(what), cure);
     }
-    if let Some(node) = &known.unread {
+    if let Some(Failure { what: node, .. }) = &known.unread {
         let what = format!(
-            "{next} from now on: the runtime on {node} could not mount an image that is compressed with {name}, and unpacks such \
+            "{next} for now: the runtime on {node} could not mount an image that is compressed with {name}, and unpacks such \
              an image at each start"
         );
         let cure = format!("install the same version of the runtime on all compute nodes, or {or}");
@@ -146,8 +180,11 @@ impl Compressor {
         }
     }
 
+    /// What counts now.
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.forget(Instant::now());
+        known
     }
 
     /// The compression of the next image. Cancel safe.
@@ -187,9 +224,9 @@ impl Compressor {
         tracing::warn!(
             compression = method.name(),
             %message,
-            "the runtime cannot compress images like this, so gzip is used from now on"
+            "the runtime cannot compress images like this, so gzip is used for a day"
         );
-        self.known().failed = Some(message);
+        self.known().failed = Some(Failure::now(message));
     }
 
     /// Notes that the runtime of a compute node could not mount images with these compressions.
@@ -205,12 +242,12 @@ impl Compressor {
         }
         let node = shown(node);
         let next = if self.setting == Compression::Auto {
-            "gzip is used from now on"
+            "gzip is used for a day"
         } else {
             "the site file asks for it all the same"
         };
         tracing::warn!(%node, compression = wanted.name(), "the runtime of a compute node cannot mount images that are compressed like this; {next}");
-        known.unread = Some(node);
+        known.unread = Some(Failure::now(node));
     }
 }
 
@@ -228,8 +265,8 @@ mod tests {
     fn known(passes: Option<bool>, failed: bool, unread: bool) -> Known {
         Known {
             passes,
-            failed: failed.then(|| "no such compressor".to_owned()),
-            unread: unread.then(|| "n7".to_owned()),
+            failed: failed.then(|| Failure::now("no such compressor".to_owned())),
+            unread: unread.then(|| Failure::now("n7".to_owned())),
         }
     }
 
@@ -251,6 +288,33 @@ mod tests {
             known(Some(true), true, false),
         ] {
             assert_eq!(chosen(known), ["gzip"; 4]);
+        }
+    }
+
+    #[test]
+    fn what_has_failed_counts_for_a_day() {
+        let begin = Instant::now();
+        for (failed, unread) in [(true, false), (false, true), (true, true)] {
+            let mut known = known(Some(true), failed, unread);
+            let before = known.clone();
+            known.forget(begin + COUNTS / 2);
+            assert_eq!(known, before);
+            known.forget(Instant::now() + COUNTS);
+            assert_eq!(choose(Compression::Auto, &known), Method::Zstd);
+            assert_eq!(known.passes, Some(true), "the runtime is the same");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_of_a_node_is_forgotten_and_noted_again() {
+        let compressor = Compressor::new(Compression::Auto);
+        compressor.known().passes = Some(true);
+        let next = || choose(Compression::Auto, &compressor.known());
+        for _ in 0..2 {
+            compressor.unread("n7", &["zstd".to_owned()]);
+            assert_eq!(next(), Method::Gzip);
+            tokio::time::advance(COUNTS).await;
+            assert_eq!(next(), Method::Zstd);
         }
     }
 
@@ -299,7 +363,8 @@ mod tests {
             let names: Vec<String> = compressions.iter().map(|&name| name.to_owned()).collect();
             compressor.unread("n1\u{1b}[2J", &names);
             compressor.unread("n2", &names);
-            compressor.known().unread.clone()
+            let unread = compressor.known().unread.clone();
+            unread.map(|failure| failure.what)
         };
         // The name is shown in a terminal.
         let first = Some("n1\\u{1b}[2J".to_owned());

@@ -3,23 +3,32 @@
 //! The caller holds the claim on the image, so it is converted once at a time. Cancel safety: a dropped conversion stops the
 //! runtime, or cancels its job.
 
-use std::{fs::File, io::Read as _, path::Path};
+use std::{
+    fs::File,
+    io::{Read as _, Seek as _, SeekFrom},
+    path::Path,
+};
 
 use super::{
     compression::Method,
     download::LONGEST,
+    local,
     progress::Step,
     pull::{LAYOUT, Puller, SIF, blocking},
     slots::Slot,
     untrusted::{fatal, shown, why},
 };
 use crate::{
-    command::{Command, CommandErrorKind},
+    command::{Command, CommandError, CommandErrorKind},
     scheduler::slurm::OwnJobs,
 };
 
 /// How much of the runtime's output is kept.
 const MAX_OUTPUT: usize = 64 * 1024;
+/// What Slurm writes into the output of a job that it stops.
+const STOPPED: &str = " CANCELLED AT ";
+/// How sbatch's output begins once it has submitted a job.
+const SUBMITTED: &str = "Submitted batch job";
 
 /// A conversion that failed.
 struct Failed {
@@ -65,7 +74,7 @@ impl Puller {
             .capture(MAX_OUTPUT);
         command.run().await.map(drop).map_err(|error| Failed {
             message: why(&error),
-            by_itself: matches!(error.kind, CommandErrorKind::Exit { code: Some(_), .. }),
+            by_itself: has_exited(&error),
         })
     }
 
@@ -75,21 +84,55 @@ impl Puller {
         let program = self.settings.program.clone().unwrap_or_default();
         let command = jobs.command(&name, folder, &program, argv);
         let command = in_folder(command, folder).deadline(LONGEST);
-        let Err(error) = jobs.wait(&name, command).await else {
+        let ended = jobs.wait(&name, command).await;
+        // Slurm has no exit code but 0 for a job that was cancelled in the queue, that reached its limit, or that is forgotten.
+        let well = ended.is_ok();
+        let (sif, output) = (folder.join(SIF), folder.join(OwnJobs::OUTPUT));
+        let look = move || Ok((well && is_whole(&sif), read(&output)));
+        let (done, output) = blocking(look).await.unwrap_or_default();
+        if done {
             return Ok(());
-        };
-        let path = folder.join(OwnJobs::OUTPUT);
-        let output = blocking(move || Ok(read(&path))).await.unwrap_or_default();
-        let message = match output.trim() {
-            // It was not accepted, did not start, or Slurm does not say.
-            "" => why(&error),
-            output => shown(&fatal(output)),
-        };
+        }
+        let message = explain(&ended, output.trim());
         Err(Failed {
             message: format!("the Slurm job that is to convert the image: {message}"),
-            by_itself: output.contains("FATAL"),
+            by_itself: ended.is_err_and(|error| has_exited(&error))
+                && output.contains("FATAL")
+                && !output.contains(STOPPED),
         })
     }
+}
+
+/// PURE: why a job has made no image, by how it ended and what it has written.
+fn explain(ended: &Result<(), CommandError>, output: &str) -> String {
+    let said = fatal(output);
+    match ended {
+        // Nothing of what it has written says why.
+        Ok(()) if said == output => {
+            "it ended before it had made the image: it may have been cancelled, or its node has failed"
+                .to_owned()
+        }
+        // It was not accepted, or it could not even write.
+        Err(error) if output.is_empty() => match error.message() {
+            Some(text) if text.starts_with(SUBMITTED) => format!(
+                "{}, and it has written nothing: it may have been cancelled, or the nodes of its partition cannot write to the agent's \
+                 state directory",
+                shown(text)
+            ),
+            Some(_) | None => why(error),
+        },
+        Ok(()) | Err(_) => shown(&said),
+    }
+}
+
+/// Whether it has ended by itself, and was not stopped.
+fn has_exited(error: &CommandError) -> bool {
+    matches!(error.kind, CommandErrorKind::Exit { code: Some(_), .. })
+}
+
+/// Whether the runtime has made the file, and was not stopped before it was complete. Blocking.
+fn is_whole(sif: &Path) -> bool {
+    matches!(local::open(sif), Ok(Some((_, file))) if local::is_whole(&file))
 }
 
 /// Lets the runtime keep its temporary files in the folder of the pull, which has room for them.
@@ -102,11 +145,13 @@ fn in_folder(command: Command, folder: &Path) -> Command {
     })
 }
 
-/// The beginning of what a job has written; empty if it has not started. Blocking.
+/// The end of what a job has written, which says why it failed; empty if it has not started. Blocking.
 fn read(path: &Path) -> String {
     let mut bytes = Vec::new();
-    if let Ok(file) = File::open(path) {
+    if let Ok(mut file) = File::open(path) {
         let most = u64::try_from(MAX_OUTPUT).unwrap_or_default();
+        let length = file.metadata().map_or(0, |about| about.len());
+        file.seek(SeekFrom::Start(length.saturating_sub(most))).ok();
         file.take(most).read_to_end(&mut bytes).ok();
     }
     String::from_utf8_lossy(&bytes).into_owned()

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::Read as _,
-    os::fd::AsRawFd as _,
+    os::{fd::AsRawFd as _, unix::fs::FileExt as _},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -19,6 +19,12 @@ use super::{ImageError, ImageErrorKind, sif::FileId};
 /// The offset of the magic bytes of a SIF file.
 const MAGIC_AT: usize = 32;
 const MAGIC: &[u8] = b"SIF_MAGIC";
+/// Where the header has the number of descriptors, and where it has the places of the descriptors and of the data, each with its
+/// length behind it. All numbers are little-endian, with eight bytes.
+const TOTAL_AT: u64 = 88;
+const PLACES_AT: [u64; 2] = [96, 112];
+/// More descriptors than any image has. A runtime that opens the file has memory for as many as the header says.
+const MOST: u64 = 4096;
 
 /// An image at a path: opened once, and identified by its device and inode.
 #[derive(Debug)]
@@ -121,11 +127,27 @@ pub(super) fn open(path: &Path) -> std::io::Result<Option<(FileId, Arc<File>)>> 
     let mut file = File::open(path)?;
     let mut head = [0_u8; MAGIC_AT + MAGIC.len()];
     file.read_exact(&mut head)?;
-    if !head.ends_with(MAGIC) {
+    if !head.ends_with(MAGIC) || number(&file, TOTAL_AT).is_some_and(|total| total > MOST) {
         return Ok(None);
     }
     let id = FileId::of(&file.metadata()?);
     Ok(Some((id, Arc::new(file))))
+}
+
+/// Whether the SIF file has everything that its header promises: whoever wrote it was not stopped, and nothing was cut off. Blocking.
+pub(super) fn is_whole(sif: &File) -> bool {
+    let size = sif.metadata().map_or(0, |about| about.len());
+    let end = |at| number(sif, at)?.checked_add(number(sif, at + 8)?);
+    PLACES_AT
+        .iter()
+        .all(|&at| end(at).is_some_and(|end| end <= size))
+}
+
+/// A number of the header; `None` if the file ends before it.
+fn number(sif: &File, at: u64) -> Option<u64> {
+    let mut bytes = [0; 8];
+    sif.read_exact_at(&mut bytes, at).ok()?;
+    Some(u64::from_le_bytes(bytes))
 }
 
 #[cfg(test)]
@@ -164,6 +186,43 @@ mod tests {
             shared: false,
         };
         assert!(super::find("i", &root, &none).is_err());
+    }
+
+    #[test]
+    fn a_sif_file_is_whole_if_nothing_of_what_its_header_promises_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.sif");
+        // As Apptainer writes it: 48 descriptors of 585 bytes, and the data behind them.
+        let mut bytes = vec![0; 40_000];
+        let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+        put(MAGIC_AT, MAGIC);
+        for (at, number) in [
+            (88, 48_u64),
+            (96, 4096),
+            (104, 28_080),
+            (112, 32_176),
+            (120, 7824),
+        ] {
+            put(at, &number.to_le_bytes());
+        }
+        let check = |bytes: &[u8]| {
+            knoc_contract::jobdir::atomic::write(&path, bytes, 0o600).unwrap();
+            let (_, sif) = open(&path).unwrap()?;
+            Some(is_whole(&sif))
+        };
+        assert_eq!(check(&bytes), Some(true));
+        for length in [39_999, 32_176, 4096, 128, 127, 41] {
+            assert_eq!(check(&bytes[..length]), Some(false), "{length}");
+        }
+        // No number overflows.
+        for at in [96, 104, 112, 120] {
+            let mut other = bytes.clone();
+            other[at..at + 8].fill(0xff);
+            assert_eq!(check(&other), Some(false), "{at}");
+        }
+        let mut hungry = bytes;
+        hungry[88..96].copy_from_slice(&(1_u64 << 26).to_le_bytes());
+        assert_eq!(check(&hungry), None);
     }
 
     #[test]

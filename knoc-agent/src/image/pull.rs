@@ -216,9 +216,11 @@ impl Puller {
             let failed = |error: std::io::Error| format!("{}: {error}", path.display());
             std::fs::rename(&path, &target).map_err(failed)?;
             let open = local::open(&target).map_err(failed)?;
-            open.ok_or_else(|| format!("layer {digest} is not a SIF file"))
+            let open = open.map(|(_, file)| file);
+            let whole = open.filter(|file| local::is_whole(file));
+            whole.ok_or_else(|| format!("layer {digest} is not a SIF file, or not a whole one"))
         });
-        let (_, file) = open.await?;
+        let file = open.await?;
         let config = sif::read(&self.settings, file).await;
         config.map_err(|error| why(&error))?.bounded()
     }

@@ -34,11 +34,14 @@ pub(super) fn why(error: &CommandError) -> String {
     shown(&message)
 }
 
-/// The lines of Apptainer's output that say why it failed.
+/// How the lines of Apptainer begin that say why it failed, and those of Slurm about a job that it ends.
+const WHY: [&str; 3] = ["FATAL", "ERROR", "slurmstepd: error"];
+
+/// The lines of Apptainer's output, or of a job's, that say why it failed.
 pub(super) fn fatal(message: &str) -> String {
     let why: Vec<&str> = message
         .lines()
-        .filter(|line| line.starts_with("FATAL") || line.starts_with("ERROR"))
+        .filter(|line| WHY.iter().any(|word| line.starts_with(word)))
         .filter_map(|line| line.split_once(':').map(|(_, rest)| rest.trim()))
         .collect();
     if why.is_empty() {
@@ -60,6 +63,9 @@ mod tests {
             "While making image from oci registry: error fetching image: manifest unknown"
         );
         assert_eq!(fatal("anything"), "anything");
+        let stopped = "INFO:    Creating SIF file\nslurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-30T01:00:00 DUE TO TIME LIMIT ***\n";
+        assert!(fatal(stopped).ends_with("DUE TO TIME LIMIT ***"));
+        assert!(!fatal(stopped).contains("INFO"));
     }
 
     #[test]

@@ -205,6 +205,34 @@ fn is_api_server(service: &Name) -> bool {
     &*service.namespace == "default" && &*service.name == "kubernetes"
 }
 
+/// Where pods reach the API server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ApiServer {
+    /// The address of its Service.
+    pub(crate) address: IpAddr,
+    /// What the address leads to, sorted.
+    pub(crate) endpoints: Vec<SocketAddr>,
+}
+
+/// Where pods reach the API server; `None` if they may not, or if its Service is not known.
+pub(crate) fn api_server(
+    table: &Table,
+    around: &Surroundings,
+    allow: &AllowList,
+) -> Option<ApiServer> {
+    let name = Name::new("default", "kubernetes");
+    if !allow.permits(&name.namespace, &name.name) {
+        return None;
+    }
+    let (address, port) = table.address(&name, "https", |address| around.is_of_service(address))?;
+    let targets = table.targets(SocketAddr::new(address, port), EgressProtocol::Tcp);
+    let target = targets.into_iter().next()?;
+    Some(ApiServer {
+        address,
+        endpoints: target.endpoints,
+    })
+}
+
 /// The endpoint with the largest weight is the pod's: while that one stays, others may come and go.
 fn weight(uid: &str, service: &Name, endpoint: &SocketAddr) -> u64 {
     let mut hasher = DefaultHasher::new();

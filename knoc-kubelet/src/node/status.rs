@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     Identity,
+    api_names::{self, ApiNames},
     condition::Condition,
     expiry, features, foreign,
     release::{self, Release},
@@ -43,6 +44,8 @@ pub struct Facts<'a> {
     pub certificates: &'a [(Purpose, Health)],
     /// The state of our certificate on the link.
     pub link_certificate: &'a LinkCertificate,
+    /// Whether the API server's certificate names what pods are told to use.
+    pub api_names: &'a ApiNames,
     /// The API server's release; None while it is not known.
     pub server: Option<Release>,
     /// The status in the API server.
@@ -305,6 +308,7 @@ fn conditions(facts: &Facts<'_>) -> Vec<Value> {
     }));
     let agents = facts.capacity.map_or(0, |node| node.certificate_until);
     list.extend(expiry::condition(facts.link_certificate, agents, facts.now));
+    list.extend(facts.api_names.condition(has(facts, api_names::KIND)));
     if facts.orphans > 0 {
         let text = format!(
             "{} jobs have no pod; these are too many at once, so none is ended; end single jobs with `knocctl delete UID`",

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use super::{
     allocations::{Allocatable, Allocations, Amounts, SharedAllocations},
+    api_names::ApiNames,
     foreign,
     identity::{Identity, PodIp},
     predicates::{Mismatch, NodeAttributes},
@@ -35,6 +36,8 @@ pub struct Unit {
     range: watch::Sender<Option<PodRange>>,
     /// The foreign resources of the Node ([`foreign`]).
     foreign: watch::Sender<Amounts>,
+    /// Whether the API server's certificate names what pods are told to use.
+    api_names: watch::Sender<ApiNames>,
     allocations: SharedAllocations,
 }
 
@@ -48,6 +51,7 @@ impl Unit {
             attributes: watch::Sender::new(NodeAttributes::default()),
             range: watch::Sender::default(),
             foreign: watch::Sender::default(),
+            api_names: watch::Sender::default(),
             allocations: SharedAllocations::default(),
         }
     }
@@ -158,6 +162,16 @@ impl Unit {
     /// Stores the foreign resources of the Node as just read.
     pub(crate) fn set_foreign(&self, foreign: Amounts) {
         self.foreign.send_replace(foreign);
+    }
+
+    /// Stores what the API server's certificate was found to name.
+    pub(crate) fn set_api_names(&self, found: ApiNames) {
+        self.api_names.send_replace(found);
+    }
+
+    /// What the API server's certificate was found to name.
+    pub(crate) fn api_names(&self) -> ApiNames {
+        self.api_names.borrow().clone()
     }
 
     /// Stores the foreign resources of this Node object.

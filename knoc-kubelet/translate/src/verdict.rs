@@ -276,9 +276,10 @@ rejected, and the message names the field. All other paths are normalized first:
 Names such as `..foo` and `a..b` are ordinary names in a `subPath`; as in Kubernetes, the path of a file must not begin with two dots.
 
 **Mounts.** Parent directories are mounted before what is mounted below them, whatever their order in the pod. A mount point that is
-missing in a volume is created there. Symbolic links of the image (`/var/run`) are followed inside the container. Nothing can be
-mounted at `/` or in `/.knoc`, which KNoC uses itself. A volume at `/dev/x` is mounted elsewhere, and `/dev/x` is a symbolic link to it,
-except at `/dev/shm` and below it. `/dev/null` and the other devices stay, unless a volume is mounted at `/dev` itself.
+missing in a volume is created there. Symbolic links of the image (`/var/run`) are followed inside the container, and those in the
+`subPath` of an image volume inside that image, whose root an absolute link begins at. Nothing can be mounted at `/` or in `/.knoc`,
+which KNoC uses itself. A volume at `/dev/x` is mounted elsewhere, and `/dev/x` is a symbolic link to it, except at `/dev/shm` and
+below it. `/dev/null` and the other devices stay, unless a volume is mounted at `/dev` itself.
 
 **Temporary directories.** `/tmp` and `/var/tmp` are the image's, with the files that the image has there, and everybody can write to
 them (mode 1777); files that are written go to the node's disk. If the site's runtime has no writable root directory (Singularity, no

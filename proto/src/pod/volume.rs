@@ -1,4 +1,6 @@
-//! PURE: checks the source of a volume.
+//! PURE: checks the source of a volume, and what is mounted in one.
+
+use std::{collections::HashSet, path::PathBuf};
 
 use super::{check as check_name, has_control};
 use crate::{names, paths, pb, pb::volume::Source};
@@ -8,10 +10,40 @@ const ATTRIBUTES: usize = 64;
 const ATTRIBUTE_BYTES: usize = 4096;
 
 /// Whether the pod's volume of this name is an image.
-pub(super) fn is_image(spec: &pb::PodSpec, volume: &str) -> bool {
+fn is_image(spec: &pb::PodSpec, volume: &str) -> bool {
     let mut all = spec.volumes.iter();
     let found = all.find(|one| one.name == volume);
     found.is_some_and(|one| matches!(one.source, Some(Source::Image(_))))
+}
+
+/// Records what would be mounted below a folder of an image: it would be hidden, since that folder is mounted last.
+pub(super) fn check_folders(
+    spec: &pb::PodSpec,
+    container: &pb::Container,
+    problems: &mut Vec<String>,
+) {
+    let place = |mount: &pb::Mount| paths::in_container(&mount.path).ok().map(PathBuf::from);
+    let is_folder = |mount: &&pb::Mount| {
+        let whole = mount.sub_path.is_empty() && mount.sub_path_expr.is_empty();
+        !whole && is_image(spec, &mount.volume)
+    };
+    let mounts = container.mounts.iter();
+    let folders: HashSet<PathBuf> = mounts.filter(is_folder).filter_map(place).collect();
+    for mount in &container.mounts {
+        let Some(place) = place(mount) else {
+            continue;
+        };
+        if place
+            .ancestors()
+            .skip(1)
+            .any(|above| folders.contains(above))
+        {
+            problems.push(format!(
+                "container {:?}: mountPath {:?} lies in a subPath of an image volume, where nothing can be mounted",
+                container.name, mount.path
+            ));
+        }
+    }
 }
 
 /// Records what is wrong with the source.
@@ -78,40 +110,59 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_whole_of_an_image_is_mounted() {
-        let mount = |sub_path: &str, sub_path_expr: &str| pb::PodSpec {
-            uid: "u".to_owned(),
-            namespace: "n".to_owned(),
-            name: "p".to_owned(),
-            containers: vec![pb::Container {
-                name: "main".to_owned(),
-                image: "i".to_owned(),
-                mounts: vec![pb::Mount {
-                    volume: "models".to_owned(),
-                    path: "/models".to_owned(),
-                    sub_path: sub_path.to_owned(),
-                    sub_path_expr: sub_path_expr.to_owned(),
-                    ..pb::Mount::default()
+    fn nothing_is_mounted_in_a_folder_of_an_image() {
+        let problems = |sub_path: &str, sub_path_expr: &str, other: &str| {
+            let mount = |volume: &str, path: &str| pb::Mount {
+                volume: volume.to_owned(),
+                path: path.to_owned(),
+                ..pb::Mount::default()
+            };
+            let folder = pb::Mount {
+                sub_path: sub_path.to_owned(),
+                sub_path_expr: sub_path_expr.to_owned(),
+                ..mount("models", "/srv/models/")
+            };
+            let volume = |name: &str, source| pb::Volume {
+                name: name.to_owned(),
+                source: Some(source),
+            };
+            let image = pb::ImageVolume {
+                reference: "models:1".to_owned(),
+                ..pb::ImageVolume::default()
+            };
+            let spec = pb::PodSpec {
+                uid: "u".to_owned(),
+                namespace: "n".to_owned(),
+                name: "p".to_owned(),
+                containers: vec![pb::Container {
+                    name: "main".to_owned(),
+                    image: "i".to_owned(),
+                    mounts: vec![mount("empty", other), folder],
+                    ..pb::Container::default()
                 }],
-                ..pb::Container::default()
-            }],
-            volumes: vec![pb::Volume {
-                name: "models".to_owned(),
-                source: Some(Source::Image(pb::ImageVolume {
-                    reference: "models:1".to_owned(),
-                    ..pb::ImageVolume::default()
-                })),
-            }],
-            ..pb::PodSpec::default()
+                volumes: vec![
+                    volume("models", Source::Image(image)),
+                    volume("empty", Source::EmptyDir(pb::EmptyDir::default())),
+                ],
+                ..pb::PodSpec::default()
+            };
+            let checked = super::super::PodSpec::try_from(spec);
+            checked.map_or_else(|invalid| invalid.to_string(), |_| String::new())
         };
-        let problems = |spec: pb::PodSpec| match super::super::PodSpec::try_from(spec) {
-            Ok(_) => String::new(),
-            Err(invalid) => invalid.to_string(),
-        };
-        assert_eq!(problems(mount("", "")), "");
-        for spec in [mount("a", ""), mount("", "$(A)")] {
-            let text = problems(spec);
-            assert!(text.contains("the image volume \"models\""), "{text}");
+        for (sub_path, expr, other, hidden) in [
+            ("", "", "/srv/models/a", false),
+            ("a", "", "/srv", false),
+            ("a", "", "/srv/models2", false),
+            ("a/b", "", "/srv/models/a", true),
+            ("", "$(A)", "/srv//models/a/b", true),
+        ] {
+            let text = problems(sub_path, expr, other);
+            assert_eq!(
+                text.contains("in a subPath of an image volume"),
+                hidden,
+                "{text}"
+            );
+            assert_eq!(text.is_empty(), !hidden, "{text}");
         }
     }
 

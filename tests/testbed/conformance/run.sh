@@ -32,13 +32,13 @@ network() { # network [MODE]: the network of pods that ask for none, or that of 
 egress=$(sed -n '/^egress *=/p' "$agent_home_here/.config/knoc/agent.toml") # what the site lists otherwise
 # If this script is killed, sweep.sh does the same, and the agent's script lists Services again.
 trap '"$testbed/kube/coredns.sh" down; policy ${egress:+"$egress"}; network; kubelet -u KNOC_NODE_POD_IP -u KNOC_NODE_POD_RANGE; "$testbed/conformance/nodes.sh" all' EXIT
-policy 'privileged = "unprivileged"' 'host_paths = [{ path = "/tmp", writable = true }]' 'host_ports = ["21017"]' 'egress = ["*/*"]'
+policy 'privileged = "unprivileged"' 'host_paths = [{ path = "/tmp", writable = true }]' 'host_ports = ["21017"]' 'egress = ["default/kubernetes", "kube-system/kube-dns", "*/*"]'
 network "${NETWORK:-}"
 "$testbed/kube/coredns.sh" up
 "$testbed/conformance/nodes.sh" "${NODES:-one}"
 pod_ip=${KNOC_NODE_POD_IP:-node} relay=off
 [ "$pod_ip" != none ] || relay= # that of the bed
-kubelet KNOC_NODE_TAINT=false KNOC_NODE_QUEUE_FACTOR=1 KNOC_NODE_POD_IP="$pod_ip" KNOC_RELAY_ALLOW=$relay KNOC_EGRESS_ALLOW='*/*'
+kubelet KNOC_NODE_TAINT=false KNOC_NODE_QUEUE_FACTOR=1 KNOC_NODE_POD_IP="$pod_ip" KNOC_RELAY_ALLOW=$relay KNOC_EGRESS_ALLOW='default/kubernetes,kube-system/kube-dns,*/*'
 # The chart's own pod can run on no node of the bed, and tests of the scheduler wait until no pod is pending. The next start of the kubelet
 # installs the chart again.
 kubectl scale deployment --namespace $namespace --all --replicas=0 >/dev/null

@@ -6,6 +6,7 @@ use std::{io, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
+    endpoint,
     site::{Daemon, Kubelet, Options, Site, free_port},
     wait_for,
 };
@@ -13,7 +14,7 @@ use rustix::net::sockopt::set_socket_linger;
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpListener,
+    net::TcpStream,
     sync::mpsc,
     task::JoinSet,
 };
@@ -39,27 +40,26 @@ print("end", flush=True)
 
 /// A server that answers each connection, after its end, with what it said and ` end`.
 async fn echo() -> anyhow::Result<(u16, JoinSet<()>)> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let port = listener.local_addr()?.port();
-    let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        let mut peers = JoinSet::new();
-        while let Ok((mut peer, _)) = listener.accept().await {
-            peers.spawn(async move {
-                let mut all = Vec::new();
-                peer.read_to_end(&mut all).await?;
-                all.extend_from_slice(b" end");
-                peer.write_all(&all).await
-            });
-        }
-    });
-    Ok((port, tasks))
+    endpoint::serve(|mut peer: TcpStream| async move {
+        let mut all = Vec::new();
+        peer.read_to_end(&mut all).await?;
+        all.extend_from_slice(b" end");
+        peer.write_all(&all).await
+    })
+    .await
 }
 
 /// The Service `default/kubernetes` with this port.
 pub(crate) fn service(port: u16) -> serde_json::Value {
     json!({"metadata": {"name": "kubernetes"}, "spec": {"type": "ClusterIP", "clusterIP": "10.96.0.1",
         "clusterIPs": ["10.96.0.1"], "ports": [{"name": "https", "port": port, "protocol": "TCP"}]}})
+}
+
+/// The EndpointSlice of the Service `default/kubernetes`, which leads to this port of this host.
+pub(crate) fn slice(port: u16) -> serde_json::Value {
+    json!({"metadata": {"name": "kubernetes", "labels": {"kubernetes.io/service-name": "kubernetes"}},
+        "addressType": "IPv4", "ports": [{"name": "https", "port": port, "protocol": "TCP"}],
+        "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": true}}]})
 }
 
 /// A cluster with the Service `default/kubernetes`, whose endpoint is that port of this host.
@@ -70,9 +70,7 @@ async fn cluster(site: &Site, port: u16) -> anyhow::Result<Kubelet> {
     let ranges = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}});
     api.create("networking.k8s.io/v1", "servicecidrs", "", ranges)?;
     if port > 0 {
-        let slice = json!({"metadata": {"name": "kubernetes", "labels": {"kubernetes.io/service-name": "kubernetes"}},
-            "addressType": "IPv4", "ports": [{"name": "https", "port": port, "protocol": "TCP"}],
-            "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": true}}]});
+        let slice = slice(port);
         api.create("discovery.k8s.io/v1", "endpointslices", "default", slice)?;
     }
     Ok(kubelet)
@@ -83,24 +81,33 @@ fn client(kubelet: &Kubelet, name: &str, connections: u32) -> anyhow::Result<Str
     kubelet.create_pod(name, json!({"containers": [main]}))
 }
 
-/// The log of the pod, once it has ended.
-pub(crate) async fn log(site: &Site, uid: &str) -> anyhow::Result<String> {
-    wait_for("the end of the client", SOON, async || {
-        let run = site
-            .knocctl(["logs", uid])
-            .map_err(|error| error.to_string())?;
-        let log = run
-            .output()
-            .await
-            .map_err(|error| format!("{error:#}"))?
-            .text();
-        if log.contains("end\n") || log.ends_with("end") {
-            Ok(log)
-        } else {
-            Err(log)
-        }
+/// The log of the pod, once it is so.
+async fn log_when(
+    site: &Site,
+    uid: &str,
+    what: &str,
+    is_so: impl Fn(&str) -> bool,
+) -> anyhow::Result<String> {
+    wait_for(what, SOON, async || {
+        let run = site.knocctl(["logs", uid]);
+        let run = run.map_err(|error| error.to_string())?;
+        let output = run.output().await;
+        let log = output.map_err(|error| format!("{error:#}"))?.text();
+        if is_so(&log) { Ok(log) } else { Err(log) }
     })
     .await
+}
+
+/// The log of the pod, once its client has ended.
+pub(crate) async fn log(site: &Site, uid: &str) -> anyhow::Result<String> {
+    let is_end = |log: &str| log.contains("end\n") || log.ends_with("end");
+    log_when(site, uid, "the end of the client", is_end).await
+}
+
+/// Waits until the log of the pod has this text.
+pub(crate) async fn logged(site: &Site, uid: &str, text: &str) -> anyhow::Result<()> {
+    let has = |log: &str| log.contains(text);
+    log_when(site, uid, text, has).await.map(drop)
 }
 
 /// The messages of the pod's Events about connections that were refused.
@@ -109,7 +116,7 @@ pub(crate) async fn refusals(kubelet: &Kubelet) -> anyhow::Result<Vec<String>> {
 }
 
 /// The messages of the Events with this reason, once there is one.
-async fn told(kubelet: &Kubelet, reason: &str) -> anyhow::Result<Vec<String>> {
+pub(crate) async fn told(kubelet: &Kubelet, reason: &str) -> anyhow::Result<Vec<String>> {
     wait_for(reason, SOON, async || {
         let messages = told_by_now(kubelet, reason);
         if messages.is_empty() {
@@ -122,7 +129,7 @@ async fn told(kubelet: &Kubelet, reason: &str) -> anyhow::Result<Vec<String>> {
 }
 
 /// The messages of the Events with this reason.
-fn told_by_now(kubelet: &Kubelet, reason: &str) -> Vec<String> {
+pub(crate) fn told_by_now(kubelet: &Kubelet, reason: &str) -> Vec<String> {
     let events = kubelet.api.list("v1", "events", "default");
     let wanted = events.iter().filter(|event| event["reason"] == reason);
     wanted.map(|event| event["message"].to_string()).collect()
@@ -345,26 +352,28 @@ print("end", flush=True)
 /// A server that answers `part`, and then resets a connection on which it was sent `r`. The channel has the end of each other
 /// connection.
 async fn breaker() -> anyhow::Result<(u16, JoinSet<()>, mpsc::Receiver<io::Result<usize>>)> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let port = listener.local_addr()?.port();
     let (ended, ends) = mpsc::channel(4);
-    let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        while let Ok((mut peer, _)) = listener.accept().await {
+    let (port, tasks) = endpoint::serve(move |mut peer: TcpStream| {
+        let ended = ended.clone();
+        async move {
             let mut first = [0];
-            if peer.read_exact(&mut first).await.is_err() || peer.write_all(b"part").await.is_err()
-            {
-                continue;
+            peer.read_exact(&mut first).await?;
+            // The kubelet itself connects too, and looks for a certificate.
+            if !b"rw".contains(&first[0]) {
+                return Ok(());
             }
+            peer.write_all(b"part").await?;
             if first == *b"r" {
                 // Without this option the peer would see the end of the stream instead of a reset.
                 set_socket_linger(&peer, Some(Duration::ZERO)).ok();
-                continue;
+                return Ok(());
             }
             let end = peer.read_to_end(&mut Vec::new()).await;
             ended.send(end).await.ok();
+            Ok(())
         }
-    });
+    })
+    .await?;
     Ok((port, tasks, ends))
 }
 

@@ -4,12 +4,12 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use knoc_tests::{site::Site, wait_for};
+use knoc_tests::{endpoint, site::Site, wait_for};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use serde_json::json;
-use tokio::{io::AsyncReadExt as _, net::TcpListener, task::JoinSet};
+use tokio::{io::AsyncReadExt as _, net::TcpStream, task::JoinSet};
 
-use crate::egress::{SOON, log, refusals, service, start};
+use crate::egress::{log, logged, refusals, service, start};
 
 /// How long a silent link may go unnoticed: the interval of its keepalive, the time for the answer, and some more for a busy machine.
 const KEEPALIVE: Duration = Duration::from_secs(90);
@@ -22,6 +22,7 @@ try:
     with socket.create_connection(target) as peer:
         peer.sendall(b"x")
         while peer.recv(10): pass
+        print("closed", flush=True)
         until = time.monotonic() + 20
         while time.monotonic() < until:
             peer.sendall(b"y" * 1000)
@@ -34,20 +35,14 @@ print("end", flush=True)
 
 #[tokio::test]
 async fn a_program_that_sends_to_an_endpoint_that_is_gone_is_told() -> anyhow::Result<()> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let port = listener.local_addr()?.port();
-    let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        while let Ok((mut peer, _)) = listener.accept().await {
-            // It has read everything, so this is a regular end.
-            peer.read_exact(&mut [0]).await.ok();
-        }
-    });
+    // It reads everything, so this is a regular end.
+    let reads_one = |mut peer: TcpStream| async move { peer.read_exact(&mut [0]).await.map(drop) };
+    let (port, _tasks) = endpoint::serve(reads_one).await?;
     let (site, kubelet, _running) = start("", port, &[]).await?;
     let main = json!({"name": "main", "image": "none", "command": ["python3", "-c", SENDER]});
     let uid = kubelet.create_pod("client", json!({"containers": [main]}))?;
     let log = log(&site, &uid).await?;
-    ensure!(log.starts_with("broken"), "{log}");
+    ensure!(log.starts_with("closed\nbroken\n"), "{log}");
     Ok(())
 }
 
@@ -81,29 +76,9 @@ print("end", flush=True)
 
 /// The endpoint sends each byte back and keeps its connections.
 async fn keeper() -> anyhow::Result<(u16, JoinSet<()>)> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let port = listener.local_addr()?.port();
-    let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        let mut peers = JoinSet::new();
-        while let Ok((mut peer, _)) = listener.accept().await {
-            peers.spawn(async move {
-                let (mut reader, mut writer) = peer.split();
-                tokio::io::copy(&mut reader, &mut writer).await
-            });
-        }
-    });
-    Ok((port, tasks))
-}
-
-/// Waits until the log of the pod has this text.
-async fn logged(site: &Site, uid: &str, text: &str) -> anyhow::Result<()> {
-    wait_for(text, SOON, async || {
-        let run = site.knocctl(["logs", uid]);
-        let run = run.map_err(|error| error.to_string())?;
-        let output = run.output().await;
-        let log = output.map_err(|error| format!("{error:#}"))?.text();
-        if log.contains(text) { Ok(()) } else { Err(log) }
+    endpoint::serve(|mut peer: TcpStream| async move {
+        let (mut reader, mut writer) = peer.split();
+        tokio::io::copy(&mut reader, &mut writer).await.map(drop)
     })
     .await
 }

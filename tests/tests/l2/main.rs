@@ -14,6 +14,7 @@ mod data;
 mod dial_out;
 mod egress;
 mod egress_faults;
+mod egress_names;
 mod flood;
 mod guide;
 mod image_updates;

@@ -194,6 +194,32 @@ async fn a_relayed_pod_that_has_an_address_is_named() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
+async fn a_certificate_of_the_api_server_that_lacks_a_name_is_named() -> anyhow::Result<()> {
+    let far = Far::new()?;
+    let version = r#"{"clientVersion": {"gitVersion": "v1.36.1"}, "serverVersion": {"gitVersion": "v1.36.0"}}"#;
+    let nodes = r"printf 'knoc-a\tTrue\tit does not name 10.96.0.1\nknoc-b\tFalse\tit names all\nknoc-c\t\n'";
+    far.program(
+        "near/kubectl",
+        &format!(
+            "#!/bin/sh\ncase \"$*\" in\nversion*) echo '{version}' ;;\n*ApiServerCertificateMismatch*) {nodes} ;;\n*) echo yes ;;\nesac\n"
+        ),
+    )?;
+    far.program("near/helm", "#!/bin/sh\necho v3.22.0\n")?;
+    let findings = examine(preflight(&far, &[])?).await?;
+    let of = |node| format!("cluster: API server's certificate, for pods of {node}");
+    let lacks = find(&findings, &of("knoc-a"))?;
+    ensure!(
+        !lacks.ok && lacks.detail.contains("10.96.0.1") && lacks.cure.contains("networks.md"),
+        "{lacks:#?}"
+    );
+    let names = find(&findings, &of("knoc-b"))?;
+    ensure!(names.ok, "{names:#?}");
+    let unknown = find(&findings, &of("knoc-c"));
+    ensure!(unknown.is_err(), "{unknown:#?}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_machine_with_nothing_to_check_says_where_to_go() -> anyhow::Result<()> {
     let far = Far::new()?;
     let findings = examine(preflight(&far, &[])?).await?;

@@ -414,6 +414,31 @@ async fn an_ephemeral_container_that_the_site_does_not_allow_holds_up_no_other()
 }
 
 #[tokio::test]
+async fn a_real_time_signal_asks_a_program_to_end() -> anyhow::Result<()> {
+    let (site, _agent, client) = Site::start(Options::default()).await?;
+    let up = site.path("up");
+    let script = format!(
+        "trap 'exit 7' 37; trap '' TERM; touch {}; while :; do sleep 0.1; done",
+        up.display()
+    );
+    let mut main = shell("main", &script);
+    main.stop_signal = "SIGRTMIN+3".to_owned();
+    let pod = Pod::new("real-time", vec![main]);
+    pod.ensure(&client).await?;
+    pod.running(&client, SOON).await?;
+    wait_for("the file", SOON, async || {
+        ensure!(up.exists(), "{:?}", pod.state(&client).await?);
+        Ok(())
+    })
+    .await?;
+    pod.delete(&client, 600).await?;
+    pod.finished(&client, SOON).await?;
+    let ended = pod.terminated(&client, "main").await?;
+    ensure!(ended.exit_code == 7, "{ended:?}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_container_chooses_its_stop_signal_and_a_grace_period_is_lowered_while_it_stops()
 -> anyhow::Result<()> {
     let (site, _agent, client) = Site::start(Options::default()).await?;

@@ -311,6 +311,7 @@ fn own_file(source: PathBuf, target: &Path, read_only: bool) -> Mounted {
         read_only,
         needs_descriptor: false,
         image: None,
+        folder: None,
         point: None,
     }
 }

@@ -7,9 +7,9 @@ use knoc_contract::logs::writer::Losses;
 use tokio::sync::oneshot;
 
 use super::{
-    super::{attach::hub, environment, measure, passwd, pod::Pod, ranks::step, signals},
-    Attempt, AttemptError, Done, Ended, Program, by_kernel, complete, ended, environment_of,
-    launch, launched, message, prepare, spent, up, with_signal,
+    super::{attach::hub, environment, measure, pod::Pod, ranks::step, signals},
+    Attempt, AttemptError, Done, Ended, Program, by_kernel, complete, complete_inside, ended,
+    environment_of, launch, launched, message, prepare, spent, up, with_signal,
 };
 
 /// What the rank has from Slurm.
@@ -56,14 +56,13 @@ async fn try_run(
     complete(&mut spec, &folders);
     let kills_before = pod.oom.unclaimed();
     let mut up = up::bring_up(pod, attempt, &folders, container).await?;
-    folders.message_below(up.message.take());
     let isolated = pod.runtime.isolates() && up.beside.is_none();
     let others = pod
         .shared
         .as_ref()
         .is_some_and(|all| all.processes.is_some());
     step::with_rank(&mut spec.env, &own.variables, isolated && others);
-    spec.passwd = passwd::of_image(pod, (up.identity, up.beside), &spec).await;
+    complete_inside(pod, attempt, (&mut folders, &mut up), &mut spec).await?;
     let launching = launch(up.socket, &spec, descriptors, &attempt.abort);
     launched(&mut up.runtime, launching).await?;
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();

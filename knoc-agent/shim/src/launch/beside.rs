@@ -29,8 +29,8 @@ enum Whose {
     /// The helper that holds the PID namespace of a pod. The containers' user namespaces are below its own.
     Holder,
     /// A program in a container. Whatever runs in its user namespace, or below it, is at its mercy: also the runtime that
-    /// starts another container, which sees the files of the node. So only the namespace above the container's is entered, that which
-    /// owns its files: the program itself may be further below ([`super::ids::show`]).
+    /// starts another container, which sees the files of the node. So only the namespace above that which owns the container's
+    /// files is entered: the program itself may be further below ([`super::ids::show`]).
     Container,
 }
 

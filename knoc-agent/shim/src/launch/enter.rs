@@ -11,11 +11,11 @@
 //! With a second PID and START, the container shares the processes of that process ([`Beside`]).
 //!
 //! `knoc-agent enter PID START passwd` writes the image's own `/etc/passwd` to its standard input instead (see
-//! [`account`]).
+//! [`account`]), and `knoc-agent enter PID START folder` mounts a folder of an image ([`folder`]).
 
 use std::{
     fs::{File, Metadata},
-    io,
+    io::{self, Read as _},
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::{fs::MetadataExt as _, net::UnixStream},
@@ -36,7 +36,7 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space, set_no_new_privs},
 };
 
-use super::{account, beside::Beside, fds, ids, program, sys};
+use super::{account, beside::Beside, fds, folder, ids, program, sys};
 use crate::signals::Identity;
 
 /// In the order of joining: the user namespace gives the rights for the others, the mount namespace hides `/proc`.
@@ -50,7 +50,7 @@ const NAMESPACES: [(&str, LinkNameSpaceType); 6] = [
 ];
 
 /// The helper's exit code if it fails before the program runs.
-const FAILED: u8 = 125;
+pub(crate) const FAILED: u8 = 125;
 
 #[derive(Debug, thiserror::Error)]
 enum EnterError {
@@ -80,6 +80,8 @@ impl EnterError {
 
 /// The last argument if the image's `/etc/passwd` is to be read.
 pub(crate) const PASSWD: &str = "passwd";
+/// The last argument if a folder of an image is to be mounted over the whole of it.
+pub(crate) const FOLDER: &str = "folder";
 
 /// The arguments for a container that shares the processes `beside`, if it shares any.
 pub(crate) fn arguments(container: Identity, beside: Option<Beside>) -> Vec<String> {
@@ -92,10 +94,13 @@ pub(crate) fn arguments(container: Identity, beside: Option<Beside>) -> Vec<Stri
 #[must_use]
 pub fn main(arguments: &[String]) -> ExitCode {
     super::die_with_parent();
-    if let [container @ .., mode] = arguments
-        && mode == PASSWD
-    {
-        return read_passwd(container);
+    if let [container @ .., mode] = arguments {
+        if mode == PASSWD {
+            return read_passwd(container);
+        }
+        if mode == FOLDER {
+            return mount_folder(container);
+        }
     }
     let shim = match super::shim_at_stdin("enter") {
         Ok(shim) => shim,
@@ -137,6 +142,28 @@ fn read_passwd(container: &[String]) -> ExitCode {
         ExitCode::SUCCESS
     } else {
         ExitCode::from(FAILED)
+    }
+}
+
+/// Mounts the folder that standard input names. On failure the exit code is the errno, if there is one.
+fn mount_folder(container: &[String]) -> ExitCode {
+    let mut request = Vec::new();
+    let mut reading = io::stdin().take(folder::REQUEST_BYTES);
+    if reading.read_to_end(&mut request).is_err() || join(container).is_err() {
+        return ExitCode::from(FAILED);
+    }
+    match folder::mount_over_whole(&request) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => ExitCode::from(code_of(&error)),
+    }
+}
+
+/// PURE: the exit code that tells of this error.
+fn code_of(error: &io::Error) -> u8 {
+    let errno = error.raw_os_error().map(u8::try_from);
+    match errno {
+        Some(Ok(errno)) if (1..FAILED).contains(&errno) => errno,
+        Some(_) | None => FAILED,
     }
 }
 
@@ -375,6 +402,20 @@ mod tests {
                 text.starts_with("join the mnt namespace of process 7: "),
                 "{text}"
             );
+        }
+    }
+
+    #[test]
+    fn the_exit_code_is_the_errno_of_a_mount_that_failed() {
+        for (error, code) in [
+            (io::Error::from_raw_os_error(nix::libc::ENOENT), 2),
+            (io::Error::from_raw_os_error(nix::libc::ENOTDIR), 20),
+            (io::Error::from_raw_os_error(124), 124),
+            (io::Error::from_raw_os_error(125), FAILED),
+            (io::Error::from_raw_os_error(256), FAILED),
+            (io::ErrorKind::InvalidInput.into(), FAILED),
+        ] {
+            assert_eq!(code_of(&error), code, "{error}");
         }
     }
 }

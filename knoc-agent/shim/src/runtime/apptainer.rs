@@ -5,7 +5,8 @@
 //! - `--no-mount`: `/tmp` and `/var/tmp` are the image's, with their content, if they are writable. `/etc/localtime` is
 //!   the image's, too.
 //! - A path with `,` or `:` is mounted with `--mount`, whose fields are CSV and can be quoted. So is an image, always the whole
-//!   of it: the runtime would follow a link in the image to a file of the node.
+//!   of it: the runtime would follow a link in the image to a file of the node. A folder of it is mounted later
+//!   ([`crate::inside`]).
 //! - The runtime takes a bind from below `/dev` to below `/dev` for a device and drops it, so its source gets another name.
 
 use std::{

@@ -17,7 +17,7 @@ use super::super::{
     ranks::table::Loss,
     report::{self, History},
     role::{ContainerSpec, RestartRule, Role},
-    signals::Identity,
+    signals::{self, Identity},
     usage::{Account, Counters},
 };
 
@@ -197,20 +197,26 @@ impl Slot {
     }
 
     /// All containers of the pod begin anew, so that this one starts again in its turn, whatever its rule. Only the one that
-    /// caused it has a back-off.
+    /// caused it waits for its back-off, and those that caused it before and have not had their turn since: if two that crash did
+    /// end each other's back-off, the pod would begin anew without a pause.
     pub(super) fn start_over(&mut self) {
         let mut at = Time::ZERO;
         match self.phase {
             Phase::Idle => return,
-            Phase::Exited { restart_at, .. }
-                if self.restart() == RestartRule::All && self.stop < StopStage::Kill =>
+            Phase::Again { restart_at } => at = restart_at,
+            Phase::Exited {
+                restart_at,
+                unhealthy,
+                ..
+            } if self.restart() == RestartRule::All
+                && (unhealthy || self.stop < StopStage::Kill) =>
             {
                 at = restart_at;
             }
+            Phase::Exited { .. } if self.spec.may_restart_all() => self.backoff.take_back(),
             Phase::Starting
             | Phase::Running
             | Phase::Unconfigured { .. }
-            | Phase::Again { .. }
             | Phase::Exited { .. } => self.backoff.reset(),
         }
         self.phase = Phase::Again { restart_at: at };
@@ -450,7 +456,7 @@ fn stop_signal(spec: &ContainerSpec) -> Signal {
     let config = spec.image.config.as_ref();
     let of_image = || config.and_then(pb::ImageConfig::stop_signal_number);
     let own = spec.container.stop_signal_number().or_else(of_image);
-    own.and_then(Signal::from_named_raw).unwrap_or(Signal::TERM)
+    own.and_then(signals::numbered).unwrap_or(Signal::TERM)
 }
 
 #[cfg(test)]

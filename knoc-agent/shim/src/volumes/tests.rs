@@ -193,6 +193,36 @@ fn paths_stay_in_their_volume() {
     assert_eq!(fs::read_to_string(bind).unwrap(), "1");
 }
 
+/// A folder of an image is no path of the node: the whole of the image is mounted, and then the folder over it.
+#[test]
+fn of_an_image_the_whole_is_mounted_first() {
+    let (_base, _scratch, mut volumes) = volumes();
+    let source = spec::Source::Own("/images/box".into());
+    volumes.roots.push(Root {
+        name: "models".to_owned(),
+        place: Place::Image(source.clone(), None),
+        limit: None,
+        memory: false,
+    });
+    for (sub_path, folder) in [
+        ("", None),
+        ("./", None),
+        ("a", Some("a")),
+        ("./a//b/", Some("a/b")),
+    ] {
+        let mounted = volumes.mounts(&[mount("models", sub_path)]).unwrap();
+        let mounted = &mounted[0];
+        assert_eq!(mounted.source, source, "{sub_path:?}");
+        assert_eq!(
+            mounted.folder.as_deref(),
+            folder.map(Path::new),
+            "{sub_path:?}"
+        );
+        assert!(mounted.read_only && mounted.needs_descriptor == folder.is_some());
+    }
+    assert!(volumes.mounts(&[mount("models", "../a")]).is_err());
+}
+
 #[test]
 fn the_site_mounts_by_partition_and_a_pods_own_mount_replaces_it() {
     let bind = |target: &str, partitions: &[&str]| pb::SiteBind {

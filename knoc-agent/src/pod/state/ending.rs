@@ -174,17 +174,28 @@ fn stop(pod: &mut Pod, cause: Cause, grace: Duration, now: Timestamp) -> Vec<Eff
     ]
 }
 
-/// The scheduler still knows a job that is being ended.
+/// The scheduler still knows a job that is being ended, or shows one again whose end seemed to have come.
 pub(super) fn still_there(pod: &mut Pod, phase: JobPhase, now: Timestamp) -> Vec<Effect> {
-    let Some(JobStage::Stopping {
-        how: Ending::Dequeued,
-        cause,
-        ..
-    }) = pod.stage()
-    else {
-        return Vec::new();
+    let (again, cause) = match pod.stage() {
+        Some(JobStage::Stopping {
+            how: Ending::Dequeued,
+            cause,
+            ..
+        }) => (false, cause.clone()),
+        Some(JobStage::Settling {
+            cause: Some(cause), ..
+        }) => (true, cause.clone()),
+        Some(
+            JobStage::Queued { .. }
+            | JobStage::Running
+            | JobStage::Stopping { .. }
+            | JobStage::Lost { .. }
+            | JobStage::Settling { .. },
+        )
+        | None => return Vec::new(),
     };
     match (phase, cause) {
+        (JobPhase::Queued, cause) if again => dequeue(pod, cause, now),
         (JobPhase::Running, Cause::Deleted(_)) => tell(pod, now),
         // It started after all.
         (JobPhase::Running, Cause::NeverStarts(_) | Cause::Deadline) => {

@@ -122,10 +122,9 @@ fn seen_alive(
         }
         JobStage::Settling { cause: None, .. } if runs && !reported(pod) => started(pod, now),
         // It was not shown for a while, and was never told to end, or not for long enough.
-        JobStage::Settling {
-            cause: Some(Cause::Deleted(_)),
-            ..
-        } if runs && !reported(pod) => ending::tell(pod, now),
+        JobStage::Settling { cause: Some(_), .. } if !reported(pod) => {
+            ending::still_there(pod, phase, now)
+        }
         // The job went from its nodes back to the queue: it was requeued.
         JobStage::Settling { cause: None, .. } if reported(pod) && went_back(pod, before) => {
             end_requeued(pod, now)
@@ -285,6 +284,7 @@ fn gone(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let since = *pod.unseen.get_or_insert(now);
     let soon = now < since + pod.lag();
     let never_shown = pod.view.is_none();
+    let lives = pod.link && !reported(pod);
     let (job, stage) = match &mut pod.state {
         State::WithJob { placement, stage } => (placement.job(), stage),
         State::Finished { lingering, .. } => {
@@ -303,8 +303,8 @@ fn gone(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
             pod.enter_stage(JobStage::Lost { since, look_at }, now);
             vec![Effect::Persist, Effect::ReadFiles]
         }
-        // The job may be alive, and its cancellation may have missed it.
-        JobStage::Stopping { .. } if soon && never_shown => Vec::new(),
+        // The job may be alive, and its cancellation may have missed it. While its shim reports and has not told the end, it is.
+        JobStage::Stopping { .. } if lives || (soon && never_shown) => Vec::new(),
         JobStage::Stopping { .. } => ended(pod, now),
         JobStage::Lost { .. } | JobStage::Settling { .. } => Vec::new(),
     }

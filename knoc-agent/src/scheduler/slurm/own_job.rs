@@ -9,8 +9,12 @@ use std::{fs::File, path::Path, time::Duration};
 use super::{
     Settings, Slurm,
     script::{batch, quote},
+    submit_error::classify,
 };
-use crate::command::{Command, CommandError, CommandErrorKind};
+use crate::{
+    command::{Command, CommandError, CommandErrorKind},
+    scheduler::SubmitErrorKind,
+};
 
 /// What such a job may use.
 #[derive(Debug, Clone)]
@@ -94,7 +98,8 @@ impl OwnJobs {
             .stdin(batch(&settings.prelude, "", &words))
     }
 
-    /// Runs such a command until the job has ended. An error if it was not accepted, or has failed.
+    /// Runs such a command until the job has ended. An error if it was not accepted, or has failed. Success says only that the exit
+    /// code was 0, which Slurm also says of jobs that it has ended.
     pub(crate) async fn wait(&self, name: &str, command: Command) -> Result<(), CommandError> {
         let mut job = Waiting {
             jobs: self,
@@ -102,11 +107,19 @@ impl OwnJobs {
             over: false,
         };
         let done = command.run().await.map(drop);
-        let late = done
-            .as_ref()
-            .is_err_and(|error| matches!(error.kind, CommandErrorKind::Timeout { .. }));
-        job.over = !late;
+        if done.as_ref().is_err_and(may_go_on) {
+            // Awaited, because the next job of the folder has the same name.
+            self.scancel(name).run().await.ok();
+        }
+        job.over = true;
         done
+    }
+
+    /// What ends the job of the folder `name`, if there is one.
+    fn scancel(&self, name: &str) -> Command {
+        let name = Self::job_name(name);
+        let command = self.slurm.command(&self.slurm.settings().scancel);
+        command.arg(format!("--name={name}"))
     }
 
     /// Cancels the job of the folder `name`, if there is one, without waiting for that.
@@ -115,15 +128,26 @@ impl OwnJobs {
         if tokio::runtime::Handle::try_current().is_err() {
             return;
         }
-        let name = Self::job_name(name);
-        let command = self.slurm.command(&self.slurm.settings().scancel);
-        let command = command.arg(format!("--name={name}"));
+        let command = self.scancel(name);
         let output = File::options().write(true).open("/dev/null");
         if !matches!(
             output.map(|output| command.spawn_detached(output)),
             Ok(Ok(_))
         ) {
             tracing::warn!(name, "cannot cancel a job of our own; it ends by itself");
+        }
+    }
+}
+
+/// PURE: whether the job may be there, although nobody waits for it any more: sbatch took too long, was killed, or got no answer when
+/// it submitted.
+fn may_go_on(error: &CommandError) -> bool {
+    match error.kind {
+        CommandErrorKind::NotFound | CommandErrorKind::Spawn(_) => false,
+        CommandErrorKind::Timeout { .. } | CommandErrorKind::Exit { code: None, .. } => true,
+        CommandErrorKind::Exit { code: Some(_), .. } => {
+            let message = error.message().unwrap_or_default();
+            classify(message) == SubmitErrorKind::Ambiguous
         }
     }
 }

@@ -106,8 +106,7 @@ pub(super) const TABLE: &[Type] = &[
     ]),
     of("Lifecycle", "`lifecycle`", &[
         row("postStart preStop", Any, Inside("LifecycleHandler"), ""),
-        row("stopSignal", Starts(&["SIGRT"]), Rejected, "real-time signals are not supported; use another one, such as `SIGUSR1`"),
-        row("stopSignal", Any, Honoured, "instead of `SIGTERM`"),
+        row("stopSignal", Any, Honoured, "instead of `SIGTERM`; `SIGRTMIN` is 34 and `SIGRTMAX` 64, as in other runtimes"),
     ]),
     of("LifecycleHandler", "`lifecycle.postStart`, `lifecycle.preStop`", &[
         row("exec", Any, Inside("ExecAction"), ""),
@@ -208,7 +207,7 @@ pub(super) const TABLE: &[Type] = &[
         row("server path readOnly", Any, Honoured, "if the site file maps the export to a path of the compute nodes: see [claims](#claims-and-nfs)"),
     ]),
     of("ImageVolumeSource", "`image`", &[
-        row("reference", Any, Honoured, "pulled like the images of containers; the whole of it is mounted read-only, and a `subPath` of it is rejected"),
+        row("reference", Any, Honoured, "pulled like the images of containers, and mounted read-only; a `subPath` must be a directory of the image and needs user namespaces on the compute node, and nothing can be mounted below it"),
         row("pullPolicy", Any, Honoured, ""),
     ]),
     of("HostPathVolumeSource", "`hostPath`", &[

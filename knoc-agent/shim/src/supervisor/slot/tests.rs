@@ -176,6 +176,12 @@ fn a_program_is_stopped_by_the_signal_of_its_own_image() {
     slot.phase = Phase::Running;
     slot.renew(with_signal("c", "SIGTERM"), Duration::from_secs(30));
     assert_eq!(slot.signal, Signal::QUIT);
+    for (text, number) in [("SIGRTMIN+3", 37), ("64", 64), ("33", 15)] {
+        let mut slot = main(RestartRule::Always, "a");
+        slot.renew(with_signal("b", text), Duration::ZERO);
+        drop(slot.begin());
+        assert_eq!(slot.signal.as_raw(), number, "{text}");
+    }
 }
 
 #[test]
@@ -259,6 +265,63 @@ fn of_containers_that_all_begin_anew_only_the_one_that_caused_it_has_a_back_off(
         Duration::ZERO,
         "its back-off begins anew"
     );
+}
+
+/// Both crash as soon as they run, and each crash has both begin anew. Without a pause that would go on for ever.
+#[test]
+fn containers_that_crash_in_turn_do_not_end_each_others_back_off() {
+    let mut slots = [main(RestartRule::All, "a"), main(RestartRule::All, "a")];
+    let mut pauses = Vec::new();
+    for round in 0..12 {
+        let [cause, other] = [round % 2, (round + 1) % 2];
+        for slot in &mut slots {
+            drop(slot.begin());
+            slot.phase = Phase::Running;
+        }
+        slots[cause].end(&failed(), String::new(), Duration::ZERO);
+        slots[other].stop(StopStage::Kill, Duration::ZERO);
+        slots[other].end(&failed(), String::new(), Duration::ZERO);
+        for slot in &mut slots {
+            slot.start_over();
+        }
+        let at = slots.each_ref().map(|slot| {
+            let Phase::Again { restart_at } = slot.phase else {
+                panic!("{:?}", slot.phase)
+            };
+            restart_at.as_secs()
+        });
+        assert_eq!(at[other], 0, "it was killed");
+        pauses.push(at[cause]);
+    }
+    assert_eq!(pauses, [0, 0, 1, 1, 2, 2, 4, 4, 8, 8, 16, 16]);
+    // While the first one waits for its turn, the second one crashes.
+    let [mut first, mut second] = [main(RestartRule::All, "a"), main(RestartRule::All, "a")];
+    let waits = Phase::Again {
+        restart_at: Duration::from_secs(40),
+    };
+    first.phase = waits;
+    drop(second.begin());
+    second.end(&failed(), String::new(), Duration::from_secs(30));
+    for slot in [&mut first, &mut second] {
+        slot.start_over();
+    }
+    assert_eq!(first.phase, waits);
+}
+
+/// A program that hangs is killed by its probe, and not because another one has ended.
+#[test]
+fn a_container_that_a_probe_has_killed_has_a_back_off_if_all_begin_anew_for_it() {
+    let mut slot = main(RestartRule::All, "a");
+    for pause in [0, 1, 2] {
+        drop(slot.begin());
+        slot.phase = Phase::Running;
+        slot.unhealthy = true;
+        slot.stop(StopStage::Kill, Duration::ZERO);
+        slot.end(&failed(), String::new(), Duration::ZERO);
+        slot.start_over();
+        let restart_at = Duration::from_secs(pause);
+        assert_eq!(slot.phase, Phase::Again { restart_at });
+    }
 }
 
 #[test]

@@ -10,12 +10,15 @@ for arg; do case $arg in --chdir=*) cd "${arg#--chdir=}" ;; esac; done
 exec sh >job.out 2>&1
 "#;
 
+/// Makes the image as [`APPTAINER`] does, with the header of a SIF file that has nothing else.
+const WHOLE: &str = "{ head -c 32 /dev/zero; printf SIF_MAGIC; head -c 87 /dev/zero; } >image.sif";
+
 async fn world() -> World {
     let content = one().with("library/also", &[layer()]);
     let registry = FakeRegistry::start(move |ask| content.answer(ask)).await;
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str| dir.path().join(name);
-    write_program(&file("apptainer"), APPTAINER);
+    write_program(&file("apptainer"), &format!("{APPTAINER}{WHOLE}\n"));
     write_program(&file("sbatch"), SBATCH);
     write_program(
         &file("scancel"),
@@ -85,6 +88,43 @@ async fn a_job_that_fails_or_is_refused_says_why() {
             && refused.contains("Invalid account"),
         "{refused}"
     );
+}
+
+/// A job that was cancelled in the queue, that reached its limit, or that Slurm does not know any more, has the exit code 0.
+#[tokio::test]
+async fn a_job_that_leaves_no_whole_file_has_failed_whatever_slurm_says() {
+    let world = world().await;
+    let file = |name: &str| world.dir.path().join(name);
+    let ask = || world.images.resolve("one", PullPolicy::Always, &[]);
+    let refuse = |sbatch: &str| write_program(&file("sbatch"), sbatch);
+    refuse("exit 0");
+    let error = ask().await.unwrap_err().message;
+    assert!(
+        error.contains("ended before it had made the image"),
+        "{error}"
+    );
+    // Its header is written, and promises more than there is.
+    let cut = r"{ head -c 32 /dev/zero; printf SIF_MAGIC; head -c 79 /dev/zero; printf '\377\377\0\0\0\0\0\0'; } >image.sif";
+    let limit =
+        "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-30T01:00:00 DUE TO TIME LIMIT ***";
+    refuse(&SBATCH.replace(
+        "exec sh >job.out 2>&1",
+        &format!(
+            "{cut}\necho 'INFO:    Creating SIF file' >job.out\necho '{limit}' >>job.out\nexit 0"
+        ),
+    ));
+    let error = ask().await.unwrap_err().message;
+    assert!(error.ends_with("DUE TO TIME LIMIT ***"), "{error}");
+    // The controller took it, and its node can write nothing.
+    refuse("echo 'Submitted batch job 7'; exit 1");
+    let error = ask().await.unwrap_err().message;
+    assert!(error.contains("state directory"), "{error}");
+    let kept = std::fs::read_dir(file("images")).unwrap();
+    let kept = kept.filter_map(|entry| entry.unwrap().file_name().into_string().ok());
+    let kept: Vec<String> = kept
+        .filter(|name| Path::new(name).extension() == Some("sif".as_ref()))
+        .collect();
+    assert!(kept.is_empty(), "{kept:?}");
 }
 
 #[tokio::test]

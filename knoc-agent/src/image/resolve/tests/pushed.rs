@@ -5,11 +5,13 @@ use super::*;
 const SIF_TYPE: &str = "application/vnd.sylabs.sif.layer.v1.sif";
 const NAME: &str = "oras://sif:1";
 
-/// A SIF file of 100 bytes; the fake runtime says its size as the command of its config.
+/// A SIF file of 200 bytes, 72 of them data; the fake runtime says its size as the command of its config.
 fn sif() -> Vec<u8> {
     let mut bytes = vec![0; 32];
     bytes.extend_from_slice(b"SIF_MAGIC");
-    bytes.resize(100, 7);
+    bytes.resize(112, 0);
+    bytes.extend([128_u64, 72].map(u64::to_le_bytes).concat());
+    bytes.resize(200, 7);
     bytes
 }
 
@@ -42,12 +44,12 @@ async fn a_pushed_sif_is_used_as_it_is_and_kept_by_its_digest() {
     let all = (0..20).map(|_| world.images.resolve(NAME, PullPolicy::Always, &[]));
     for image in futures::future::join_all(all).await {
         let image = image.unwrap();
-        assert_eq!(image.config.cmd, ["100"]);
+        assert_eq!(image.config.cmd, ["200"]);
         assert_eq!(std::fs::read(&image.path).unwrap(), sif());
         let id = format!("oras://docker.io/library/sif@{}", digest(&manifest));
         assert_eq!(image.image_id, id);
         // It starts as a SIF file of the site does.
-        assert_eq!(image.file.unwrap().size, 100);
+        assert_eq!(image.file.unwrap().size, 200);
     }
     // `list` and `dump`, and nothing was converted.
     assert_eq!(world.pulls(), 2);
@@ -84,6 +86,7 @@ type Case<'a> = (String, &'a [u8], &'a [u8], &'a str, &'a str);
 #[tokio::test]
 async fn what_is_not_one_sif_file_is_rejected_by_name() {
     let (sif, layer) = (sif(), layer());
+    let cut = &sif[..199];
     let tar_type = "application/vnd.oci.image.layer.v1.tar";
     let mut other = sif.clone();
     other[99] = 8;
@@ -91,7 +94,7 @@ async fn what_is_not_one_sif_file_is_rejected_by_name() {
     let good = pushed(&[(SIF_TYPE, &sif[..])]);
     let two = pushed(&[(SIF_TYPE, &sif[..]), (tar_type, &layer[..])]);
     // The manifest, the layer that it names and the one that is sent; the name that the pod has, and the words of the error.
-    let cases: [Case<'_>; 6] = [
+    let cases: [Case<'_>; 7] = [
         (two, &sif, &sif, NAME, "the only layer"),
         (
             pushed(&[("application/x-tool", &sif[..])]),
@@ -121,6 +124,13 @@ async fn what_is_not_one_sif_file_is_rejected_by_name() {
             text,
             NAME,
             "is not a SIF file",
+        ),
+        (
+            pushed(&[(SIF_TYPE, cut)]),
+            cut,
+            cut,
+            NAME,
+            "not a whole one",
         ),
     ];
     for (manifest, named, blob, name, expected) in cases {

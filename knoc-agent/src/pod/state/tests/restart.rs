@@ -118,6 +118,57 @@ fn the_shim_of_a_deleted_pod_is_told_again_when_its_link_is_back() {
     assert_eq!(step(dequeued, Event::Link(true), at(9)).1, []);
 }
 
+/// A job that the scheduler does not show for a while may be there all the same, and the pod that is settled without it would leave it
+/// behind: nobody looks for the job of a pod that the agent has ended.
+#[test]
+fn a_job_that_is_shown_again_is_ended_as_before_whatever_the_reason() {
+    let due = at(61) + SHIM_FIRST;
+    let (told, _) = step(lowered(60), Event::Tick, due);
+    let (linked, _) = step(told, missing(), due);
+    assert!(
+        matches!(linked.stage(), Some(JobStage::Stopping { .. })),
+        "its shim is there"
+    );
+    let (reported, _) = step(linked.clone(), report("1", 9, true), due);
+    assert!(step(reported, missing(), due).0.is_finished());
+    let (alone, _) = step(linked, Event::Link(false), due);
+    let (hidden, _) = step(alone, missing(), due);
+    assert!(matches!(
+        hidden.stage(),
+        Some(JobStage::Settling {
+            cause: Some(Cause::Deadline),
+            ..
+        })
+    ));
+    let (shown, _) = step(hidden, seen("1", JobState::Running), due);
+    let (shown, effects) = step(shown, Event::Tick, due);
+    let stops = |effect: &Effect| matches!(effect, Effect::Stop { .. });
+    assert!(effects.iter().any(stops), "{effects:?} {:?}", shown.state);
+
+    let pending = seen("1", JobState::Pending);
+    let (waits, _) = feed(and(queued(), [pending.clone()]));
+    let (hidden, _) = feed(and(queued(), [pending.clone(), delete(), missing()]));
+    assert!(matches!(
+        hidden.stage(),
+        Some(JobStage::Settling { cause: Some(_), .. })
+    ));
+    let (again, effects) = step(hidden, pending, at(9));
+    assert!(cancels(&effects, "1", Cancel::Queued), "{effects:?}");
+    let (ended, _) = step(again, seen("1", JobState::Cancelled { by: None }), at(10));
+    assert!(matches!(ended.stage(), Some(JobStage::Settling { .. })));
+
+    // One that was never to start has started.
+    let mut never = waits;
+    let settling = JobStage::Settling {
+        cause: Some(Cause::NeverStarts(String::new())),
+        until: at(99),
+        look_at: at(99),
+    };
+    never.enter_stage(settling, at(8));
+    let (started, _) = step(never, seen("1", JobState::Running), at(9));
+    assert_eq!(started.state, runs_as("1"));
+}
+
 /// A deletion is a level: it must not be lost on whatever way the pod comes to a job that runs.
 #[test]
 fn a_deleted_pod_whose_job_runs_after_all_is_ended() {

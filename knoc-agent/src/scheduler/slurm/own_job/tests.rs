@@ -101,3 +101,19 @@ async fn a_job_that_takes_too_long_is_cancelled_and_one_that_slurm_refuses_is_no
     let args = written(dir.path().join("cancelled")).await;
     assert_eq!(args, "--name=knoc_image_8a\n");
 }
+
+/// Login nodes kill processes, and a controller that is busy does not answer: the job may be there all the same. When the wait has
+/// ended it is cancelled, because the next one of this folder has the same name.
+#[tokio::test]
+async fn a_job_of_which_nothing_is_known_is_cancelled() {
+    let unanswered = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1";
+    for script in ["kill -KILL $$", unanswered] {
+        let dir = tempfile::tempdir().unwrap();
+        let jobs = jobs(dir.path(), script);
+        jobs.wait("7f", command(&jobs, dir.path()))
+            .await
+            .unwrap_err();
+        let args = std::fs::read_to_string(dir.path().join("cancelled")).unwrap();
+        assert_eq!(args, "--name=knoc_image_7f\n", "{script}");
+    }
+}

@@ -94,6 +94,7 @@ pub(super) async fn check(report: &mut Report, namespace: Option<&str>) -> Resul
     let cure = "ask an administrator of that namespace, or name another one by -n NAMESPACE";
     note_rights(report, &what, &run, cure)?;
     relayed(report).await?;
+    names(report).await?;
     helm(report).await?;
     Ok(true)
 }
@@ -189,6 +190,43 @@ fn published(lines: &str) -> Option<&str> {
     found.map(|(pod, _)| pod)
 }
 
+/// What the nodes of KNoC say about the API server's certificate. There is no finding if there is no such node, or if the user may not see
+/// nodes.
+async fn names(report: &mut Report) -> Result<(), CtlError> {
+    let nodes = [
+        "get",
+        "nodes",
+        "--selector=node.kubernetes.io/instance-type=knoc",
+        r#"--output=jsonpath={range .items[*]}{.metadata.name}{"\t"}{range .status.conditions[?(@.type=="ApiServerCertificateMismatch")]}{.status}{"\t"}{.message}{end}{"\n"}{end}"#,
+        TIMEOUT,
+    ];
+    let Some(Ok(said)) = program("kubectl", &nodes).await else {
+        return Ok(());
+    };
+    if !said.ok {
+        return Ok(());
+    }
+    let text = said.text();
+    for (node, status, message) in text.lines().filter_map(condition).take(NODES) {
+        let check = format!("cluster: API server's certificate, for pods of {node}");
+        if status == "False" {
+            report.good(&check, message)?;
+        } else {
+            let cure =
+                "docs/guide/networks.md, \"The API server's certificate\", says what else helps";
+            report.bad(&check, message, cure)?;
+        }
+    }
+    Ok(())
+}
+
+/// PURE: node, status and message of a line `NODE STATUS MESSAGE` with tabs between them; `None` without a status that is known.
+fn condition(line: &str) -> Option<(&str, &str, &str)> {
+    let (node, condition) = line.split_once('\t')?;
+    let (status, message) = condition.split_once('\t')?;
+    matches!(status, "True" | "False").then_some((node, status, message))
+}
+
 async fn helm(report: &mut Report) -> Result<(), CtlError> {
     let cure = "install helm 3.14 or later, or apply deploy/manifests/knoc.yaml, which is rendered from the chart";
     let text = match program("helm", &["version", "--template={{.Version}}"]).await {
@@ -243,6 +281,20 @@ mod tests {
         );
         assert_eq!(published("team/a \nteam/b \n"), None);
         assert_eq!(published(""), None);
+    }
+
+    #[test]
+    fn a_condition_of_a_node_is_read_if_it_is_known() {
+        let lacks = "knoc-a\tTrue\tit does not name 10.96.0.1";
+        let expected = ("knoc-a", "True", "it does not name 10.96.0.1");
+        assert_eq!(condition(lacks), Some(expected));
+        assert_eq!(
+            condition("knoc-b\tFalse\tfine"),
+            Some(("knoc-b", "False", "fine"))
+        );
+        for other in ["knoc-c\t", "knoc-d\tUnknown\tnot looked at", "yes", ""] {
+            assert_eq!(condition(other), None, "{other}");
+        }
     }
 
     #[test]
