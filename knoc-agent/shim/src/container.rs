@@ -10,6 +10,7 @@ mod folders;
 mod ids;
 mod parallel;
 pub(crate) mod rank;
+mod stdio;
 mod up;
 
 use std::{
@@ -23,7 +24,7 @@ use std::{
 use jiff::Timestamp;
 use knoc_contract::{
     launch::LaunchSpec,
-    logs::{cri, read::last_text, writer::Losses},
+    logs::{read::last_text, writer::Losses},
 };
 use knoc_proto::{error::chain, pb, pod::PodValues};
 use rustix::process::Signal;
@@ -42,11 +43,11 @@ use super::{
     children::Exit,
     env_files::{self, EnvFileError, Places},
     environment::{self, TerminationLog},
-    fdio::{self, Stream},
+    fdio::Stream,
     handshake::{self, HandshakeError, Launched},
     health::Change,
     inside, measure,
-    output::{self, Log, Source},
+    output::{self, Log},
     passwd,
     pod::Pod,
     processes::ProcessesError,
@@ -371,11 +372,6 @@ fn links(folders: &Folders) -> Vec<Vec<u8>> {
     links
 }
 
-/// If there is a terminal, all output comes from it.
-fn from_terminal(terminal: Option<&Arc<Stream>>) -> Option<Vec<Source>> {
-    terminal.map(|terminal| vec![Source::new(Arc::clone(terminal), cri::Stream::Stdout)])
-}
-
 type Done = (Exit, String, Losses, bool, Counters);
 
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
@@ -392,12 +388,12 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let turn = turn_of(attempt).await?;
     let mut up = bring_up(pod, attempt, &folders, container).await?;
     complete_inside(pod, attempt, (&mut folders, &mut up), &mut spec).await?;
-    let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
+    let (stdio, sources) = stdio::pipes(container).map_err(PrepareError::Pipes)?;
     [spec.uid, spec.gid] = ids::wanted(pod, container, &config);
     let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);
     let (terminal, own_ids) = launched(&mut up.runtime, launching).await?;
     drop(turn);
-    let sources = from_terminal(terminal.as_ref()).unwrap_or(sources);
+    let sources = stdio::from_terminal(terminal.as_ref()).unwrap_or(sources);
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
     let mut keeper = hub::open(container.stdin, container.stdin_once, stdio.ours, terminal);
     let hub = keeper.hub();
@@ -565,44 +561,6 @@ async fn message(folders: Folders, fallback: Option<PathBuf>) -> String {
     };
     drop(folders);
     String::from_utf8_lossy(&text).into_owned()
-}
-
-struct Stdio3 {
-    theirs: Vec<OwnedFd>,
-    /// The writing end of the standard input, for attached clients.
-    ours: Option<Stream>,
-}
-
-/// Pipes for the program; none if it has a terminal.
-fn stdio(container: &pb::Container) -> io::Result<(Stdio3, Vec<Source>)> {
-    if container.tty {
-        return Ok((
-            Stdio3 {
-                theirs: Vec::new(),
-                ours: None,
-            },
-            Vec::new(),
-        ));
-    }
-    let (stdin, ours) = if container.stdin {
-        let (theirs, ours) = fdio::input_pipe()?;
-        (theirs, Some(ours))
-    } else {
-        (std::fs::File::open("/dev/null")?.into(), None)
-    };
-    let (ours_out, stdout) = fdio::output_pipe()?;
-    let (ours_err, stderr) = fdio::output_pipe()?;
-    let sources = vec![
-        Source::new(ours_out, cri::Stream::Stdout),
-        Source::new(ours_err, cri::Stream::Stderr),
-    ];
-    Ok((
-        Stdio3 {
-            theirs: vec![stdin, stdout, stderr],
-            ours,
-        },
-        sources,
-    ))
 }
 
 #[cfg(test)]

@@ -184,7 +184,7 @@ async fn begin(session: &Session) -> Result<Running, (ExecError, Option<Child>)>
     let (theirs, mut streams) = stdio(start).map_err(early)?;
     let (child, socket) = spawn(&session.pod, &session.program).map_err(early)?;
     let launched = launch(socket, &spec, theirs, &session.output).await;
-    let opened = launched.and_then(|Launched { pid, master }| {
+    let opened = launched.and_then(|Launched { pid, master, .. }| {
         let terminal = master.map(Stream::new).transpose();
         Ok((pid, terminal.map_err(ExecError::Spawn)?))
     });
