@@ -35,6 +35,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming, service::interceptor::InterceptedService};
 
 use crate::{
+    config::UserIds,
     doctor,
     image::Credentials,
     linger::Links,
@@ -64,11 +65,12 @@ const CAPABILITIES: &[&str] = &[
 ];
 
 /// The capabilities that hold on this site.
-fn capabilities(exec: bool) -> Vec<String> {
+fn capabilities(exec: bool, ids: UserIds) -> Vec<String> {
     let possible = |name: &&str| exec || *name != "exec";
+    let ids = (ids == UserIds::Requested).then_some(capability::USER_IDS);
     let names = CAPABILITIES.iter().copied().filter(possible);
     let names = names.chain(capability::OF_PODS);
-    let names = names.chain([capability::LATE_EPHEMERAL]);
+    let names = names.chain([capability::LATE_EPHEMERAL]).chain(ids);
     names.map(str::to_owned).collect()
 }
 
@@ -289,7 +291,7 @@ impl pb::agent_server::Agent for Service {
         Ok(Response::new(pb::AgentInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             site: site.config.site.clone(),
-            capabilities: capabilities(site.runtime.exec),
+            capabilities: capabilities(site.runtime.exec, site.config.job.user_ids),
             scheduler: site.scheduler.name().to_owned(),
             scheduler_version: version,
             runtime: site.runtime.name.clone(),

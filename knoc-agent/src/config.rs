@@ -384,6 +384,19 @@ pub struct JobDefaults {
     pub network_ipv6: bool,
     /// Names with one of these suffixes are asked at the compute node's resolvers instead of the cluster's DNS.
     pub node_dns_suffixes: Vec<String>,
+    /// As which user and group programs see themselves.
+    pub user_ids: UserIds,
+}
+
+/// As which user and group programs see themselves. To the kernel, all are the HPC user.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UserIds {
+    /// As those that the pod asks for, or the image by number, where the compute node can do it.
+    #[default]
+    Requested,
+    /// As the HPC user.
+    Own,
 }
 
 /// The containers' logs.

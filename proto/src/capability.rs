@@ -63,6 +63,10 @@ pub const ENV_FILES: &str = "env-files";
 /// The agent runs pods of several ranks, which may be on several nodes.
 pub const MPI: &str = "mpi";
 
+/// The programs of this agent's pods see themselves as the user and the group that the pod asks for, where the node can do it. No pod
+/// needs it: without it they run as the HPC user, and the kubelet says so.
+pub const USER_IDS: &str = "user-ids";
+
 /// All capabilities that a pod can need.
 pub const OF_PODS: [&str; 23] = [
     SUB_PATH_EXPR,

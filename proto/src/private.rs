@@ -24,7 +24,7 @@ pub fn keep_memory_private() -> io::Result<()> {
 
 /// Runs `work` while the process is dumpable. While it is not, root owns the files of `/proc/self` that map the ids of
 /// a new user namespace, and newuidmap(1) refuses a process of another user. Only for a helper process that holds no
-/// secret yet.
+/// secret yet, or only those of the program that it becomes at once.
 pub fn while_dumpable<T>(work: impl FnOnce() -> T) -> io::Result<T> {
     set_dumpable_behavior(DumpableBehavior::Dumpable)?;
     let done = work();

@@ -129,16 +129,19 @@ async fn host_paths(world: &World, folder: &str) -> anyhow::Result<()> {
         )
         .sh("echo 1 >/new/x; echo 2 >/sub/x; echo 3 >/expr/x; echo 4 >>/etc/own; \
              test -e /images/busybox.sif -a -e /opt/site/busybox.sif && echo site; \
-             touch /images/x 2>/dev/null || touch /opt/site/x 2>/dev/null || echo read-only");
+             touch /images/x 2>/dev/null || touch /opt/site/x 2>/dev/null || echo read-only; stat -c %u /new/x")
+        .set("securityContext", json!({"runAsUser": 4321}));
     world.create(&pod).await?;
     let ended = world.wait_phase("paths", "Succeeded", RUN).await;
     let log = world.logs("paths", "main").await;
     ended.with_context(|| format!("it printed {log:?}"))?;
     let log = log?;
-    ensure!(log == "site\nread-only\n", "it printed {log:?}");
-    let written = format!("cd {folder}; cat new/er/x new/er/a/b/x new/er/expanded/x file");
+    ensure!(log == "site\nread-only\n4321\n", "it printed {log:?}");
+    let written = format!(
+        "cd {folder}; cat new/er/x new/er/a/b/x new/er/expanded/x file; stat -c %U new/er/x"
+    );
     let written = on_login(world, &written).await?;
-    ensure!(written == "1\n2\n3\n4\n", "{written:?}");
+    ensure!(written == "1\n2\n3\n4\nhpcuser\n", "{written:?}");
     Ok(())
 }
 

@@ -1,15 +1,13 @@
 //! Images on the real stack: an image's configuration and what a pod overrides, pull policies with a tag that moves, and the
 //! registry's own reason if there is no image.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_tests::{
     PodBuilder, World,
     repository::{PULLED, Repository, image},
     wait_for,
-    world::{SOON, container_reason, why},
+    world::{SOON, container_reason},
 };
 use serde_json::{Value, json};
 

@@ -218,7 +218,15 @@ async fn through_shared_processes_a_container_reaches_its_own_files_only() -> an
     let world = World::new("shared-files").await?;
     for network in ["host", "private"] {
         let (target, shared) = (format!("target-{network}"), format!("shared-{network}"));
-        let pod = |name: &str| PodBuilder::new(name).annotation("knoc.io/network", network);
+        // In one of them the programs see themselves as other users, in namespaces further below.
+        let context = match network {
+            "private" => json!({"runAsUser": 1234}),
+            _ => json!({}),
+        };
+        let pod = |name: &str| {
+            let pod = PodBuilder::new(name).annotation("knoc.io/network", network);
+            pod.set("securityContext", context.clone())
+        };
         let of_target = world.running(&pod(&target).sh(&recognised("main"))).await?;
         let both = pod(&shared)
             .spec("shareProcessNamespace", json!(true))

@@ -47,6 +47,11 @@ pub struct LaunchSpec {
     /// The variable that gets the number of the fourth descriptor, which the program keeps open: what
     /// a rank of an MPI program talks to its process manager with (`PMI_FD`). `None`: there are three.
     pub descriptor: Option<Vec<u8>>,
+    /// The user and the group that the program is to see itself as, in a user namespace of its own.
+    /// `None`: those that it has, and for a group of a named user, that of the image's `passwd` file.
+    pub uid: Option<u32>,
+    /// See [`Self::uid`].
+    pub gid: Option<u32>,
 }
 
 /// What the launcher tells the shim.
@@ -64,6 +69,8 @@ pub enum Reply {
         /// The operation that failed.
         what: String,
     },
+    /// The node gives the program no user namespace of its own, so it keeps the ids that it has.
+    OwnIds,
     /// `contain` cannot create its namespaces on this node.
     NoNamespaces {
         /// The errno of the failed call.
@@ -105,6 +112,9 @@ impl LaunchSpec {
         body.push(u8::from(self.settle));
         body.push(u8::from(self.descriptor.is_some()));
         put_bytes(&mut body, self.descriptor.as_deref().unwrap_or_default())?;
+        for id in [self.uid, self.gid] {
+            body.extend(id.map_or(-1, i64::from).to_be_bytes());
+        }
         if body.len() > MAX_SPEC {
             return Err(WireError::TooLong(body.len()));
         }
@@ -131,6 +141,7 @@ impl LaunchSpec {
         let passwd = cursor.optional()?;
         let settle = cursor.byte()? != 0;
         let descriptor = cursor.optional()?;
+        let [uid, gid] = [cursor.id()?, cursor.id()?];
         cursor.end()?;
         let tty = has_tty.then_some(window);
         Ok(Self {
@@ -145,6 +156,8 @@ impl LaunchSpec {
             passwd,
             settle,
             descriptor,
+            uid,
+            gid,
         })
     }
 }
@@ -156,6 +169,7 @@ impl Reply {
         let (tag, body) = match self {
             Self::Pid(pid) => (b'P', pid.to_be_bytes().to_vec()),
             Self::Master => (b'M', Vec::new()),
+            Self::OwnIds => (b'I', Vec::new()),
             Self::Failed { errno, what } => (b'E', put_failure(*errno, what)),
             Self::NoNamespaces { errno, what } => (b'N', put_failure(*errno, what)),
         };
@@ -184,6 +198,7 @@ impl Reply {
         let reply = match tag {
             b'P' => Self::Pid(u32::from_be_bytes(cursor.array()?)),
             b'M' => Self::Master,
+            b'I' => Self::OwnIds,
             b'E' | b'N' => {
                 let errno = i32::from_be_bytes(cursor.array()?);
                 let what = String::from_utf8_lossy(std::mem::take(&mut cursor.0)).into_owned();
@@ -234,6 +249,11 @@ impl<'a> Cursor<'a> {
 
     fn byte(&mut self) -> Result<u8, WireError> {
         self.array::<1>().map(|[byte]| byte)
+    }
+
+    /// A user or a group; a negative number stands for none.
+    fn id(&mut self) -> Result<Option<u32>, WireError> {
+        Ok(u32::try_from(i64::from_be_bytes(self.array()?)).ok())
     }
 
     fn length(&mut self) -> Result<usize, WireError> {
@@ -292,10 +312,11 @@ mod tests {
         let optional = || proptest::option::of(bytes());
         let user = (optional(), optional(), optional());
         let flags = any::<(bool, bool)>();
-        let rest = (bytes(), flags, tty, user);
+        let ids = any::<(Option<u32>, Option<u32>)>();
+        let rest = (bytes(), flags, tty, user, ids);
         (lists, rest).prop_map(|(lists, rest)| {
             let (argv, env, links, temporary) = lists;
-            let (cwd, (create_cwd, settle), tty, (user, passwd, descriptor)) = rest;
+            let (cwd, (create_cwd, settle), tty, (user, passwd, descriptor), (uid, gid)) = rest;
             LaunchSpec {
                 argv,
                 env,
@@ -308,6 +329,8 @@ mod tests {
                 passwd,
                 settle,
                 descriptor,
+                uid,
+                gid,
             }
         })
     }
@@ -343,7 +366,13 @@ mod tests {
             errno: 1,
             what: "no".to_owned(),
         };
-        let all = [Reply::Pid(77), Reply::Master, failed, refused];
+        let all = [
+            Reply::Pid(77),
+            Reply::Master,
+            Reply::OwnIds,
+            failed,
+            refused,
+        ];
         let stream: Vec<u8> = all.iter().flat_map(Reply::encode).collect();
         let (mut buffer, mut seen) = (Vec::new(), Vec::new());
         for byte in stream {

@@ -8,8 +8,10 @@
 
 mod complete;
 mod folders;
+mod ids;
 mod parallel;
 pub(crate) mod rank;
+mod stdio;
 mod up;
 
 use std::{
@@ -23,7 +25,7 @@ use std::{
 use jiff::Timestamp;
 use knoc_contract::{
     launch::LaunchSpec,
-    logs::{cri, read::last_text, writer::Losses},
+    logs::{read::last_text, writer::Losses},
 };
 use knoc_proto::{error::chain, pb, pod::PodValues};
 use rustix::process::Signal;
@@ -34,20 +36,20 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::{
+    complete::{complete, complete_inside},
     folders::{Folders, PrepareError},
-    up::{Runtime, Up, bring_up},
+    up::{Runtime, bring_up},
 };
 use super::{
     attach::hub::{self, Hub},
     children::Exit,
     env_files::{self, EnvFileError, Places},
-    environment::{self, TerminationLog},
-    fdio::{self, Stream},
+    environment::{self},
+    fdio::Stream,
     handshake::{self, HandshakeError, Launched},
     health::Change,
-    inside, measure,
-    output::{self, Log, Source},
-    passwd,
+    measure,
+    output::{self, Log},
     pod::Pod,
     processes::ProcessesError,
     ranks::{command::Ranks, table::Loss},
@@ -173,6 +175,7 @@ pub(crate) struct Unmounted {
 /// What becomes an Event with a count.
 #[derive(Debug)]
 pub(crate) struct Told {
+    pub(crate) warning: bool,
     pub(crate) reason: &'static str,
     pub(crate) message: String,
     pub(crate) count: i32,
@@ -323,11 +326,6 @@ fn spent(isolated: bool, before: Used, end: Used) -> Counters {
     }
 }
 
-/// If there is a terminal, all output comes from it.
-fn from_terminal(terminal: Option<&Arc<Stream>>) -> Option<Vec<Source>> {
-    terminal.map(|terminal| vec![Source::new(Arc::clone(terminal), cri::Stream::Stdout)])
-}
-
 type Done = (Exit, String, Losses, bool, Counters);
 
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
@@ -344,11 +342,12 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let turn = turn_of(attempt).await?;
     let mut up = bring_up(pod, attempt, &folders, container).await?;
     complete_inside(pod, attempt, (&mut folders, &mut up), &mut spec).await?;
-    let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
+    let (stdio, sources) = stdio::pipes(container).map_err(PrepareError::Pipes)?;
+    [spec.uid, spec.gid] = ids::wanted(pod, container, &config);
     let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);
-    let terminal = launched(&mut up.runtime, launching).await?;
+    let (terminal, own_ids) = launched(&mut up.runtime, launching).await?;
     drop(turn);
-    let sources = from_terminal(terminal.as_ref()).unwrap_or(sources);
+    let sources = stdio::from_terminal(terminal.as_ref()).unwrap_or(sources);
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
     let mut keeper = hub::open(container.stdin, container.stdin_once, stdio.ours, terminal);
     let hub = keeper.hub();
@@ -361,8 +360,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
         ranks: None,
     };
     let isolated = program.isolated;
-    // The supervisor outlives its attempts.
-    attempt.events.send(running(attempt, program)).await.ok();
+    ids::tell_running(pod, attempt, program, own_ids).await;
     let live = pod.jobdir.log_path(&container.name, attempt.number);
     let over = CancellationToken::new();
     let pump = output::pump(sources, log(pod, attempt, &live), over.clone(), &hub);
@@ -388,18 +386,6 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let used_at_end = up.runtime.child.used.unwrap_or_default();
     let used = spent(pod.runtime.isolates(), used_before, used_at_end);
     Ok((exit, message, losses, killed, used))
-}
-
-fn running(attempt: &Attempt, program: Program) -> Event {
-    let news = News::Running {
-        program: Arc::new(program),
-        started_at: Timestamp::now(),
-    };
-    Event {
-        id: attempt.spec.id,
-        attempt: attempt.number,
-        news,
-    }
 }
 
 /// Where the output goes, and how the supervisor learns of lines that could not be written.
@@ -439,11 +425,12 @@ async fn turn_of(attempt: &Attempt) -> Result<Option<Turn>, AttemptError> {
     }
 }
 
-/// Waits until the program runs, and ends the runtime if it does not. Returns the terminal of the program, if it has one.
+/// Waits until the program runs, and ends the runtime if it does not. Returns the terminal of the program, if it has one, and
+/// whether it was to see itself as another user and does not.
 async fn launched(
     runtime: &mut Runtime,
     launching: impl Future<Output = Result<Launched, AttemptError>>,
-) -> Result<Option<Arc<Stream>>, AttemptError> {
+) -> Result<(Option<Arc<Stream>>, bool), AttemptError> {
     let launched = match launching.await {
         Ok(launched) => launched,
         Err(error) => {
@@ -452,7 +439,8 @@ async fn launched(
         }
     };
     let terminal = launched.master.map(Stream::new).transpose();
-    Ok(terminal.map_err(PrepareError::Pipes)?.map(Arc::new))
+    let terminal = terminal.map_err(PrepareError::Pipes)?.map(Arc::new);
+    Ok((terminal, launched.own_ids))
 }
 
 /// Starts the program. It may lie on a file system that hangs, so `abort` ends the wait.
@@ -527,44 +515,6 @@ async fn message(folders: Folders, fallback: Option<PathBuf>) -> String {
     };
     drop(folders);
     String::from_utf8_lossy(&text).into_owned()
-}
-
-struct Stdio3 {
-    theirs: Vec<OwnedFd>,
-    /// The writing end of the standard input, for attached clients.
-    ours: Option<Stream>,
-}
-
-/// Pipes for the program; none if it has a terminal.
-fn stdio(container: &pb::Container) -> io::Result<(Stdio3, Vec<Source>)> {
-    if container.tty {
-        return Ok((
-            Stdio3 {
-                theirs: Vec::new(),
-                ours: None,
-            },
-            Vec::new(),
-        ));
-    }
-    let (stdin, ours) = if container.stdin {
-        let (theirs, ours) = fdio::input_pipe()?;
-        (theirs, Some(ours))
-    } else {
-        (std::fs::File::open("/dev/null")?.into(), None)
-    };
-    let (ours_out, stdout) = fdio::output_pipe()?;
-    let (ours_err, stderr) = fdio::output_pipe()?;
-    let sources = vec![
-        Source::new(ours_out, cri::Stream::Stdout),
-        Source::new(ours_err, cri::Stream::Stderr),
-    ];
-    Ok((
-        Stdio3 {
-            theirs: vec![stdin, stdout, stderr],
-            ours,
-        },
-        sources,
-    ))
 }
 
 #[cfg(test)]

@@ -87,6 +87,27 @@ pub(crate) fn launch_spec(
         passwd: None,
         settle: false,
         descriptor: None,
+        uid: None,
+        gid: None,
+    }
+}
+
+/// PURE: the user and the group that the program is to see itself as: those of the pod, else those of the image if they are
+/// numbers. An image whose user is root does not ask for it: most images only do not name another one, and what they start as root
+/// wants rights that nobody can give it here.
+pub(crate) fn ids(container: &pb::Container, image: &pb::ImageConfig) -> [Option<u32>; 2] {
+    let id = |id: Option<i64>| id.and_then(|id| u32::try_from(id).ok());
+    let (user, group) = image
+        .user
+        .split_once(':')
+        .unwrap_or((image.user.as_str(), ""));
+    let gid = id(container.run_as_group);
+    if container.run_as_user.is_some() {
+        return [id(container.run_as_user), gid];
+    }
+    match user.parse() {
+        Ok(uid) if uid != 0 => [Some(uid), gid.or_else(|| group.parse().ok())],
+        Ok(_) | Err(_) => [None, gid],
     }
 }
 
@@ -392,6 +413,38 @@ mod tests {
         assert_eq!(spec(true).user.as_deref(), Some(&b"0"[..]));
         // Without isolation the program has the node's accounts.
         assert_eq!(spec(false).user, None);
+    }
+
+    #[test]
+    fn the_ids_are_the_pods_then_the_images_if_it_is_not_root() {
+        for (user, group, of_image, wanted) in [
+            (None, None, "", [None, None]),
+            (None, None, "0", [None, None]),
+            (None, None, "jovyan", [None, None]),
+            (None, None, "1234", [Some(1234), None]),
+            (None, None, "1234:5", [Some(1234), Some(5)]),
+            (None, None, "1234:users", [Some(1234), None]),
+            (None, Some(7), "1234:5", [Some(1234), Some(7)]),
+            (None, Some(7), "root", [None, Some(7)]),
+            (Some(0), None, "1234:5", [Some(0), None]),
+            (Some(1001), Some(2002), "", [Some(1001), Some(2002)]),
+            (Some(i64::MAX), None, "1234", [None, None]),
+        ] {
+            let container = pb::Container {
+                run_as_user: user,
+                run_as_group: group,
+                ..Default::default()
+            };
+            let image = pb::ImageConfig {
+                user: of_image.to_owned(),
+                ..Default::default()
+            };
+            assert_eq!(
+                ids(&container, &image),
+                wanted,
+                "{user:?} {group:?} {of_image}"
+            );
+        }
     }
 
     #[test]

@@ -184,7 +184,7 @@ async fn begin(session: &Session) -> Result<Running, (ExecError, Option<Child>)>
     let (theirs, mut streams) = stdio(start).map_err(early)?;
     let (child, socket) = spawn(&session.pod, &session.program).map_err(early)?;
     let launched = launch(socket, &spec, theirs, &session.output).await;
-    let opened = launched.and_then(|Launched { pid, master }| {
+    let opened = launched.and_then(|Launched { pid, master, .. }| {
         let terminal = master.map(Stream::new).transpose();
         Ok((pid, terminal.map_err(ExecError::Spawn)?))
     });
@@ -219,7 +219,7 @@ async fn launch(
     }
 }
 
-/// The launch specification of the process. Its environment and working directory are the container's.
+/// The launch specification of the process. Its environment, working directory and ids are the container's.
 fn spec(container: &LaunchSpec, start: &pb::ExecStart) -> LaunchSpec {
     let mut spec = LaunchSpec {
         argv: start
@@ -233,6 +233,9 @@ fn spec(container: &LaunchSpec, start: &pb::ExecStart) -> LaunchSpec {
         temporary: Vec::new(),
         settle: false,
         descriptor: None,
+        // The helper joins the user namespace of the program.
+        uid: None,
+        gid: None,
         ..container.clone()
     };
     if start.tty && !spec.env.iter().any(|entry| entry.starts_with(b"TERM=")) {

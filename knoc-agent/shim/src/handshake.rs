@@ -41,6 +41,8 @@ pub(crate) struct Launched {
     pub(crate) pid: Option<u32>,
     /// The master of the terminal, or the descriptor of a mount, if one was asked for.
     pub(crate) master: Option<OwnedFd>,
+    /// The program was to see itself as another user, and does not.
+    pub(crate) own_ids: bool,
 }
 
 /// Sends `spec` and `stdio`; returns once the program runs.
@@ -116,6 +118,7 @@ async fn replies(socket: &UnixStream) -> Result<Launched, HandshakeError> {
             match reply {
                 Reply::Pid(pid) => launched.pid = Some(pid),
                 Reply::Master => launched.master = descriptors.pop(),
+                Reply::OwnIds => launched.own_ids = true,
                 Reply::Failed { errno, what } => {
                     return Err(HandshakeError::Failed { errno, what });
                 }

@@ -231,6 +231,13 @@ impl Pod {
         self.job.settings.clone().unwrap_or_default()
     }
 
+    /// Whether no program sees itself as another user than the agent's: the site wants that, or there are several ranks, whose
+    /// libraries speak with Slurm.
+    pub(crate) fn keeps_ids(&self) -> bool {
+        let ranks = self.spec.job.as_ref().is_some_and(|job| job.mpi.is_some());
+        ranks || self.settings().own_ids
+    }
+
     /// The containers that the pod starts with, in the order in which their slots are added.
     pub(crate) fn containers(&self) -> impl Iterator<Item = (Role, &pb::Container)> {
         let init = self.spec.init_containers.iter();

@@ -142,6 +142,7 @@ impl Probed {
         if let Some(count) = telling.failed(now) {
             let message = text::message(&message, SHOWN);
             self.send(News::Told(Told {
+                warning: true,
                 reason,
                 message,
                 count,

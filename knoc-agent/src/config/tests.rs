@@ -220,6 +220,16 @@ fn sections_are_read() {
 }
 
 #[test]
+fn programs_see_themselves_as_whom_the_pod_asks_for_unless_the_site_does_not_want_it() {
+    let config = parse("site = 'x'").unwrap();
+    assert_eq!(config.job.user_ids, UserIds::Requested);
+    let config = parse("site = 'x'\n[job]\nuser_ids = 'own'").unwrap();
+    assert_eq!(config.job.user_ids, UserIds::Own);
+    let error = parse("site = 'x'\n[job]\nuser_ids = 'any'").unwrap_err();
+    assert!(error.contains("expected `requested` or `own`"), "{error}");
+}
+
+#[test]
 fn without_shm_secrets_are_an_error_unless_the_site_allows_disk() {
     let config = parse("site = 'x'").unwrap();
     assert_eq!(config.values.memory_fallback, MemoryFallback::Error);

@@ -270,6 +270,10 @@ registries = []
 # Pods in a network of their own ask the cluster's DNS for all names; names with one of these endings are asked at the compute
 # node's resolvers (its /etc/resolv.conf) instead.
 # node_dns_suffixes = ["hpc.example.org"]  # example
+# As whom programs see themselves, where compute nodes have user namespaces: "requested", as the user and the group that the pod asks
+# for (runAsUser, runAsGroup), or the image by a number other than 0; "own", as you. To the node and its file systems they are you in
+# either case. Programs that compare their own number with yours, such as srun in a container, need "own".
+# user_ids = "requested"  # default
 
 # How images from registries are kept.
 [images]

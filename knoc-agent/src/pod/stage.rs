@@ -27,7 +27,7 @@ use super::{
     state::{Event, Note},
 };
 use crate::{
-    config::MemoryFallback,
+    config::{MemoryFallback, UserIds},
     image::{Credentials, Hold, PullWatch},
     site::Site,
 };
@@ -451,6 +451,7 @@ pub(crate) fn job_file(
             network: pb::NetworkMode::from(config.job.network).into(),
             network_ipv6: config.job.network_ipv6,
             node_dns_suffixes: config.job.node_dns_suffixes.clone(),
+            own_ids: config.job.user_ids == UserIds::Own,
         }),
         cluster_id,
         version: site.versions.own().to_owned(),

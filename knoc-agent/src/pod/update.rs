@@ -94,6 +94,7 @@ pub(super) fn adds(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
 /// Clears what older kubelets did not send.
 fn forget_additions(container: &mut pb::Container) {
     container.run_as_user = None;
+    container.run_as_group = None;
     container.run_as_non_root = false;
 }
 
@@ -197,6 +198,7 @@ mod tests {
         new.generation = 2;
         new.active_deadline_seconds = 30;
         new.containers[0].run_as_non_root = true;
+        new.containers[0].run_as_group = Some(1);
         new.cluster_domain = "cluster.local".into();
         new.resolver = Some(pb::Resolver::default());
         allowed(&old, &new).unwrap();

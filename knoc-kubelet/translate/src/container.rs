@@ -106,6 +106,7 @@ fn shape_container(
             .is_some_and(|context| *context.read_only_root_filesystem == Some(true)),
         fakeroot: false,
         run_as_user: run_as_user(spec, security),
+        run_as_group: run_as_group(spec, security),
         startup_probe: probes.startup,
         liveness_probe: probes.liveness,
         readiness_probe: probes.readiness,
@@ -177,6 +178,13 @@ fn run_as_user(spec: PodSpec<'_>, own: Option<SecurityContext<'_>>) -> Option<i6
     let of_pod = spec.security_context.as_ref().map(PodSecurityContext::from);
     own.and_then(|context| *context.run_as_user)
         .or_else(|| of_pod.and_then(|context| *context.run_as_user))
+}
+
+/// The container's setting overrides the pod's.
+fn run_as_group(spec: PodSpec<'_>, own: Option<SecurityContext<'_>>) -> Option<i64> {
+    let of_pod = spec.security_context.as_ref().map(PodSecurityContext::from);
+    own.and_then(|context| *context.run_as_group)
+        .or_else(|| of_pod.and_then(|context| *context.run_as_group))
 }
 
 fn shape_mount(mount: VolumeMount<'_>) -> pb::Mount {

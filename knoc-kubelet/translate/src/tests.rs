@@ -257,11 +257,16 @@ fn paths_of_mounts_are_as_a_kubelet_takes_them() {
 fn the_user_of_a_container_overrides_the_pods() {
     let mut pod = pod();
     let spec = pod.spec.as_mut().unwrap();
-    spec.security_context = serde_json::from_value(json!({"runAsUser": 1000})).unwrap();
-    spec.containers[1].security_context = serde_json::from_value(json!({"runAsUser": 0})).unwrap();
+    spec.security_context =
+        serde_json::from_value(json!({"runAsUser": 1000, "runAsGroup": 2000})).unwrap();
+    spec.containers[1].security_context =
+        serde_json::from_value(json!({"runAsUser": 0, "runAsGroup": 3})).unwrap();
     let shape = shape(&pod).unwrap();
-    let users: Vec<_> = shape.containers.iter().map(|one| one.run_as_user).collect();
-    assert_eq!(users, [Some(1000), Some(0)]);
+    let containers = shape.containers.iter();
+    let ids: Vec<_> = containers
+        .map(|one| (one.run_as_user, one.run_as_group))
+        .collect();
+    assert_eq!(ids, [(Some(1000), Some(2000)), (Some(0), Some(3))]);
 }
 
 #[test]

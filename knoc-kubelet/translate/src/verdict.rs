@@ -296,15 +296,36 @@ than 64 levels down are not measured, and a volume with so many files that measu
 **Volumes of the image.** If the root is read-only, each folder that the image declares as a volume, and in which the pod mounts nothing,
 is a writable folder on the node's disk, empty at first and new for each start of the container. Otherwise it is the image's folder.
 
-**The user.** Every program runs as the HPC user. If neither the pod nor the image sets `HOME`, it is the home directory, according to
-the image's `/etc/passwd`, of the user that the pod (`runAsUser`) or the image names: root if neither names one, and `/` if the image
-does not know the user. The container's `/etc/passwd` has a line for the HPC user with the user's name on the node, that home directory
-and that user's shell. With a setuid runtime, the home directory of a user that has the HPC user's own uid in the image is not known.
+**The user.** Every program runs as the HPC user, whatever it [sees itself as](#users). If neither the pod nor the image sets `HOME`, it is
+the home directory, according to the image's `/etc/passwd`, of the user that the pod (`runAsUser`) or the image names: root if neither
+names one, and `/` if the image does not know the user. The container's `/etc/passwd` has a line for the HPC user with the user's name on
+the node, that home directory and that user's shell; if the program sees itself as a user of whom the image has no line, this line has
+that user's number. With a setuid runtime, the home directory of a user that has the HPC user's own uid in the image is not known.
 
 **Names.** `/etc/hosts` has the lines of the compute node, then the pod's own name (first `HOSTNAME.SUBDOMAIN.NAMESPACE.svc.CLUSTERDOMAIN`
 if the pod has a `subdomain`) and its `hostAliases`. `/etc/resolv.conf` names the cluster's DNS if
 the pod asks it (`dnsPolicy`) and reaches it, else it is the compute node's; with `dnsConfig` it also has the lines of the pod, and with
 `dnsPolicy: None` only those. A file that the pod mounts there comes before both. `/etc/localtime` is the image's.
+
+## Users
+
+To the node, to its file systems and to other jobs every program is the HPC user. Inside of the container it sees itself as the user and
+the group that the pod asks for (`runAsUser`, `runAsGroup`); if the pod asks for no user, as those that the image names by a number other
+than 0 (`USER 1234:5678`). Without a group it is that of the user in the image's `/etc/passwd`, else 0. Commands of `kubectl exec`,
+of probes and of hooks see themselves as the program does.
+
+- What belongs to the HPC user belongs, inside, to the program's user: in every container that looks at it, whatever its user. Outside, new
+  files belong to the HPC user. What belongs to anybody else is shown as 65534, `nobody`.
+- There is no other user and no other group inside, and user 0 has no capabilities either. So nothing can be given to another user
+  (`chown`), and a program that starts as root to become somebody else (`gosu`, `su`, `apt`) cannot: do not ask for `runAsUser: 0` then, and
+  it runs as the HPC user, which is not root. `kubectl cp` into a container with `runAsUser: 0` needs `--no-preserve`.
+- The HPC user's further groups still count for files, but have no names and no numbers inside. `fsGroup` and `supplementalGroups` add none.
+- `srun` and other programs that compare their own number with that of the HPC user need a container that asks for none, or
+  `user_ids = \"own\"` under `[job]` of the site file. MPI's libraries are such programs, so pods of several ranks keep the HPC user.
+
+The program is the HPC user inside, too, if the site wants it (`user_ids = \"own\"`), with several ranks, with a setuid runtime, without
+a runtime (`process`), on compute nodes that allow no further user namespace, and with an agent of an older version. If the pod asks for
+another user, the Event `Mapped` says so.
 
 ## Containers
 

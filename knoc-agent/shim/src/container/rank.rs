@@ -8,8 +8,9 @@ use tokio::sync::oneshot;
 
 use super::{
     super::{attach::hub, environment, measure, pod::Pod, ranks::step, signals},
-    Attempt, AttemptError, Done, Ended, Program, by_kernel, complete, complete_inside, ended,
-    environment_of, launch, launched, message, prepare, spent, up, with_signal,
+    Attempt, AttemptError, Done, Ended, Program, by_kernel,
+    complete::{complete, complete_inside},
+    ended, environment_of, launch, launched, message, prepare, spent, up, with_signal,
 };
 
 /// What the rank has from Slurm.

@@ -1,8 +1,10 @@
 //! The user account that a container's program sees: HOME as container runtimes set it, and its line in `/etc/passwd`.
 //!
-//! Every program runs as the HPC user, whatever user the image or the pod names. It gets the home folder and the shell that
+//! Every program runs as the HPC user, whatever user the image or the pod names, and may see itself as that user
+//! ([`ids::show`](super::ids::show)). It gets the home folder and the shell that
 //! the image's `/etc/passwd` has for the named user. The container runtime adds the HPC user to that file, with the home
-//! folder and the shell of the host. Neither may exist in the container, so that line gets those of the named user.
+//! folder and the shell of the host. Neither may exist in the container, so that line gets those of the named user; and, if
+//! the program sees itself as a user of whom the image has no line, that user's number.
 //!
 //! If a line of the image has the HPC user's uid, the container runtime has overwritten its name and home folder, and
 //! mounted the result over the image's own file. The image's own file is then read in a copy of the container's mount
@@ -46,14 +48,24 @@ pub(super) fn home(user: Option<&[u8]>, images_own: Option<&[u8]>) -> Vec<u8> {
     }
 }
 
-/// Writes the home folder and the shell of `user` into this process's line of the container's `/etc/passwd`. Best effort:
-/// the file may be the image's own, and not writable.
-pub(super) fn settle(user: &[u8], images_own: Option<&[u8]>) {
+/// Writes the home folder and the shell of `user` into this process's line of the container's `/etc/passwd`, and the `ids` that
+/// the program sees itself as. Best effort: the file may be the image's own, and not writable.
+pub(super) fn settle(user: &[u8], images_own: Option<&[u8]>, ids: Option<[u32; 2]>) {
     let passwd = passwd();
     let account = account(images_own.unwrap_or(&passwd), Some(user));
-    if let Some(text) = with_own_line(&passwd, own_uid(), &account) {
+    if let Some(text) = with_own_line(&passwd, own_uid(), ids, &account) {
         rewrite(&text).ok();
     }
+}
+
+/// The ids that a program sees itself as that asks for these. Without a user it is its own; without a group it is that of the
+/// user in the image's `passwd` file, else root's, as with other container runtimes.
+pub(super) fn ids(uid: Option<u32>, gid: Option<u32>, images_own: Option<&[u8]>) -> [u32; 2] {
+    let gid = gid.unwrap_or_else(|| match images_own {
+        Some(passwd) => gid_of(passwd, uid),
+        None => gid_of(&passwd(), uid),
+    });
+    [uid.unwrap_or_else(own_uid), gid]
 }
 
 /// Writes the image's own `passwd` file to `reader`. The caller must be in the namespaces of the container and have rights
@@ -143,15 +155,36 @@ fn account_of(passwd: &[u8], uid: u32) -> Option<Account> {
     })
 }
 
-/// PURE: the text of a `passwd` file with the home folder and the shell of `account` in the line of `uid`; `None` if
-/// that changes nothing.
-fn with_own_line(passwd: &[u8], uid: u32, account: &Account) -> Option<Vec<u8>> {
+/// PURE: the group in the line of `uid`; root's if there is none.
+fn gid_of(passwd: &[u8], uid: Option<u32>) -> u32 {
+    let mut own = lines(passwd).filter(|fields| {
+        fields.len() >= 6 && fields.get(2).copied().and_then(number) == uid && uid.is_some()
+    });
+    let fields = own.next();
+    fields
+        .and_then(|fields| number(fields.get(3)?))
+        .unwrap_or_default()
+}
+
+/// PURE: the text of a `passwd` file with the home folder and the shell of `account` in the line of `uid`, and the numbers
+/// `ids` if there is no line for them; `None` if that changes nothing.
+fn with_own_line(
+    passwd: &[u8],
+    uid: u32,
+    ids: Option<[u32; 2]>,
+    account: &Account,
+) -> Option<Vec<u8>> {
     let own = account_of(passwd, uid)?;
+    let ids = ids.filter(|[shown, _]| *shown != uid);
+    if ids.is_some_and(|[shown, _]| account_of(passwd, shown).is_some()) {
+        return None;
+    }
+    let numbers = ids.map(|ids| ids.map(|id| id.to_string()));
     let mut wanted = account.clone();
     if wanted.shell.is_empty() {
         wanted.shell = b"/bin/sh".to_vec();
     }
-    if own == wanted {
+    if own == wanted && numbers.is_none() {
         return None;
     }
     let mut done = false;
@@ -162,6 +195,10 @@ fn with_own_line(passwd: &[u8], uid: u32, account: &Account) -> Option<Vec<u8>> 
                 done = true;
                 fields.truncate(5);
                 fields.extend([wanted.home.as_slice(), wanted.shell.as_slice()]);
+                let places = fields.iter_mut().skip(2);
+                for (field, number) in places.zip(numbers.iter().flatten()) {
+                    *field = number.as_bytes();
+                }
             }
             fields.join(&b':')
         })
@@ -225,15 +262,39 @@ mod tests {
     #[test]
     fn the_own_line_gets_home_and_shell_of_the_user_and_nothing_else_changes() {
         let jovyan = account(PASSWD, Some(b"jovyan"));
-        let text = with_own_line(PASSWD, 2001, &jovyan).unwrap();
+        let text = with_own_line(PASSWD, 2001, None, &jovyan).unwrap();
         let old = String::from_utf8(PASSWD.to_vec()).unwrap();
         let new = old.replace("/home/hpc:/bin/tcsh", "/home/jovyan:/bin/zsh");
         assert_eq!(String::from_utf8(text.clone()).unwrap(), new);
-        assert_eq!(with_own_line(&text, 2001, &jovyan), None);
+        assert_eq!(with_own_line(&text, 2001, None, &jovyan), None);
         // The user is unknown: it gets the shell that every image has.
-        let text = with_own_line(PASSWD, 2001, &account(PASSWD, Some(b"1234"))).unwrap();
+        let unknown = account(PASSWD, Some(b"1234"));
+        let text = with_own_line(PASSWD, 2001, None, &unknown).unwrap();
         assert!(text.ends_with(b"hpc:x:2001:2001:An HPC user:/:/bin/sh\n"));
         // If there is no line, none is added.
-        assert_eq!(with_own_line(PASSWD, 3000, &jovyan), None);
+        assert_eq!(with_own_line(PASSWD, 3000, None, &jovyan), None);
+    }
+
+    #[test]
+    fn who_is_seen_as_another_user_has_a_line() {
+        let unknown = account(PASSWD, Some(b"1234"));
+        let text = with_own_line(PASSWD, 2001, Some([1234, 5]), &unknown).unwrap();
+        assert!(text.ends_with(b"hpc:x:1234:5:An HPC user:/:/bin/sh\n"));
+        // The image has a line for it.
+        let jovyan = account(PASSWD, Some(b"1000"));
+        let known = with_own_line(PASSWD, 2001, Some([1000, 5]), &jovyan);
+        assert_eq!(known, None);
+        // It is its own.
+        let own = account(PASSWD, Some(b"2001"));
+        assert_eq!(with_own_line(PASSWD, 2001, Some([2001, 0]), &own), None);
+    }
+
+    #[test]
+    fn the_group_is_that_of_the_user_in_the_image_else_roots() {
+        let of = |uid, gid| ids(uid, gid, Some(PASSWD));
+        assert_eq!(of(Some(1000), None), [1000, 100]);
+        assert_eq!(of(Some(1000), Some(2002)), [1000, 2002]);
+        assert_eq!(of(Some(1234), None), [1234, 0]);
+        assert_eq!(of(None, Some(2002)), [own_uid(), 2002]);
     }
 }

@@ -1,6 +1,13 @@
 //! Joins the processes of another container: its PID namespace, which a container may share.
 
-use std::{fs::File, io, os::fd::AsFd as _, os::unix::fs::MetadataExt as _};
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
+};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
@@ -22,7 +29,8 @@ enum Whose {
     /// The helper that holds the PID namespace of a pod. The containers' user namespaces are below its own.
     Holder,
     /// A program in a container. Whatever runs in its user namespace, or below it, is at its mercy: also the runtime that
-    /// starts another container, which sees the files of the node. So only the namespace above is entered.
+    /// starts another container, which sees the files of the node. So only the namespace above that which owns the container's
+    /// files is entered: the program itself may be further below ([`super::ids::show`]).
     Container,
 }
 
@@ -77,6 +85,7 @@ impl Beside {
     pub(super) fn join(self) -> io::Result<()> {
         let open = |name: &str| File::open(format!("/proc/{}/ns/{name}", self.pid));
         let (user, processes) = (open("user")?, open("pid")?);
+        let files = OwnedFd::from(open("mnt")?);
         // Compared after both were opened, so a pid that was given to another process is noticed.
         if crate::proc::start_time(self.pid) != Some(self.start) {
             return Err(io::Error::other(
@@ -85,12 +94,15 @@ impl Beside {
         }
         let user = match self.whose {
             Whose::Holder => user,
-            Whose::Container if is_own(&user)? => {
-                return Err(io::Error::other(
-                    "the target has no user namespace of its own, so nothing can share its processes safely",
-                ));
+            Whose::Container => {
+                let owner = File::from(sys::owner_of_namespace(&files)?);
+                if is_own(&owner)? {
+                    return Err(io::Error::other(
+                        "the target has no user namespace of its own, so nothing can share its processes safely",
+                    ));
+                }
+                File::from(sys::parent_of_namespace(&owner.into())?)
             }
-            Whose::Container => File::from(sys::parent_of_namespace(&user.into())?),
         };
         if !is_own(&user)? {
             move_into_link_name_space(user.as_fd(), Some(LinkNameSpaceType::User))?;

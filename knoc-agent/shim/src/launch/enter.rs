@@ -5,6 +5,8 @@
 //! to another user namespace, above the container's: it is joined before, with the rights in that one. Then the process changes
 //! to the container's root, and forks into the PID namespace. The child becomes the program; the parent waits and exits as
 //! the child did. Namespaces that the helper shares with the container already are left out, so without isolation it joins none.
+//! A program that sees itself as another user is in a user namespace below the container's, which has no rights for the others:
+//! it is joined last, without any rights in it ([`ids::show`]).
 //!
 //! With a second PID and START, the container shares the processes of that process ([`Beside`]).
 //!
@@ -34,7 +36,7 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space, set_no_new_privs},
 };
 
-use super::{account, beside::Beside, fds, folder, program, sys};
+use super::{account, beside::Beside, fds, folder, ids, program, sys};
 use crate::signals::Identity;
 
 /// In the order of joining: the user namespace gives the rights for the others, the mount namespace hides `/proc`.
@@ -184,6 +186,8 @@ struct Target {
     /// The network namespace, after the user namespace that owns it unless this process is in that already.
     network: Vec<(&'static str, LinkNameSpaceType, OwnedFd)>,
     namespaces: Vec<(&'static str, LinkNameSpaceType, OwnedFd)>,
+    /// The program's user namespace, if it is not that of the container.
+    below: Option<OwnedFd>,
     no_new_privileges: bool,
 }
 
@@ -231,6 +235,12 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
     if target.no_new_privileges {
         set_no_new_privs(true).ok();
     }
+    if let Some(below) = &target.below {
+        move_into_link_name_space(below.as_fd(), Some(LinkNameSpaceType::User))
+            .map_err(io::Error::from)
+            .and_then(|()| ids::drop_capabilities())
+            .map_err(EnterError::on("join the program's user namespace"))?;
+    }
     Ok(())
 }
 
@@ -268,13 +278,40 @@ fn open(pid: u32) -> Result<Target, EnterError> {
     for (name, kind) in NAMESPACES {
         namespaces.extend(other(pid, name)?.map(|fd| (name, kind, fd)));
     }
+    let below = below_the_containers(&mut namespaces)
+        .map_err(EnterError::on("find the owner of the container's files"))?;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let no_new_privileges = status.lines().any(|line| line == "NoNewPrivs:\t1");
     Ok(Target {
         network: network(pid)?,
         namespaces,
+        below,
         no_new_privileges,
     })
+}
+
+/// If the program's user namespace, which comes first, does not own the container's files, which come next, the one that does
+/// takes its place, and the program's is returned.
+fn below_the_containers(
+    namespaces: &mut [(&'static str, LinkNameSpaceType, OwnedFd)],
+) -> io::Result<Option<OwnedFd>> {
+    let [
+        (_, LinkNameSpaceType::User, user),
+        (_, LinkNameSpaceType::Mount, mounts),
+        ..,
+    ] = namespaces
+    else {
+        return Ok(None);
+    };
+    // On a kernel that does not tell the owner, no program sees itself as another user.
+    let Ok(owner) = sys::owner_of_namespace(mounts) else {
+        return Ok(None);
+    };
+    let same = is_same(
+        &File::from(owner.try_clone()?),
+        &File::from(user.try_clone()?).metadata()?,
+    )?;
+    Ok((!same).then(|| std::mem::replace(user, owner)))
 }
 
 /// The namespace of this kind of the process `pid`; `None` if this process is in it already.

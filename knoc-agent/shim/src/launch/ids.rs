@@ -7,6 +7,9 @@
 //! A container that asks for root's rights gets a second pair of namespaces inside the first, in which this user is root
 //! and the subordinate ids are the other users. Apptainer would create them itself, but needs tools that belong to root,
 //! and the host's root does not exist in the first pair. Read-only mounts of the first stay read-only in the second.
+//!
+//! A program that is to see itself as another user gets a user namespace below that of its container, in which this user has
+//! the wanted number ([`show`]). No other id exists there, and nothing is gained outside: neither files nor processes.
 
 use std::{
     fmt::Write as _,
@@ -16,13 +19,18 @@ use std::{
     process::{Command, ExitCode, Stdio},
 };
 
+use knoc_proto::private::while_dumpable;
 use nix::{
     sched::{CloneFlags, unshare},
-    sys::wait::waitpid,
+    sys::wait::{WaitStatus, waitpid},
     unistd::ForkResult,
 };
-use rustix::process::{getgid, getuid};
-
+use rustix::{
+    process::{getgid, getuid},
+    thread::{
+        CapabilitySet, CapabilitySets, remove_capability_from_bounding_set, set_capabilities,
+    },
+};
 use serde::{Deserialize, Serialize};
 
 use super::sys;
@@ -171,12 +179,12 @@ pub(crate) fn isolate(users: &[String], kinds: CloneFlags) -> io::Result<Isolate
     }
     // Each map can be written once. One that no tool has written maps this user only.
     if !is_mapped("uid_map") {
-        write("self", "uid_map", &format!("{0} {0} 1", ids.uid))?;
+        write("self", "uid_map", &one(ids.uid, ids.uid))?;
     }
     if !is_mapped("gid_map") {
         // The kernel requires it. Old kernels have neither the file nor the requirement.
         write("self", "setgroups", "deny").ok();
-        write("self", "gid_map", &format!("{0} {0} 1", ids.gid))?;
+        write("self", "gid_map", &one(ids.gid, ids.gid))?;
     }
     Ok(Isolated::Done(ids))
 }
@@ -246,6 +254,70 @@ fn unshare_mapped(
     }
 }
 
+/// Whether [`show`] works here. A child tries it, because who has entered the namespace cannot leave it.
+pub(super) fn can_show(ids: [u32; 2]) -> bool {
+    match sys::fork_single_threaded() {
+        Ok(ForkResult::Child) => {
+            super::die_with_parent();
+            end_child(show(ids).is_ok())
+        }
+        Ok(ForkResult::Parent { child }) => loop {
+            match waitpid(child, None) {
+                Err(nix::errno::Errno::EINTR) => {}
+                ended => return matches!(ended, Ok(WaitStatus::Exited(_, 0))),
+            }
+        },
+        Err(_) => false,
+    }
+}
+
+#[expect(
+    clippy::exit,
+    reason = "a child that has nothing more to do, and must not become the program"
+)]
+fn end_child(succeeded: bool) -> ! {
+    std::process::exit(i32::from(!succeeded))
+}
+
+/// Enters a user namespace in which this user and group have the numbers `ids`. They stay those that the kernel knows: no file,
+/// process or right is gained or lost by it, once [`drop_capabilities`] has been called.
+pub(super) fn show([uid, gid]: [u32; 2]) -> io::Result<()> {
+    let own = (getuid().as_raw(), getgid().as_raw());
+    while_dumpable(|| {
+        unshare(CloneFlags::CLONE_NEWUSER)?;
+        write("self", "uid_map", &one(uid, own.0))?;
+        write("self", "setgroups", "deny").ok();
+        write("self", "gid_map", &one(gid, own.1))
+    })
+    .flatten()
+}
+
+/// PURE: the map of one id.
+fn one(inside: u32, outside: u32) -> String {
+    format!("{inside} {outside} 1")
+}
+
+/// Gives up all rights that the first process of a user namespace has in it, for good: a program that is user 0 there gets none
+/// back when it is executed.
+pub(super) fn drop_capabilities() -> io::Result<()> {
+    for number in 0..u64::BITS {
+        let capability = CapabilitySet::from_bits_retain(1 << number);
+        match remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
+            // The kernel knows no more.
+            Err(rustix::io::Errno::INVAL) => break,
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    let none = CapabilitySet::empty();
+    let sets = CapabilitySets {
+        effective: none,
+        permitted: none,
+        inheritable: none,
+    };
+    Ok(set_capabilities(None, sets)?)
+}
+
 fn is_mapped(map: &str) -> bool {
     fs::read_to_string(format!("/proc/self/{map}")).is_ok_and(|text| !text.trim().is_empty())
 }
@@ -272,6 +344,12 @@ mod tests {
         assert!(ranges(text, &["nobody".to_owned()], 1).is_empty());
         let many = "ann:5:1\n".repeat(100);
         assert_eq!(ranges(&many, &users, 1).len(), MAX_RANGES);
+    }
+
+    #[test]
+    fn a_shown_id_is_the_only_one_and_the_first_number_is_the_one_inside() {
+        assert_eq!(one(1234, 2001), "1234 2001 1");
+        assert_eq!(one(0, 2001), "0 2001 1");
     }
 
     #[test]

@@ -24,7 +24,7 @@ use rustix::{
     stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
 };
 
-use super::{account, fds, limits, pty, sys};
+use super::{account, fds, ids, limits, pty, sys};
 
 /// Exit codes as a shell uses them: the program cannot be executed, or was not found.
 const CANNOT_EXECUTE: u8 = 126;
@@ -106,8 +106,16 @@ fn start(
     attach_stdio(shim, spec, stdio)?;
     umask(rustix::fs::Mode::from_raw_mode(0o022));
     limits::set();
-    prepare_files(spec);
+    let shown = shown_ids(shim, spec);
+    prepare_files(spec, shown);
     let mut env = with_home(spec);
+    if let Some(shown) = shown {
+        ids::show(shown)
+            .and_then(|()| ids::drop_capabilities())
+            .map_err(Failure::on("enter the program's user namespace"))?;
+        // The change of credentials may have reset it.
+        super::die_with_parent();
+    }
     env.extend(passed.as_ref().map(|passed| passed.variable.clone()));
     change_directory(spec)?;
     let program = resolve(
@@ -134,6 +142,21 @@ fn start(
         errno: errno as i32,
         what: format!("exec: {quoted}: {}", message_of(errno)),
     })
+}
+
+/// The ids that the program is to see itself as. If it cannot, the shim is told, and the program keeps those that it has.
+fn shown_ids(shim: &UnixStream, spec: &LaunchSpec) -> Option<[u32; 2]> {
+    let (uid, gid) = (spec.uid, spec.gid);
+    if uid.is_none() && gid.is_none() {
+        return None;
+    }
+    let ids = account::ids(uid, gid, spec.passwd.as_deref());
+    if ids::can_show(ids) {
+        return Some(ids);
+    }
+    // If the shim has ended, this process ends as well.
+    fds::send(shim, &Reply::OwnIds.encode(), &[]).ok();
+    None
 }
 
 /// A descriptor that the program keeps, and the variable with its number.
@@ -206,7 +229,7 @@ fn path_of(env: &[Vec<u8>]) -> &[u8] {
 
 /// Creates what a container has besides the image's files. Best effort: if something cannot be created, the program runs
 /// without it.
-fn prepare_files(spec: &LaunchSpec) {
+fn prepare_files(spec: &LaunchSpec, ids: Option<[u32; 2]>) {
     for folder in &spec.temporary {
         open_to_all(path_from(folder));
     }
@@ -219,7 +242,7 @@ fn prepare_files(spec: &LaunchSpec) {
         drop(std::os::unix::fs::symlink(path_from(target), name));
     }
     if let Some(user) = spec.user.as_ref().filter(|_| spec.settle) {
-        account::settle(user, spec.passwd.as_deref());
+        account::settle(user, spec.passwd.as_deref(), ids);
     }
 }
 

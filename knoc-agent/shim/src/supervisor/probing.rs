@@ -129,7 +129,7 @@ impl Supervisor {
     fn tell_counted(&mut self, id: SlotId, told: Told) {
         if let Some(slot) = self.slots.get_mut(id) {
             self.publisher.add_note(pb::PodNote {
-                warning: true,
+                warning: told.warning,
                 reason: told.reason.to_owned(),
                 message: told.message,
                 container: slot.spec.name().to_owned(),

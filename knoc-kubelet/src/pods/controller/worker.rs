@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::{ids::PodUid, pb, reason::ErrorReason};
+use knoc_proto::{capability, ids::PodUid, pb, reason::ErrorReason};
 use knoc_translate::Grace;
 use tokio::time::Instant;
 
@@ -26,6 +26,10 @@ const BACKOFF: Duration = Duration::from_millis(250);
 const BACKOFF_MOST: Duration = Duration::from_secs(10);
 /// When the last DELETE is sent again, if an API server lost it. A finalizer may keep the object for days.
 const RELEASE_AGAIN: Duration = Duration::from_mins(10);
+
+/// What becomes of the ids that a pod asks for if its programs cannot have them.
+const OWN_IDS: &str =
+    "securityContext.runAsUser, runAsGroup: containers run as the HPC user of the agent";
 
 /// What a worker returns.
 pub(super) struct Round {
@@ -185,7 +189,9 @@ impl Worker<'_> {
             .findings(self.uid)
             .unwrap_or_default();
         let maps_privileged = self.context.node.maps_privileged();
-        let admitted = match admission::admit(&view.pod, &findings, maps_privileged) {
+        let shape = admission::admit(&view.pod, &findings, maps_privileged);
+        let keeps_ids = shape.as_ref().is_ok_and(|shape| self.keeps_ids(shape));
+        let admitted = match shape {
             // [`Self::ensure`] waits too, and says for what.
             Ok(shape) if !accepted && !terminal && !self.context.node.knows_resources(&shape) => {
                 return true;
@@ -200,8 +206,8 @@ impl Worker<'_> {
         };
         self.memory.admission.judged = generation;
         match admitted {
-            Ok(()) if !accepted && !terminal && !findings.mapped.is_empty() => {
-                self.record(&view.pod, false, "Mapped", &findings.mapped.join("; "));
+            Ok(()) if !accepted && !terminal => {
+                self.record_mapped(&view.pod, findings.mapped.clone(), keeps_ids);
             }
             Ok(()) => {}
             Err(rejection) if accepted => {
@@ -218,6 +224,24 @@ impl Worker<'_> {
             }
         }
         true
+    }
+
+    fn record_mapped(&self, pod: &Pod, mut mapped: Vec<String>, keeps_ids: bool) {
+        if keeps_ids {
+            mapped.push(OWN_IDS.to_owned());
+        }
+        if !mapped.is_empty() {
+            self.record(pod, false, "Mapped", &mapped.join("; "));
+        }
+    }
+
+    /// Whether it is known before the pod runs that its programs do not see themselves as the user and the group that it asks for.
+    fn keeps_ids(&self, shape: &pb::PodSpec) -> bool {
+        let mut containers = shape.init_containers.iter().chain(&shape.containers);
+        let asks = containers.any(|one| one.run_as_user.is_some() || one.run_as_group.is_some());
+        let ranks = shape.job.as_ref().is_some_and(|job| job.mpi.is_some());
+        let able = !ranks && self.context.agent_knows(capability::USER_IDS);
+        asks && !able
     }
 
     /// Does the agent have the pod, or did it once? Such a pod is never rejected, whatever it is changed to.

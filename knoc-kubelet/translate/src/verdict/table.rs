@@ -12,6 +12,7 @@ const LATER: &str = "not supported yet";
 const CSI: &str = "a volume of this kind cannot be mounted by an ordinary user on a compute node";
 const OWNER: &str = "files belong to the HPC user";
 const IS_HPC_USER: &str = "containers run as the HPC user of the agent";
+const IDS: &str = "inside of the container, in a user namespace of the program's own; to the node the program is the HPC user. Where that is not possible it is the HPC user inside, too, with the Event `Mapped`: see [users](#users)";
 const WINDOWS: &str = "compute nodes run Linux";
 const FOREIGN: &str = "a probe or hook goes to the pod's own listeners only; leave it out (for a virtual host, set the header `Host`)";
 const NON_ROOT: &str = "checked against `runAsUser`, else the image's user, as on any node; a container that would be root waits with `CreateContainerConfigError`. An image that is a SIF file or a sandbox and names no user runs as the HPC user, who is never root";
@@ -145,7 +146,8 @@ pub(super) const TABLE: &[Type] = &[
         row("bindMountOptions", Any, Rejected, LATER),
     ]),
     of("PodSecurityContext", "`spec.securityContext`", &[
-        row("runAsUser runAsGroup supplementalGroups supplementalGroupsPolicy", Any, Mapped, IS_HPC_USER),
+        row("runAsUser runAsGroup", Any, Honoured, IDS),
+        row("supplementalGroups supplementalGroupsPolicy", Any, Mapped, IS_HPC_USER),
         row("fsGroup fsGroupChangePolicy", Any, Mapped, OWNER),
         row("runAsNonRoot", Any, Honoured, NON_ROOT),
         row("seccompProfile appArmorProfile", Any, Inside("Profile"), ""),
@@ -156,7 +158,7 @@ pub(super) const TABLE: &[Type] = &[
         row("windowsOptions", Any, Rejected, WINDOWS),
     ]),
     of("SecurityContext", "`securityContext` of a container", &[
-        row("runAsUser runAsGroup", Any, Mapped, IS_HPC_USER),
+        row("runAsUser runAsGroup", Any, Honoured, IDS),
         row("runAsNonRoot", Any, Honoured, NON_ROOT),
         row("privileged", Is(&["false"]), Satisfied, ""),
         row("privileged", Any, Mapped, "the container runs without privileges, which an ordinary user cannot give. Only if the site allows it (`policy.privileged` of the site file is `unprivileged`); otherwise the pod is rejected"),

@@ -1,0 +1,69 @@
+//! As which user and group a program sees itself: whether the node can do it, and what is said if it cannot.
+//!
+//! Such a program is in a user namespace below that of its container, in which the HPC user has the wanted number
+//! ([`launch::ids`](crate::launch::ids)).
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use knoc_proto::pb;
+
+use super::{
+    super::{environment, pod::Pod},
+    Attempt, Event, News, Program, Told,
+};
+
+/// What becomes of `runAsUser` and `runAsGroup` on a node that gives a program no user namespace of its own.
+const OWN_IDS: &str = "the container runs as the HPC user of the agent: this compute node gives it no user namespace of its own, \
+     in which it could be the user and the group that the pod asks for";
+
+/// The ids that the program is to see itself as. That needs user namespaces.
+pub(super) fn wanted(
+    pod: &Pod,
+    container: &pb::Container,
+    image: &pb::ImageConfig,
+) -> [Option<u32>; 2] {
+    let nests = pod.runtime.isolates() && !pod.mounting.by_name() && !container.fakeroot;
+    if nests && !pod.keeps_ids() {
+        environment::ids(container, image)
+    } else {
+        [None; 2]
+    }
+}
+
+/// Says that the program runs; and that it has the ids of this user (`own_ids`: though it was to have others), if the pod asks for
+/// others and the kubelet has not said it already.
+pub(super) async fn tell_running(pod: &Pod, attempt: &Attempt, program: Program, own_ids: bool) {
+    let container = &attempt.spec.container;
+    let asks = container.run_as_user.is_some() || container.run_as_group.is_some();
+    let shown = !own_ids && (program.spec.uid.is_some() || program.spec.gid.is_some());
+    // The supervisor outlives its attempts.
+    attempt.events.send(running(attempt, program)).await.ok();
+    if shown || !asks || pod.keeps_ids() {
+        return;
+    }
+    let told = Told {
+        warning: false,
+        reason: "Mapped",
+        message: OWN_IDS.to_owned(),
+        count: i32::try_from(attempt.number.saturating_add(1)).unwrap_or(i32::MAX),
+    };
+    let event = Event {
+        id: attempt.spec.id,
+        attempt: attempt.number,
+        news: News::Told(told),
+    };
+    attempt.events.send(event).await.ok();
+}
+
+pub(super) fn running(attempt: &Attempt, program: Program) -> Event {
+    let news = News::Running {
+        program: Arc::new(program),
+        started_at: Timestamp::now(),
+    };
+    Event {
+        id: attempt.spec.id,
+        attempt: attempt.number,
+        news,
+    }
+}
