@@ -75,7 +75,8 @@ meet_the_cluster() {
 }
 # Starts the kubelet's process with what is in the cluster.
 launch() {
-    local server settings link_settings
+    local server settings link_settings relay='*/*'
+    case ${KNOC_NODE_POD_IP:-none} in none) ;; *) relay=off ;; esac # relayed pods have no address
     server=$(kubectl config view --minify -o 'jsonpath={.clusters[0].cluster.server}')
     mount_bundle
     kubeconfig
@@ -87,7 +88,7 @@ launch() {
         KNOC_KUBERNETES_KUBECONFIG="$state/kubeconfig" KNOC_KUBERNETES_NAMESPACE=$namespace KNOC_KUBERNETES_IDENTITY=testbed \
         KNOC_NODE_NAME=$node KNOC_NODE_TAINT="${KNOC_NODE_TAINT:-true}" \
         KNOC_NODE_QUEUE_FACTOR="${KNOC_NODE_QUEUE_FACTOR:-}" KNOC_NODE_POD_IP="${KNOC_NODE_POD_IP:-}" KNOC_NODE_POD_RANGE="${KNOC_NODE_POD_RANGE:-}" \
-        KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys KNOC_RELAY_ALLOW="${KNOC_RELAY_ALLOW:-*/*}" \
+        KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys KNOC_RELAY_ALLOW="${KNOC_RELAY_ALLOW:-$relay}" \
         KNOC_EGRESS_ALLOW="${KNOC_EGRESS_ALLOW:-default/kubernetes,kube-system/kube-dns,knoc-redis/redis}" \
         KNOC_RELAY_ADDRESS=$address "${settings[@]}" \
         "$KNOC_BIN/knoc-kubelet"

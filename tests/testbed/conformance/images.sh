@@ -6,6 +6,7 @@
 # calls itself Alpine Linux, as those of upstream do, because a test looks for that name. The agent forgets its images, as it
 # would keep older ones of the same names.
 . "$(dirname "$0")/../lib.sh"
+. "$testbed/stack.sh"
 images=$HPC_PREFIX/shared/images/conformance
 layout=/images/conformance/layout # as the nodes see it
 packages=bash-static,busybox-static,curl,bind9-dnsutils,hostname,netcat-openbsd,iproute2,nginx-light,ca-certificates

@@ -36,9 +36,7 @@ policy 'privileged = "unprivileged"' 'host_paths = [{ path = "/tmp", writable = 
 network "${NETWORK:-}"
 "$testbed/kube/coredns.sh" up
 "$testbed/conformance/nodes.sh" "${NODES:-one}"
-pod_ip=${KNOC_NODE_POD_IP:-node} relay=off
-[ "$pod_ip" != none ] || relay= # that of the bed
-kubelet KNOC_NODE_TAINT=false KNOC_NODE_QUEUE_FACTOR=1 KNOC_NODE_POD_IP="$pod_ip" KNOC_RELAY_ALLOW=$relay KNOC_EGRESS_ALLOW='default/kubernetes,kube-system/kube-dns,*/*'
+kubelet KNOC_NODE_TAINT=false KNOC_NODE_QUEUE_FACTOR=1 KNOC_NODE_POD_IP="${KNOC_NODE_POD_IP:-node}" KNOC_EGRESS_ALLOW='default/kubernetes,kube-system/kube-dns,*/*'
 # The chart's own pod can run on no node of the bed, and tests of the scheduler wait until no pod is pending. The next start of the kubelet
 # installs the chart again.
 kubectl scale deployment --namespace $namespace --all --replicas=0 >/dev/null
