@@ -9,8 +9,10 @@ TESTBED := tests/testbed
 BUILT := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/$(TARGET)
 BINARIES := knoc-agent knocctl knoc-kubelet
 export CC_x86_64_unknown_linux_musl := musl-gcc
-# Small, and the same from every folder: relative relocations are packed, there are no tables for unwinding (ADR 0007), and no path of this machine is named.
-export CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_RUSTFLAGS := -Clink-arg=-Wl,-z,pack-relative-relocs -Cforce-unwind-tables=no \
+# Small, and the same from every folder: relative relocations are packed, there are no tables for unwinding, and no path of this machine
+# is named. The linker runs in this folder.
+export CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_RUSTFLAGS := -Clink-arg=-Wl,-z,pack-relative-relocs \
+	-Clink-arg=-Wl,-T,proto/memory/no-unwind-tables.ld \
 	--remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --remap-path-prefix=$(CURDIR)=/knoc
 
 .PHONY: help
