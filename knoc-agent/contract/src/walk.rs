@@ -12,14 +12,14 @@ use std::{
     ffi::{OsStr, OsString},
     io,
     os::{
-        fd::{AsFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::ffi::OsStringExt as _,
     },
     path::{Component, Path, PathBuf},
 };
 
 use rustix::{
-    fs::{FileType, Mode, OFlags, Stat, fstat, mkdirat, open, openat, readlinkat},
+    fs::{FileType, Mode, OFlags, Stat, chmod, fstat, mkdirat, open, openat, readlinkat},
     io::Errno,
 };
 
@@ -395,11 +395,20 @@ impl<'a> Walk<'a> {
                 return Err(failed(Errno::NOENT));
             }
         }
-        let (at, _, _) = self.folders.last().ok_or_else(|| failed(Errno::BADF))?;
-        match mkdirat(at.as_fd(), name, FOLDER) {
-            Ok(()) | Err(Errno::EXIST) => self.open(name).map_err(failed),
-            Err(errno) => Err(failed(errno)),
+        let (at, above, _) = self.folders.last().ok_or_else(|| failed(Errno::BADF))?;
+        let made = match mkdirat(at.as_fd(), name, FOLDER) {
+            Ok(()) => true,
+            Err(Errno::EXIST) => false,
+            Err(errno) => return Err(failed(errno)),
+        };
+        let folder = self.open(name).map_err(failed)?;
+        let inherits = matches!(self.rules, Rules::Inside { make: Make::Always });
+        if made && inherits && fstat(&folder).is_ok_and(|stat| kind(&stat) == FileType::Directory) {
+            // As in a kubelet. If it fails, the folder has the mode of one that a program of the pod creates.
+            let rights = Mode::from_raw_mode(above.st_mode & FOLDER.as_raw_mode());
+            chmod(format!("/proc/self/fd/{}", folder.as_raw_fd()), rights).ok();
         }
+        Ok(folder)
     }
 
     /// The walk ends at a folder. The sticky bit does not protect it, because its contents are
@@ -545,6 +554,22 @@ mod tests {
             swapper.join().unwrap();
         });
         assert!(folders > 0);
+    }
+
+    #[test]
+    fn a_folder_that_a_volume_lacks_is_made_with_the_rights_of_the_volume() {
+        let (_root, path) = world();
+        let volume = path.join("volume");
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        fs::set_permissions(&volume, fs::Permissions::from_mode(0o777)).unwrap();
+        inside(&volume, Path::new("one/two"), true).unwrap();
+        assert_eq!(mode(&volume.join("one")), 0o777);
+        assert_eq!(mode(&volume.join("one/two")), 0o777);
+        // One that is there keeps its own.
+        fs::set_permissions(volume.join("one"), fs::Permissions::from_mode(0o750)).unwrap();
+        inside(&volume, Path::new("one/three"), true).unwrap();
+        assert_eq!(mode(&volume.join("one")), 0o750);
+        assert_eq!(mode(&volume.join("one/three")), 0o750);
     }
 
     #[test]

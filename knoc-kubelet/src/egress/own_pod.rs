@@ -55,7 +55,7 @@ impl Connections {
     /// The pod of the node to which the connection leads, if it leads to one and the agent can have its shim reach it.
     fn own_pod(&self, uid: &PodUid, attempt: &pb::EgressAttempt) -> Option<SocketAddr> {
         let able = self.setup.link.borrow().serves(capability::POD_ADDRESSES);
-        if !able || attempt.protocol() != pb::EgressProtocol::Tcp {
+        if !able {
             return None;
         }
         let to = (target(attempt)?, attempt.protocol());

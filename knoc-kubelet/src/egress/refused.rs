@@ -25,8 +25,7 @@ pub(super) enum Refused {
     #[error("the kubelet has not read the cluster's Services yet")]
     NotRead,
     #[error(
-        "Service {0} leads to a pod of this node at its own address, which is reached over TCP only, and only through an agent that \
-         gives pods addresses"
+        "Service {0} leads to a pod of this node at its own address, which is reached only through an agent that gives pods addresses"
     )]
     OwnPod(Name),
     #[error("the agent announced a connection to {0:?}")]

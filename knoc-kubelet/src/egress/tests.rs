@@ -133,7 +133,10 @@ async fn a_connection_to_a_pod_of_the_node_is_sent_back_and_never_dialled_from_h
     };
     connections.setup.link = channel::Sender::new(up).subscribe();
     connections.take(&to_web(2, 53, pb::EgressProtocol::Udp), &controls);
-    assert_eq!(refused(&mut told), Some(2));
+    let Some(Control::Redirect(redirect)) = told.try_recv().unwrap().control else {
+        panic!("the datagrams are not sent back");
+    };
+    assert_eq!((redirect.id, redirect.address.as_str()), (2, "10.200.0.7"));
     connections.take(&tcp, &controls);
     let sent_back = pb::EgressRedirect {
         uid: "u".to_owned(),

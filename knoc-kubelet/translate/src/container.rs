@@ -180,11 +180,11 @@ fn run_as_user(spec: PodSpec<'_>, own: Option<SecurityContext<'_>>) -> Option<i6
         .or_else(|| of_pod.and_then(|context| *context.run_as_user))
 }
 
-/// The container's setting overrides the pod's.
+/// The container's setting overrides the pod's. A program has one group inside: without a setting it is that of the pod's files.
 fn run_as_group(spec: PodSpec<'_>, own: Option<SecurityContext<'_>>) -> Option<i64> {
     let of_pod = spec.security_context.as_ref().map(PodSecurityContext::from);
     own.and_then(|context| *context.run_as_group)
-        .or_else(|| of_pod.and_then(|context| *context.run_as_group))
+        .or_else(|| of_pod.and_then(|context| context.run_as_group.or(*context.fs_group)))
 }
 
 fn shape_mount(mount: VolumeMount<'_>) -> pb::Mount {

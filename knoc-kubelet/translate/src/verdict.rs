@@ -319,7 +319,8 @@ of probes and of hooks see themselves as the program does.
 - There is no other user and no other group inside, and user 0 has no capabilities either. So nothing can be given to another user
   (`chown`), and a program that starts as root to become somebody else (`gosu`, `su`, `apt`) cannot: do not ask for `runAsUser: 0` then, and
   it runs as the HPC user, which is not root. `kubectl cp` into a container with `runAsUser: 0` needs `--no-preserve`.
-- The HPC user's further groups still count for files, but have no names and no numbers inside. `fsGroup` and `supplementalGroups` add none.
+- The HPC user's further groups still count for files, but have no names and no numbers inside. `supplementalGroups` adds none; `fsGroup` is the
+  group of the program, and so of its files, if there is no `runAsGroup`.
 - `srun` and other programs that compare their own number with that of the HPC user need a container that asks for none, or
   `user_ids = \"own\"` under `[job]` of the site file. MPI's libraries are such programs, so pods of several ranks keep the HPC user.
 

@@ -1,7 +1,8 @@
 //! Task: the datagrams that containers send to one port of the cluster's Services.
 //!
 //! A flow is what one local address of the pod exchanges with one target. Each flow has a call of `EgressStream`, which is
-//! announced with its first datagram and ends when it is idle. Answers leave with the address as their source to which the
+//! announced with its first datagram and ends when it is idle; if it leads to another pod of the node, it has a socket in the pod's
+//! network instead. Answers leave with the address as their source to which the
 //! container has sent. As with any network, what does not fit is dropped. Questions to the cluster's DNS are no flows: [`dns`]
 //! answers them.
 //!
@@ -9,12 +10,13 @@
 
 use std::{
     collections::HashMap,
+    io,
     net::{Ipv4Addr, SocketAddrV4},
     sync::Arc,
     time::Duration,
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use knoc_proto::pb::{EgressInput, egress_input::Input, egress_output::Output};
 use tokio::{
     net::UdpSocket,
@@ -190,13 +192,56 @@ struct Exchange {
 
 impl Exchange {
     async fn run(mut self, egress: Arc<Egress>) -> Key {
-        if let Some(Settled::Taken(taken)) = egress.announce(Kind::Udp, self.key.1).await {
-            self.carry(taken).await;
-        } else {
+        let reached = match egress.announce(Kind::Udp, self.key.1).await {
+            Some(Settled::Taken(taken)) => {
+                self.carry(taken).await;
+                true
+            }
+            Some(Settled::Redirected(pod)) => self.meet(pod, &egress).await.is_ok(),
+            None => false,
+        };
+        if !reached {
             let drained = async { while self.queue.recv().await.is_some() {} };
             timeout(REFUSED, drained).await.ok();
         }
         self.key
+    }
+
+    /// Exchanges datagrams with another pod of the node, until the flow is idle. An error means that nobody listens there.
+    async fn meet(&mut self, pod: SocketAddrV4, egress: &Egress) -> io::Result<()> {
+        let inside = egress.inside.get().ok_or(io::ErrorKind::NotConnected)?;
+        let socket = inside.network.datagrams().await?;
+        socket.connect(pod).await?;
+        self.exchange(&socket).await
+    }
+
+    async fn exchange(&mut self, other: &UdpSocket) -> io::Result<()> {
+        let mut until = Instant::now() + IDLE;
+        loop {
+            tokio::select! {
+                biased;
+                ready = other.readable() => {
+                    ready?;
+                    // A silent flow holds no buffer.
+                    let mut data = BytesMut::with_capacity(LONGEST);
+                    match other.try_recv_buf(&mut data) {
+                        // As on any network, it may be lost.
+                        Ok(_) => drop(reply(&self.socket, self.key, &data).await),
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                        Err(error) => return Err(error),
+                    }
+                }
+                Some(data) = self.queue.recv() => {
+                    if let Err(error) = other.send(&data).await
+                        && error.kind() == io::ErrorKind::ConnectionRefused
+                    {
+                        return Err(error);
+                    }
+                }
+                () = sleep_until(until) => return Ok(()),
+            }
+            until = Instant::now() + IDLE;
+        }
     }
 
     async fn carry(&mut self, taken: Taken) {
@@ -265,6 +310,58 @@ mod tests {
         // Another question is open, or an answer was lost.
         assert_eq!(of(true, 1), IDLE);
         assert_eq!(of(false, 0), IDLE);
+    }
+
+    #[tokio::test]
+    async fn datagrams_go_to_another_pod_and_back_until_nobody_listens_there() {
+        let soon = Duration::from_secs(20);
+        let bound = async || UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let at = |socket: &UdpSocket| match socket.local_addr().unwrap() {
+            std::net::SocketAddr::V4(address) => address,
+            std::net::SocketAddr::V6(address) => panic!("{address}"),
+        };
+        let (client, port, pod) = (bound().await, Arc::new(bound().await), bound().await);
+        let inside = bound().await;
+        inside.connect(at(&pod)).await.unwrap();
+        let (datagrams, queue) = mpsc::channel(QUEUE);
+        let mut exchange = Exchange {
+            key: (at(&client), at(&port)),
+            socket: Arc::clone(&port),
+            queue,
+            _slot: Arc::new(tokio::sync::Semaphore::new(1))
+                .try_acquire_owned()
+                .unwrap(),
+        };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { exchange.exchange(&inside).await });
+        datagrams
+            .send(Bytes::from_static(b"question"))
+            .await
+            .unwrap();
+        let mut buffer = [0; 64];
+        let (count, from) = timeout(soon, pod.recv_from(&mut buffer))
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(&buffer[..count], b"question");
+        pod.send_to(b"answer", from).await.unwrap();
+        let (count, from) = timeout(soon, client.recv_from(&mut buffer))
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!((&buffer[..count], from), (&b"answer"[..], at(&port).into()));
+        drop(pod);
+        let told = async {
+            loop {
+                // The kernel reports a refused datagram with a later call.
+                datagrams.try_send(Bytes::from_static(b"again")).ok();
+                if let Ok(ended) = timeout(Duration::from_millis(50), tasks.join_next()).await {
+                    return ended.unwrap().unwrap();
+                }
+            }
+        };
+        let ended = timeout(soon, told).await.expect("the flow goes on");
+        assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
 
     #[tokio::test]

@@ -11,6 +11,7 @@ use super::{
 const LATER: &str = "not supported yet";
 const CSI: &str = "a volume of this kind cannot be mounted by an ordinary user on a compute node";
 const OWNER: &str = "files belong to the HPC user";
+const FS_GROUP: &str = "files belong to the HPC user; inside of the container their group is `runAsGroup`, else this one: see [users](#users)";
 const IS_HPC_USER: &str = "containers run as the HPC user of the agent";
 const IDS: &str = "inside of the container, in a user namespace of the program's own; to the node the program is the HPC user. Where that is not possible it is the HPC user inside, too, with the Event `Mapped`: see [users](#users)";
 const WINDOWS: &str = "compute nodes run Linux";
@@ -148,7 +149,7 @@ pub(super) const TABLE: &[Type] = &[
     of("PodSecurityContext", "`spec.securityContext`", &[
         row("runAsUser runAsGroup", Any, Honoured, IDS),
         row("supplementalGroups supplementalGroupsPolicy", Any, Mapped, IS_HPC_USER),
-        row("fsGroup fsGroupChangePolicy", Any, Mapped, OWNER),
+        row("fsGroup fsGroupChangePolicy", Any, Mapped, FS_GROUP),
         row("runAsNonRoot", Any, Honoured, NON_ROOT),
         row("seccompProfile appArmorProfile", Any, Inside("Profile"), ""),
         row("seLinuxChangePolicy", Any, Satisfied, ""),
