@@ -225,8 +225,10 @@ async fn an_image_that_is_replaced_is_not_started() -> anyhow::Result<()> {
         .spec("volumes", json!([{"name": "go", "emptyDir": {}}]))
         .set("volumeMounts", json!([{"name": "go", "mountPath": "/go"}]));
     let uid = world.running(&restarts).await?;
+    // The program ends as soon as it sees the file, and a command that has not ended by then is killed with it.
+    let go_on = "(sleep 1; touch /go/on) >/dev/null 2>&1 &";
     // Unchanged, it starts again.
-    world.exec(&uid, "main", ["touch", "/go/on"]).ok().await?;
+    world.exec(&uid, "main", ["sh", "-c", go_on]).ok().await?;
     world
         .wait_for_state("restarts", "started again", SOON, |pod| {
             let status = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
@@ -237,7 +239,7 @@ async fn an_image_that_is_replaced_is_not_started() -> anyhow::Result<()> {
         "mv {image} {folder}/old; ln -s /images/own.sif {image}"
     ))
     .await?;
-    world.exec(&uid, "main", ["touch", "/go/on"]).ok().await?;
+    world.exec(&uid, "main", ["sh", "-c", go_on]).ok().await?;
     let message = world
         .wait_for_state("restarts", "refused", SOON, |pod| {
             let (_, message) = last_reason(pod)?;

@@ -132,8 +132,9 @@ async fn open_mpi_of_debian_uses_nothing_but_shared_memory_on_one_node() -> anyh
 /// What a rank does that shares a node with another one. It waits for the file `go` and ends then, if it is the one that ends first.
 /// Otherwise it waits until the other one is gone, and goes on for a while.
 fn beside(first: &str) -> String {
+    // Kubernetes makes one dollar sign of two.
     format!(
-        "touch /tmp/i-am-$SLURM_PROCID; echo $$ >/dev/shm/pid-$SLURM_PROCID; echo ready; \
+        "touch /tmp/i-am-$SLURM_PROCID; echo $$$$ >/dev/shm/pid-$SLURM_PROCID; echo ready; \
          while ! test -e /dev/shm/go; do sleep 0.1; done; \
          if test $SLURM_PROCID = {first}; then exit 0; fi; \
          while test -d /proc/$(cat /dev/shm/pid-{first}); do sleep 0.1; done; sleep 2; echo outlived"
