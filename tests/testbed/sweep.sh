@@ -47,6 +47,10 @@ afresh
 [ -z "$left" ] || kubectl delete $left --wait=false --ignore-not-found >/dev/null
 # Of l3_metrics: no namespace ends while an API that the API server offers has no server. A given cluster has its own metrics-server.
 [ -n "$given_kubeconfig" ] || "$testbed/kube/metrics-server.sh" down
+# Of the upstream suite: webhooks whose servers are gone keep what they watch. The bed has none of its own.
+webhooks=$(kubectl get validatingwebhookconfigurations,mutatingwebhookconfigurations -o name | grep '/webhook-' || true)
+crds=$(kubectl get customresourcedefinitions -o name | grep -E '/e2e-test-.*\.example\.com$|\.webhook\.example\.com$' || true)
+[ -n "$given_kubeconfig" ] || [ -z "$webhooks$crds" ] || kubectl delete $webhooks $crds --wait=false >/dev/null
 # Of l3_proxy: kube-proxy, nginx and their node.
 "$testbed/kube/proxy.sh" down
 # Of l3_chart: what its release has outside of its namespace.

@@ -203,6 +203,48 @@ async fn containers_share_their_processes_and_one_may_end_that_of_another() -> a
     world.finish().await
 }
 
+/// Its other processes would be in the namespace in which the runtime of the ephemeral container starts.
+#[tokio::test]
+async fn nothing_shares_the_processes_of_a_program_that_has_entered_further_namespaces()
+-> anyhow::Result<()> {
+    let world = World::new("unshared").await?;
+    for network in ["host", "private"] {
+        let name = format!("hides-{network}");
+        let pod = PodBuilder::new(&name)
+            .annotation("knoc.io/network", network)
+            .sh("while :; do sleep 1; done & exec unshare -U -m sleep 600");
+        let uid = world.running(&pod).await?;
+        // It has done so.
+        let unshared = "! cmp -s /proc/1/uid_map /proc/self/uid_map || test \"$(readlink /proc/1/ns/user)\" != \"$(readlink /proc/self/ns/user)\"";
+        wait_for("the program has its own namespaces", SOON, async || {
+            let look = world.exec(&uid, "main", ["sh", "-c", unshared]);
+            look.ok().await.map(drop)
+        })
+        .await?;
+        let image = format!("--image={}", PodBuilder::image_name());
+        let debug = [
+            "debug",
+            &name,
+            "--attach=false",
+            "--target=main",
+            "-c",
+            "helper",
+        ];
+        let run = world.kubectl(debug).arg(&image);
+        run.args(["--", "sleep", "600"]).ok().await?;
+        let refused = |pod: &Pod| {
+            let all = pod.status.as_ref()?.ephemeral_container_statuses.as_ref()?;
+            let state = all.first()?.state.as_ref()?;
+            let message = state.terminated.as_ref()?.message.clone()?;
+            message.contains("namespaces of its own").then_some(())
+        };
+        world
+            .wait_for_state(&name, "it is refused", SOON, refused)
+            .await?;
+    }
+    world.finish().await
+}
+
 /// Which containers' files, or the node's, a container reaches by the processes that it sees.
 const REACHES: &str = "for process in /proc/[0-9]*; do \
      for one in main other helper; do [ ! -e $process/root/tmp/i-am-$one ] || echo $one; done; \

@@ -151,7 +151,7 @@ async fn a_connection_to_a_pod_of_the_node_is_sent_back_and_never_dialled_from_h
     assert!(connections.carried.is_empty());
     let counted = connections.setup.traffic.counted();
     assert_eq!(counted.made, 0, "the kubelet carries none");
-    assert_eq!(counted.refused, [(Reason::Endpoint, 2)].into());
+    assert_eq!(counted.refused, [(Reason::Endpoint, 1)].into());
 }
 
 #[tokio::test]

@@ -107,9 +107,7 @@ carried! {
 
     /// The `securityContext` of a pod.
     PodSecurityContext of core::PodSecurityContext, judged as "PodSecurityContext" {
-        taken {
-            fs_group: Option<i64>, run_as_group: Option<i64>, run_as_non_root: Option<bool>, run_as_user: Option<i64>,
-        }
+        taken { fs_group: Option<i64>, run_as_group: Option<i64>, run_as_non_root: Option<bool>, run_as_user: Option<i64> }
         elsewhere {}
         left {
             app_armor_profile, fs_group_change_policy, se_linux_change_policy, se_linux_options,

@@ -34,6 +34,15 @@ enum Whose {
     Container,
 }
 
+/// Where this process is when it joins a container's processes: which user namespace is above those of containers.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Within {
+    /// In the user namespace of the pod's network, in which runtimes of such pods start.
+    Network,
+    /// In that of the shim: each container's runtime has started in one directly below.
+    Node,
+}
+
 impl Beside {
     /// The helper that holds the PID namespace of the pod.
     pub(crate) fn holder(process: Identity) -> Self {
@@ -82,7 +91,7 @@ impl Beside {
 
     /// Enters the user namespace that gives the rights for the process's PID namespace and in which the process itself has
     /// none, and has the children of this process created in the latter.
-    pub(super) fn join(self) -> io::Result<()> {
+    pub(super) fn join(self, within: Within) -> io::Result<()> {
         let open = |name: &str| File::open(format!("/proc/{}/ns/{name}", self.pid));
         let (user, processes) = (open("user")?, open("pid")?);
         let files = OwnedFd::from(open("mnt")?);
@@ -101,7 +110,20 @@ impl Beside {
                         "the target has no user namespace of its own, so nothing can share its processes safely",
                     ));
                 }
-                File::from(sys::parent_of_namespace(&owner.into())?)
+                let above = File::from(sys::parent_of_namespace(&owner.into())?);
+                let expected = match within {
+                    Within::Network => is_own(&above)?,
+                    Within::Node => {
+                        is_own(&sys::parent_of_namespace(&above.try_clone()?.into())?.into())?
+                    }
+                };
+                // A program that has entered further namespaces would lead to one in which its own processes are.
+                if !expected {
+                    return Err(io::Error::other(
+                        "the target has entered namespaces of its own, so nothing can share its processes safely",
+                    ));
+                }
+                above
             }
         };
         if !is_own(&user)? {

@@ -54,6 +54,7 @@ use rustix::thread::{
 
 use self::spec::{ContainSpec, MountSpec, SourceError};
 use super::{
+    beside::Within,
     enter, fds,
     ids::{self, Ids, Isolated},
     sys,
@@ -212,7 +213,12 @@ fn enter_namespaces(
     drop(namespaces);
     Ok(match (spec.beside, &spec.network) {
         (Some(beside), _) => {
-            let joined = beside.join();
+            let within = if spec.network.is_some() {
+                Within::Network
+            } else {
+                Within::Node
+            };
+            let joined = beside.join(within);
             joined.map_err(ContainError::on("join the shared processes"))?;
             unshare_mounts()?;
             ControlFlow::Continue(None)

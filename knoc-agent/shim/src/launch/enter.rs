@@ -36,7 +36,11 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space, set_no_new_privs},
 };
 
-use super::{account, beside::Beside, fds, folder, ids, program, sys};
+use super::{
+    account,
+    beside::{Beside, Within},
+    fds, folder, ids, program, sys,
+};
 use crate::signals::Identity;
 
 /// In the order of joining: the user namespace gives the rights for the others, the mount namespace hides `/proc`.
@@ -201,8 +205,14 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
             )))?;
     }
     if let Some(beside) = beside {
+        let mut joined = target.network.iter();
+        let within = if joined.any(|(name, ..)| *name == "user") {
+            Within::Network
+        } else {
+            Within::Node
+        };
         beside
-            .join()
+            .join(within)
             .map_err(EnterError::on("join the shared processes"))?;
     }
     let own_user = target.namespaces.iter().all(|(name, ..)| *name != "user");
