@@ -12,17 +12,13 @@ use std::{
     time::Duration,
 };
 
-use knoc_link::verifier::provider;
+use knoc_link::verifier::{CheckCertificate, Tls13Verifier, provider};
 use knoc_proto::{egress::AllowList, error::chain};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, SignatureScheme,
-    client::{
-        Resumption,
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        verify_server_name,
-    },
-    crypto::{verify_tls12_signature, verify_tls13_signature},
+    CertificateError, ClientConfig,
+    client::{Resumption, verify_server_name},
     server::ParsedCertificate,
+    version::TLS13,
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::{
@@ -240,7 +236,7 @@ async fn names_instead(
     endpoint: SocketAddr,
     name: ServerName<'static>,
 ) -> io::Result<Option<Vec<String>>> {
-    let connector = TlsConnector::from(Arc::new(config()?));
+    let connector = TlsConnector::from(Arc::new(config(name.clone())?));
     let shown = async {
         let stream = TcpStream::connect(endpoint).await?;
         connector.connect(name, stream).await
@@ -268,60 +264,30 @@ fn presented(error: &io::Error) -> Option<Vec<String>> {
     }
 }
 
-/// Without a client's certificate and without sessions: in a resumed one the server shows none.
-fn config() -> io::Result<ClientConfig> {
+/// Without a client's certificate and without sessions: in a resumed one the server shows none. Every API server speaks TLS 1.3.
+fn config(name: ServerName<'static>) -> io::Result<ClientConfig> {
     let mut config = ClientConfig::builder_with_provider(provider())
-        .with_safe_default_protocol_versions()
+        .with_protocol_versions(&[&TLS13])
         .map_err(io::Error::other)?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(NameOnly))
+        .with_custom_certificate_verifier(Arc::new(Tls13Verifier(Named(name))))
         .with_no_client_auth();
     config.resumption = Resumption::disabled();
     Ok(config)
 }
 
-/// Accepts every certificate that names the server, whoever has issued it.
+/// Accepts every certificate that has this name, whoever has issued it.
 #[derive(Debug)]
-struct NameOnly;
+struct Named(ServerName<'static>);
 
-impl ServerCertVerifier for NameOnly {
-    fn verify_server_cert(
+impl CheckCertificate for Named {
+    fn check(
         &self,
         end_entity: &CertificateDer<'_>,
         _intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
         _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let certificate = ParsedCertificate::try_from(end_entity)?;
-        verify_server_name(&certificate, server_name)?;
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &provider().signature_verification_algorithms;
-        verify_tls12_signature(message, cert, dss, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &provider().signature_verification_algorithms;
-        verify_tls13_signature(message, cert, dss, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider()
-            .signature_verification_algorithms
-            .supported_schemes()
+    ) -> Result<(), rustls::Error> {
+        verify_server_name(&ParsedCertificate::try_from(end_entity)?, &self.0)
     }
 }
 

@@ -77,6 +77,7 @@ fn shape_container(
         problems.push("image is missing".to_owned());
     }
     let probes = probe::shape(container, problems);
+    let mounts = container.volume_mounts.iter().flatten();
     pb::Container {
         name: container.name.clone(),
         pull_policy: pull_policy(container.image_pull_policy.as_deref(), &image).into(),
@@ -84,12 +85,7 @@ fn shape_container(
         command: container.command.clone().unwrap_or_default(),
         args: container.args.clone().unwrap_or_default(),
         working_dir: container.working_dir.clone().unwrap_or_default(),
-        mounts: container
-            .volume_mounts
-            .iter()
-            .flatten()
-            .map(|mount| shape_mount(mount.into()))
-            .collect(),
+        mounts: mounts.map(|mount| shape_mount(mount.into())).collect(),
         requests: Some(requests),
         limits: Some(limits),
         tty: *container.tty == Some(true),

@@ -1,5 +1,5 @@
 use k8s_openapi::api::core::v1 as core;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
 
@@ -255,18 +255,22 @@ fn paths_of_mounts_are_as_a_kubelet_takes_them() {
 
 #[test]
 fn the_user_of_a_container_overrides_the_pods() {
-    let mut pod = pod();
-    let spec = pod.spec.as_mut().unwrap();
-    spec.security_context =
-        serde_json::from_value(json!({"runAsUser": 1000, "runAsGroup": 2000})).unwrap();
-    spec.containers[1].security_context =
-        serde_json::from_value(json!({"runAsUser": 0, "runAsGroup": 3})).unwrap();
-    let shape = shape(&pod).unwrap();
-    let containers = shape.containers.iter();
-    let ids: Vec<_> = containers
-        .map(|one| (one.run_as_user, one.run_as_group))
-        .collect();
-    assert_eq!(ids, [(Some(1000), Some(2000)), (Some(0), Some(3))]);
+    let ids = |of_pod: Value| {
+        let mut pod = pod();
+        let spec = pod.spec.as_mut().unwrap();
+        spec.security_context = serde_json::from_value(of_pod).unwrap();
+        spec.containers[1].security_context =
+            serde_json::from_value(json!({"runAsUser": 0, "runAsGroup": 3})).unwrap();
+        let shape = shape(&pod).unwrap();
+        let containers = shape.containers.iter();
+        let ids = containers.map(|one| (one.run_as_user, one.run_as_group));
+        ids.collect::<Vec<_>>()
+    };
+    let own = (Some(0), Some(3));
+    let both = json!({"runAsUser": 1000, "runAsGroup": 2000, "fsGroup": 4000});
+    assert_eq!(ids(both), [(Some(1000), Some(2000)), own]);
+    // A program has one group inside: without another one it is that of the pod's files.
+    assert_eq!(ids(json!({"fsGroup": 4000})), [(None, Some(4000)), own]);
 }
 
 #[test]

@@ -130,6 +130,12 @@ fn note_rights(
     report.bad(what, &text, cure)
 }
 
+/// What kubectl prints; `None` if there is none, or if the user may not see it.
+async fn listed(arguments: &[&str]) -> Option<String> {
+    let said = program("kubectl", arguments).await?.ok()?;
+    said.ok.then(|| said.text())
+}
+
 /// The most nodes whose pods are looked at. Anybody who can create EndpointSlices can name nodes in them.
 const NODES: usize = 32;
 
@@ -144,13 +150,9 @@ async fn relayed(report: &mut Report) -> Result<(), CtlError> {
         r#"--output=jsonpath={range .items[*]}{.metadata.labels.knoc\.io/node}{"\n"}{end}"#,
         TIMEOUT,
     ];
-    let Some(Ok(said)) = program("kubectl", &nodes).await else {
+    let Some(text) = listed(&nodes).await else {
         return Ok(());
     };
-    if !said.ok {
-        return Ok(());
-    }
-    let text = said.text();
     let nodes: BTreeSet<&str> = text.lines().map(str::trim).collect();
     let nodes = nodes.into_iter().filter(|node| !node.is_empty());
     for node in nodes.take(NODES) {
@@ -163,12 +165,11 @@ async fn relayed(report: &mut Report) -> Result<(), CtlError> {
             r#"--output=jsonpath={range .items[*]}{.metadata.namespace}/{.metadata.name} {.status.podIP}{"\n"}{end}"#,
             TIMEOUT,
         ];
-        let Some(Ok(said)) = program("kubectl", &pods).await else {
+        let Some(text) = listed(&pods).await else {
             continue;
         };
         let check = format!("cluster: relayed pods of {node}");
-        match published(&said.text()) {
-            _ if !said.ok => {}
+        match published(&text) {
             None => report.good(&check, "none has an address of its own")?,
             Some(pod) => {
                 let text = format!(
@@ -200,13 +201,9 @@ async fn names(report: &mut Report) -> Result<(), CtlError> {
         r#"--output=jsonpath={range .items[*]}{.metadata.name}{"\t"}{range .status.conditions[?(@.type=="ApiServerCertificateMismatch")]}{.status}{"\t"}{.message}{end}{"\n"}{end}"#,
         TIMEOUT,
     ];
-    let Some(Ok(said)) = program("kubectl", &nodes).await else {
+    let Some(text) = listed(&nodes).await else {
         return Ok(());
     };
-    if !said.ok {
-        return Ok(());
-    }
-    let text = said.text();
     for (node, status, message) in text.lines().filter_map(condition).take(NODES) {
         let check = format!("cluster: API server's certificate, for pods of {node}");
         if status == "False" {
