@@ -203,10 +203,10 @@ async fn dial(
     let (before, own, held) = look(port, move || {
         let held = match mode {
             Hold::No => HashMap::new(),
-            Hold::Yes => listeners::hold(&listeners::on(port, None), root),
+            Hold::Yes => listeners::hold(port, root),
         };
         let (all, own) = listeners::look(port, root);
-        (all.listeners, own, held)
+        (all, own, held)
     })
     .await?;
     if held.keys().any(|inode| !own.contains(inode)) {
@@ -214,15 +214,12 @@ async fn dial(
         return Ok(None);
     }
     for address in choose(&before, &own, port, reach)? {
-        match TcpStream::connect(SocketAddr::new(address, port)).await {
+        let server = SocketAddr::new(address, port);
+        match TcpStream::connect(server).await {
             Ok(stream) => {
                 let client = stream.local_addr().ok();
                 let known = before.clone();
-                let whose = move || {
-                    let after = listeners::on(port, client);
-                    let own = listeners::owned(&after, root);
-                    listeners::is_own(&known, &after, &own, address)
-                };
+                let whose = move || listeners::still_own(&known, client, server, root);
                 let is_own = look(port, whose).await?;
                 drop(held);
                 if !is_own {

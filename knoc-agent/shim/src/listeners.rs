@@ -2,7 +2,9 @@
 //!
 //! Containers share the node's network, in which other users' programs and other pods listen, too. Only sockets that a
 //! process of this job holds open count. This is checked before a connection is made ([`choose`]) and after ([`is_own`]).
-//! Parsing and choosing are pure; the functions that read `/proc` block, but touch no disk.
+//! Parsing and choosing are pure; the functions that read `/proc` block, but touch no disk. The kernel is asked for the listeners
+//! of one port ([`listening`]), which costs little. `/proc/net/tcp` takes milliseconds on a node with much memory, so it is
+//! read only if the listeners changed meanwhile, or if the kernel does not answer.
 
 mod diag;
 
@@ -33,7 +35,7 @@ const LOOKS: u32 = 20;
 const USER_LOOKS: usize = 3;
 
 /// A listening TCP socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Listener {
     pub(crate) address: SocketAddr,
     pub(crate) inode: u64,
@@ -50,6 +52,7 @@ pub(crate) struct FarEnd {
 /// The sockets of one port, as they were at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Table {
+    /// In their own order, so that two of these lists can be compared.
     pub(crate) listeners: Vec<Listener>,
     /// The far end of the connection that was asked for.
     pub(crate) far_end: Option<FarEnd>,
@@ -260,42 +263,70 @@ pub(crate) fn on(port: u16, client: Option<SocketAddr>) -> Table {
     let mut all = parse(&read("tcp"), port, client);
     let six = parse(&read("tcp6"), port, client);
     all.listeners.extend(six.listeners);
+    all.listeners.sort_unstable();
     all.far_end = all.far_end.or(six.far_end);
     all
 }
 
-/// Who listens on `port` now: the same as [`on`], in any order, and at little cost if the kernel can be asked.
-pub(crate) fn listening(port: u16) -> HashSet<Listener> {
-    let told = diag::listening(port).unwrap_or_else(|| on(port, None).listeners);
-    told.into_iter().collect()
+/// Who listens on `port` now, as [`on`] tells it, but at little cost if the kernel can be asked.
+pub(crate) fn listening(port: u16) -> Vec<Listener> {
+    let Some(mut told) = diag::listening(port) else {
+        return on(port, None).listeners;
+    };
+    told.sort_unstable();
+    told
 }
 
 /// Those sockets of `table` that a process below `root` holds open.
 pub(crate) fn owned(table: &Table, root: u32) -> HashSet<u64> {
-    holders(table, root).into_keys().collect()
+    let far_end = table.far_end.map(|far_end| far_end.inode);
+    let wanted = inodes(&table.listeners).chain(far_end.filter(|inode| *inode != 0));
+    holders(&wanted.collect(), root).into_keys().collect()
+}
+
+fn inodes(listeners: &[Listener]) -> impl Iterator<Item = u64> {
+    listeners.iter().map(|one| one.inode)
 }
 
 /// The listeners on `port`, and those of them that a process below `root` holds open. A socket that is closed during the
 /// search for its owner would seem to be foreign, so the search is repeated, within limits, until nothing changes.
-pub(crate) fn look(port: u16, root: u32) -> (Table, HashSet<u64>) {
-    let mut all = on(port, None);
+pub(crate) fn look(port: u16, root: u32) -> (Vec<Listener>, HashSet<u64>) {
+    let search = |all: &[Listener]| holders(&inodes(all).collect(), root).into_keys().collect();
+    let mut all = listening(port);
     for _ in 0..LOOKS {
-        let own = owned(&all, root);
-        let again = on(port, None);
+        let own = search(&all);
+        let again = listening(port);
         if again == all {
             return (all, own);
         }
         all = again;
     }
-    let own = owned(&all, root);
+    let own = search(&all);
     (all, own)
 }
 
-/// Copies of the descriptors of the listeners that processes below `root` hold open. While the shim holds them the sockets
-/// keep listening, even if their process closes them. Some are missing if the kernel (before Linux 5.6) or its
+/// Whether the connection from `client` to `address` leads to a process below `root`. `before` are the listeners when it was
+/// dialled, all of which at that address were the pod's. [`is_own`] decides it if they changed.
+pub(crate) fn still_own(
+    before: &[Listener],
+    client: Option<SocketAddr>,
+    address: SocketAddr,
+    root: u32,
+) -> bool {
+    let port = address.port();
+    if before == listening(port) {
+        return true;
+    }
+    let after = on(port, client);
+    let own = owned(&after, root);
+    is_own(before, &after, &own, address.ip())
+}
+
+/// Copies of the descriptors of the listeners on `port` that processes below `root` hold open. While the shim holds them the
+/// sockets keep listening, even if their process closes them. Some are missing if the kernel (before Linux 5.6) or its
 /// configuration does not allow it.
-pub(crate) fn hold(table: &Table, root: u32) -> HashMap<u64, OwnedFd> {
-    let held = holders(table, root).into_iter();
+pub(crate) fn hold(port: u16, root: u32) -> HashMap<u64, OwnedFd> {
+    let held = holders(&inodes(&listening(port)).collect(), root).into_iter();
     held.filter_map(|(inode, (pid, number))| {
         let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
         let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
@@ -306,13 +337,8 @@ pub(crate) fn hold(table: &Table, root: u32) -> HashMap<u64, OwnedFd> {
     .collect()
 }
 
-/// The process that holds each socket, and its descriptor's number, by the socket's inode.
-fn holders(table: &Table, root: u32) -> HashMap<u64, (u32, i32)> {
-    let listeners = table.listeners.iter().map(|one| one.inode);
-    let far_end = table.far_end.map(|far_end| far_end.inode);
-    let wanted: HashSet<u64> = listeners
-        .chain(far_end.filter(|inode| *inode != 0))
-        .collect();
+/// The process that holds each of these sockets, and its descriptor's number, by the socket's inode.
+fn holders(wanted: &HashSet<u64>, root: u32) -> HashMap<u64, (u32, i32)> {
     let mut found = HashMap::new();
     if wanted.is_empty() {
         return found;
@@ -504,7 +530,7 @@ mod tests {
         let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = socket.local_addr().unwrap();
         let all = on(address.port(), None);
-        let held = hold(&all, std::os::unix::process::parent_id());
+        let held = hold(address.port(), std::os::unix::process::parent_id());
         if held.is_empty() {
             eprintln!("this kernel gives no descriptors of other processes");
             return;

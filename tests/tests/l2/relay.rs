@@ -174,7 +174,7 @@ async fn a_service_leads_to_its_pods_until_they_are_gone() -> anyhow::Result<()>
     }
     // Many at once, each with data in both directions and a half-close.
     let mut connections = JoinSet::new();
-    for number in 0..60u8 {
+    for number in 0..200u8 {
         let address = *addresses
             .iter()
             .nth(usize::from(number % 2))

@@ -5,7 +5,7 @@
 //! the same sockets listen, the same address leads to the pod.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -34,7 +34,7 @@ pub(super) struct Known {
 #[derive(Debug, Clone)]
 struct Way {
     address: IpAddr,
-    listeners: HashSet<Listener>,
+    listeners: Vec<Listener>,
 }
 
 impl Way {
@@ -83,7 +83,6 @@ impl Known {
         if ways.len() >= PORTS {
             ways.clear();
         }
-        let listeners = listeners.into_iter().collect();
         ways.insert(port, Way { address, listeners });
         Ok(stream)
     }
