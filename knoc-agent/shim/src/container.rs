@@ -343,7 +343,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let mut up = bring_up(pod, attempt, &folders, container).await?;
     complete_inside(pod, attempt, (&mut folders, &mut up), &mut spec).await?;
     let (stdio, sources) = stdio::pipes(container).map_err(PrepareError::Pipes)?;
-    [spec.uid, spec.gid] = ids::wanted(pod, container, &config);
+    [spec.uid, spec.gid] = ids::wanted(pod, container, &config, spec.passwd.as_deref());
     let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);
     let (terminal, own_ids) = launched(&mut up.runtime, launching).await?;
     drop(turn);

@@ -15,7 +15,10 @@ use knoc_proto::{
 };
 
 use super::{egress::ApiServer, gpus};
-use crate::runtime::{Gpus, INSIDE};
+use crate::{
+    launch::account,
+    runtime::{Gpus, INSIDE},
+};
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const TERMINATION_LOG: &str = "/dev/termination-log";
@@ -92,22 +95,24 @@ pub(crate) fn launch_spec(
     }
 }
 
-/// PURE: the user and the group that the program is to see itself as: those of the pod, else those of the image if they are
-/// numbers. An image whose user is root does not ask for it: most images only do not name another one, and what they start as root
-/// wants rights that nobody can give it here.
-pub(crate) fn ids(container: &pb::Container, image: &pb::ImageConfig) -> [Option<u32>; 2] {
+/// PURE: the user and the group that the program is to see itself as: those of the pod, else those of the image. The number of a name is
+/// that in `passwd`, the image's own file. An image whose user is root does not ask for it: most images only do not name another one,
+/// and what they start as root wants rights that nobody can give it here.
+pub(crate) fn ids(
+    container: &pb::Container,
+    image: &pb::ImageConfig,
+    passwd: Option<&[u8]>,
+) -> [Option<u32>; 2] {
     let id = |id: Option<i64>| id.and_then(|id| u32::try_from(id).ok());
-    let (user, group) = image
-        .user
-        .split_once(':')
-        .unwrap_or((image.user.as_str(), ""));
     let gid = id(container.run_as_group);
     if container.run_as_user.is_some() {
         return [id(container.run_as_user), gid];
     }
-    match user.parse() {
-        Ok(uid) if uid != 0 => [Some(uid), gid.or_else(|| group.parse().ok())],
-        Ok(_) | Err(_) => [None, gid],
+    let group = image.user.split_once(':').map_or("", |(_, group)| group);
+    let uid = account::uid_of(passwd.unwrap_or_default(), image.user.as_bytes());
+    match uid {
+        Some(1..) => [uid, gid.or_else(|| group.parse().ok())],
+        Some(0) | None => [None, gid],
     }
 }
 
@@ -420,7 +425,11 @@ mod tests {
         for (user, group, of_image, wanted) in [
             (None, None, "", [None, None]),
             (None, None, "0", [None, None]),
-            (None, None, "jovyan", [None, None]),
+            (None, None, "jovyan", [Some(1000), None]),
+            (None, None, "jovyan:5", [Some(1000), Some(5)]),
+            (None, None, "jovyan:users", [Some(1000), None]),
+            (None, None, "toor", [None, None]),
+            (None, None, "nobody-knows", [None, None]),
             (None, None, "1234", [Some(1234), None]),
             (None, None, "1234:5", [Some(1234), Some(5)]),
             (None, None, "1234:users", [Some(1234), None]),
@@ -439,8 +448,9 @@ mod tests {
                 user: of_image.to_owned(),
                 ..Default::default()
             };
+            let passwd = b"jovyan:x:1000:100::/:\ntoor:x:0:0::/:\n";
             assert_eq!(
-                ids(&container, &image),
+                ids(&container, &image, Some(passwd)),
                 wanted,
                 "{user:?} {group:?} {of_image}"
             );

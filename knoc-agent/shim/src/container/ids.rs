@@ -22,10 +22,11 @@ pub(super) fn wanted(
     pod: &Pod,
     container: &pb::Container,
     image: &pb::ImageConfig,
+    passwd: Option<&[u8]>,
 ) -> [Option<u32>; 2] {
     let nests = pod.runtime.isolates() && !pod.mounting.by_name() && !container.fakeroot;
     if nests && !pod.keeps_ids() {
-        environment::ids(container, image)
+        environment::ids(container, image, passwd)
     } else {
         [None; 2]
     }

@@ -132,7 +132,7 @@ fn number(field: &[u8]) -> Option<u32> {
 
 /// PURE: the uid that `user` means, in the form of an image's `User`: a name or a number, with or without a group. A
 /// number is always a uid, never a name.
-fn uid_of(passwd: &[u8], user: &[u8]) -> Option<u32> {
+pub(crate) fn uid_of(passwd: &[u8], user: &[u8]) -> Option<u32> {
     let user = user.split(|byte| *byte == b':').next().unwrap_or_default();
     if user.is_empty() {
         return Some(0);
