@@ -51,7 +51,7 @@ impl<'a> Ranks<'a> {
         let mut problems = numbers(job);
         if self.shares_processes {
             problems.push(
-                "spec.shareProcessNamespace: the ranks of a pod (knoc.io/mpi) run on several nodes and share no processes; \
+                "spec.shareProcessNamespace: the ranks of a pod (knoc.io/mpi) share processes only with those on the same node; \
                  leave it out"
                     .to_owned(),
             );

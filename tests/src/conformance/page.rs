@@ -45,7 +45,8 @@ and EndpointSlices need pods with different addresses: they run with `NODES=excl
 No single policy serves all of list B, so it runs twice: first with `KNOC_NODE_POD_IP=own KNOC_NODE_POD_RANGE=10.200.0.0/16`, where pods reach
 pods, and then what failed (`ONLY=failed`) with `KNOC_NODE_POD_IP=none`, where the API server reaches webhooks in pods through Services. Of those
 that fail in both, one wants a folder that belongs to root. In all others the API server connects to pods by their own addresses
-(`pods/NAME/proxy`), for which the cluster would need a route to them; a Service, `kubectl port-forward` and the relay need none.
+(`pods/NAME/proxy`), for which the cluster would need a route to them; a Service, `kubectl port-forward` and the relay need none. What still failed
+ran a third time with `NETWORK=host`, in the networks of the compute nodes, and has `node` in the column podIP.
 ";
 
 impl Page {
