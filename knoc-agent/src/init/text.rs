@@ -271,8 +271,8 @@ registries = []
 # node's resolvers (its /etc/resolv.conf) instead.
 # node_dns_suffixes = ["hpc.example.org"]  # example
 # As whom programs see themselves, where compute nodes have user namespaces: "requested", as the user and the group that the pod asks
-# for (runAsUser, runAsGroup), or the image by a number other than 0; "own", as you. To the node and its file systems they are you in
-# either case. Programs that compare their own number with yours, such as srun in a container, need "own".
+# for (runAsUser, runAsGroup), or the image unless it is root; "own", as you. To the node and its file systems they are you in either
+# case. Programs that compare their own number with yours, such as srun in a container, need "own".
 # user_ids = "requested"  # default
 
 # How images from registries are kept.

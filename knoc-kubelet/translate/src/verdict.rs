@@ -310,9 +310,9 @@ the pod asks it (`dnsPolicy`) and reaches it, else it is the compute node's; wit
 ## Users
 
 To the node, to its file systems and to other jobs every program is the HPC user. Inside of the container it sees itself as the user and
-the group that the pod asks for (`runAsUser`, `runAsGroup`); if the pod asks for no user, as those that the image names by a number other
-than 0 (`USER 1234:5678`; a name, as in `USER redis`, does not count). Without a group it is that of the user in the image's `/etc/passwd`,
-else 0. Commands of `kubectl exec`, of probes and of hooks see themselves as the program does.
+the group that the pod asks for (`runAsUser`, `runAsGroup`); if the pod asks for no user, as those of the image, unless that user is root
+(`USER 1234:5678`, or `USER redis`, whose number the image's `/etc/passwd` has). Without the number of a group it is that of the user in that
+file, else 0. Commands of `kubectl exec`, of probes and of hooks see themselves as the program does.
 
 - What belongs to the HPC user belongs, inside, to the program's user: in every container that looks at it, whatever its user. Outside, new
   files belong to the HPC user. What belongs to anybody else is shown as 65534, `nobody`.
