@@ -6,6 +6,7 @@ use std::{net::TcpListener, time::Duration};
 use anyhow::ensure;
 use knoc_proto::pb::{self, OutcomeKind};
 use knoc_tests::{
+    endpoint,
     site::{Options, Pod, Site, container, free_port},
     wait_for,
 };
@@ -75,10 +76,7 @@ async fn a_host_port_leads_to_the_pod_and_ends_with_it() -> anyhow::Result<()> {
     .await?;
     pod.remove(&client).await?;
     wait_for("nobody listens", SOON, async || {
-        match TcpStream::connect(("127.0.0.1", port)).await {
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => Ok(()),
-            other => Err(format!("{other:?}")),
-        }
+        endpoint::refuses(("127.0.0.1", port)).await
     })
     .await
 }

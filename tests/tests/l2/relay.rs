@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
+    endpoint,
     pod::some_port,
     site::{Daemon, Kubelet, NODE, Options, Site, free_port},
     wait_for,
@@ -127,14 +128,8 @@ async fn answers(address: SocketAddr) -> anyhow::Result<()> {
 async fn refused(kubelet: &Kubelet, address: SocketAddr) -> anyhow::Result<()> {
     wait_for("no endpoint", SOON, async || {
         let slices = slices(kubelet);
-        match TcpStream::connect(address).await {
-            Err(error)
-                if slices.is_empty() && error.kind() == std::io::ErrorKind::ConnectionRefused =>
-            {
-                Ok(())
-            }
-            other => Err(format!("{other:?} {slices:?}")),
-        }
+        ensure!(slices.is_empty(), "{slices:?}");
+        endpoint::refuses(address).await
     })
     .await
 }
