@@ -7,7 +7,8 @@ use anyhow::ensure;
 use knoc_proto::pb::{self, OutcomeKind};
 use knoc_tests::{
     endpoint,
-    site::{Options, Pod, Site, container, free_port},
+    ports::free_port,
+    site::{Options, Pod, Site, container},
     wait_for,
 };
 use tokio::{

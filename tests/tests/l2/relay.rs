@@ -6,8 +6,8 @@ use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
     endpoint,
-    pod::some_port,
-    site::{Daemon, Kubelet, NODE, Options, Site, free_port},
+    ports::{free_port, free_range},
+    site::{Daemon, Kubelet, NODE, Options, Site},
     wait_for,
 };
 use serde_json::{Value, json};
@@ -41,8 +41,8 @@ async fn start() -> anyhow::Result<(Site, Kubelet, [Daemon; 2])> {
 }
 
 async fn relaying(site: &Site, kubelet: &Kubelet) -> anyhow::Result<Daemon> {
-    let first = some_port();
-    let ports = format!("{first}-{}", first + 39);
+    let ports = free_range(40)?;
+    let ports = format!("{}-{}", ports.start(), ports.end());
     let env = [
         ("KNOC_RELAY_ALLOW", "default/*"),
         ("KNOC_RELAY_PORTS", &*ports),
