@@ -34,7 +34,7 @@ pub(crate) struct Kept(Mutex<Vec<OwnedFd>>);
 impl Kept {
     /// The namespaces of the launcher, which waits for its specification.
     pub(crate) fn of(launcher: Identity) -> Self {
-        let open = |name| File::open(format!("/proc/{}/ns/{name}", launcher.pid));
+        let open = |name: &str| File::open(format!("/proc/{}/ns/{name}", launcher.pid));
         let opened = NAMES.into_iter().map(|name| open(name).map(OwnedFd::from));
         let opened: io::Result<Vec<OwnedFd>> = opened.collect();
         // Asked after they were opened, so a pid that was given to another process is noticed.
