@@ -8,8 +8,10 @@
 
 mod harness;
 
+use std::time::Instant;
+
 use harness::{
-    Job, isolated, sh,
+    DEADLINE, Job, isolated, sh,
     streams::{SLEEPER, command, exec, stop, up},
 };
 use knoc_proto::pb;
@@ -67,6 +69,54 @@ async fn the_program_and_a_command_beside_it_have_the_ids_and_no_right() {
         job.wait().await;
         assert_eq!(mapped(&job.report()), None);
     }
+}
+
+/// A program that hides the container's `/tmp` in namespaces of its own, and says so. `then` follows.
+fn hides(then: &str) -> String {
+    let inside = format!(
+        "mount -t tmpfs none /tmp && trap \"exit 0\" TERM && echo up; {then} while :; do sleep 0.05; done"
+    );
+    format!("echo seen >/tmp/of-the-container; exec unshare -U -r -m sh -c '{inside}'")
+}
+
+#[tokio::test]
+async fn a_command_enters_the_container_and_not_what_its_program_has_entered() {
+    if !isolated() {
+        return;
+    }
+    let look = command(&["sh", "-c", "cat /tmp/of-the-container; id -u"]);
+    for (container, uid) in [
+        (sh("a", &hides("")), own()),
+        (asks(&hides(""), 1234, 5678), 1234),
+    ] {
+        let (mut job, _agent, mut shim) = up(container).await;
+        let ran = exec(&mut shim, look.clone(), b"").await;
+        assert_eq!(ran.text(), format!("seen\n{uid}\n"), "{ran:?}");
+        stop(&mut shim).await;
+        job.wait().await;
+    }
+}
+
+/// The shim has let go of the container's namespaces then.
+#[tokio::test]
+async fn without_its_output_the_message_says_that_the_program_has_entered_namespaces() {
+    if !isolated() {
+        return;
+    }
+    let script = hides("exec >/dev/null 2>&1;");
+    let (mut job, _agent, mut shim) = up(sh("a", &script)).await;
+    let began = Instant::now();
+    let error = loop {
+        let ran = exec(&mut shim, command(&["true"]), b"").await;
+        let exit = ran.exit.unwrap_or_default();
+        if exit.code != 0 {
+            break exit.error;
+        }
+        assert!(began.elapsed() < DEADLINE, "its output is still open");
+    };
+    assert!(error.contains("as a child process"), "{error}");
+    stop(&mut shim).await;
+    job.wait().await;
 }
 
 #[tokio::test]

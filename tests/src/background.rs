@@ -1,6 +1,10 @@
 //! A program that runs in the background of a test, with its output so far and its exit code; and a port-forward.
 
-use std::{net::Ipv4Addr, path::PathBuf, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail};
 use tokio::{
@@ -102,9 +106,15 @@ impl Forward {
         Ok(Self { program, local })
     }
 
+    /// The local port, with its address.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.local).into()
+    }
+
     /// Opens a connection to the local port.
     pub async fn connect(&self) -> anyhow::Result<TcpStream> {
-        Ok(TcpStream::connect((Ipv4Addr::LOCALHOST, self.local)).await?)
+        Ok(TcpStream::connect(self.address()).await?)
     }
 
     /// Sends bytes and their end, and returns what came back until the other side closed.

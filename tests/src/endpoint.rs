@@ -1,11 +1,16 @@
-//! A server of a test on a port of the loopback interface. Each of its connections has a task.
+//! A server of a test on a port of the loopback interface, each of whose connections has a task; and whether there is one.
 
-use std::io;
+use std::{io, time::Duration};
 
+use anyhow::{Context as _, ensure};
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, ToSocketAddrs},
     task::JoinSet,
+    time::timeout,
 };
+
+/// A client that has waited for so long has waited in vain.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Serves each connection until the tasks are dropped. Returns the port, too.
 pub async fn serve<S, F>(serve: S) -> anyhow::Result<(u16, JoinSet<()>)>
@@ -25,4 +30,13 @@ where
         }
     });
     Ok((port, tasks))
+}
+
+/// Succeeds if a connection to the address is refused, and not only unanswered.
+pub async fn refuses(address: impl ToSocketAddrs) -> anyhow::Result<()> {
+    let connected = timeout(PATIENCE, TcpStream::connect(address)).await;
+    let error = connected.context("waited in vain")?.err();
+    let kind = error.context("it accepts")?.kind();
+    ensure!(kind == io::ErrorKind::ConnectionRefused, "{kind}");
+    Ok(())
 }

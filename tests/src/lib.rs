@@ -22,6 +22,7 @@ pub mod nginx;
 pub mod one_pod;
 pub mod own_addresses;
 pub mod pod;
+pub mod ports;
 pub mod proxy;
 pub mod relay;
 pub mod repository;

@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 
 use crate::{
     Background, Forward, PodBuilder, World,
-    pod::some_port,
+    ports::some_port,
     world::{SOON, exit_code},
 };
 

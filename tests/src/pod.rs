@@ -6,16 +6,6 @@ use anyhow::Context as _;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
-/// The range of server ports, below the ports that the system gives to clients.
-const PORTS: std::ops::Range<u16> = 20_000..32_000;
-
-/// A port for a server in a pod, even; the next one is free too. Containers of one node share its network, so each pod
-/// takes its own.
-#[must_use]
-pub fn some_port() -> u16 {
-    rand::random_range(PORTS) & !1
-}
-
 /// A description of a pod. `command`, `env` and similar methods change the container that was added last.
 #[derive(Clone, Debug)]
 pub struct PodBuilder {

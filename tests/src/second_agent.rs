@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use tokio::process::Child;
 
-use crate::{Run, World, pod::some_port, wait_for, world::SOON};
+use crate::{Run, World, ports::some_port, wait_for, world::SOON};
 
 /// The time for a conversion by Apptainer and a job, after those of other tests.
 const PULLED: Duration = Duration::from_mins(3);

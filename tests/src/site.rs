@@ -6,13 +6,11 @@ mod daemon;
 mod kubelet;
 mod pods;
 
-use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 pub use daemon::{Daemon, nothing_names, processes_naming};
 use knoc_link::pki::{Ca, Validity};
 use knoc_link::{Carrier, Credentials, ExpectPeer, Identity};
@@ -23,7 +21,7 @@ pub use pods::{Pod, brief, container, containers_run};
 use tempfile::TempDir;
 use tonic::transport::Channel;
 
-use crate::{Run, wait_for};
+use crate::{Run, ports::free_port, wait_for};
 
 /// How long a daemon may take until it answers, on a machine that starts many of them at once.
 const START: Duration = Duration::from_mins(1);
@@ -452,17 +450,4 @@ pub(crate) fn loopback(port: u16) -> SocketAddr {
 /// An address of loopback on which nobody listens.
 pub fn spare_address() -> anyhow::Result<SocketAddr> {
     Ok(loopback(free_port()?))
-}
-
-/// A port below the ephemeral range, so that it stays free while an agent is down; no port is returned twice.
-pub fn free_port() -> anyhow::Result<u16> {
-    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
-    for _ in 0..1000 {
-        let port = rand::random_range(20_000..32_000);
-        let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
-        if given.insert(port) && TcpListener::bind(loopback(port)).is_ok() {
-            return Ok(port);
-        }
-    }
-    bail!("no free port between 20000 and 32000")
 }

@@ -11,7 +11,8 @@ use anyhow::{Context as _, bail, ensure};
 
 use crate::{
     Run,
-    site::{Daemon, Site, binary, free_port, loopback},
+    ports::free_port,
+    site::{Daemon, Site, binary, loopback},
     wait_for,
 };
 

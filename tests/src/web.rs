@@ -48,15 +48,20 @@ pub async fn service(world: &World, spec: Value) -> anyhow::Result<Service> {
     Ok(services.create(&PostParams::default(), &service).await?)
 }
 
-/// The first line of the answer to a request from this host, and the page.
+/// The first line of the answer to a request for a page of this host, and the page. An empty host is not named.
 pub async fn fetch(
     address: SocketAddr,
     host: &str,
     path: &str,
 ) -> anyhow::Result<(String, Vec<u8>)> {
+    let host = if host.is_empty() {
+        String::new()
+    } else {
+        format!("Host: {host}\r\n")
+    };
     let exchange = async {
         let mut stream = TcpStream::connect(address).await?;
-        let request = format!("GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n");
+        let request = format!("GET {path} HTTP/1.0\r\n{host}\r\n");
         stream.write_all(request.as_bytes()).await?;
         let mut all = Vec::new();
         stream.read_to_end(&mut all).await?;
@@ -73,4 +78,10 @@ pub async fn fetch(
 pub async fn page(address: SocketAddr, path: &str) -> anyhow::Result<Vec<u8>> {
     let (_, page) = fetch(address, "", path).await?;
     Ok(page)
+}
+
+/// The name of the pod that serves `/name` there.
+pub async fn name(address: SocketAddr) -> anyhow::Result<String> {
+    let page = String::from_utf8(page(address, "/name").await?)?;
+    Ok(page.trim_end().to_owned())
 }

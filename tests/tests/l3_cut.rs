@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use knoc_link::{KEEPALIVE, KEEPALIVE_TIMEOUT};
 use knoc_tests::{
     Background, Forward, PodBuilder, World,
-    pod::some_port,
+    ports::some_port,
     wait_for,
     world::{SOON, exit_code, why},
 };

@@ -4,12 +4,8 @@ use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::{batch::v1::Job, discovery::v1::EndpointSlice};
-use knoc_tests::{World, guide::root, wait_for, world::SOON};
+use knoc_tests::{World, guide::root, wait_for, web, world::SOON};
 use kube::api::ListParams;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-};
 
 /// The time for twenty small jobs beside those of other tests.
 const JOB: Duration = Duration::from_mins(4);
@@ -84,10 +80,7 @@ async fn a_web_server_is_behind_a_service() -> anyhow::Result<()> {
     let world = World::new("example-web").await?;
     apply(&world, "web.yaml").await?;
     let address = wait_for("a ready endpoint", SOON, async || endpoint(&world).await).await?;
-    let mut stream = TcpStream::connect(address).await?;
-    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await?;
-    let mut page = String::new();
-    stream.read_to_string(&mut page).await?;
-    ensure!(page.contains("\r\n\r\nhello from web-"), "{page:?}");
+    let page = String::from_utf8(web::page(address, "/").await?)?;
+    ensure!(page.starts_with("hello from web-"), "{page:?}");
     world.finish().await
 }

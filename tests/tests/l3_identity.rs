@@ -11,7 +11,7 @@ use k8s_openapi::api::{
     core::v1::{Event, Node, Secret},
 };
 use knoc_link::pki::Validity;
-use knoc_tests::{Run, World, site::Daemon, wait_for, world::SOON};
+use knoc_tests::{Run, World, ports::free_port, site::Daemon, wait_for, world::SOON};
 use kube::{Api, api::ListParams};
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
 use serde_json::json;
@@ -94,7 +94,7 @@ impl Lone {
             .await?;
         let lone = Self {
             node: format!("knoc-{site}"),
-            port: rand::random_range(20_000..32_000),
+            port: free_port()?,
             folder: tempfile::tempdir()?,
             more: vec![
                 ("KNOC_IDENTITY_KIND", identity.to_owned()),

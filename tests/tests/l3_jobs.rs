@@ -3,7 +3,7 @@
 //! `knocctl` there. Their containers are plain processes on the compute nodes.
 
 use anyhow::{Context as _, ensure};
-use knoc_tests::{Run, World, pod::some_port, wait_for, world::SOON};
+use knoc_tests::{Run, World, ports::some_port, wait_for, world::SOON};
 use serde_json::Value;
 use tokio::process::Child;
 

@@ -3,7 +3,7 @@
 use anyhow::ensure;
 use knoc_tests::{
     Forward, PodBuilder, Terminal, World,
-    pod::some_port,
+    ports::some_port,
     wait_for,
     world::{SOON, exit_code},
 };

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use knoc_tests::{Forward, PodBuilder, World, wait_for, world::SOON};
+use knoc_tests::{Forward, PodBuilder, World, wait_for, web, world::SOON};
 use serde_json::json;
 
 /// The time in which a command in a container answers that waits for nobody.
@@ -17,7 +17,7 @@ fn small(pod: PodBuilder) -> PodBuilder {
 
 /// A pod in a network of its own, one of whose containers serves its name on port 80 of the loopback interface, while the
 /// other one, `main`, waits.
-fn web(name: &str) -> PodBuilder {
+fn on_loopback(name: &str) -> PodBuilder {
     let serve =
         format!("mkdir /www && echo {name} >/www/name && exec httpd -f -p 127.0.0.1:80 -h /www");
     let pod = PodBuilder::new(name)
@@ -36,7 +36,7 @@ async fn pods_on_one_node_listen_on_the_same_port_and_their_containers_share_the
     let world = World::new("network").await?;
     let mut nodes = Vec::new();
     for name in ["one", "two"] {
-        let uid = world.running(&web(name)).await?;
+        let uid = world.running(&on_loopback(name)).await?;
         nodes.push(world.compute_node(&uid).await?);
         // From the other container, by exec.
         let asked = world
@@ -49,9 +49,8 @@ async fn pods_on_one_node_listen_on_the_same_port_and_their_containers_share_the
     ensure!(nodes[0] == nodes[1], "{nodes:?}");
     for name in ["one", "two"] {
         let forward = Forward::start(world.kubectl(["port-forward", name, ":80"])).await?;
-        let answer = forward.exchange(b"GET /name HTTP/1.0\r\n\r\n").await?;
-        let answer = String::from_utf8_lossy(&answer).into_owned();
-        ensure!(answer.trim_end().ends_with(name), "{name}: {answer:?}");
+        let answer = web::name(forward.address()).await?;
+        ensure!(answer == name, "{name}: {answer:?}");
     }
     // Nobody listens on another port, although slurmd does on the node.
     let mut forward = Forward::start(world.kubectl(["port-forward", "one", ":6818"])).await?;
@@ -66,7 +65,7 @@ async fn probes_reach_a_pod_in_a_network_of_its_own() -> anyhow::Result<()> {
     let world = World::new("network-probes").await?;
     // Liveness does not count before the server listens, however long that takes.
     let port = json!({"port": 80});
-    let pod = web("web")
+    let pod = on_loopback("web")
         .set(
             "startupProbe",
             json!({"tcpSocket": port, "periodSeconds": 1, "failureThreshold": 600}),

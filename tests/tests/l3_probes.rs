@@ -4,7 +4,7 @@ use anyhow::ensure;
 use k8s_openapi::api::core::v1::{Event, Pod};
 use knoc_tests::{
     PodBuilder, World,
-    pod::some_port,
+    ports::some_port,
     wait_for,
     world::{SOON, why},
 };

@@ -9,10 +9,10 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::networking::v1::Ingress;
-use knoc_tests::{Output, World, wait_for, web, world::SOON};
+use knoc_tests::{Output, World, endpoint, wait_for, web, world::SOON};
 use kube::{Api, api::PostParams};
 use serde_json::json;
-use tokio::{net::TcpStream, sync::Mutex, task::JoinSet, time::timeout};
+use tokio::{sync::Mutex, task::JoinSet};
 
 /// The node of kube-proxy, as this host reaches it.
 const NODE: Ipv4Addr = Ipv4Addr::new(10, 75, 0, 2);
@@ -87,14 +87,7 @@ async fn until(world: &World, address: &str, code: i32) -> anyhow::Result<String
 
 /// Waits until the address refuses connections.
 async fn refuses(address: SocketAddr) -> anyhow::Result<()> {
-    wait_for("a refusal", SOON, async || {
-        let connected = timeout(PATIENCE, TcpStream::connect(address)).await;
-        let error = connected.context("waited in vain")?.err();
-        let kind = error.context("it accepts")?.kind();
-        ensure!(kind == std::io::ErrorKind::ConnectionRefused, "{kind}");
-        Ok(())
-    })
-    .await
+    wait_for("a refusal", SOON, async || endpoint::refuses(address).await).await
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use anyhow::{Context as _, ensure};
 use k8s_openapi::api::{
     core::v1::Service, discovery::v1::EndpointSlice, networking::v1::NetworkPolicy,
 };
-use knoc_tests::{Forward, World, stays, wait_for, web, world::SOON};
+use knoc_tests::{Forward, World, endpoint, stays, wait_for, web, world::SOON};
 use kube::{
     Api,
     api::{DeleteParams, ListParams, PostParams},
@@ -55,10 +55,7 @@ async fn refuses(world: &World, address: SocketAddr) -> anyhow::Result<()> {
     wait_for("a refusal", SOON, async || {
         let slices = slices(world).await?;
         ensure!(slices.is_empty(), "{slices:?}");
-        let error = TcpStream::connect(address).await.err();
-        let kind = error.context("it accepts")?.kind();
-        ensure!(kind == std::io::ErrorKind::ConnectionRefused, "{kind}");
-        Ok(())
+        endpoint::refuses(address).await
     })
     .await
 }
@@ -72,8 +69,7 @@ async fn a_service_leads_to_web_servers_in_jobs() -> anyhow::Result<()> {
     let addresses = ready(&world, 2).await?;
     let mut names = BTreeSet::new();
     for address in &addresses {
-        let name = String::from_utf8(web::page(*address, "/name").await?)?;
-        names.insert(name.trim().to_owned());
+        names.insert(web::name(*address).await?);
     }
     ensure!(
         names == BTreeSet::from(["one", "two"].map(str::to_owned)),
@@ -142,9 +138,8 @@ async fn a_gibibyte_arrives_complete_and_kubectl_forwards_to_the_service() -> an
     web::service(&world, web::to_pods()).await?;
     ready(&world, 1).await?;
     let forward = Forward::start(world.kubectl(["port-forward", "service/web", ":80"])).await?;
-    let answer = forward.exchange(b"GET /name HTTP/1.0\r\n\r\n").await?;
-    let answer = String::from_utf8_lossy(&answer).into_owned();
-    ensure!(answer.trim_end().ends_with("bulk"), "{answer:?}");
+    let answer = web::name(forward.address()).await?;
+    ensure!(answer == "bulk", "{answer:?}");
     world.finish().await
 }
 

@@ -239,6 +239,34 @@ async fn nothing_shares_the_processes_of_a_program_that_has_entered_further_name
     world.finish().await
 }
 
+/// A sandbox that the program makes for itself is not the container.
+#[tokio::test]
+async fn commands_enter_the_container_of_a_program_that_has_entered_further_namespaces()
+-> anyhow::Result<()> {
+    let world = World::new("sandboxed").await?;
+    let hides = "mount -t tmpfs none /tmp && echo unshared; exec sleep 600";
+    let program = format!("echo seen >/tmp/mark; exec unshare -U -r -m sh -c '{hides}'");
+    for (network, context) in [
+        ("host", json!({})),
+        ("private", json!({})),
+        ("private", json!({"runAsUser": 1234})),
+    ] {
+        let user = if context == json!({}) { "own" } else { "other" };
+        let name = format!("{network}-{user}");
+        let pod = PodBuilder::new(&name)
+            .annotation("knoc.io/network", network)
+            .set("securityContext", context)
+            .sh(&program);
+        let uid = world.running(&pod).await?;
+        world.wait_log(&name, "main", "unshared").await?;
+        let ran = world.exec(&uid, "main", ["cat", "/tmp/mark"]).ok().await?;
+        ensure!(ran.text() == "seen", "{name}: {ran}");
+        world.delete(&name, Some(1)).await?;
+        world.wait_gone(&name, LATER).await?;
+    }
+    world.finish().await
+}
+
 /// Which containers' files, or the node's, a container reaches by the processes that it sees.
 const REACHES: &str = "for process in /proc/[0-9]*; do \
      for one in main other helper; do [ ! -e $process/root/tmp/i-am-$one ] || echo $one; done; \

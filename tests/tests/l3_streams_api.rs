@@ -8,7 +8,7 @@ use futures::future::try_join_all;
 use k8s_openapi::api::core::v1::Pod;
 use knoc_tests::{
     Background, Forward, PodBuilder, World,
-    pod::some_port,
+    ports::some_port,
     wait_for,
     world::{SOON, exit_code},
 };

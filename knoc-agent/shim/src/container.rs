@@ -49,7 +49,7 @@ use super::{
     handshake::{self, HandshakeError, Launched},
     health::Change,
     measure,
-    output::{self, Log},
+    output::{self, Log, Source},
     pod::Pod,
     processes::ProcessesError,
     ranks::{command::Ranks, table::Loss},
@@ -58,7 +58,7 @@ use super::{
     turn::{self, Turn},
     usage::{Counters, Used},
 };
-use crate::launch::beside::Beside;
+use crate::launch::{beside::Beside, kept::Kept};
 
 /// Kubernetes' limits of a termination message, and of the end of the log that may replace it.
 const MESSAGE_BYTES: usize = 4096;
@@ -83,6 +83,10 @@ pub(crate) struct Program {
     pub(crate) identity: Identity,
     /// The process whose PID namespace it shares.
     pub(crate) beside: Option<Beside>,
+    /// The namespaces of its container.
+    pub(crate) kept: Kept,
+    /// Whether it sees itself as another user, in a user namespace that it was given below that of the container.
+    pub(crate) shown: bool,
     /// Whether its PID namespace ends with it, and has no other programs.
     pub(crate) isolated: bool,
     pub(crate) spec: LaunchSpec,
@@ -344,40 +348,40 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     complete_inside(pod, attempt, (&mut folders, &mut up), &mut spec).await?;
     let (stdio, sources) = stdio::pipes(container).map_err(PrepareError::Pipes)?;
     [spec.uid, spec.gid] = ids::wanted(pod, container, &config, spec.passwd.as_deref());
+    let kept = Kept::of(up.identity);
     let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);
     let (terminal, own_ids) = launched(&mut up.runtime, launching).await?;
     drop(turn);
     let sources = stdio::from_terminal(terminal.as_ref()).unwrap_or(sources);
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
     let mut keeper = hub::open(container.stdin, container.stdin_once, stdio.ours, terminal);
-    let hub = keeper.hub();
     let program = Program {
         identity: up.identity,
         beside: up.beside,
+        kept,
+        shown: !own_ids && (spec.uid.is_some() || spec.gid.is_some()),
         isolated: pod.runtime.isolates() && up.beside.is_none(),
         spec,
-        hub: Arc::clone(&hub),
+        hub: keeper.hub(),
         ranks: None,
     };
-    let isolated = program.isolated;
-    ids::tell_running(pod, attempt, program, own_ids).await;
+    let program = ids::tell_running(pod, attempt, program).await;
     let live = pod.jobdir.log_path(&container.name, attempt.number);
     let over = CancellationToken::new();
-    let pump = output::pump(sources, log(pod, attempt, &live), over.clone(), &hub);
+    let pump = read_all(sources, log(pod, attempt, &live), over.clone(), &program);
     let ending = async {
         let exit = up.runtime.ended(&attempt.abort, up.identity).await;
-        if !isolated {
+        if !program.isolated {
             signals::kill_left(up.identity.pid);
         }
         over.cancel();
-        exit
+        with_signal(exit)
     };
     let (losses, exit) = tokio::select! {
         biased;
         both = async { tokio::join!(pump, ending) } => both,
         never = keeper.feed() => match never {},
     };
-    let exit = with_signal(exit);
     keeper.end(exit);
     let by_us = attempt.abort.is_cancelled();
     let killed = by_kernel(exit, by_us, || pod.oom.claim(kills_before));
@@ -386,6 +390,18 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let used_at_end = up.runtime.child.used.unwrap_or_default();
     let used = spent(pod.runtime.isolates(), used_before, used_at_end);
     Ok((exit, message, losses, killed, used))
+}
+
+/// Reads the output to its end. Nobody is there to write any more then, so the namespaces are let go.
+async fn read_all(
+    sources: Vec<Source>,
+    log: Log<'_>,
+    over: CancellationToken,
+    program: &Program,
+) -> Losses {
+    let losses = output::pump(sources, log, over, &program.hub).await;
+    program.kept.release();
+    losses
 }
 
 /// Where the output goes, and how the supervisor learns of lines that could not be written.

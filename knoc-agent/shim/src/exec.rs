@@ -293,6 +293,8 @@ fn stdio(start: &pb::ExecStart) -> io::Result<(Vec<OwnedFd>, Streams)> {
 )]
 fn spawn(pod: &Pod, program: &Program) -> io::Result<(Child, UnixStream)> {
     let (ours, theirs) = StdUnixStream::pair()?;
+    // The first message to the helper; an empty socket takes it at once.
+    program.kept.send(&ours, program.shown)?;
     ours.set_nonblocking(true)?;
     let mut command = Command::new(&pod.agent);
     command

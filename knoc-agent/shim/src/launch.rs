@@ -16,6 +16,7 @@ pub(crate) mod fds;
 mod folder;
 pub mod hold;
 pub(crate) mod ids;
+pub(crate) mod kept;
 mod limits;
 pub mod network;
 mod program;

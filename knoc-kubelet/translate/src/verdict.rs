@@ -312,7 +312,8 @@ the pod asks it (`dnsPolicy`) and reaches it, else it is the compute node's; wit
 To the node, to its file systems and to other jobs every program is the HPC user. Inside of the container it sees itself as the user and
 the group that the pod asks for (`runAsUser`, `runAsGroup`); if the pod asks for no user, as those of the image, unless that user is root
 (`USER 1234:5678`, or `USER redis`, whose number the image's `/etc/passwd` has). Without the number of a group it is that of the user in that
-file, else 0. Commands of `kubectl exec`, of probes and of hooks see themselves as the program does.
+file, else 0. Commands of `kubectl exec`, of probes and of hooks see themselves as the program does. They enter the container as it was when
+the program began: a sandbox that the program makes for itself (`unshare`) is not theirs.
 
 - What belongs to the HPC user belongs, inside, to the program's user: in every container that looks at it, whatever its user. Outside, new
   files belong to the HPC user. What belongs to anybody else is shown as 65534, `nobody`.

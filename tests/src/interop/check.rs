@@ -8,7 +8,9 @@ use sha2::{Digest as _, Sha256};
 
 use super::clients::{Client, Verb};
 use super::target::Target;
-use crate::{Background, PodBuilder, Run, Terminal, World, pod::some_port, wait_for, world::SOON};
+use crate::{
+    Background, PodBuilder, Run, Terminal, World, ports::some_port, wait_for, world::SOON,
+};
 
 /// The number of bytes in each stream.
 const SIZE: usize = 1 << 20;

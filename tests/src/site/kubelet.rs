@@ -7,8 +7,8 @@ use anyhow::Context as _;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
-use super::{Daemon, Site, binary, free_port};
-use crate::{fake_api::FakeApi, wait_for};
+use super::{Daemon, Site, binary};
+use crate::{fake_api::FakeApi, ports::free_port, wait_for};
 
 /// The name of the kubelet's node.
 pub const NODE: &str = "knoc-test";

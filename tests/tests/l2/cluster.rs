@@ -12,10 +12,11 @@ use knoc_proto::pb::{
     egress_input::Input, egress_output::Output, env_var::Value,
 };
 use knoc_tests::{
+    endpoint,
     site::{CLUSTER, Options, Pod, Site, container},
     wait_for,
 };
-use tokio::{net::TcpStream, sync::mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming, transport::Channel};
 
@@ -253,10 +254,7 @@ async fn a_connection_that_nobody_takes_is_reset_after_ten_seconds() -> anyhow::
         .parse::<u16>()?;
     pod.remove(&client).await?;
     wait_for("nobody listens", SOON, async || {
-        match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => Ok(()),
-            other => Err(format!("{other:?}")),
-        }
+        endpoint::refuses((Ipv4Addr::LOCALHOST, port)).await
     })
     .await
 }

@@ -7,7 +7,8 @@ use std::{io, time::Duration};
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
     endpoint,
-    site::{Daemon, Kubelet, Options, Site, free_port},
+    ports::free_port,
+    site::{Daemon, Kubelet, Options, Site},
     wait_for,
 };
 use rustix::net::sockopt::set_socket_linger;

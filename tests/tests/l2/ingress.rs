@@ -7,11 +7,7 @@ use anyhow::ensure;
 use knoc_tests::{
     nginx::{Nginx, SUBJECT, certificate},
     site::{Kubelet, NODE, Options, Site, spare_address},
-    wait_for,
-};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
+    wait_for, web,
 };
 
 use super::dial_out::{accepting, as_env, connected, dialling, logged, program};
@@ -159,8 +155,8 @@ async fn named_by_doctor(site: &Site, fronts: &[(SocketAddr, &str)]) -> anyhow::
 /// Nobody reaches the kubelet with a certificate, and it says who has tried.
 async fn named_by_the_node(kubelet: &Kubelet, plain: SocketAddr) -> anyhow::Result<()> {
     wait_for("the node names the Ingress", SOON, async || {
-        let answer = ask(plain).await?;
-        ensure!(answer.contains(" 502 "), "{answer}");
+        let (status, _) = web::fetch(plain, "", "/").await?;
+        ensure!(status.contains(" 502 "), "{status}");
         let node = kubelet.api.get("v1", "nodes", "", NODE)?;
         let text = node["status"]["conditions"].to_string();
         // Whether it names the version of TLS or the missing certificate depends on the web server.
@@ -169,13 +165,4 @@ async fn named_by_the_node(kubelet: &Kubelet, plain: SocketAddr) -> anyhow::Resu
         Ok(())
     })
     .await
-}
-
-/// The answer to a request for the first page of a server.
-async fn ask(address: SocketAddr) -> anyhow::Result<String> {
-    let mut stream = TcpStream::connect(address).await?;
-    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).await?;
-    Ok(String::from_utf8_lossy(&answer).into_owned())
 }

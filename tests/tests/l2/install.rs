@@ -11,7 +11,8 @@ use std::{
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
     Output, Run,
-    site::{Options, Site, binary, free_port},
+    ports::free_port,
+    site::{Options, Site, binary},
     sshd::Sshd,
     wait_for,
 };

@@ -6,7 +6,9 @@ use std::{net::TcpListener, time::Duration};
 use anyhow::ensure;
 use knoc_proto::pb::{self, OutcomeKind};
 use knoc_tests::{
-    site::{Options, Pod, Site, container, free_port},
+    endpoint,
+    ports::free_port,
+    site::{Options, Pod, Site, container},
     wait_for,
 };
 use tokio::{
@@ -75,10 +77,7 @@ async fn a_host_port_leads_to_the_pod_and_ends_with_it() -> anyhow::Result<()> {
     .await?;
     pod.remove(&client).await?;
     wait_for("nobody listens", SOON, async || {
-        match TcpStream::connect(("127.0.0.1", port)).await {
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => Ok(()),
-            other => Err(format!("{other:?}")),
-        }
+        endpoint::refuses(("127.0.0.1", port)).await
     })
     .await
 }

@@ -6,7 +6,8 @@ use anyhow::{Context as _, ensure};
 use knoc_tests::{
     Run,
     doctor::{Finding, examine},
-    site::{binary, free_port},
+    ports::free_port,
+    site::binary,
 };
 
 use super::install::Far;

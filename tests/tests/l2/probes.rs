@@ -239,7 +239,7 @@ fn get(port: u16, path: &str) -> pb::probe::Action {
 #[tokio::test]
 async fn probes_over_the_network_reach_the_pods_own_listeners_only() -> anyhow::Result<()> {
     let (_site, _agent, client) = Site::start(Options::default()).await?;
-    let port = knoc_tests::pod::some_port();
+    let port = knoc_tests::ports::some_port();
     let mut main = container("main", &["python3", "-c", SERVER, &port.to_string()], &[]);
     main.startup_probe = Some(pb::Probe {
         failure_threshold: 600,
@@ -269,7 +269,7 @@ async fn probes_over_the_network_reach_the_pods_own_listeners_only() -> anyhow::
 #[tokio::test]
 async fn a_response_that_is_no_success_and_a_closed_port_fail() -> anyhow::Result<()> {
     let (_site, _agent, client) = Site::start(Options::default()).await?;
-    let port = knoc_tests::pod::some_port();
+    let port = knoc_tests::ports::some_port();
     let mut main = container("main", &["python3", "-c", SERVER, &port.to_string()], &[]);
     main.readiness_probe = Some(probe(get(port, "/broken")));
     main.startup_probe = Some(pb::Probe {

@@ -5,8 +5,9 @@ use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
-    pod::some_port,
-    site::{Daemon, Kubelet, NODE, Options, Site, free_port},
+    endpoint,
+    ports::{free_port, free_range},
+    site::{Daemon, Kubelet, NODE, Options, Site},
     wait_for,
 };
 use serde_json::{Value, json};
@@ -40,8 +41,8 @@ async fn start() -> anyhow::Result<(Site, Kubelet, [Daemon; 2])> {
 }
 
 async fn relaying(site: &Site, kubelet: &Kubelet) -> anyhow::Result<Daemon> {
-    let first = some_port();
-    let ports = format!("{first}-{}", first + 39);
+    let ports = free_range(40)?;
+    let ports = format!("{}-{}", ports.start(), ports.end());
     let env = [
         ("KNOC_RELAY_ALLOW", "default/*"),
         ("KNOC_RELAY_PORTS", &*ports),
@@ -127,14 +128,8 @@ async fn answers(address: SocketAddr) -> anyhow::Result<()> {
 async fn refused(kubelet: &Kubelet, address: SocketAddr) -> anyhow::Result<()> {
     wait_for("no endpoint", SOON, async || {
         let slices = slices(kubelet);
-        match TcpStream::connect(address).await {
-            Err(error)
-                if slices.is_empty() && error.kind() == std::io::ErrorKind::ConnectionRefused =>
-            {
-                Ok(())
-            }
-            other => Err(format!("{other:?} {slices:?}")),
-        }
+        ensure!(slices.is_empty(), "{slices:?}");
+        endpoint::refuses(address).await
     })
     .await
 }

@@ -15,7 +15,8 @@ use knoc_proto::{
     reason::ErrorReason,
 };
 use knoc_tests::{
-    site::{Options, Pod, Site, container, free_port, processes_naming},
+    ports::free_port,
+    site::{Options, Pod, Site, container, processes_naming},
     wait_for,
 };
 use rustix::process::{Pid, Signal, kill_process};

@@ -32,16 +32,17 @@ pub(super) fn wanted(
     }
 }
 
-/// Says that the program runs; and that it has the ids of this user (`own_ids`: though it was to have others), if the pod asks for
-/// others and the kubelet has not said it already.
-pub(super) async fn tell_running(pod: &Pod, attempt: &Attempt, program: Program, own_ids: bool) {
+/// Says that the program runs; and that it has the ids of this user, if the pod asks for others and the kubelet has not said it
+/// already.
+pub(super) async fn tell_running(pod: &Pod, attempt: &Attempt, program: Program) -> Arc<Program> {
+    let program = Arc::new(program);
     let container = &attempt.spec.container;
     let asks = container.run_as_user.is_some() || container.run_as_group.is_some();
-    let shown = !own_ids && (program.spec.uid.is_some() || program.spec.gid.is_some());
+    let running = running(attempt, Arc::clone(&program));
     // The supervisor outlives its attempts.
-    attempt.events.send(running(attempt, program)).await.ok();
-    if shown || !asks || pod.keeps_ids() {
-        return;
+    attempt.events.send(running).await.ok();
+    if program.shown || !asks || pod.keeps_ids() {
+        return program;
     }
     let told = Told {
         warning: false,
@@ -55,11 +56,12 @@ pub(super) async fn tell_running(pod: &Pod, attempt: &Attempt, program: Program,
         news: News::Told(told),
     };
     attempt.events.send(event).await.ok();
+    program
 }
 
-pub(super) fn running(attempt: &Attempt, program: Program) -> Event {
+pub(super) fn running(attempt: &Attempt, program: Arc<Program>) -> Event {
     let news = News::Running {
-        program: Arc::new(program),
+        program,
         started_at: Timestamp::now(),
     };
     Event {

@@ -12,6 +12,7 @@ use super::{
     complete::{complete, complete_inside},
     ended, environment_of, launch, launched, message, prepare, spent, up, with_signal,
 };
+use crate::launch::kept::Kept;
 
 /// What the rank has from Slurm.
 #[derive(Debug)]
@@ -72,6 +73,9 @@ async fn try_run(
     let program = Program {
         identity: up.identity,
         beside: up.beside,
+        // Its output is srun's, so nobody would notice when to let go of them.
+        kept: Kept::default(),
+        shown: false,
         isolated,
         spec,
         hub: keeper.hub(),

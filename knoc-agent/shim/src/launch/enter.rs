@@ -8,6 +8,9 @@
 //! A program that sees itself as another user is in a user namespace below the container's, which has no rights for the others:
 //! it is joined last, without any rights in it ([`ids::show`]).
 //!
+//! The namespaces are those that the runtime has made, which the shim sends first ([`super::kept`]), whatever the program has entered
+//! since. Where the shim has none, they are those of the program.
+//!
 //! With a second PID and START, the container shares the processes of that process ([`Beside`]).
 //!
 //! `knoc-agent enter PID START passwd` writes the image's own `/etc/passwd` to its standard input instead (see
@@ -39,7 +42,9 @@ use rustix::{
 use super::{
     account,
     beside::{Beside, Within},
-    fds, folder, ids, program, sys,
+    fds, folder, ids,
+    kept::Received,
+    program, sys,
 };
 use crate::signals::Identity;
 
@@ -52,6 +57,9 @@ const NAMESPACES: [(&str, LinkNameSpaceType); 6] = [
     ("uts", LinkNameSpaceType::HostNameAndNISDomainName),
     ("cgroup", LinkNameSpaceType::ControlGroup),
 ];
+
+/// How deep user namespaces are nested at most.
+const LEVELS: usize = 33;
 
 /// The helper's exit code if it fails before the program runs.
 pub(crate) const FAILED: u8 = 125;
@@ -67,6 +75,11 @@ enum EnterError {
          other user join it; the site needs Apptainer, or `allow setuid = no` in the runtime's configuration"
     )]
     Setuid,
+    #[error(
+        "exec is not possible into this container: its program has itself entered a user and a mount namespace, which lead to no \
+         other; let the container's command start the program as a child process, as in `sh -c 'PROGRAM; exit $?'`"
+    )]
+    Entered,
     #[error("{what}")]
     Io {
         what: String,
@@ -110,7 +123,10 @@ pub fn main(arguments: &[String]) -> ExitCode {
         Ok(shim) => shim,
         Err(code) => return code,
     };
-    if let Err(error) = join(arguments) {
+    let joined = Received::receive(&shim)
+        .map_err(EnterError::on("receive the container's namespaces"))
+        .and_then(|kept| join(arguments, &kept));
+    if let Err(error) = joined {
         return report_failure(&shim, &error);
     }
     match sys::fork_single_threaded() {
@@ -141,7 +157,8 @@ pub fn main(arguments: &[String]) -> ExitCode {
 
 /// Sends the image's `/etc/passwd`. On failure it sends nothing, and the exit code tells the shim.
 fn read_passwd(container: &[String]) -> ExitCode {
-    let read = join(container).is_ok() && account::send_images_own(rustix::stdio::stdin()).is_ok();
+    let read = join(container, &Received::default()).is_ok()
+        && account::send_images_own(rustix::stdio::stdin()).is_ok();
     if read {
         ExitCode::SUCCESS
     } else {
@@ -153,7 +170,9 @@ fn read_passwd(container: &[String]) -> ExitCode {
 fn mount_folder(container: &[String]) -> ExitCode {
     let mut request = Vec::new();
     let mut reading = io::stdin().take(folder::REQUEST_BYTES);
-    if reading.read_to_end(&mut request).is_err() || join(container).is_err() {
+    let joined =
+        reading.read_to_end(&mut request).is_ok() && join(container, &Received::default()).is_ok();
+    if !joined {
         return ExitCode::from(FAILED);
     }
     match folder::mount_over_whole(&request) {
@@ -174,7 +193,7 @@ fn code_of(error: &io::Error) -> u8 {
 fn report_failure(shim: &UnixStream, error: &EnterError) -> ExitCode {
     let errno = match error {
         EnterError::Io { source, .. } => source.raw_os_error().unwrap_or_default(),
-        EnterError::Setuid => nix::libc::EPERM,
+        EnterError::Setuid | EnterError::Entered => nix::libc::EPERM,
         EnterError::Usage | EnterError::Ended => 0,
     };
     let reply = Reply::Failed {
@@ -190,13 +209,15 @@ struct Target {
     /// The network namespace, after the user namespace that owns it unless this process is in that already.
     network: Vec<(&'static str, LinkNameSpaceType, OwnedFd)>,
     namespaces: Vec<(&'static str, LinkNameSpaceType, OwnedFd)>,
-    /// The program's user namespace, if it is not that of the container.
+    /// Whether the program is in the container's mount namespace, and so has its root.
+    has_root: bool,
+    /// The user namespace that the program was given below that of the container.
     below: Option<OwnedFd>,
     no_new_privileges: bool,
 }
 
-fn join(arguments: &[String]) -> Result<(), EnterError> {
-    let (pid, target, beside) = find(arguments)?;
+fn join(arguments: &[String], kept: &Received) -> Result<(), EnterError> {
+    let (pid, target, beside) = find(arguments, kept)?;
     for (name, kind, fd) in &target.network {
         move_into_link_name_space(fd.as_fd(), Some(*kind))
             .map_err(io::Error::from)
@@ -227,7 +248,9 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
             // It is that of the pod's network.
             continue;
         }
-        if *name == "mnt" {
+        // Joining a mount namespace leads to its root, which is that of the container. With a runtime that could only change the
+        // root, it is another one.
+        if *name == "mnt" && target.has_root {
             // Opened after the user namespace was joined: a FUSE root is accessible only inside of it.
             let path = format!("/proc/{pid}/root");
             root = Some(File::open(&path).map_err(EnterError::on(format!("open {path}")))?);
@@ -255,7 +278,10 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
 }
 
 /// Opens the process that the arguments name, and reads what it shares.
-fn find(arguments: &[String]) -> Result<(u32, Target, Option<Beside>), EnterError> {
+fn find(
+    arguments: &[String],
+    kept: &Received,
+) -> Result<(u32, Target, Option<Beside>), EnterError> {
     let (pid, start, beside) = match arguments {
         [pid, start] => (pid, start, None),
         [pid, start, of, since, whose] => {
@@ -265,7 +291,7 @@ fn find(arguments: &[String]) -> Result<(u32, Target, Option<Beside>), EnterErro
         _ => return Err(EnterError::Usage),
     };
     let pid: u32 = pid.parse().map_err(|_| EnterError::Usage)?;
-    let target = open(pid)?;
+    let target = open(Place { pid, kept })?;
     // The start time is compared after the descriptors were opened, so a pid that was given to another process is noticed.
     let started = crate::proc::start_time(pid).map(|time| time.to_string());
     if started.as_ref() != Some(start) {
@@ -274,27 +300,84 @@ fn find(arguments: &[String]) -> Result<(u32, Target, Option<Beside>), EnterErro
     Ok((pid, target, beside))
 }
 
-/// PURE: the error for a namespace that was not joined. If the container has no user namespace of its own, root set it
-/// up.
+/// PURE: the error for a namespace that was not joined. If the container has no user namespace of its own, root set it up. If the
+/// files are joined and the rest is denied, the files are the program's own.
 fn not_joined(name: &str, pid: u32, own_user: bool, source: io::Error) -> EnterError {
-    if own_user && source.kind() == io::ErrorKind::PermissionDenied {
-        return EnterError::Setuid;
+    if source.kind() == io::ErrorKind::PermissionDenied {
+        if own_user {
+            return EnterError::Setuid;
+        }
+        if !matches!(name, "user" | "mnt") {
+            return EnterError::Entered;
+        }
     }
     EnterError::on(format!("join the {name} namespace of process {pid}"))(source)
 }
 
-fn open(pid: u32) -> Result<Target, EnterError> {
+/// Where the namespaces of a container are found.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    /// The program.
+    pid: u32,
+    kept: &'a Received,
+}
+
+impl Place<'_> {
+    /// The container's.
+    fn namespace(self, name: &str) -> Result<File, EnterError> {
+        let Some(kept) = self.kept.get(name) else {
+            return self.of_program(name);
+        };
+        let copy = kept.try_clone().map_err(EnterError::on("dup"))?;
+        Ok(copy.into())
+    }
+
+    fn of_program(self, name: &str) -> Result<File, EnterError> {
+        let path = format!("/proc/{}/ns/{name}", self.pid);
+        File::open(&path).map_err(EnterError::on(format!("open {path}")))
+    }
+
+    /// Whether the program has not left this namespace of the container.
+    fn has_program(self, name: &str) -> Result<bool, EnterError> {
+        let on = || EnterError::on(format!("stat the {name} namespaces"));
+        let ours = self.of_program(name)?.metadata().map_err(on())?;
+        is_same(&self.namespace(name)?, &ours).map_err(on())
+    }
+}
+
+/// The user namespace that the program was given below that of the container: the program's own, or one above it.
+fn given(container: &OwnedFd, program: OwnedFd) -> io::Result<OwnedFd> {
+    let container = File::from(container.try_clone()?).metadata()?;
+    let mut given = program;
+    for _ in 0..LEVELS {
+        let above = sys::parent_of_namespace(&given)?;
+        if is_same(&File::from(above.try_clone()?), &container)? {
+            return Ok(given);
+        }
+        given = above;
+    }
+    Err(io::ErrorKind::NotFound.into())
+}
+
+fn open(place: Place<'_>) -> Result<Target, EnterError> {
     let mut namespaces = Vec::new();
     for (name, kind) in NAMESPACES {
-        namespaces.extend(other(pid, name)?.map(|fd| (name, kind, fd)));
+        namespaces.extend(other(place, name)?.map(|fd| (name, kind, fd)));
     }
-    let below = below_the_containers(&mut namespaces)
+    let mut below = below_the_containers(&mut namespaces)
         .map_err(EnterError::on("find the owner of the container's files"))?;
+    if let (true, Some(launchers)) = (place.kept.shown(), place.kept.get("user")) {
+        let own = OwnedFd::from(place.of_program("user")?);
+        let given = given(launchers, own);
+        below = Some(given.map_err(EnterError::on("find the program's user namespace"))?);
+    }
+    let pid = place.pid;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let no_new_privileges = status.lines().any(|line| line == "NoNewPrivs:\t1");
     Ok(Target {
-        network: network(pid)?,
+        network: network(place)?,
         namespaces,
+        has_root: place.has_program("mnt")?,
         below,
         no_new_privileges,
     })
@@ -324,16 +407,16 @@ fn below_the_containers(
     Ok((!same).then(|| std::mem::replace(user, owner)))
 }
 
-/// The namespace of this kind of the process `pid`; `None` if this process is in it already.
-fn other(pid: u32, name: &str) -> Result<Option<OwnedFd>, EnterError> {
+/// The container's namespace of this kind; `None` if this process is in it already.
+fn other(place: Place<'_>, name: &str) -> Result<Option<OwnedFd>, EnterError> {
     // A kernel without this kind of namespace has no such file, and there is nothing to join.
     let Ok(ours) = std::fs::metadata(format!("/proc/self/ns/{name}")) else {
         return Ok(None);
     };
-    let theirs = format!("/proc/{pid}/ns/{name}");
-    let file = File::open(&theirs).map_err(EnterError::on(format!("open {theirs}")))?;
-    let is_ours = is_same(&file, &ours).map_err(EnterError::on(format!("stat {theirs}")))?;
-    Ok((!is_ours).then(|| file.into()))
+    let theirs = place.namespace(name)?;
+    let is_ours =
+        is_same(&theirs, &ours).map_err(EnterError::on(format!("stat the {name} namespace")))?;
+    Ok((!is_ours).then(|| theirs.into()))
 }
 
 /// Whether this process is in the user namespace by now.
@@ -347,9 +430,11 @@ fn is_same(file: &File, ours: &Metadata) -> io::Result<bool> {
     Ok((theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()))
 }
 
-/// The network namespace of the process `pid`, and before it the user namespace that gives the right to join it.
-fn network(pid: u32) -> Result<Vec<(&'static str, LinkNameSpaceType, OwnedFd)>, EnterError> {
-    let Some(network) = other(pid, "net")? else {
+/// The container's network namespace, and before it the user namespace that gives the right to join it.
+fn network(
+    place: Place<'_>,
+) -> Result<Vec<(&'static str, LinkNameSpaceType, OwnedFd)>, EnterError> {
+    let Some(network) = other(place, "net")? else {
         return Ok(Vec::new());
     };
     let on = || EnterError::on("find the owner of the container's network");
@@ -410,6 +495,19 @@ mod tests {
             let text = knoc_proto::error::chain(&not_joined("mnt", 7, own_user, source));
             assert!(
                 text.starts_with("join the mnt namespace of process 7: "),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_error_for_a_program_in_namespaces_of_its_own_says_what_the_user_can_do() {
+        let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
+        for name in ["pid", "ipc"] {
+            let text = knoc_proto::error::chain(&not_joined(name, 7, false, denied()));
+            assert!(
+                text.contains("itself entered a user and a mount namespace")
+                    && text.contains("child process"),
                 "{text}"
             );
         }

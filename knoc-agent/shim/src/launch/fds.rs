@@ -15,8 +15,9 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-/// How many descriptors a message carries at most: standard input, output and error, and one that the program keeps.
-pub(crate) const MAX_FDS: usize = 4;
+/// How many descriptors a message carries at most: the namespaces of a container ([`super::kept`]). A program has fewer: standard
+/// input, output and error, and one that it keeps.
+pub(crate) const MAX_FDS: usize = 6;
 
 /// Sends `bytes`, with `fds` attached to the first byte; returns how many bytes were sent.
 pub(crate) fn send(

@@ -46,6 +46,7 @@ use super::{
     cannot_run,
     outcome::Conducted,
 };
+use crate::launch::kept::Kept;
 
 /// How long the next helper may take to connect.
 const CONNECT: Duration = Duration::from_mins(3);
@@ -407,6 +408,8 @@ impl<'a> Conductor<'a> {
         let program = Program {
             identity,
             beside: None,
+            kept: Kept::default(),
+            shown: false,
             isolated: self.isolated && !rank.shares_processes,
             spec,
             hub,
@@ -416,7 +419,7 @@ impl<'a> Conductor<'a> {
             }),
         };
         // The supervisor outlives its attempts.
-        let event = running(self.attempt, program);
+        let event = running(self.attempt, Arc::new(program));
         self.attempt.events.send(event).await.ok();
     }
 
