@@ -9,9 +9,10 @@
 //! after [`PATIENCE`], a container begins without one.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
@@ -20,10 +21,12 @@ use nix::{
     errno::Errno,
     fcntl::{FcntlArg, fcntl},
     libc,
-    unistd::{SysconfVar, sysconf},
 };
 use rustix::{fs::OFlags, process::getuid};
-use tokio::{sync::oneshot, time::timeout};
+use tokio::{
+    sync::{Semaphore, oneshot},
+    time::timeout,
+};
 
 use super::scratch::MEMORY;
 
@@ -32,6 +35,16 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The stack of a thread that does nothing but wait.
 const STACK: usize = 64 << 10;
+
+/// How many threads of this process wait at most. One goes on after [`PATIENCE`], for as long as the setup of another job hangs.
+const THREADS: usize = 32;
+
+/// The threads that may still be started.
+static WAITING: Semaphore = Semaphore::const_new(THREADS);
+
+/// The processors of the node. The C library counts those that Slurm has given to this job, and jobs of one processor each would
+/// wait for each other on a node that has enough for all.
+const ONLINE: &str = "/sys/devices/system/cpu/online";
 
 /// A turn, given back when it is dropped.
 #[derive(Debug)]
@@ -45,36 +58,75 @@ pub(crate) struct Turn {
 /// Cancel safe: a wait that is dropped holds nothing.
 pub(crate) async fn take() -> Option<Turn> {
     let uid = getuid().as_raw();
-    let processors = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten()?;
     let path = PathBuf::from(format!("{MEMORY}/{PREFIX}-turns-{uid}"));
     // A setup waits now and then, so that one for each processor would leave some idle.
-    let places = processors.saturating_mul(3) / 2;
-    take_of(&path, places, PATIENCE).await
+    let turns = Turns {
+        path: &path,
+        places: processors()?.saturating_mul(3) / 2,
+        patience: PATIENCE,
+        waiting: &WAITING,
+    };
+    turns.take(first_place()).await
 }
 
-/// Waits for one of `places` in the file at `path`.
-async fn take_of(path: &Path, places: i64, patience: Duration) -> Option<Turn> {
-    let file = open(path)?;
-    // The processes share the places evenly.
-    let own = i64::from(std::process::id()) % places.max(1);
-    for place in (own..places).chain(0..own) {
-        match lock(&file, place, Wait::No) {
-            Ok(()) => return Some(Turn { _file: file }),
-            Err(Errno::EAGAIN | Errno::EACCES) => {}
-            Err(_) => return None,
-        }
+/// The processors of the node that run.
+fn processors() -> Option<i64> {
+    count(&fs::read_to_string(ONLINE).ok()?)
+}
+
+/// PURE: how many processors a list such as `0-3,8` names.
+fn count(list: &str) -> Option<i64> {
+    let mut all = 0;
+    for range in list.trim().split(',') {
+        let (lowest, highest) = range.split_once('-').unwrap_or((range, range));
+        let ends: [u32; 2] = [lowest.parse().ok()?, highest.parse().ok()?];
+        all += i64::from(ends[1]) - i64::from(ends[0]) + 1;
     }
-    let (turn, taken) = oneshot::channel();
-    // A thread of its own, which no other work waits for: it cannot be told to stop. If nobody waits for the turn any more, it gives
-    // it back.
-    let waiting = move || {
-        if lock(&file, own, Wait::Yes).is_ok() {
-            turn.send(Turn { _file: file }).ok();
+    Some(all)
+}
+
+/// Where the next container of this process looks first. Processes share the places evenly, and so do the containers of one.
+fn first_place() -> i64 {
+    static CONTAINERS: AtomicU32 = AtomicU32::new(0);
+    let container = CONTAINERS.fetch_add(1, Ordering::Relaxed);
+    i64::from(std::process::id()) + i64::from(container)
+}
+
+/// The places of a file.
+struct Turns<'a> {
+    path: &'a Path,
+    places: i64,
+    patience: Duration,
+    waiting: &'static Semaphore,
+}
+
+impl Turns<'_> {
+    /// Waits for the place that `first` leads to, unless another one is free.
+    async fn take(&self, first: i64) -> Option<Turn> {
+        let file = open(self.path)?;
+        let places = self.places.max(1);
+        let own = first % places;
+        for place in (own..places).chain(0..own) {
+            match lock(&file, place, Wait::No) {
+                Ok(()) => return Some(Turn { _file: file }),
+                Err(Errno::EAGAIN | Errno::EACCES) => {}
+                Err(_) => return None,
+            }
         }
-    };
-    let thread = std::thread::Builder::new().stack_size(STACK);
-    thread.spawn(waiting).ok()?;
-    timeout(patience, taken).await.ok()?.ok()
+        let permit = self.waiting.try_acquire().ok()?;
+        let (turn, taken) = oneshot::channel();
+        // A thread of its own, which no other work waits for: it cannot be told to stop. If nobody waits for the turn any more, it
+        // gives it back.
+        let waiting = move || {
+            if lock(&file, own, Wait::Yes).is_ok() {
+                turn.send(Turn { _file: file }).ok();
+            }
+            drop(permit);
+        };
+        let thread = std::thread::Builder::new().stack_size(STACK);
+        thread.spawn(waiting).ok()?;
+        timeout(self.patience, taken).await.ok()?.ok()
+    }
 }
 
 /// Opens the file, which must be this user's own.
@@ -133,38 +185,124 @@ mod tests {
 
     use std::os::unix::fs::PermissionsExt as _;
 
+    use nix::{
+        sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+        unistd::Pid,
+    };
+
     use super::*;
 
     const LONG: Duration = Duration::from_mins(1);
+
+    fn turns(path: &Path, places: i64) -> Turns<'_> {
+        Turns {
+            path,
+            places,
+            patience: LONG,
+            waiting: &WAITING,
+        }
+    }
 
     #[tokio::test]
     async fn a_place_is_one_containers_until_it_gives_it_back() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("turns");
-        let first = take_of(&path, 2, LONG).await.unwrap();
-        let second = take_of(&path, 2, LONG).await.unwrap();
-        let mut third = Box::pin(take_of(&path, 2, LONG));
+        let turns = turns(&path, 2);
+        let first = turns.take(0).await.unwrap();
+        let second = turns.take(0).await.unwrap();
+        let mut third = Box::pin(turns.take(0));
         assert!(futures::poll!(&mut third).is_pending(), "both are taken");
         drop((first, second));
         third.await.unwrap();
+    }
+
+    /// Otherwise the containers of a pod that begin together would all wait for one place, while others are free.
+    #[tokio::test]
+    async fn containers_of_one_process_wait_for_different_places() {
+        assert_ne!(first_place(), first_place());
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("turns");
+        let turns = turns(&path, 2);
+        let both = (turns.take(0).await.unwrap(), turns.take(1).await.unwrap());
+        let (mut third, mut fourth) = (Box::pin(turns.take(2)), Box::pin(turns.take(3)));
+        assert!(futures::poll!(&mut third).is_pending());
+        assert!(futures::poll!(&mut fourth).is_pending());
+        drop(both);
+        let (third, fourth) = tokio::join!(third, fourth);
+        assert!(third.is_some() && fourth.is_some());
     }
 
     #[tokio::test]
     async fn a_turn_that_comes_too_late_is_given_back() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("turns");
-        let first = take_of(&path, 1, LONG).await.unwrap();
-        assert!(take_of(&path, 1, Duration::from_millis(1)).await.is_none());
+        let turns = turns(&path, 1);
+        let first = turns.take(0).await.unwrap();
+        let hasty = Turns {
+            patience: Duration::from_millis(1),
+            ..turns
+        };
+        assert!(hasty.take(0).await.is_none());
         drop(first);
         // The thread that waited has it for a moment.
-        take_of(&path, 1, LONG).await.unwrap();
+        let patient = Turns {
+            patience: LONG,
+            ..hasty
+        };
+        patient.take(0).await.unwrap();
+    }
+
+    /// Its containers may be restarted for days, while the setup of another job hangs.
+    #[tokio::test]
+    async fn a_process_has_a_limit_of_threads_that_wait() {
+        static ONE: Semaphore = Semaphore::const_new(1);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("turns");
+        let turns = Turns {
+            waiting: &ONE,
+            ..turns(&path, 1)
+        };
+        let first = turns.take(0).await.unwrap();
+        let mut waits = Box::pin(turns.take(0));
+        assert!(futures::poll!(&mut waits).is_pending());
+        assert!(turns.take(0).await.is_none(), "it begins without a turn");
+        drop(first);
+        waits.await.unwrap();
+        // The thread has ended, or is about to.
+        let _again = tokio::time::timeout(LONG, ONE.acquire()).await.unwrap();
+    }
+
+    #[test]
+    fn the_processors_are_those_of_the_node_and_not_those_of_the_job() {
+        for (list, number) in [
+            ("0\n", Some(1)),
+            ("0-1\n", Some(2)),
+            ("0-3,8,10-11\n", Some(7)),
+            ("\n", None),
+            ("0-x\n", None),
+        ] {
+            assert_eq!(count(list), number, "{list:?}");
+        }
+        let all = processors();
+        assert!(all.is_some_and(|all| all > 0), "{all:?}");
+        let bound = std::thread::spawn(|| {
+            let own = Pid::from_raw(0);
+            let allowed = sched_getaffinity(own).unwrap();
+            let mut numbers = 0..CpuSet::count();
+            let first = numbers.find(|cpu| allowed.is_set(*cpu).unwrap()).unwrap();
+            let mut one = CpuSet::new();
+            one.set(first).unwrap();
+            sched_setaffinity(own, &one).unwrap();
+            processors()
+        });
+        assert_eq!(bound.join().unwrap(), all);
     }
 
     #[tokio::test]
     async fn without_a_file_there_are_no_turns() {
         let folder = tempfile::tempdir().unwrap();
         let missing = folder.path().join("missing/turns");
-        assert!(take_of(&missing, 1, LONG).await.is_none());
+        assert!(turns(&missing, 1).take(0).await.is_none());
     }
 
     #[tokio::test]
@@ -173,9 +311,9 @@ mod tests {
         let path = folder.path().join("turns");
         File::create(&path).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
-        assert!(take_of(&path, 1, LONG).await.is_none());
+        assert!(turns(&path, 1).take(0).await.is_none());
         let link = folder.path().join("link");
         std::os::unix::fs::symlink("/dev/null", &link).unwrap();
-        assert!(take_of(&link, 1, LONG).await.is_none());
+        assert!(turns(&link, 1).take(0).await.is_none());
     }
 }

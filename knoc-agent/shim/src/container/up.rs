@@ -210,11 +210,12 @@ async fn by_name(pod: &Pod, attempt: &Attempt, folders: &Folders) -> Result<Name
 }
 
 /// Whether the image is a folder of another user, as sites keep them. By its name in the node's file system: only what the temporary
-/// folders are made of depends on it.
-async fn is_foreign_folder(image: &Path) -> bool {
+/// folders are made of depends on it. The image may lie on a file system that hangs, so `abort` ends the wait.
+async fn is_foreign_folder(image: &Path, abort: &CancellationToken) -> Result<bool, AttemptError> {
     let own = rustix::process::getuid().as_raw();
-    let found = tokio::fs::metadata(image).await;
-    found.is_ok_and(|found| found.is_dir() && found.uid() != own)
+    let looking = abort.run_until_cancelled(tokio::fs::metadata(image));
+    let found = looking.await.ok_or(AttemptError::Aborted)?;
+    Ok(found.is_ok_and(|found| found.is_dir() && found.uid() != own))
 }
 
 /// What every try to start the runtime needs.
@@ -243,7 +244,8 @@ impl Starting<'_> {
         } = named;
         let (pod, folders) = (self.pod, self.folders);
         let work = folders.work.clone();
-        let work = if is_foreign_folder(Path::new(&self.attempt.spec.image.path)).await {
+        let image_path = Path::new(&self.attempt.spec.image.path);
+        let work = if is_foreign_folder(image_path, &self.attempt.abort).await? {
             Work::Needed(work)
         } else {
             Work::Spare(work)
@@ -544,5 +546,22 @@ impl Runtime {
         } else {
             message
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_container_that_is_stopped_does_not_wait_for_the_file_system_of_its_image() {
+        let abort = CancellationToken::new();
+        let folder = Path::new("/proc");
+        let own = rustix::process::getuid().as_raw() == 0;
+        let found = is_foreign_folder(folder, &abort).await.unwrap();
+        assert_eq!(found, !own);
+        abort.cancel();
+        let stopped = is_foreign_folder(folder, &abort).await;
+        assert!(matches!(stopped, Err(AttemptError::Aborted)));
     }
 }

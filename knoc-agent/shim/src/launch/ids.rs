@@ -254,12 +254,12 @@ fn unshare_mapped(
     }
 }
 
-/// Whether [`show`] works here. A child tries it, because who has entered the namespace cannot leave it.
+/// Whether [`show`] and [`drop_capabilities`] work here. A child tries it, because who has entered the namespace cannot leave it.
 pub(super) fn can_show(ids: [u32; 2]) -> bool {
     match sys::fork_single_threaded() {
         Ok(ForkResult::Child) => {
             super::die_with_parent();
-            end_child(show(ids).is_ok())
+            end_child(show(ids).and_then(|()| drop_capabilities()).is_ok())
         }
         Ok(ForkResult::Parent { child }) => loop {
             match waitpid(child, None) {

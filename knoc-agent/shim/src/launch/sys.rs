@@ -8,10 +8,14 @@
 use std::{
     io,
     os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    path::Path,
 };
 
 use nix::{
-    sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
+    sys::{
+        signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
+        statfs::{PROC_SUPER_MAGIC, statfs},
+    },
     unistd::{ForkResult, fork},
 };
 
@@ -99,18 +103,64 @@ pub(super) fn reset_signals() {
     SigSet::empty().thread_set_mask().ok();
 }
 
+/// Where the kernel lists the open descriptors of this process.
+const OPEN: &str = "/proc/self/fd";
+
+/// Up to which number descriptors are looked for without that list. What a runtime leaves open has small numbers.
+const DESCRIPTORS: i32 = 1 << 16;
+
 /// Marks all descriptors except stdio close-on-exec: container runtimes leave some of theirs open.
 pub(super) fn close_on_exec() {
-    let open = std::fs::read_dir("/proc/self/fd")
-        .into_iter()
-        .flatten()
-        .flatten();
-    let numbers: Vec<i32> = open
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect();
-    for number in numbers.into_iter().filter(|number| *number > 2) {
+    // SAFETY: it sets a flag of descriptors of this process, and takes no pointer.
+    let marked = unsafe {
+        nix::libc::syscall(
+            nix::libc::SYS_close_range,
+            3_u32,
+            u32::MAX,
+            nix::libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    // Linux before 5.11 cannot do that.
+    if marked == 0 {
+        return;
+    }
+    for number in open_descriptors(Path::new(OPEN)) {
         // SAFETY: the number is only used within this call; if it is closed by now, the kernel answers EBADF.
         let fd = unsafe { BorrowedFd::borrow_raw(number) };
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).ok();
+    }
+}
+
+/// The numbers of the descriptors after stdio that `list` names; all that there may be, if a volume of the pod lies over it.
+fn open_descriptors(list: &Path) -> Vec<i32> {
+    if !statfs(list).is_ok_and(|found| found.filesystem_type() == PROC_SUPER_MAGIC) {
+        return (3..DESCRIPTORS).collect();
+    }
+    let open = std::fs::read_dir(list).into_iter().flatten().flatten();
+    open.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|number| *number > 2)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::FdFlags;
+
+    use super::*;
+
+    #[test]
+    fn descriptors_end_with_the_launcher_also_if_a_volume_hides_the_list_of_them() {
+        let file = tempfile::tempfile().unwrap();
+        let number = file.as_raw_fd();
+        let volume = tempfile::tempdir().unwrap();
+        for list in [Path::new(OPEN), volume.path(), Path::new("/missing")] {
+            let found = open_descriptors(list);
+            assert!(found.contains(&number), "{}", list.display());
+            assert!(found.iter().all(|number| *number > 2));
+        }
+        rustix::io::fcntl_setfd(&file, FdFlags::empty()).unwrap();
+        close_on_exec();
+        let flags = rustix::io::fcntl_getfd(&file).unwrap();
+        assert_eq!(flags, FdFlags::CLOEXEC);
     }
 }
