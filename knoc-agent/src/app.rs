@@ -14,6 +14,7 @@
 
 #[cfg(test)]
 pub(crate) mod fake;
+mod hop;
 mod prepare;
 
 use std::{sync::Arc, time::Duration};

@@ -8,7 +8,7 @@
 //!   endpoint.json             where shims find the agent (schema::Endpoint)
 //!   shim-route.json           how shims are reached (schema::FoundRoute)
 //!   cluster.json              the pinned cluster id and leadership epoch (schema::Cluster)
-//!   shim-hop.crt, .key        the agent's self-signed certificate and key for shims
+//!   shim-hop.crt, .key        the agent's self-signed certificate and key for shims; .lock: held while they are created
 //!   images/<digest>.sif|.json
 //!   versions/<X.Y.Z>/knoc-agent   the binary that jobs exec; the agent removes it once no job.pb names it
 //!   pods/<uid>/               JobDir, 0700

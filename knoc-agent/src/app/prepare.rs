@@ -11,10 +11,7 @@ use std::{
 
 use jiff::Timestamp;
 use knoc_contract::{
-    jobdir::{
-        JobDirError, StateDir,
-        atomic::{self, FileError},
-    },
+    jobdir::{JobDirError, StateDir, atomic::FileError},
     setuid,
 };
 use knoc_link::{
@@ -23,6 +20,7 @@ use knoc_link::{
 use knoc_proto::{error::chain, ids::PodUid};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
+use super::hop;
 use crate::{
     config::{Config, RuntimeKind, SchedulerKind},
     egress::Egress,
@@ -117,7 +115,7 @@ pub(super) async fn prepare(
     state.create()?;
     check_private(state.root())?;
     let lease = Holder::take(&state, Process::own(), Timestamp::now())?;
-    let pair = shim_hop_pair(&state)?;
+    let pair = hop::pair(&state).await?;
     let versions = Versions::install(&state)?;
     let (publisher, live) = policy::Live::new(config.policy.clone());
     let scheduler = scheduler(&config, &state, &live);
@@ -220,18 +218,6 @@ fn check_private(path: &Path) -> Result<(), PrepareError> {
         mode,
         uid: meta.uid(),
     })
-}
-
-/// The agent's key pair for the links of shims. It is kept, because running shims pin it.
-fn shim_hop_pair(state: &StateDir) -> Result<KeyPair, PrepareError> {
-    let (cert, key) = state.shim_hop();
-    if cert.exists() && key.exists() {
-        return Ok(KeyPair::from_files(&cert, &key)?);
-    }
-    let pair = KeyPair::generate("knoc-agent shim hop")?;
-    atomic::write(&key, pair.key_pem().as_bytes(), 0o600)?;
-    atomic::write(&cert, pair.cert_pem().as_bytes(), 0o600)?;
-    Ok(pair)
 }
 
 /// The name and the path of the container runtime.
