@@ -39,7 +39,7 @@ test is a process of its own, several at once; those marked `[Serial]` or `[Disr
 that fails has the first reason that its log gives. The time includes the removal of the test's namespace and the time that the other tests
 take from the machine. A run writes the rows of the tests that it ran, so rows can be from earlier runs and earlier versions of KNoC. The
 column podIP has the policy of the run: `none`, where the relay leads from Services to pods, `node` if pods have the address of their compute
-node as `status.podIP`, or `own` if they have addresses of their own. During a run one compute node takes jobs. The tests that create Endpoints
+node as `status.podIP`, or `own` if they have addresses of their own. During a run one compute node takes jobs, and a processor comes with 256 MB. The tests that create Endpoints
 and EndpointSlices need pods with different addresses: they run with `NODES=exclusive`, where each pod has a compute node of its own.
 
 No single policy serves all of list B, so it runs twice: first with `KNOC_NODE_POD_IP=own KNOC_NODE_POD_RANGE=10.200.0.0/16`, where pods reach

@@ -3,6 +3,8 @@
 #   one        Most tests assume that two pods of one Kubernetes node are on one machine: they share a folder below /tmp, collide on a host
 #              port, and a pod may ask for most of the node's CPUs. So all compute nodes but the first are drained. Jobs that run there
 #              continue.
+#              The suite's pods name no memory, so a processor comes with more than the bed's default: the runtime's own processes take
+#              25 MB for each container, and some of the pods have three.
 #   exclusive  A job gets whole nodes, as many sites have it. Two pods are then on two nodes and have two addresses.
 #   all        as it was before, also after an interrupted l3_mesh
 . "$(dirname "$0")/../lib.sh"
@@ -14,12 +16,15 @@ update() { # update NODES SETTING…: nothing if there are no NODES
     list=$(paste -sd, <<<"$1")
     [ -z "$list" ] || slurm scontrol update nodename="$list" "${@:2}"
 }
-share() { slurm scontrol update partitionname=main oversubscribe="$1"; }
+partition() { slurm scontrol update partitionname=main "$@"; }
 case ${1:-} in
-one) update "$(nodes | sed -n '2,$s/|none$//p')" state=drain reason=$reason ;;
-exclusive) share exclusive ;;
+one)
+    partition defmempercpu=256
+    update "$(nodes | sed -n '2,$s/|none$//p')" state=drain reason=$reason
+    ;;
+exclusive) partition oversubscribe=exclusive ;;
 all)
-    share no
+    partition oversubscribe=no defmempercpu=100
     update "$(nodes | sed -n "s/|\($reason\|l3_mesh\)$//p")" state=resume
     ;;
 *) die "usage: nodes.sh one|exclusive|all" ;;

@@ -34,6 +34,9 @@ egress=$(sed -n '/^egress *=/p' "$agent_home_here/.config/knoc/agent.toml") # wh
 trap '"$testbed/kube/coredns.sh" down; policy ${egress:+"$egress"}; network; kubelet -u KNOC_NODE_POD_IP -u KNOC_NODE_POD_RANGE; "$testbed/conformance/nodes.sh" all' EXIT
 policy 'privileged = "unprivileged"' 'host_paths = [{ path = "/tmp", writable = true }]' 'host_ports = ["21017"]' 'egress = ["default/kubernetes", "kube-system/kube-dns", "*/*"]'
 network "${NETWORK:-}"
+# It reads its policy now, and not some seconds after the first pods.
+"$testbed/agent.sh" down
+"$testbed/agent.sh" up
 "$testbed/kube/coredns.sh" up
 "$testbed/conformance/nodes.sh" "${NODES:-one}"
 kubelet KNOC_NODE_TAINT=false KNOC_NODE_QUEUE_FACTOR=1 KNOC_NODE_POD_IP="${KNOC_NODE_POD_IP:-node}" KNOC_EGRESS_ALLOW='default/kubernetes,kube-system/kube-dns,*/*'
