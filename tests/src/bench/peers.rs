@@ -1,4 +1,4 @@
-//! The figures of other projects, from one run of them on a bed like this one. `make bench` does not repeat that run: what it
+//! The figures of other projects, from one run of them beside KNoC on the bed. `make bench` does not repeat that run: what it
 //! printed is here.
 
 use std::fmt::Write as _;
@@ -7,67 +7,98 @@ use super::Figures;
 
 /// What was run, when, and on what.
 const RUN: &str = "\
-interLink (virtual kubelet, API server and Slurm plugin; its version was not recorded) and Go KNoC (commit e1c17e3 of 2023-02-01, its \
-last) were built and run before KNoC was written, not later than 2026-11-22 (the exact date was not recorded), on a bed like this one: \
-Kubernetes 1.36.3, Slurm 24.11.5, Apptainer 1.4.5.";
+interLink 0.6.2 (commit 84a3810 of 2026-07-10) with its Slurm plugin (commit f8451d9 of 2026-07-14, after 0.6.2-pre5), Go KNoC (commit \
+e1c17e3 of 2023-02-01, its last) and KNoC 0.1.0 (commit c963b0c3) were run alternately on 2026-11-30, on the machine and the bed of the other \
+sections. The others were built with Go 1.26.8. Changed for the bed: the port of Go KNoC, and its script that makes a kubeconfig, which \
+prints a constant; interLink was told the size of its node by a script. 20 pods ran one at a time, and then 50 at once, which were \
+watched for 300 s. T1 of KNoC was not taken. The rows of the earlier run are of 2026-11-22 or before, and the version of interLink was \
+not recorded then.";
 
 /// The rows of the table: the figure, by hand, interLink, Go KNoC, and KNoC in the same run. Times are median / minimum / maximum in
 /// milliseconds, or a median alone. A cell that begins with a number is also shown as a multiple of the row's figure by hand.
 const ROWS: &[[&str; 5]] = &[
     [
         "1 pod: T1 created → job in the queue; by hand `sbatch`",
-        "10",
-        "74 / 36 / 268",
-        "678 / 574 / 1117",
+        "5 / 5 / 11",
+        "23 / 17 / 29",
+        "80 / 73 / 100",
         "–",
     ],
     [
-        "1 pod: T2 created → first line",
-        "560",
-        "837 / 415 / 1407",
-        "1466 / 847 / 1741",
-        "–",
+        "1 pod: T2 created → first line; by hand with a writable root, as in KNoC's pods",
+        "319 / 173 / 597",
+        "364 / 186 / 551",
+        "496 / 352 / 559",
+        "482 / 419 / 612",
+    ],
+    [
+        "the same; by hand with a read-only root, as in theirs",
+        "505 / 371 / 558",
+        "364 / 186 / 551",
+        "496 / 352 / 559",
+        "482 / 419 / 612",
     ],
     [
         "1 pod: T3 end of the program → final phase seen",
         "–",
-        "6975 / 4033 / 10,024",
-        "3455 / 141 / 5048",
+        "3772 / 3559 / 3929",
+        "1026 / 746 / 1291",
+        "15 / 14 / 21",
+    ],
+    [
+        "50 at once: T1 created → job in the queue; by hand `sbatch`",
+        "5 / 4 / 19",
+        "3240 / 260 / 8117",
+        "1824 / 490 / 2493",
         "–",
     ],
     [
-        "50 at once: T2 created → first line; by hand 50 × `sbatch` alone",
-        "≈ 1500",
-        "3710 / 1591 / 8757",
-        "10,507 / 3459 / 18,080",
-        "–",
+        "50 at once: T2 created → first line; by hand with a writable root, as in KNoC's pods",
+        "3526 / 224 / 3969",
+        "3623 / 1717 / 9149",
+        "4344 / 876 / 5106",
+        "3546 / 2160 / 5491",
+    ],
+    [
+        "the same; by hand with a read-only root, as in theirs",
+        "3121 / 1117 / 3717",
+        "3623 / 1717 / 9149",
+        "4344 / 876 / 5106",
+        "3546 / 2160 / 5491",
     ],
     [
         "50 at once: T3 end of the program → final phase seen",
         "–",
-        "268,600 / 17,085 / 516,600",
-        "4139 / 917 / 9684",
-        "–",
+        "246,581 / 7149 / > 300,000",
+        "8291 / 3521 / 16,234",
+        "24 / 12 / 131",
     ],
     [
-        "RPCs per minute to slurmctld at 50 running pods",
+        "of these 50 pods, Succeeded / without an end after 300 s",
+        "–",
+        "29 / 21",
+        "50 / 0",
+        "50 / 0",
+    ],
+    [
+        "exec of `true` by a new kubectl each time; by hand `apptainer exec instance://`",
+        "43 / 42 / 47",
+        "not implemented (501)",
+        "hangs",
+        "88 / 80 / 115",
+    ],
+    [
+        "earlier run: RPCs per minute to slurmctld at 50 running pods",
         "0",
         "36",
         "0 (never asks)",
         "–",
     ],
     [
-        "resident memory at 50 pods",
+        "earlier run: resident memory at 50 pods",
         "–",
         "65 + 39 + 34 MB",
         "43 MB",
-        "–",
-    ],
-    [
-        "exec of `true`; by hand `apptainer exec instance://`",
-        "78",
-        "not implemented",
-        "hangs",
         "–",
     ],
 ];
@@ -77,8 +108,8 @@ pub(super) fn section(out: &mut String, figures: &Figures) -> anyhow::Result<()>
     writeln!(
         out,
         "## Comparison with other projects\n\n\
-         {RUN} That was another run than that of the other sections, so its milliseconds are compared only with its own floor, which \
-         was measured in it: Slurm and Apptainer by hand. Each figure that has one is also given as a multiple of it. The \
+         {RUN} None of it is the run of the other sections, so milliseconds are compared only with the floor of the same run: Slurm and \
+         Apptainer by hand. Each figure that has one is also given as a multiple of it. The \
          program sleeps 1 s, as above; median / minimum / maximum in milliseconds unless the row says otherwise. Differences below \
          300 ms are not significant, because slurmctld starts jobs once a second.\n\n\
          | | by hand | interLink | Go KNoC | KNoC, same run |\n|---|---|---|---|---|"
