@@ -350,7 +350,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     [spec.uid, spec.gid] = ids::wanted(pod, container, &config, spec.passwd.as_deref());
     let kept = Kept::of(up.identity);
     let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);
-    let (terminal, own_ids) = launched(&mut up.runtime, launching).await?;
+    let (terminal, own_ids) = launched(&mut up.runtime, launching, &kept).await?;
     drop(turn);
     let sources = stdio::from_terminal(terminal.as_ref()).unwrap_or(sources);
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
@@ -392,14 +392,20 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     Ok((exit, message, losses, killed, used))
 }
 
-/// Reads the output to its end. Nobody is there to write any more then, so the namespaces are let go.
-async fn read_all(
+/// Reads the output to its end. Nobody is there to write any more then, so the namespaces are let go, also if the log takes
+/// longer.
+async fn read_all<'a>(
     sources: Vec<Source>,
-    log: Log<'_>,
+    log: Log<'a>,
     over: CancellationToken,
-    program: &Program,
+    program: &'a Program,
 ) -> Losses {
+    let log = Log {
+        closed: Box::new(|| program.kept.release()),
+        ..log
+    };
     let losses = output::pump(sources, log, over, &program.hub).await;
+    // If the log's writer has failed, the end of the output was not seen.
     program.kept.release();
     losses
 }
@@ -419,6 +425,7 @@ fn log<'a>(pod: &Pod, attempt: &'a Attempt, live: &Path) -> Log<'a> {
             // If the supervisor's channel is full, a later event reports the same lines.
             attempt.events.try_send(event).is_ok()
         }),
+        closed: Box::new(|| {}),
     }
 }
 
@@ -441,15 +448,17 @@ async fn turn_of(attempt: &Attempt) -> Result<Option<Turn>, AttemptError> {
     }
 }
 
-/// Waits until the program runs, and ends the runtime if it does not. Returns the terminal of the program, if it has one, and
-/// whether it was to see itself as another user and does not.
+/// Waits until the program runs, and ends the runtime if it does not, which would wait for whoever keeps its namespaces. Returns the
+/// terminal of the program, if it has one, and whether it was to see itself as another user and does not.
 async fn launched(
     runtime: &mut Runtime,
     launching: impl Future<Output = Result<Launched, AttemptError>>,
+    kept: &Kept,
 ) -> Result<(Option<Arc<Stream>>, bool), AttemptError> {
     let launched = match launching.await {
         Ok(launched) => launched,
         Err(error) => {
+            kept.release();
             runtime.end().await;
             return Err(error);
         }

@@ -38,6 +38,8 @@ pub(crate) struct Log<'a> {
     pub(crate) written: watch::Sender<u64>,
     /// Is called with all losses so far if lines were lost while the program runs; returns `false` if it could not take them.
     pub(crate) lost: Box<dyn Fn(&Losses) -> bool + Send + Sync + 'a>,
+    /// Is called once all streams have ended, before the last lines are written; more than once if that takes a while.
+    pub(crate) closed: Box<dyn Fn() + Send + Sync + 'a>,
 }
 
 /// One of the program's streams.
@@ -92,8 +94,11 @@ pub(crate) async fn pump(
             writing = Some(pump.write(writer));
         }
         let open = pump.sources.iter().any(|source| source.open);
-        if !open && writing.is_none() {
-            break;
+        if !open {
+            (log.closed)();
+            if writing.is_none() {
+                break;
+            }
         }
         let full = pump.batch.len() >= BATCH;
         let silence = Instant::now() + DRAIN;
@@ -327,6 +332,46 @@ mod tests {
         assert_eq!(*heard.lock().unwrap(), [3, 9]);
     }
 
+    /// The runtime waits for what is let go of then, and must not wait for the file system of the log.
+    #[tokio::test]
+    async fn the_end_of_the_output_is_told_although_the_log_cannot_be_opened_yet() {
+        let folder = tempfile::tempdir().unwrap();
+        // Whoever writes into it waits for a reader.
+        let live = folder.path().join("0.log");
+        nix::unistd::mkfifo(&live, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let (ours, theirs) = super::super::fdio::output_pipe().unwrap();
+        let (heard, mut told) = watch::channel(false);
+        let log = Log {
+            live: live.clone(),
+            limits: Limits {
+                max_bytes: 1 << 20,
+                max_files: 2,
+                max_total: 2 << 20,
+            },
+            written: watch::Sender::new(0),
+            lost: Box::new(|_: &Losses| true),
+            closed: Box::new(move || {
+                heard.send_replace(true);
+            }),
+        };
+        let keeper = super::super::attach::hub::open(false, false, None, None);
+        let hub = keeper.hub();
+        let sources = vec![Source::new(ours, Kind::Stdout)];
+        let pump = pump(sources, log, CancellationToken::new(), &hub);
+        let program = async move {
+            drop(theirs);
+            let told = told.wait_for(|closed| *closed);
+            let wait = tokio::time::timeout(Duration::from_secs(20), told);
+            let in_time = wait.await.is_ok();
+            // Without a reader the thread that opens the log would never end.
+            let reader = std::fs::File::open(&live).unwrap();
+            assert!(in_time, "the end waits for the log");
+            reader
+        };
+        let (losses, _reader) = tokio::join!(pump, program);
+        assert_eq!(losses.lines, 0);
+    }
+
     /// If the log cannot be written, that is reported while the program runs, not when it ends.
     #[tokio::test]
     async fn a_log_that_cannot_be_written_is_reported_while_the_program_runs() {
@@ -348,6 +393,7 @@ mod tests {
                 heard.send_replace(losses.lines);
                 true
             }),
+            closed: Box::new(|| {}),
         };
         let keeper = super::super::attach::hub::open(false, false, None, None);
         let hub = keeper.hub();

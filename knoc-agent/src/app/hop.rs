@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use knoc_contract::jobdir::{StateDir, atomic};
+use knoc_contract::jobdir::{
+    StateDir,
+    atomic::{self, FileError},
+};
 use knoc_link::{CredentialsError, pinned::KeyPair};
 use knoc_proto::error::chain;
 use tokio::time::{Instant, sleep};
@@ -25,7 +28,8 @@ const BETWEEN: Duration = Duration::from_millis(20);
 pub(super) async fn pair(state: &StateDir) -> Result<KeyPair, PrepareError> {
     let (cert, key) = state.shim_hop();
     let _lock = lock(&key.with_extension("lock")).await;
-    if cert.exists() && key.exists() {
+    // A file system that fails for a moment must not look like a missing pair: running shims would know no agent any more.
+    if exists(&cert)? && exists(&key)? {
         match KeyPair::from_files(&cert, &key) {
             Err(error @ CredentialsError::Unusable { .. }) => {
                 // Two agents without a lock have written one file each. No shim can have pinned that.
@@ -39,6 +43,10 @@ pub(super) async fn pair(state: &StateDir) -> Result<KeyPair, PrepareError> {
     atomic::write(&key, pair.key_pem().as_bytes(), 0o600)?;
     atomic::write(&cert, pair.cert_pem().as_bytes(), 0o600)?;
     Ok(pair)
+}
+
+fn exists(path: &Path) -> Result<bool, FileError> {
+    path.try_exists().map_err(FileError::on("stat", path))
 }
 
 /// The locked file; `None` if there is no lock to be had.
@@ -100,5 +108,17 @@ mod tests {
         assert_eq!(again.key_pem(), pair(&state).await.unwrap().key_pem());
         atomic::write(&cert, b"not a certificate", 0o600).unwrap();
         assert!(matches!(pair(&state).await, Err(PrepareError::Keys(_))));
+    }
+
+    #[tokio::test]
+    async fn a_pair_is_not_replaced_because_nobody_can_see_whether_it_is_there() {
+        let (_folder, state) = state();
+        let (cert, key) = state.shim_hop();
+        // A link to itself leads to an error.
+        std::os::unix::fs::symlink(&cert, &cert).unwrap();
+        assert!(matches!(pair(&state).await, Err(PrepareError::Files(_))));
+        assert!(cert.is_symlink() && !key.exists());
+        std::fs::remove_file(&cert).unwrap();
+        pair(&state).await.unwrap();
     }
 }

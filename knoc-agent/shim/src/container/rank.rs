@@ -66,7 +66,7 @@ async fn try_run(
     step::with_rank(&mut spec.env, &own.variables, isolated && others);
     complete_inside(pod, attempt, (&mut folders, &mut up), &mut spec).await?;
     let launching = launch(up.socket, &spec, descriptors, &attempt.abort);
-    launched(&mut up.runtime, launching).await?;
+    launched(&mut up.runtime, launching, &Kept::default()).await?;
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
     // No client attaches to it, but commands beside it must end with it.
     let keeper = hub::open(false, false, None, None);
