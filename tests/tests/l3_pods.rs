@@ -31,6 +31,32 @@ async fn a_job_that_slurm_ends_at_its_time_limit_says_so() -> anyhow::Result<()>
 }
 
 #[tokio::test]
+async fn a_job_that_reaches_its_time_limit_in_an_init_container_says_so() -> anyhow::Result<()> {
+    let world = World::new("time-limit-init").await?;
+    let pod = PodBuilder::new("slow")
+        .annotation("knoc.io/partition", "short")
+        .annotation("knoc.io/time", "1")
+        .sh("echo never")
+        .init_container("first")
+        .sh("sleep 600");
+    world.create(&pod).await?;
+    let ended = world.wait_phase("slow", "Failed", TIME_LIMIT).await?;
+    let (reason, message) = why(&ended);
+    ensure!(
+        reason == "SlurmTimeLimit" && message.contains("time limit"),
+        "{reason}: {message}"
+    );
+    for container in ["first", "main"] {
+        ensure!(
+            exit_code(&ended, container).is_none_or(|code| code != 0),
+            "{container}: {:?}",
+            ended.status
+        );
+    }
+    world.finish().await
+}
+
+#[tokio::test]
 async fn a_kubernetes_job_of_twenty_pods_succeeds() -> anyhow::Result<()> {
     let world = World::new("job").await?;
     let mut template = PodBuilder::new("unused")
