@@ -48,7 +48,8 @@ async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<(
          host_ports = [\"{HOST_PORT}\"]\n"
     );
     let tables = "# l3_data\n[[bind]]\npath = \"/images\"\ntarget = \"/opt/site\"\n\
-                  [[bind]]\npath = \"/nowhere\"\npartitions = [\"none\"]\n";
+                  [[bind]]\npath = \"/nowhere\"\npartitions = [\"none\"]\n\
+                  [[bind]]\npath = \"/images\"\ntarget = \"/opt/short\"\npartitions = [\"short\"]\n";
     let prepare = format!(
         "mkdir -p {folder}/nfs/set {folder}/claim; echo exported >{folder}/nfs/set/file; ln -s /home/hpcuser {folder}/out"
     );
@@ -59,11 +60,13 @@ async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<(
         host_paths(&world, &folder),
         refusals(&world, &folder),
         claims(&world, &folder),
-        host_ports(&world, &folder)
+        host_ports(&world, &folder),
+        binds_of_partitions(&world)
     );
     set_policy(&world, "", "").await?;
     on_login(&world, &format!("rm -rf {folder}")).await?;
-    let (host_paths, refusals, claims, host_ports) = ran;
+    let (host_paths, refusals, claims, host_ports, binds) = ran;
+    binds?;
     host_ports?;
     host_paths?;
     refusals?;
@@ -142,6 +145,22 @@ async fn host_paths(world: &World, folder: &str) -> anyhow::Result<()> {
     );
     let written = on_login(world, &written).await?;
     ensure!(written == "1\n2\n3\n4\nhpcuser\n", "{written:?}");
+    Ok(())
+}
+
+/// All partitions have the first of the site's mounts, and one partition has another one too.
+async fn binds_of_partitions(world: &World) -> anyhow::Result<()> {
+    let look = "for d in site short; do test -e /opt/$d/busybox.sif && echo $d; done; echo done";
+    for (partition, expected) in [("short", "site\nshort\ndone\n"), ("main", "site\ndone\n")] {
+        let name = format!("bound-{partition}");
+        let pod = PodBuilder::new(&name)
+            .annotation("knoc.io/partition", partition)
+            .sh(look);
+        world.create(&pod).await?;
+        world.wait_phase(&name, "Succeeded", RUN).await?;
+        let log = world.logs(&name, "main").await?;
+        ensure!(log == expected, "{partition}: it printed {log:?}");
+    }
     Ok(())
 }
 
