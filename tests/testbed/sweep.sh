@@ -18,7 +18,7 @@ afresh() {
     profile_network
     rm -f "$agent_home_here/.local/state/knoc/shim-route.json"
     # Of conformance/run.sh, argo.sh, charts.sh, l3_data and l3_mesh.
-    sed -i '/^privileged *=/d; /^host_paths *=/d; /^host_ports *=/d; /^nfs *=/d; /^pod_traffic *=/d; /^network *=/d; /^egress = .*"\*\/\*"/d; /^# l3_data$/,$d' \
+    sed -i '/^privileged *=/d; /^host_paths *=/d; /^host_ports *=/d; /^nfs *=/d; /^csi *=/d; /^pod_traffic *=/d; /^network *=/d; /^egress = .*"\*\/\*"/d; /^# l3_data$/,$d' \
         "$agent_home_here/.config/knoc/agent.toml"
     [ ! -e "$KUBE_PREFIX/run/coredns.pid" ] || "$testbed/kube/coredns.sh" down
     "$testbed/conformance/nodes.sh" all

@@ -26,10 +26,13 @@ async fn on_login(world: &World, script: &str) -> anyhow::Result<String> {
 /// The port of the node that may lead to a pod.
 const HOST_PORT: u16 = 21_053;
 
+/// The driver whose volumes the site has on a shared file system.
+const CSI_DRIVER: &str = "shared.example.org";
+
 /// Replaces what the policy says about volumes and host ports, and the site's own mounts. Restarts the agent, so that it holds at once.
 async fn set_policy(world: &World, lines: &str, tables: &str) -> anyhow::Result<()> {
     let script = format!(
-        "f={SITE_FILE}; sed -i '/^host_paths *=/d; /^nfs *=/d; /^host_ports *=/d; /^# l3_data$/,$d' $f; cat >$f.lines <<'END'\n{lines}END\n\
+        "f={SITE_FILE}; sed -i '/^host_paths *=/d; /^nfs *=/d; /^csi *=/d; /^host_ports *=/d; /^# l3_data$/,$d' $f; cat >$f.lines <<'END'\n{lines}END\n\
          sed -i \"/^\\[policy\\]/r $f.lines\" $f; rm $f.lines; cat >>$f <<'END'\n{tables}END\n"
     );
     on_login(world, &script).await?;
@@ -45,12 +48,14 @@ async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<(
     let policy = format!(
         "host_paths = [{{path = \"/images\"}}, {{path = \"{folder}\", writable = true}}]\n\
          nfs = [{{server = \"filer.example.org\", export = \"/export\", path = \"{folder}/nfs\"}}]\n\
+         csi = [{{driver = \"{CSI_DRIVER}\", path = \"{folder}/csi/{{handle}}/{{share}}\"}}]\n\
          host_ports = [\"{HOST_PORT}\"]\n"
     );
     let tables = "# l3_data\n[[bind]]\npath = \"/images\"\ntarget = \"/opt/site\"\n\
-                  [[bind]]\npath = \"/nowhere\"\npartitions = [\"none\"]\n";
+                  [[bind]]\npath = \"/nowhere\"\npartitions = [\"none\"]\n\
+                  [[bind]]\npath = \"/images\"\ntarget = \"/opt/short\"\npartitions = [\"short\"]\n";
     let prepare = format!(
-        "mkdir -p {folder}/nfs/set {folder}/claim; echo exported >{folder}/nfs/set/file; ln -s /home/hpcuser {folder}/out"
+        "mkdir -p {folder}/nfs/set {folder}/claim {folder}/csi/set/own; echo exported >{folder}/nfs/set/file; ln -s /home/hpcuser {folder}/out"
     );
     on_login(&world, &prepare).await?;
     image::build(&world, &folder).await?;
@@ -59,11 +64,15 @@ async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<(
         host_paths(&world, &folder),
         refusals(&world, &folder),
         claims(&world, &folder),
-        host_ports(&world, &folder)
+        csi_claim(&world, &folder),
+        host_ports(&world, &folder),
+        binds_of_partitions(&world)
     );
     set_policy(&world, "", "").await?;
     on_login(&world, &format!("rm -rf {folder}")).await?;
-    let (host_paths, refusals, claims, host_ports) = ran;
+    let (host_paths, refusals, claims, csi, host_ports, binds) = ran;
+    csi?;
+    binds?;
     host_ports?;
     host_paths?;
     refusals?;
@@ -142,6 +151,22 @@ async fn host_paths(world: &World, folder: &str) -> anyhow::Result<()> {
     );
     let written = on_login(world, &written).await?;
     ensure!(written == "1\n2\n3\n4\nhpcuser\n", "{written:?}");
+    Ok(())
+}
+
+/// All partitions have the first of the site's mounts, and one partition has another one too.
+async fn binds_of_partitions(world: &World) -> anyhow::Result<()> {
+    let look = "for d in site short; do test -e /opt/$d/busybox.sif && echo $d; done; echo done";
+    for (partition, expected) in [("short", "site\nshort\ndone\n"), ("main", "site\ndone\n")] {
+        let name = format!("bound-{partition}");
+        let pod = PodBuilder::new(&name)
+            .annotation("knoc.io/partition", partition)
+            .sh(look);
+        world.create(&pod).await?;
+        world.wait_phase(&name, "Succeeded", RUN).await?;
+        let log = world.logs(&name, "main").await?;
+        ensure!(log == expected, "{partition}: it printed {log:?}");
+    }
     Ok(())
 }
 
@@ -286,5 +311,35 @@ async fn claims(world: &World, folder: &str) -> anyhow::Result<()> {
         let delete = ["delete", "persistentvolume", &full, "--wait=false"];
         world.kubectl(delete).ok().await?;
     }
+    ran
+}
+
+/// No driver runs anywhere: the folder of the volume is there already.
+async fn csi_claim(world: &World, folder: &str) -> anyhow::Result<()> {
+    let source = json!({
+        "driver": CSI_DRIVER, "volumeHandle": "set", "volumeAttributes": {"share": "/own"},
+    });
+    let apply = world.kubectl(["apply", "-f", "-"]);
+    let volume = volume(world, "csi", "csi", &source);
+    apply.stdin(volume).ok().await?;
+    let claim = json!([{"name": "data", "persistentVolumeClaim": {"claimName": "csi"}}]);
+    let pod = PodBuilder::new("csi")
+        .spec("volumes", claim)
+        .set(
+            "volumeMounts",
+            json!([{"name": "data", "mountPath": "/data"}]),
+        )
+        .sh("echo written >/data/file");
+    let ran = async {
+        world.create(&pod).await?;
+        world.wait_phase("csi", "Succeeded", RUN).await?;
+        let written = on_login(world, &format!("cat {folder}/csi/set/own/file")).await?;
+        ensure!(written == "written\n", "{written:?}");
+        anyhow::Ok(())
+    };
+    let ran = ran.await;
+    let full = format!("{}-csi", world.namespace);
+    let delete = ["delete", "persistentvolume", &full, "--wait=false"];
+    world.kubectl(delete).ok().await?;
     ran
 }

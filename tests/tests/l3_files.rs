@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
     PodBuilder, World,
-    world::{SOON, container_reason},
+    world::{SOON, container_reason, has_condition, why},
 };
 use serde_json::{Value, json};
 
@@ -198,6 +198,38 @@ async fn a_volume_in_memory_has_its_size_and_all_containers_see_it() -> anyhow::
         .sh("echo \"WORD='written'\" > /m/config.env");
     let log = log_of(&world, &pod).await?;
     same("the volume", &log, "written\n1024\nNo space left\nroom\n")?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_volume_on_disk_that_exceeds_its_size_has_its_pod_evicted() -> anyhow::Result<()> {
+    let world = World::new("evicted").await?;
+    let pod = PodBuilder::new("greedy")
+        .spec(
+            "volumes",
+            json!([
+                {"name": "roomy", "emptyDir": {"sizeLimit": "64Mi"}},
+                {"name": "tight", "emptyDir": {"sizeLimit": "1Mi"}},
+            ]),
+        )
+        .set(
+            "volumeMounts",
+            json!([{"name": "roomy", "mountPath": "/roomy"}, {"name": "tight", "mountPath": "/tight"}]),
+        )
+        .sh("for v in roomy tight; do dd if=/dev/urandom of=/$v/x bs=1M count=2; done; exec sleep 600");
+    world.create(&pod).await?;
+    let ended = world.wait_phase("greedy", "Failed", PULLED).await?;
+    let (reason, message) = why(&ended);
+    let expected = "Usage of EmptyDir volume \"tight\" exceeds the limit \"1Mi\".";
+    ensure!(
+        reason == "Evicted" && message.trim_end() == expected,
+        "{reason}: {message:?}"
+    );
+    ensure!(
+        has_condition(&ended, "DisruptionTarget"),
+        "{:?}",
+        ended.status
+    );
     world.finish().await
 }
 

@@ -9,7 +9,7 @@ use k8s_openapi::api::{
 };
 use knoc_tests::{
     PodBuilder, World, wait_for,
-    world::{SOON, container_reason, exit_code, why},
+    world::{SOON, container_reason, exit_code, phase_of, why},
 };
 use kube::api::{ListParams, PostParams};
 use serde_json::json;
@@ -27,6 +27,32 @@ async fn a_job_that_slurm_ends_at_its_time_limit_says_so() -> anyhow::Result<()>
     world.create(&pod).await?;
     let ended = world.wait_phase("long", "Failed", TIME_LIMIT).await?;
     ensure!(why(&ended).0 == "SlurmTimeLimit", "{:?}", why(&ended));
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_job_that_reaches_its_time_limit_in_an_init_container_says_so() -> anyhow::Result<()> {
+    let world = World::new("time-limit-init").await?;
+    let pod = PodBuilder::new("slow")
+        .annotation("knoc.io/partition", "short")
+        .annotation("knoc.io/time", "1")
+        .sh("echo never")
+        .init_container("first")
+        .sh("sleep 600");
+    world.create(&pod).await?;
+    let ended = world.wait_phase("slow", "Failed", TIME_LIMIT).await?;
+    let (reason, message) = why(&ended);
+    ensure!(
+        reason == "SlurmTimeLimit" && message.contains("time limit"),
+        "{reason}: {message}"
+    );
+    for container in ["first", "main"] {
+        ensure!(
+            exit_code(&ended, container).is_none_or(|code| code != 0),
+            "{container}: {:?}",
+            ended.status
+        );
+    }
     world.finish().await
 }
 
@@ -113,6 +139,45 @@ async fn a_pod_over_its_memory_is_oom_killed() -> anyhow::Result<()> {
     ensure!(exit_code(&ended, "main") == Some(137), "{:?}", ended.status);
     let reason = container_reason(&ended, "main").context("no reason")?;
     ensure!(reason.0 == "OOMKilled", "{reason:?}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn of_two_containers_the_one_that_takes_all_memory_is_oom_killed() -> anyhow::Result<()> {
+    let world = World::new("oom-of-two").await?;
+    let mount = json!([{"name": "shared", "mountPath": "/shared"}]);
+    // The job's memory is that of both. From the moment at which the other one takes it, `modest` starts no process that would need
+    // some.
+    let pod = PodBuilder::new("two")
+        .spec("volumes", json!([{"name": "shared", "emptyDir": {}}]))
+        .memory("128Mi")
+        .set("volumeMounts", mount.clone())
+        .sh("until [ -e /shared/up ]; do sleep 0.1; done; exec tail /dev/zero")
+        .container("modest")
+        .memory("128Mi")
+        .set("volumeMounts", mount)
+        .sh("mkfifo /shared/go; touch /shared/up; read word </shared/go; echo $word");
+    world.create(&pod).await?;
+    let ended = |pod: &Pod| {
+        (exit_code(pod, "main").is_some() || !why(pod).0.is_empty()).then(|| pod.clone())
+    };
+    let now = world
+        .wait_for_state("two", "a container has ended", SOON, ended)
+        .await?;
+    let reason = container_reason(&now, "main").context("main has not ended")?;
+    ensure!(
+        reason.0 == "OOMKilled" && exit_code(&now, "main") == Some(137),
+        "{reason:?}: {:?}",
+        now.status
+    );
+    ensure!(phase_of(&now) == "Running", "{:?}", now.status);
+    ensure!(exit_code(&now, "modest").is_none(), "{:?}", now.status);
+    let go = "echo still here >/shared/go";
+    let go = ["exec", "two", "-c", "modest", "--", "sh", "-c", go];
+    world.kubectl(go).ok().await?;
+    let ended = world.wait_phase("two", "Failed", SOON).await?;
+    ensure!(exit_code(&ended, "modest") == Some(0), "{:?}", ended.status);
+    ensure!(world.logs("two", "modest").await? == "still here\n");
     world.finish().await
 }
 
