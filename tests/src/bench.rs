@@ -11,6 +11,7 @@
 //! | status beside a cp | T3 while `kubectl cp` runs at full speed | T3 without it |
 //! | follow | the program writes a line → a client of the API server has it | none |
 //! | probes | the shim's processor time for a thousand http and tcp probes a minute | the same pod without probes |
+//! | exec probes | processor time of the shim and its children for each | `nsenter` into the container on the compute node |
 //! | egress | a pod connects → it has the first byte; bytes to the cluster; names; idle connections | plain relays, one process each |
 //! | streams | log, exec, cp and port-forward bytes | the same bytes through as many TLS relays, one process each |
 //!

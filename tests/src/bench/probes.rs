@@ -1,11 +1,14 @@
 //! What probes cost: the processor time of a pod's shim for a thousand http and tcp probes a minute, less that of the shim of the same pod
-//! without probes over the same time.
+//! without probes over the same time; and that of an exec probe, beside `nsenter` by hand into the same container.
+
+mod execs;
 
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use serde_json::{Value, json};
 
+use self::execs::Execs;
 use super::{
     bed::Bed,
     machine::{self, Taken},
@@ -26,6 +29,7 @@ const LOG: &str = "/tmp/log";
 pub(super) struct Probes {
     pub(super) node: Served,
     pub(super) private: Served,
+    pub(super) execs: Execs,
 }
 
 /// The cost of http and tcp probes.
@@ -53,6 +57,7 @@ pub(super) async fn measure(bed: &Bed, watched: Duration) -> anyhow::Result<Prob
     Ok(Probes {
         node: node.context("http and tcp probes in the node's network")?,
         private: private.context("http and tcp probes in a network of the pod's own")?,
+        execs: execs::measure(bed, watched).await.context("exec probes")?,
     })
 }
 
