@@ -53,11 +53,14 @@ enum Network {
 /// Measures everything; each part watches the pods for this long.
 pub(super) async fn measure(bed: &Bed, watched: Duration) -> anyhow::Result<Probes> {
     let node = served(bed, Network::Node, watched).await;
+    let node = node.context("http and tcp probes in the node's network")?;
     let private = served(bed, Network::Private, watched).await;
+    let private = private.context("http and tcp probes in a network of the pod's own")?;
+    let execs = execs::measure(bed, watched).await.context("exec probes")?;
     Ok(Probes {
-        node: node.context("http and tcp probes in the node's network")?,
-        private: private.context("http and tcp probes in a network of the pod's own")?,
-        execs: execs::measure(bed, watched).await.context("exec probes")?,
+        node,
+        private,
+        execs,
     })
 }
 
