@@ -10,6 +10,8 @@
 //! | cost | status patches, Events and the API server's processor time for each pod | none |
 //! | status beside a cp | T3 while `kubectl cp` runs at full speed | T3 without it |
 //! | follow | the program writes a line → a client of the API server has it | none |
+//! | probes | the shim's processor time for a thousand http and tcp probes a minute | the same pod without probes |
+//! | exec probes | processor time of the shim and its children for each | `nsenter` into the container on the compute node |
 //! | egress | a pod connects → it has the first byte; bytes to the cluster; names; idle connections | plain relays, one process each |
 //! | streams | log, exec, cp and port-forward bytes | the same bytes through as many TLS relays, one process each |
 //!
@@ -29,6 +31,7 @@ mod load;
 mod machine;
 mod peers;
 mod pods;
+mod probes;
 pub mod relay;
 mod relayed;
 mod report;
@@ -36,6 +39,7 @@ mod stats;
 mod streams;
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context as _;
 
@@ -77,6 +81,7 @@ struct Figures {
     exec: exec::Exec,
     follow: Series,
     egress: egress::Egress,
+    probes: probes::Probes,
     beside: beside::Beside,
     streams: Vec<streams::Stream>,
     load: load::Load,
@@ -119,6 +124,8 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     figures.beside = beside::measure(&bed, if quick { 3 } else { BESIDE }).await?;
     say("egress");
     figures.egress = egress::measure(&bed, egress_sizes(quick)).await?;
+    say("probes");
+    figures.probes = probes::measure(&bed, watched(quick)).await?;
     say("streams");
     figures.streams = streams::measure(&bed, sizes(quick), "").await?;
     let text = report::page(&figures, &bed, quick)?;
@@ -158,6 +165,21 @@ pub async fn egress(quick: bool) -> anyhow::Result<()> {
     report::egress(&mut table, &measured)?;
     std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())?;
     bed.close().await
+}
+
+/// Measures only what probes cost; prints the table to standard output and does not change the page.
+pub async fn probes(quick: bool) -> anyhow::Result<()> {
+    let bed = Bed::open().await?;
+    let measured = probes::measure(&bed, watched(quick)).await?;
+    let mut table = String::new();
+    report::probes(&mut table, &measured)?;
+    std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())?;
+    bed.close().await
+}
+
+/// How long pods with probes are watched.
+fn watched(quick: bool) -> Duration {
+    Duration::from_secs(if quick { 20 } else { 60 })
 }
 
 fn egress_sizes(quick: bool) -> egress::Sizes {

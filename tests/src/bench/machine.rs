@@ -56,6 +56,13 @@ impl Process {
         value.split_whitespace().next()?.parse().ok()
     }
 
+    /// Whether its last argument ends with that text.
+    fn ends_with(&self, text: &str) -> bool {
+        let cmdline = fs::read(self.folder.join("cmdline")).unwrap_or_default();
+        let cmdline = String::from_utf8_lossy(&cmdline);
+        cmdline.trim_end_matches('\0').ends_with(text)
+    }
+
     /// Clock ticks spent, in user mode and in the kernel: its own, and those of its children that have ended (proc(5),
     /// `stat`, fields 14 to 17).
     fn ticks(&self) -> Option<(u64, u64)> {
@@ -80,6 +87,37 @@ pub(super) fn anonymous(program: &str, word: &str) -> Vec<u64> {
     Process::all(program, word)
         .filter_map(|process| process.memory("RssAnon"))
         .collect()
+}
+
+/// The processor time of one process, in seconds.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Taken {
+    pub(super) own: f64,
+    /// That of its children that have ended.
+    pub(super) children: f64,
+}
+
+impl Taken {
+    /// What was taken since `before`.
+    pub(super) fn since(self, before: Self) -> Self {
+        Self {
+            own: self.own - before.own,
+            children: self.children - before.children,
+        }
+    }
+}
+
+/// The processor time of the shim of the pod with this UID, if it runs. The last argument of a shim is its job directory, which has
+/// the pod's UID as its name.
+#[expect(clippy::cast_precision_loss, reason = "far below 2^52 ticks")]
+pub(super) fn shim(uid: &str) -> Option<Taken> {
+    let mut shims = Process::all("knoc-agent", "shim");
+    let (own, children) = shims.find(|shim| shim.ends_with(uid))?.ticks()?;
+    let second = rustix::param::clock_ticks_per_second() as f64;
+    Some(Taken {
+        own: own as f64 / second,
+        children: children as f64 / second,
+    })
 }
 
 /// The processes that a byte passes, by program and by an argument that distinguishes them from others.

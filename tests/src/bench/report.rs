@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use super::bed::Bed;
 use super::egress::{Egress, WATCHED};
 use super::pods::Batch;
+use super::probes::Probes;
 use super::stats::Series;
 use super::streams::Stream;
 use super::{Figures, machine, peers};
@@ -123,6 +124,7 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
         " ms",
     ));
     egress_bounds(figures, &mut bounds);
+    probe_bounds(&figures.probes, &mut bounds);
     stream_bounds(figures, &mut bounds);
     let load = &figures.load;
     let memory = [
@@ -144,6 +146,30 @@ fn egress_bounds(figures: &Figures, bounds: &mut Vec<Bound>) {
         "connect and first byte from a pod to the API server / over 3 plain relays, p50",
         egress.first.median() / egress.first_floor.median(),
         3.0,
+        " ×",
+    ));
+}
+
+/// The targets for probes.
+fn probe_bounds(probes: &Probes, bounds: &mut Vec<Bound>) {
+    for (place, served) in [
+        ("in the node's network", &probes.node),
+        ("in a network of the pod's own", &probes.private),
+    ] {
+        bounds.push(bound(
+            &format!(
+                "CPU of the shim for {:.0} http and tcp probes a minute {place}, less that without probes",
+                served.rate
+            ),
+            served.with - served.without,
+            1.0,
+            " %",
+        ));
+    }
+    bounds.push(bound(
+        "CPU of the shim and its children for an exec probe / nsenter by hand",
+        probes.execs.probe / probes.execs.by_hand,
+        1.2,
         " ×",
     ));
 }
@@ -314,6 +340,12 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
     )?;
     streams(out, &figures.streams)?;
     egress(out, &figures.egress)?;
+    probes(out, &figures.probes)?;
+    memory(out, figures)
+}
+
+/// What running pods take that do nothing.
+fn memory(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
     let load = &figures.load;
     writeln!(
         out,
@@ -380,6 +412,35 @@ pub(super) fn egress(out: &mut String, egress: &Egress) -> anyhow::Result<()> {
         mib(idle.shim.1),
         mib(idle.shim.0),
         WATCHED.as_secs(),
+    )?;
+    Ok(())
+}
+
+/// What probes cost.
+pub(super) fn probes(out: &mut String, probes: &Probes) -> anyhow::Result<()> {
+    writeln!(
+        out,
+        "\n| CPU of a pod's shim, % of one core | probes a minute | with probes | the same pod without |\n|---|---|---|---|"
+    )?;
+    for (name, served) in [
+        ("http and tcp probes in the node's network", &probes.node),
+        (
+            "http and tcp probes in a network of the pod's own",
+            &probes.private,
+        ),
+    ] {
+        writeln!(
+            out,
+            "| {name} | {:.0} | {:.2} | {:.2} |",
+            served.rate, served.with, served.without
+        )?;
+    }
+    let execs = &probes.execs;
+    writeln!(
+        out,
+        "\nAn exec probe of `true` takes {:.2} ms of processor time of the shim and its children; `nsenter` of it by hand into the same \
+         container, on the compute node, takes {:.2} ms ({} of each).",
+        execs.probe, execs.by_hand, execs.count
     )?;
     Ok(())
 }

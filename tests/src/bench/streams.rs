@@ -14,8 +14,9 @@ use crate::{PodBuilder, wait_for};
 /// The time limit for the pod that writes the bytes.
 const WRITTEN: Duration = Duration::from_mins(5);
 
-/// The port at which the pod serves bytes. No other process of the node uses it.
+/// The ports at which the pod serves the small and the large file. No other process of the node uses them.
 const PORT: u16 = 19_099;
+const LARGE_PORT: u16 = 19_098;
 
 /// One stream, each series in megabytes a second.
 #[derive(Debug, Default)]
@@ -39,7 +40,7 @@ pub(super) struct Sizes {
     pub(super) rounds: (usize, usize),
     /// The size of each stream, in whole lines of 80 bytes.
     pub(super) bytes: u64,
-    /// The size of the large log and of the copies.
+    /// The size of the large log, of the download and of the copies.
     pub(super) large: u64,
 }
 
@@ -117,7 +118,7 @@ const STREAMS: [Kind; 10] = [
         Way::ForwardByKubernetes,
         false,
     ),
-    kind("download through a Service", Way::Relayed, false),
+    kind("download through a Service", Way::Relayed, true),
     kind("log through the agent", Way::LogsByAgent, false),
     kind("exec through the agent", Way::ExecByAgent, false),
     kind(
@@ -140,7 +141,7 @@ pub(super) async fn measure(bed: &Bed, sizes: Sizes, name: &str) -> anyhow::Resu
     let uid = talker(bed, sizes).await?;
     let is_relayed = kinds.iter().any(|kind| kind.way == Way::Relayed);
     if is_relayed {
-        relayed::publish(bed, PORT).await?;
+        relayed::publish(bed, LARGE_PORT).await?;
     }
     let mut streams = Vec::new();
     for kind in kinds {
@@ -209,7 +210,8 @@ async fn talker(bed: &Bed, sizes: Sizes) -> anyhow::Result<String> {
     // Only whole lines of 80 bytes, because the agent holds an unfinished line back until it ends.
     let line = "x".repeat(79);
     let script = format!(
-        "cd /data; mkdir lib; {files}; nc -ll -p {PORT} -e cat /data/small & yes {line} | head -c {large}; wait"
+        "cd /data; mkdir lib; {files}; nc -ll -p {PORT} -e cat /data/small & nc -ll -p {LARGE_PORT} -e cat /data/large & \
+         yes {line} | head -c {large}; wait"
     );
     let (label, value) = relayed::LABEL;
     let pod = PodBuilder::new("stream")
@@ -332,7 +334,8 @@ impl Floor {
             Way::ExecByKubernetes | Way::ExecByAgent => {
                 (format!("program=cat {FOLDER}/small"), None)
             }
-            Way::ForwardByKubernetes | Way::Relayed => (format!("listener=127.0.0.1:{PORT}"), None),
+            Way::ForwardByKubernetes => (format!("listener=127.0.0.1:{PORT}"), None),
+            Way::Relayed => (format!("listener=127.0.0.1:{LARGE_PORT}"), None),
             Way::CopyDown => (
                 format!("program=tar -cf - -C {FOLDER} large"),
                 Some(format!("tar -xf - -C {local}")),

@@ -1,6 +1,7 @@
 //! `knoc-bench [--quick] [PAGE]` measures the running stack and writes docs/performance.md;
 //! `knoc-bench [--quick] streams [NAME]` measures only the streams whose names contain NAME, and prints the results;
 //! `knoc-bench [--quick] egress` measures only what pods open to the cluster, and prints the results;
+//! `knoc-bench [--quick] probes` measures only what probes cost, and prints the results;
 //! `knoc-bench pods COUNT [ROUNDS]` measures T1 to T3 of that many pods at once, and prints the results;
 //! `knoc-bench [--quick] links FILE` measures what the way to the agent of the current profile costs, and adds a row to FILE;
 //! `knoc-bench links-page FILE` writes the table in docs/guide/links.md from these rows;
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use knoc_tests::bench::{self, relay};
+use tokio::runtime::Runtime;
 
 fn main() -> anyhow::Result<()> {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -48,29 +50,35 @@ fn main() -> anyhow::Result<()> {
         [word, rows] if word == "links" => Some(PathBuf::from(rows)),
         _ => None,
     };
-    let is = |word: &str| arguments.first().is_some_and(|first| first == word);
-    let (pods, streams, egress) = (is("pods"), is("streams"), is("egress"));
-    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/performance.md");
-    let page = arguments.first().map_or(page, PathBuf::from);
     // The client uses only one thread, so that it does not compete with the measured processes.
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().build().context("start the runtime")?;
     if let Some(rows) = rows {
         return runtime.block_on(bench::links::measure(&rows, quick.is_some()));
     }
-    if egress {
-        return runtime.block_on(bench::egress(quick.is_some()));
+    measure(&runtime, &arguments, quick.is_some())
+}
+
+/// Measures the section that the first argument names, or everything if it names none.
+fn measure(runtime: &Runtime, arguments: &[String], quick: bool) -> anyhow::Result<()> {
+    match arguments.first().map_or("", String::as_str) {
+        "egress" => runtime.block_on(bench::egress(quick)),
+        "probes" => runtime.block_on(bench::probes(quick)),
+        "pods" => {
+            let count = arguments
+                .get(1)
+                .context("usage: knoc-bench pods COUNT [ROUNDS]")?;
+            let rounds = arguments.get(2).map_or(Ok(1), |rounds| rounds.parse())?;
+            runtime.block_on(bench::pods(count.parse()?, rounds))
+        }
+        "streams" => {
+            let name = arguments.get(1).map_or("", String::as_str);
+            runtime.block_on(bench::streams(quick, name))
+        }
+        _ => {
+            let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/performance.md");
+            let page = arguments.first().map_or(page, PathBuf::from);
+            runtime.block_on(bench::run(&page, quick))
+        }
     }
-    if pods {
-        let count = arguments
-            .get(1)
-            .context("usage: knoc-bench pods COUNT [ROUNDS]")?;
-        let rounds = arguments.get(2).map_or(Ok(1), |rounds| rounds.parse())?;
-        return runtime.block_on(bench::pods(count.parse()?, rounds));
-    }
-    if streams {
-        let name = arguments.get(1).map_or("", String::as_str);
-        return runtime.block_on(bench::streams(quick.is_some(), name));
-    }
-    runtime.block_on(bench::run(&page, quick.is_some()))
 }
