@@ -17,15 +17,22 @@ use knoc_link::{CredentialsError, pinned::KeyPair};
 use knoc_proto::error::chain;
 use tokio::time::{Instant, sleep};
 
-use super::prepare::PrepareError;
-
 /// How long another agent may take to create the pair. Afterwards, as on a file system without locks, it is created without the lock.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The pause between two attempts to take the lock: a call that waits could not be given up.
 const BETWEEN: Duration = Duration::from_millis(20);
 
+/// Why there is no pair.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PairError {
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error(transparent)]
+    Keys(#[from] CredentialsError),
+}
+
 /// Reads the pair of this state directory, or creates it.
-pub(super) async fn pair(state: &StateDir) -> Result<KeyPair, PrepareError> {
+pub(super) async fn pair(state: &StateDir) -> Result<KeyPair, PairError> {
     let (cert, key) = state.shim_hop();
     let _lock = lock(&key.with_extension("lock")).await;
     // A file system that fails for a moment must not look like a missing pair: running shims would know no agent any more.
@@ -107,7 +114,7 @@ mod tests {
         assert_ne!(again.cert_pem(), first.cert_pem());
         assert_eq!(again.key_pem(), pair(&state).await.unwrap().key_pem());
         atomic::write(&cert, b"not a certificate", 0o600).unwrap();
-        assert!(matches!(pair(&state).await, Err(PrepareError::Keys(_))));
+        assert!(matches!(pair(&state).await, Err(PairError::Keys(_))));
     }
 
     #[tokio::test]
@@ -116,7 +123,7 @@ mod tests {
         let (cert, key) = state.shim_hop();
         // A link to itself leads to an error.
         std::os::unix::fs::symlink(&cert, &cert).unwrap();
-        assert!(matches!(pair(&state).await, Err(PrepareError::Files(_))));
+        assert!(matches!(pair(&state).await, Err(PairError::Files(_))));
         assert!(cert.is_symlink() && !key.exists());
         std::fs::remove_file(&cert).unwrap();
         pair(&state).await.unwrap();

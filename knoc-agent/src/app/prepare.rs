@@ -20,7 +20,7 @@ use knoc_link::{
 use knoc_proto::{error::chain, ids::PodUid};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
-use super::hop;
+use super::hop::{self, PairError};
 use crate::{
     config::{Config, RuntimeKind, SchedulerKind},
     egress::Egress,
@@ -91,6 +91,15 @@ pub enum PrepareError {
 impl From<FileError> for PrepareError {
     fn from(error: FileError) -> Self {
         Self::Files(error.into())
+    }
+}
+
+impl From<PairError> for PrepareError {
+    fn from(error: PairError) -> Self {
+        match error {
+            PairError::File(error) => error.into(),
+            PairError::Keys(error) => error.into(),
+        }
     }
 }
 
