@@ -123,7 +123,7 @@ mod tests {
         let (cert, key) = state.shim_hop();
         // A link to itself leads to an error.
         std::os::unix::fs::symlink(&cert, &cert).unwrap();
-        assert!(matches!(pair(&state).await, Err(PairError::Files(_))));
+        assert!(matches!(pair(&state).await, Err(PairError::File(_))));
         assert!(cert.is_symlink() && !key.exists());
         std::fs::remove_file(&cert).unwrap();
         pair(&state).await.unwrap();
