@@ -5,6 +5,7 @@
 mod patch;
 mod routes;
 mod store;
+mod tokens;
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -23,6 +24,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::store::{Store, Target};
+use self::tokens::Tokens;
+
+pub use self::tokens::IssuedToken;
 
 /// The running server; dropping this stops it.
 #[derive(Debug)]
@@ -42,9 +46,15 @@ struct Shared {
     denied: Mutex<BTreeSet<String>>,
     /// The resources of which the API creates none, as beyond a quota.
     full: Mutex<BTreeSet<String>>,
+    /// The tokens of service accounts.
+    tokens: Mutex<Tokens>,
 }
 
 impl Shared {
+    fn tokens(&self) -> MutexGuard<'_, Tokens> {
+        self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn denied(&self) -> MutexGuard<'_, BTreeSet<String>> {
         self.denied.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -78,6 +88,7 @@ impl FakeApi {
             newest: watch::Sender::new(0),
             denied: Mutex::default(),
             full: Mutex::default(),
+            tokens: Mutex::default(),
         });
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
@@ -184,6 +195,17 @@ impl FakeApi {
         } else {
             self.shared.full().remove(resource);
         }
+    }
+
+    /// From now on tokens live that long, whatever their requests ask for.
+    pub fn token_life(&self, seconds: i64) {
+        self.shared.tokens().life = Some(seconds);
+    }
+
+    /// The tokens that were issued, oldest first.
+    #[must_use]
+    pub fn tokens_issued(&self) -> Vec<IssuedToken> {
+        self.shared.tokens().issued.clone()
     }
 
     /// A counter that increases with every change of any object. Tests wait on it instead of polling.

@@ -36,6 +36,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 const TOKEN_LIFE: f64 = 0.8;
 /// The longest time after which a token is renewed, seconds.
 const TOKEN_AGE: i64 = 24 * 3600;
+/// How much earlier a token is renewed at most, seconds, so that not all pods renew theirs at once.
+const TOKEN_EARLY: i64 = 10;
 
 /// Why something could not be fetched.
 #[derive(Debug, thiserror::Error)]
@@ -98,12 +100,7 @@ pub(crate) async fn resolve(
     now: Timestamp,
 ) -> Result<Resolved, ResolveError> {
     let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
-    let due: Vec<_> = needs
-        .tokens
-        .iter()
-        .filter(|ask| tokens.get(ask).is_none_or(|kept| kept.renew_at <= now))
-        .cloned()
-        .collect();
+    let due = due(needs, tokens, now);
     let links = pod
         .spec
         .as_ref()
@@ -262,20 +259,27 @@ async fn issue(
     };
     let expires = expires.0;
     Ok(CachedToken {
-        renew_at: renewal(now, expires),
+        renew_at: renewal(now, expires, rand::random_range(0..=TOKEN_EARLY)),
         token: Token { token, expires },
     })
 }
 
-/// When to renew a token: after 80 % of its lifetime or a day, less up to 10 s so that not all pods renew at once.
-fn renewal(now: Timestamp, expires: Timestamp) -> Timestamp {
+/// PURE: which of the needed tokens are to be requested at `now`: those that were never issued, and those that are due.
+fn due(needs: &Needs, tokens: &Tokens, now: Timestamp) -> Vec<TokenRequestKey> {
+    let is_due = |ask: &&TokenRequestKey| tokens.get(*ask).is_none_or(|kept| kept.renew_at <= now);
+    needs.tokens.iter().filter(is_due).cloned().collect()
+}
+
+/// PURE: when to renew a token that was issued at `now`: after 80 % of its lifetime or a day, less `early` seconds, which are at
+/// most a quarter of that time.
+fn renewal(now: Timestamp, expires: Timestamp, early: i64) -> Timestamp {
     let life = expires.duration_since(now).as_secs_f64().max(0.0);
     #[expect(
         clippy::cast_possible_truncation,
         reason = "seconds of a token's life, far below 2^53"
     )]
     let seconds = ((life * TOKEN_LIFE) as i64).min(TOKEN_AGE);
-    let early = rand::random_range(0..=10i64).min(seconds / 4);
+    let early = early.min(seconds / 4);
     now.checked_add(jiff::SignedDuration::from_secs(seconds - early))
         .unwrap_or(expires)
 }
@@ -324,7 +328,94 @@ pub(crate) fn versions(
 
 #[cfg(test)]
 mod tests {
+    use jiff::SignedDuration;
+
     use super::*;
+
+    const NOON: Timestamp = Timestamp::constant(1_800_000_000, 0);
+
+    fn at(seconds: i64) -> Timestamp {
+        NOON + SignedDuration::from_secs(seconds)
+    }
+
+    /// How many seconds after its issue a token with this life is renewed.
+    fn renewed_after(life: i64, early: i64) -> i64 {
+        renewal(NOON, at(life), early)
+            .duration_since(NOON)
+            .as_secs()
+    }
+
+    #[test]
+    fn a_token_is_renewed_after_most_of_its_life_or_after_a_day() {
+        for (life, early, expected) in [
+            (3607, 0, 2885),
+            (3607, TOKEN_EARLY, 2875),
+            (600, 0, 480),
+            // A day, although it lives for ten.
+            (864_000, 0, 86_400),
+            (864_000, TOKEN_EARLY, 86_390),
+            // What is subtracted is at most a quarter, so that a short life is not used up by it.
+            (20, TOKEN_EARLY, 12),
+            (10, TOKEN_EARLY, 6),
+            // A token that has expired already, or is about to, is renewed at once, never in the past.
+            (1, TOKEN_EARLY, 0),
+            (0, TOKEN_EARLY, 0),
+            (-3600, TOKEN_EARLY, 0),
+        ] {
+            assert_eq!(renewed_after(life, early), expected, "{life} {early}");
+        }
+    }
+
+    #[test]
+    fn a_token_of_any_life_is_renewed_before_it_expires_and_within_a_day() {
+        let lives = (0..7_200).chain((7_200..5_000_000).step_by(997));
+        for life in lives {
+            for early in [0, 1, TOKEN_EARLY / 2, TOKEN_EARLY] {
+                let after = renewed_after(life, early);
+                let most = (life * 4 / 5).min(TOKEN_AGE);
+                // Less by the early seconds, at most a quarter, and by one that is rounded.
+                let least = (most - most / 4).max(most - early) - 1;
+                assert!((least..=most).contains(&after), "{life} {early}: {after}");
+                assert!(after < life || life == 0, "{life} {early}: {after}");
+            }
+        }
+    }
+
+    /// The date of the expiry is by the clock of the API server, the time of the issue by that of the kubelet.
+    #[test]
+    fn a_clock_that_is_wrong_by_less_than_a_quarter_of_the_life_renews_in_time() {
+        let life = 3600;
+        for wrong in [-899, -60, 0, 60, 899] {
+            // In seconds of the API server since the issue, where the kubelet's clock shows `wrong` more.
+            let after = renewal(at(wrong), at(life), 0).duration_since(at(wrong));
+            assert!((1..life).contains(&after.as_secs()), "{wrong}: {after:?}");
+        }
+    }
+
+    #[test]
+    fn tokens_are_requested_that_were_never_issued_or_are_due() {
+        let ask = |expiration| TokenRequestKey {
+            audience: String::new(),
+            expiration,
+        };
+        let kept = |renew_at| CachedToken {
+            token: Token {
+                token: "token".to_owned(),
+                expires: at(1000),
+            },
+            renew_at,
+        };
+        let needs = Needs {
+            tokens: vec![ask(1), ask(2), ask(3)],
+            ..Needs::default()
+        };
+        let tokens = Tokens::from([(ask(1), kept(at(10))), (ask(2), kept(at(20)))]);
+        assert_eq!(renew_at(&Tokens::new()), None);
+        assert_eq!(renew_at(&tokens), Some(at(10)));
+        assert_eq!(due(&needs, &tokens, at(9)), [ask(3)]);
+        assert_eq!(due(&needs, &tokens, at(10)), [ask(1), ask(3)]);
+        assert_eq!(due(&needs, &tokens, at(20)), needs.tokens);
+    }
 
     #[test]
     fn immutable_objects_are_watched_as_long_as_the_pod_lacks_something() {

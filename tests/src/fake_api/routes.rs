@@ -100,7 +100,7 @@ fn act(
     match (method.as_str(), part) {
         ("GET", _) if target.name.is_empty() => Ok((200, list(shared, target, query))),
         ("GET", _) => shared.store().get(target).map(|object| (200, object)),
-        ("POST", "token") => Ok((201, token(target, body))),
+        ("POST", "token") => Ok((201, shared.tokens().answer(target, body))),
         ("POST", _) if target.resource.ends_with("reviews") => {
             let mut review = body.clone();
             review["status"] = json!({"allowed": true});
@@ -149,20 +149,6 @@ fn list(shared: &Shared, target: &Target, query: &BTreeMap<String, String>) -> V
     json!({
         "kind": "List", "apiVersion": target.version,
         "metadata": {"resourceVersion": store.version.to_string()}, "items": items,
-    })
-}
-
-/// A response with an invalid token that has the requested expiry.
-fn token(target: &Target, body: &Value) -> Value {
-    let seconds = body["spec"]["expirationSeconds"].as_i64().unwrap_or(3600);
-    let expiry = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
-    json!({
-        "kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1",
-        "metadata": {}, "spec": body["spec"],
-        "status": {
-            "token": format!("token-of-{}-{}", target.namespace, target.name),
-            "expirationTimestamp": expiry.to_string(),
-        },
     })
 }
 

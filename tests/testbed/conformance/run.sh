@@ -6,7 +6,8 @@
 # names. The Kubernetes node offers no more than the compute nodes have, and of these one takes jobs, or with NODES=exclusive each job gets
 # one (nodes.sh). Pods have the address of their compute node as status.podIP, unless KNOC_NODE_POD_IP says otherwise, so that Services have
 # endpoints; the relay, which needs pods without an address, is then off. KNOC_NODE_POD_IP=own also needs KNOC_NODE_POD_RANGE. With
-# NETWORK=host pods are in the networks of the compute nodes, where the API server reaches them.
+# NETWORK=host pods are in the networks of the compute nodes. The API server does not reach them there either: the control plane of this bed
+# has no route to the compute nodes.
 . "$(dirname "$0")/../lib.sh"
 . "$testbed/stack.sh"
 [ "$STACK" = full ] || die "the conformance suite needs STACK=full (STACK=$STACK: $why)"

@@ -44,3 +44,4 @@ mod ssh;
 mod state;
 mod stats;
 mod streams;
+mod tokens;
