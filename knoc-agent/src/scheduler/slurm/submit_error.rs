@@ -4,7 +4,7 @@
 //! recorded in the fixtures. A message that matches no row is permanent: it is better that a pod
 //! fails with Slurm's message than that it is submitted forever.
 //!
-//! Besides Slurm's own words, sbatch prints what the pod asks for: `invalid partition specified: gpu-maintenance`. So the last line,
+//! Besides its own words, sbatch prints what the pod asks for: `invalid partition specified: gpu-maintenance`. So the last line,
 //! which has the answer and no word of the pod, comes first, and in the others what sbatch was given does not count.
 
 use std::io;
