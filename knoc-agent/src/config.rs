@@ -407,8 +407,8 @@ pub struct Logs {
     pub max_bytes: i64,
     /// The number of files kept for one attempt.
     pub max_files: i32,
-    /// The maximum size of all logs of one pod in bytes. Each kept attempt of each container (two of them) gets an
-    /// equal share.
+    /// The maximum size of all logs of one pod in bytes. An eighth is kept for ephemeral containers, of which each gets a 64th
+    /// of that. Each kept attempt of each other container (two of them) gets an equal share of the rest.
     pub max_pod_bytes: i64,
 }
 

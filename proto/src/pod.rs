@@ -14,6 +14,7 @@ use crate::{
 mod ephemeral;
 mod mpi;
 mod network;
+mod options;
 mod probe;
 mod restart;
 mod stop;
@@ -22,6 +23,7 @@ mod volume;
 pub use ephemeral::MAX_EPHEMERAL;
 pub use mpi::{MAX_RANKS, Ranks};
 pub use network::{Hostname, MAX_HOSTNAME};
+pub use options::{MAX_OPTION, option_problems};
 pub use restart::RESTARTING_ALL;
 pub use stop::REAL_TIME;
 
@@ -153,6 +155,7 @@ impl TryFrom<pb::PodSpec> for PodSpec {
             check_container(&spec, container, &mut problems);
         }
         ephemeral::check(&spec, &mut problems);
+        problems.extend(spec.job.iter().flat_map(option_problems));
         problems.extend(Ranks::of(&spec).problems());
         match uid {
             Ok(uid) if problems.is_empty() => Ok(Self { uid, spec }),

@@ -414,7 +414,7 @@ async fn read_all<'a>(
 fn log<'a>(pod: &Pod, attempt: &'a Attempt, live: &Path) -> Log<'a> {
     Log {
         live: live.to_owned(),
-        limits: pod.limits,
+        limits: pod.log_limits(attempt.spec.role),
         written: attempt.written.clone(),
         lost: Box::new(|losses| {
             let event = Event {

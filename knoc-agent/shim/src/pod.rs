@@ -16,7 +16,7 @@ use knoc_proto::{
     expand::RuntimeFields,
     ids::PodUid,
     pb,
-    pod::{Hostname, PodSpec},
+    pod::{Hostname, MAX_EPHEMERAL, PodSpec},
 };
 use rustix::process::{Resource, getrlimit, setrlimit};
 
@@ -47,6 +47,8 @@ const NO_ADDRESS: &str =
 
 const LOG_MAX_FILES: u32 = 20;
 const LOG_MAX_POD_BYTES: u64 = 4 << 30;
+/// The part of the limit of a pod's logs that is kept for all ephemeral containers it can have: an eighth.
+const EPHEMERAL_PART: u64 = 8;
 
 /// The pod that the shim runs.
 #[derive(Debug)]
@@ -58,7 +60,6 @@ pub(crate) struct Pod {
     pub(crate) runtime: Box<dyn Runtime>,
     pub(crate) agent: PathBuf,
     pub(crate) facts: Facts,
-    pub(crate) limits: Limits,
     pub(crate) oom: OomCounter,
     pub(crate) cgroup: JobCgroup,
     pub(crate) volumes: Volumes,
@@ -103,10 +104,6 @@ impl Pod {
             agent: std::env::current_exe()?,
             facts: facts(&spec, endpoint, runtime.isolates()),
             runtime,
-            limits: log_limits(
-                &settings,
-                spec.init_containers.len() + spec.containers.len(),
-            ),
             oom: OomCounter::find(),
             cgroup: JobCgroup::find(),
             volumes: Volumes::create(&spec.volumes, &scratch, &host_paths, &job.images)?
@@ -231,6 +228,11 @@ impl Pod {
         self.job.settings.clone().unwrap_or_default()
     }
 
+    /// The limits of the log of one attempt of a container of this role.
+    pub(crate) fn log_limits(&self, role: Role) -> Limits {
+        log_limits(&self.settings(), self.spec.all_containers().count(), role)
+    }
+
     /// Whether no program sees itself as another user than the agent's: the site wants that, or there are several ranks, whose
     /// libraries speak with Slurm.
     pub(crate) fn keeps_ids(&self) -> bool {
@@ -261,17 +263,23 @@ impl Pod {
     }
 }
 
-/// PURE: the limits of the log of one attempt, in a pod with so many containers.
-fn log_limits(settings: &pb::ShimSettings, containers: usize) -> Limits {
+/// PURE: the limits of the log of one attempt of a container of this role, in a pod that starts with so many containers.
+fn log_limits(settings: &pb::ShimSettings, containers: usize, role: Role) -> Limits {
     let pod = positive(settings.log_max_pod_bytes).unwrap_or(LOG_MAX_POD_BYTES);
-    let attempts = u64::try_from(containers * KEPT_ATTEMPTS).unwrap_or(u64::MAX);
+    let ephemeral = pod / EPHEMERAL_PART;
+    let (part, series) = match role {
+        // The log of one that is added later must not need what others have written already. It has one attempt.
+        Role::Ephemeral => (ephemeral, MAX_EPHEMERAL),
+        Role::Init | Role::Sidecar | Role::Main => (pod - ephemeral, containers * KEPT_ATTEMPTS),
+    };
+    let series = u64::try_from(series).unwrap_or(u64::MAX);
     Limits {
         max_bytes: positive(settings.log_max_bytes).unwrap_or(LOG_MAX_BYTES),
         max_files: u32::try_from(settings.log_max_files)
             .ok()
             .filter(|files| *files > 0)
             .unwrap_or(LOG_MAX_FILES),
-        max_total: pod / attempts.max(1),
+        max_total: part / series.max(1),
     }
 }
 
@@ -340,14 +348,35 @@ mod tests {
     #[test]
     fn the_kept_attempts_of_all_containers_share_the_limit_of_a_pods_logs() {
         let settings = pb::ShimSettings {
-            log_max_pod_bytes: 6 << 20,
+            log_max_pod_bytes: 48 << 20,
             ..Default::default()
         };
-        let limits = log_limits(&settings, 3);
-        assert_eq!(limits.max_total, 1 << 20);
+        let limits = log_limits(&settings, 3, Role::Main);
+        assert_eq!(limits.max_total, 7 << 20);
         assert_eq!((limits.max_bytes, limits.max_files), (100 << 20, 20));
         // The job file of an older agent does not have the setting.
-        let limits = log_limits(&pb::ShimSettings::default(), 1);
-        assert_eq!(limits.max_total, 2 << 30);
+        let limits = log_limits(&pb::ShimSettings::default(), 1, Role::Main);
+        assert_eq!(limits.max_total, 7 << 28);
+    }
+
+    #[test]
+    fn a_pod_with_all_ephemeral_containers_it_can_have_stays_within_the_limit_of_its_logs() {
+        let pod = 1 << 30;
+        let settings = pb::ShimSettings {
+            log_max_pod_bytes: 1 << 30,
+            ..Default::default()
+        };
+        for containers in [1, 2, 30] {
+            let of = |role| log_limits(&settings, containers, role).max_total;
+            let (own, added) = (
+                u64::try_from(containers * KEPT_ATTEMPTS).unwrap() * of(Role::Main),
+                u64::try_from(MAX_EPHEMERAL).unwrap() * of(Role::Ephemeral),
+            );
+            assert!(own + added <= pod, "{containers}: {own} and {added}");
+            assert_eq!(of(Role::Init), of(Role::Main));
+            assert_eq!(of(Role::Sidecar), of(Role::Main));
+        }
+        let of_default = log_limits(&pb::ShimSettings::default(), 1, Role::Ephemeral);
+        assert_eq!(of_default.max_total, 8 << 20);
     }
 }

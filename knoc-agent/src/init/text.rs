@@ -326,7 +326,8 @@ registries = []
 [logs]
 # max_bytes = 104857600  # default
 # max_files = 20  # default
-# The limit for all logs of one pod, shared equally by the current and the previous attempt of each container.
+# The limit for all logs of one pod, shared equally by the current and the previous attempt of each container;
+# an eighth is kept for ephemeral containers, a 64th of it for each.
 # max_pod_bytes = 4294967296  # default
 
 [backoff]

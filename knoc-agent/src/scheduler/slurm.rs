@@ -186,7 +186,7 @@ impl Slurm {
         allowed.await?;
         let began = Timestamp::now();
         let output = command.run().await.map_err(|error| {
-            let error = submit_error::of_command(error);
+            let error = submit_error::of_command(error, &argv);
             submit_error::explain(error, &argv)
         })?;
         let ended = Timestamp::now();

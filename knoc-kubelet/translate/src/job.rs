@@ -357,6 +357,34 @@ mod tests {
         assert_eq!(whole.overhead.unwrap().cpu_millis, 1000);
     }
 
+    #[test]
+    fn an_annotation_that_sbatch_cannot_be_started_with_is_rejected_by_name() {
+        let problems = |name: &str, value: &str| {
+            let pod = serde_json::json!({
+                "metadata": {"name": "p", "uid": "u", "annotations": {name: value}},
+                "spec": {"containers": [{"name": "main", "image": "x"}]},
+            });
+            let pod: Pod = serde_json::from_value(pod).unwrap();
+            crate::shape(&pod).map_or_else(|problems| problems, |_| Vec::new())
+        };
+        let long = "x".repeat(128 << 10);
+        for (name, value) in [
+            ("knoc.io/partition", "a\0b"),
+            ("knoc.io/constraint", long.as_str()),
+            ("knoc.io/dependency", "afterok:1\nx"),
+            ("knoc.io/gres", "gpu:\u{1b}[2J"),
+            ("knoc.io/flags", "'--mail-user=a\0b'"),
+        ] {
+            let found = problems(name, value);
+            assert_eq!(found.len(), 1, "{name}: {found:?}");
+            assert!(found[0].starts_with(name), "{found:?}");
+            assert!(found[0].len() < 300, "{name}: {}", found[0].len());
+        }
+        // Line breaks separate options, and blanks around a value are none of it.
+        assert_eq!(problems("knoc.io/flags", "--a=1\n--b=2\n").len(), 0);
+        assert_eq!(problems("knoc.io/qos", " high\n").len(), 0);
+    }
+
     fn regular(cpu_millis: i64) -> pb::Container {
         pb::Container {
             requests: Some(pb::Resources {

@@ -31,7 +31,10 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{self as core, ConfigMap, Pod, Secret};
-use knoc_proto::{names, pb, pod::Ranks};
+use knoc_proto::{
+    names, pb,
+    pod::{Ranks, option_problems},
+};
 
 use carried::{Container, DnsConfig, DnsOption, HostAlias, PodSpec};
 use volume::Source;
@@ -160,6 +163,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         shares_processes: *spec.share_process_namespace == Some(true),
         network,
     };
+    problems.extend(option_problems(&job));
     problems.extend(ranks.problems());
     if !problems.is_empty() {
         return Err(problems);

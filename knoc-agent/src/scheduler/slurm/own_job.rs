@@ -147,7 +147,7 @@ fn may_go_on(error: &CommandError) -> bool {
         CommandErrorKind::Timeout { .. } | CommandErrorKind::Exit { code: None, .. } => true,
         CommandErrorKind::Exit { code: Some(_), .. } => {
             let message = error.message().unwrap_or_default();
-            classify(message) == SubmitErrorKind::Ambiguous
+            classify(message, &[]) == SubmitErrorKind::Ambiguous
         }
     }
 }

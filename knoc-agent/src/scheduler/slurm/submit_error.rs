@@ -3,6 +3,11 @@
 //! The messages are those of `slurm_strerror` in 22.05 to 26.05; those that could be provoked are
 //! recorded in the fixtures. A message that matches no row is permanent: it is better that a pod
 //! fails with Slurm's message than that it is submitted forever.
+//!
+//! Besides its own words, sbatch prints what the pod asks for: `invalid partition specified: gpu-maintenance`. So the last line,
+//! which has the answer and no word of the pod, comes first, and in the others what sbatch was given does not count.
+
+use std::io;
 
 use crate::{
     command::{CommandError, CommandErrorKind},
@@ -10,6 +15,33 @@ use crate::{
 };
 
 use SubmitErrorKind::{Ambiguous, ControllerAway, Permanent, Throttled};
+
+/// The beginning of the line with the answer of Slurm.
+const ANSWER: &str = "batch job submission failed: ";
+
+/// The answer for every limit. Which one it is, another line says.
+const POLICY: &str = "accounting/qos policy";
+
+/// A longer line is not Slurm's alone: it has a value of the pod, which may be cut.
+const LONGEST_LINE: usize = 1024;
+
+/// What the pod must not ask for, at whatever time.
+const REFUSED: &[&str] = &[
+    "invalid partition",
+    "invalid account",
+    "invalid qos",
+    "invalid wckey",
+    "invalid feature",
+    "invalid license",
+    "invalid generic resource",
+    "invalid node name",
+    "reservation is invalid",
+    "time limit is invalid",
+    "job dependency problem",
+    "node count specification invalid",
+    "node configuration is not available",
+    "unrecognized option",
+];
 
 /// The first match wins.
 const TABLE: &[(&str, SubmitErrorKind)] = &[
@@ -48,7 +80,7 @@ const TABLE: &[(&str, SubmitErrorKind)] = &[
     ("maxnodeperjob", Permanent),
     ("maxgresperjob", Permanent),
     ("mincpunotsatisfied", Permanent),
-    ("accounting/qos policy", Throttled),
+    (POLICY, Throttled),
     ("temporarily unable to accept", Throttled),
     ("resource temporarily unavailable", Throttled),
     ("unable to create job record, try again", Throttled),
@@ -63,25 +95,66 @@ const TABLE: &[(&str, SubmitErrorKind)] = &[
     ("no space left", Throttled),
 ];
 
-/// Classifies a message.
+/// Classifies the output of an sbatch that failed; `argv` is what it was given, with the program.
 #[must_use]
-pub(super) fn classify(message: &str) -> SubmitErrorKind {
+pub(super) fn classify(message: &str, argv: &[String]) -> SubmitErrorKind {
     let message = message.to_lowercase();
-    TABLE
-        .iter()
-        .find(|(text, _)| message.contains(text))
-        .map_or(Permanent, |(_, kind)| *kind)
+    let lines: Vec<&str> = message
+        .lines()
+        .map(bare)
+        .filter(|line| line.len() <= LONGEST_LINE)
+        .collect();
+    let all = without_values(lines.join("\n"), argv);
+    let mut backwards = lines.iter().rev();
+    let answer = backwards
+        .find_map(|line| line.strip_prefix(ANSWER))
+        .unwrap_or(&all);
+    if REFUSED.iter().any(|text| answer.contains(text)) {
+        return Permanent;
+    }
+    let kind = of_table(&all);
+    match of_table(answer) {
+        // An earlier try of the same sbatch may have reached the controller, whatever the last one says.
+        Some(last) if kind != Some(Ambiguous) && !answer.contains(POLICY) => last,
+        Some(_) | None => kind.unwrap_or(Permanent),
+    }
 }
 
-/// The error for a failed sbatch.
+fn of_table(text: &str) -> Option<SubmitErrorKind> {
+    let row = TABLE.iter().find(|(words, _)| text.contains(words));
+    row.map(|(_, kind)| *kind)
+}
+
+/// Removes from `text`, which is in lower case, those arguments, their values and the names in them that contain words of the
+/// table. All others stay: they change nothing, and may be part of Slurm's own words.
+fn without_values(mut text: String, argv: &[String]) -> String {
+    let within_name = |c: char| c.is_alphanumeric() || "-_.".contains(c);
+    for argument in argv.iter().skip(1) {
+        let argument = argument.to_lowercase();
+        // `--name=value`, or `-xvalue`.
+        let value = argument
+            .split_once('=')
+            .map_or_else(|| argument.get(2..).unwrap_or_default(), |(_, value)| value);
+        let names = value.split(|c: char| !within_name(c));
+        for printed in [argument.as_str(), value].into_iter().chain(names) {
+            if of_table(printed).is_some() {
+                text = text.replace(printed, "");
+            }
+        }
+    }
+    text
+}
+
+/// The error for a failed sbatch with these arguments, the first of which is the program.
 #[must_use]
-pub(super) fn of_command(err: CommandError) -> SubmitError {
-    let message = err.message().map(trim_message);
-    let kind = match (&err.kind, &message) {
+pub(super) fn of_command(err: CommandError, argv: &[String]) -> SubmitError {
+    let kind = match (&err.kind, err.message()) {
+        (CommandErrorKind::Spawn(error), _) if is_of_arguments(error) => Permanent,
         (CommandErrorKind::NotFound | CommandErrorKind::Spawn(_), _) => ControllerAway,
-        (CommandErrorKind::Exit { code: Some(_), .. }, Some(message)) => classify(message),
+        (CommandErrorKind::Exit { code: Some(_), .. }, Some(message)) => classify(message, argv),
         (CommandErrorKind::Timeout { .. } | CommandErrorKind::Exit { .. }, _) => Ambiguous,
     };
+    let message = err.message().map(trim_message);
     let message = message
         .filter(|_| kind != Ambiguous)
         .unwrap_or_else(|| err.to_string());
@@ -90,6 +163,15 @@ pub(super) fn of_command(err: CommandError) -> SubmitError {
         message,
         command: Some(err),
     }
+}
+
+/// Whether the kernel takes no such arguments: they are too long, or one has a NUL byte. They are the same the next time.
+fn is_of_arguments(error: &io::Error) -> bool {
+    let kinds = [
+        io::ErrorKind::InvalidInput,
+        io::ErrorKind::ArgumentListTooLong,
+    ];
+    kinds.contains(&error.kind())
 }
 
 /// sbatch reports that no node has what a job requests, but not which request. Users rarely suspect
@@ -114,16 +196,19 @@ pub(super) fn explain(mut error: SubmitError, argv: &[String]) -> SubmitError {
 
 /// Removes `sbatch: error: ` from the start of each line, and sbatch's progress notes.
 fn trim_message(message: &str) -> String {
-    let lines = message.lines().map(|line| {
-        let line = line.trim();
-        line.strip_prefix("sbatch: error: ")
-            .or_else(|| line.strip_prefix("sbatch: "))
-            .unwrap_or(line)
-    });
-    lines
+    message
+        .lines()
+        .map(bare)
         .filter(|line| !line.is_empty())
         .collect::<Vec<_>>()
         .join("; ")
+}
+
+fn bare(line: &str) -> &str {
+    let line = line.trim();
+    line.strip_prefix("sbatch: error: ")
+        .or_else(|| line.strip_prefix("sbatch: "))
+        .unwrap_or(line)
 }
 
 #[cfg(test)]
@@ -189,15 +274,113 @@ mod tests {
             ),
         ];
         for (message, kind) in cases {
-            assert_eq!(classify(message), kind, "{message}");
+            assert_eq!(classify(message, &[]), kind, "{message}");
         }
     }
 
+    #[test]
+    fn what_the_pod_asks_for_is_not_a_word_of_slurm() {
+        let refused = |value: &str, answer: &str| {
+            format!("sbatch: error: {value}\nsbatch: error: Batch job submission failed: {answer}")
+        };
+        let cases = [
+            (
+                "--partition=gpu-maintenance",
+                refused(
+                    "invalid partition specified: gpu-maintenance",
+                    "Invalid partition name specified",
+                ),
+                Permanent,
+            ),
+            (
+                "--account=Munge",
+                refused(
+                    "account Munge is unknown here",
+                    "Invalid account or account/partition combination specified",
+                ),
+                Permanent,
+            ),
+            // The words of a site's own plugin.
+            (
+                "--partition=a,slurmdbd-tests",
+                refused(
+                    "use another partition than slurmdbd-tests",
+                    "Unspecified error",
+                ),
+                Permanent,
+            ),
+            (
+                "-pmaintenance",
+                refused("no maintenance for you", "Unspecified error"),
+                Permanent,
+            ),
+            // Nothing was asked of Slurm yet.
+            (
+                "--constraint=[authentication",
+                "sbatch: error: bad --constraint: [authentication".to_owned(),
+                Permanent,
+            ),
+            (
+                "--gres=x",
+                format!(
+                    "sbatch: error: Invalid --gres: {}munge",
+                    "x".repeat(LONGEST_LINE)
+                ),
+                Permanent,
+            ),
+            // Slurm's own words count, whatever the pod asks for.
+            (
+                "--partition=maintenance",
+                refused("wait", "Requested node is in maintenance"),
+                Throttled,
+            ),
+            (
+                "--partition=munge",
+                refused("Munge encode failed", "Protocol authentication error"),
+                ControllerAway,
+            ),
+            (
+                "--partition=a",
+                refused(
+                    "Zero Bytes were transmitted or received",
+                    "Unable to contact slurm controller (connect failure)",
+                ),
+                Ambiguous,
+            ),
+            (
+                "--qos=maxsubmit",
+                refused(
+                    "QOSMaxWallDurationPerJobLimit",
+                    "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+                ),
+                Permanent,
+            ),
+        ];
+        for (argument, message, kind) in cases {
+            let argv = ["sbatch", argument].map(str::to_owned);
+            assert_eq!(classify(&message, &argv), kind, "{argument}: {message}");
+        }
+    }
+
+    #[test]
+    fn arguments_that_the_kernel_does_not_take_are_permanent() {
+        let of = |error| failed(CommandErrorKind::Spawn(error));
+        let too_long = of(io::Error::from_raw_os_error(7));
+        assert_eq!(too_long.kind, Permanent);
+        let message = too_long.to_string();
+        assert!(message.contains("Argument list too long"), "{message}");
+        let nul = io::Error::new(io::ErrorKind::InvalidInput, "nul byte found");
+        assert_eq!(of(nul).kind, Permanent);
+        // EAGAIN: too many processes at the moment.
+        assert_eq!(of(io::Error::from_raw_os_error(11)).kind, ControllerAway);
+    }
+
     fn failed(kind: CommandErrorKind) -> SubmitError {
-        of_command(CommandError {
+        let error = CommandError {
             program: PathBuf::from("/usr/bin/sbatch"),
             kind,
-        })
+        };
+        of_command(error, &[])
     }
 
     #[test]
@@ -288,11 +471,7 @@ mod tests {
                 if ["exit 0", "exit 124"].contains(&head) {
                     continue;
                 }
-                assert_eq!(
-                    classify(&trim_message(message)),
-                    kind,
-                    "{version} {case}: {message}"
-                );
+                assert_eq!(classify(message, &[]), kind, "{version} {case}: {message}");
                 checked += 1;
             }
         }

@@ -384,7 +384,7 @@ const VOLUME: &[Row] = &[
 
 #[rustfmt::skip]
 const ANNOTATIONS: &[Row] = &[
-    row("knoc.io/partition knoc.io/account knoc.io/qos knoc.io/constraint knoc.io/reservation knoc.io/licenses knoc.io/dependency knoc.io/gres", Any, Honoured, "the sbatch option of this name"),
+    row("knoc.io/partition knoc.io/account knoc.io/qos knoc.io/constraint knoc.io/reservation knoc.io/licenses knoc.io/dependency knoc.io/gres", Any, Honoured, "the sbatch option of this name; at most 64 KiB, without control characters"),
     row("knoc.io/job-id", Any, Satisfied, "written by the kubelet: the id of the pod's job"),
     row("knoc.io/time", Any, Honoured, "minutes, `HH:MM:SS`, `D-HH:MM:SS`, or `90m`, `2h`, `1d`"),
     row("knoc.io/ntasks", Any, Honoured, "a number; the CPUs are shared out evenly; with `knoc.io/mpi` or several nodes, the number of ranks: see [MPI](mpi.md)"),
@@ -395,7 +395,7 @@ const ANNOTATIONS: &[Row] = &[
     row("slurm-job.knoc.io/mpi-flags", Any, Honoured, "`true` changes nothing; a list of options of mpiexec is translated for `srun`, and others are rejected by name: see [MPI](mpi.md)"),
     row("knoc.io/exclusive", Is(&["true", "false"]), Honoured, ""),
     row("knoc.io/exclusive", Any, Rejected, "must be `true` or `false`"),
-    row("knoc.io/flags slurm-job.knoc.io/flags slurm-job.vk.io/flags slurm.hpk.io/flags", Any, Honoured, "further sbatch options, if the site's allow-list contains them"),
+    row("knoc.io/flags slurm-job.knoc.io/flags slurm-job.vk.io/flags slurm.hpk.io/flags", Any, Honoured, "further sbatch options, if the site's allow-list contains them; each at most 64 KiB, without control characters"),
     row("knoc.io/network", Is(&["private", "host"]), Honoured, "instead of the site's setting: see [networks](networks.md)"),
     row("knoc.io/network", Any, Rejected, "must be `private` or `host`"),
     row("knoc.io/requeue", Any, Rejected, LATER),
