@@ -75,6 +75,50 @@ fn urls_are_read_or_refused() {
 }
 
 #[test]
+fn a_host_has_one_form_however_it_is_written() {
+    for (text, expected) in [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.1", "127.0.0.1"),
+        ("127.0.1", "127.0.0.1"),
+        ("2130706433", "127.0.0.1"),
+        ("017700000001", "127.0.0.1"),
+        ("0x7F000001", "127.0.0.1"),
+        ("0x7f.1", "127.0.0.1"),
+        ("0177.0.0.01", "127.0.0.1"),
+        ("127.0.0.1.", "127.0.0.1"),
+        ("0", "0.0.0.0"),
+        ("0x", "0.0.0.0"),
+        ("169.254.43518", "169.254.169.254"),
+        ("255.255.255.255", "255.255.255.255"),
+        ("Reg.Example.", "reg.example"),
+        ("1.example", "1.example"),
+        ("0xyz", "0xyz"),
+        ("[0:0::1]", "::1"),
+        ("[::ffff:127.0.0.1]", "::ffff:127.0.0.1"),
+    ] {
+        let url = Url::parse(&format!("https://{text}/"));
+        assert_eq!(url.map(|url| url.host).as_deref(), Ok(expected), "{text}");
+    }
+    for text in [
+        "256.1.1.1",
+        "1.256.1",
+        "127.16777216",
+        "4294967296",
+        "99999999999999999999999",
+        "1.2.3.4.5",
+        "1..2",
+        "08.1",
+        "a.1",
+        "a.0x7f",
+        ".",
+        "+1.1",
+    ] {
+        let url = Url::parse(&format!("https://{text}/"));
+        assert!(url.is_err(), "{text}: {url:?}");
+    }
+}
+
+#[test]
 fn locations_are_relative_to_the_url_of_the_answer() {
     let here = Url::parse("https://a.b:5000/v2/x/blobs/d?q").unwrap();
     for (location, expected) in [
@@ -125,6 +169,24 @@ fn what_the_site_names_is_exempt_and_nothing_beside_it() {
     let host = |text: &str| rules.host(&Url::parse(text).unwrap()).is_ok();
     assert!(!host("https://localhost/x") && !host("https://a.localhost./x"));
     assert!(!host("https://[::1]/x") && host("https://a.b/x"));
+    for text in [
+        "http://127.1/",
+        "http://2130706433/",
+        "http://0x7f.1/",
+        "http://0177.1/",
+        "http://0/",
+        "http://127.0.0.1./",
+        "http://169.254.43518/",
+        "http://[::ffff:127.0.0.1]/",
+        "http://[::ffff:7f00:1]/",
+        "http://LOCALHOST./",
+        "http://localhost.localdomain./",
+        "http://ip6-loopback/",
+    ] {
+        assert!(!host(text), "{text}");
+    }
+    assert!(host("http://localhost.:5000/"), "the site names it");
+    assert!(host("https://10.1/x") && host("https://a.b./x"));
 }
 
 #[test]
