@@ -206,6 +206,14 @@ fn number(part: &str) -> Option<u64> {
     u64::from_str_radix(digits, radix).ok().filter(|_| plain)
 }
 
+/// The host of `registry`, by which slots are counted: one host counts once, however its name is
+/// written and whatever number of ports it has.
+#[must_use]
+pub(super) fn host_of(registry: &str) -> String {
+    let url = base(registry, false);
+    url.map_or_else(|_| registry.to_ascii_lowercase(), |url| url.host)
+}
+
 /// The root URL of the registry API for `registry`, as image names have it.
 pub(super) fn base(registry: &str, plain: bool) -> Result<Url, String> {
     let host = if registry == "docker.io" {

@@ -2,7 +2,7 @@
 //!
 //! The number of slots is limited in total and per registry. A free slot goes to the registry that
 //! holds the fewest, and there to the task that has waited longest. So a registry with many waiting
-//! tasks, or with slow answers, delays only itself.
+//! tasks, or with slow answers, delays only itself. Registries are told apart by their hosts.
 //!
 //! Cancel safety: a task that stops waiting loses only its turn; a dropped [`Slot`] goes to the
 //! next task.

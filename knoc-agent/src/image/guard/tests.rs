@@ -119,6 +119,22 @@ fn a_host_has_one_form_however_it_is_written() {
 }
 
 #[test]
+fn slots_are_counted_by_hosts() {
+    for same in [
+        "reg.example",
+        "Reg.example",
+        "REG.example:443",
+        "reg.example:5000",
+    ] {
+        assert_eq!(host_of(same), "reg.example", "{same}");
+    }
+    assert_eq!(host_of("127.1:5000"), host_of("127.0.0.1:5001"));
+    assert_eq!(host_of("[0:0::1]:5000"), host_of("[::1]"));
+    assert_eq!(host_of("docker.io"), host_of("registry-1.docker.io"));
+    assert_ne!(host_of("a.example"), host_of("b.example"));
+}
+
+#[test]
 fn locations_are_relative_to_the_url_of_the_answer() {
     let here = Url::parse("https://a.b:5000/v2/x/blobs/d?q").unwrap();
     for (location, expected) in [

@@ -197,17 +197,30 @@ async fn slow_layers_do_not_delay_other_registries() {
     let slow = slow.await;
     let content = one();
     let quick = FakeRegistry::start(move |ask| content.answer(ask)).await;
-    let site = Site::with(&[&slow, &quick], |settings| {
+    // Another host than that of the slow one, which has two names here and is one registry.
+    let quick_name = quick.address.replace("127.0.0.1", "localhost");
+    let other_name = slow.address.replace("127.0.0.1", "127.1");
+    let site = Site::with(&[&slow], |settings| {
         settings.limits.stall = Duration::from_mins(1);
+        settings
+            .registries
+            .extend([named(&quick_name), named(&other_name)]);
     });
-    let names: Vec<String> = (0..4).map(|number| format!("slow-{number}")).collect();
-    let slow_ones = names.iter().map(|name| site.resolve(&slow, name));
+    let image = format!("{quick_name}/library/one");
+    let names: Vec<String> = (0..4)
+        .map(|number| match number % 2 {
+            0 => format!("{}/slow-{number}", slow.address),
+            _ => format!("{other_name}/slow-{number}"),
+        })
+        .collect();
+    let resolve = |image| site.images.resolve(image, PullPolicy::IfNotPresent, &[]);
+    let slow_ones = names.iter().map(|name| resolve(name));
     let mut slow_ones = std::pin::pin!(futures::future::join_all(slow_ones));
     let begun = async {
         while slow.seen.count("GET", "/blobs/") < 2 * 2 {
             tokio::task::yield_now().await;
         }
-        site.resolve(&quick, "library/one").await
+        resolve(&image).await
     };
     tokio::select! {
         biased;
