@@ -3,7 +3,8 @@
 //! A pod names a registry; the registry names the realm that issues tokens, and the URLs that its
 //! blobs are redirected to. Any of them could be a service of the login node that trusts local
 //! clients. So every connection follows one rule: TLS only, and no address of this host, of this
-//! link or of a cloud's metadata service. A `[[registry]]` entry exempts the host that it names.
+//! link or of a cloud's metadata service. A `[[registry]]` entry exempts the host that it names, and
+//! from TLS only if it says so.
 //! The rule is applied to the address that is connected to, not to an earlier look-up.
 
 use std::{
@@ -283,10 +284,12 @@ impl Rules {
         self.named.iter().any(|named| named.is(url))
     }
 
-    /// Checks the scheme of `url`. `plain`: the registry itself is accessed over plain HTTP.
+    /// Checks the scheme of `url`. `plain`: the registry itself is accessed over plain HTTP; then
+    /// its token realm or its blobs may be at another port of a host that is named as insecure, but
+    /// not at any other host, which would get a pod's credentials in clear text.
     pub(super) fn scheme(&self, url: &Url, plain: bool) -> Result<(), String> {
-        let insecure = || self.named.iter().any(|named| named.plain && named.is(url));
-        if url.tls || plain || insecure() {
+        let mut insecure = self.named.iter().filter(|named| named.plain);
+        if url.tls || insecure.any(|named| named.is(url) || (plain && named.host == url.host)) {
             return Ok(());
         }
         Err(format!(

@@ -180,8 +180,14 @@ fn what_the_site_names_is_exempt_and_nothing_beside_it() {
     assert!(scheme("http://localhost:5000/x", false));
     assert!(!scheme("http://127.0.0.1:7000/x", false));
     assert!(!scheme("http://a.b/x", false));
-    assert!(scheme("http://a.b/x", true));
     assert!(scheme("https://a.b/x", false));
+    // What an insecure registry names: its own host at any port, and no other host.
+    assert!(scheme("http://localhost:5001/token", true));
+    assert!(!scheme("http://localhost:5001/token", false));
+    assert!(!scheme("http://127.0.0.1:7000/x", true));
+    assert!(!scheme("http://registry.example.org/x", true));
+    assert!(!scheme("http://a.b/x", true));
+    assert!(!scheme("http://registry-1.docker.io/x", true));
     let host = |text: &str| rules.host(&Url::parse(text).unwrap()).is_ok();
     assert!(!host("https://localhost/x") && !host("https://a.localhost./x"));
     assert!(!host("https://[::1]/x") && host("https://a.b/x"));
