@@ -8,6 +8,12 @@
 //! Every layer is read with two limits: it ends at the size that its manifest announced, and it
 //! must make progress. How much progress is required depends on whether other pulls wait for its
 //! slot.
+//!
+//! While a registry that has no slot waits, the layers together must bring [`least`] bytes in each
+//! minute, and that doubles with every minute until somebody is given a slot. So the slowest pull
+//! fails first, to be tried again later; then the count begins anew, and the other pulls stay. A
+//! registry waits for two minutes if the slowest pull brings less than 2 MiB a minute, and for twelve
+//! if it brings 1 GiB, times the number of registries whose turn is before.
 
 use std::{
     io::Write as _,
@@ -34,6 +40,8 @@ const LAYERS_AT_ONCE: usize = 3;
 const TRICKLE: u64 = 64 * 1024;
 /// The same limit while other pulls wait for its slot.
 const TRICKLE_WANTED: u64 = 1024 * 1024;
+/// How often a pull as a whole is compared with [`least`].
+const PACE: Duration = Duration::from_mins(1);
 /// The longest time that a download may take, however steady it is.
 pub(super) const LONGEST: Duration = Duration::from_hours(6);
 
@@ -110,14 +118,18 @@ impl Download<'_> {
         let fetches = layers.into_iter().map(|layer| self.layer(layer));
         let all = futures::stream::iter(fetches).buffer_unordered(LAYERS_AT_ONCE);
         let all = all.try_collect::<Vec<()>>();
-        let done = tokio::time::timeout(LONGEST, all).await;
+        let all = tokio::time::timeout(LONGEST, all);
         let late = |_elapsed| {
             describe(
                 self.source,
                 &format!("the layers were not downloaded within {LONGEST:?}"),
             )
         };
-        done.map_err(late).flatten().map(drop)
+        tokio::select! {
+            biased;
+            done = all => done.map_err(late).flatten().map(drop),
+            why = outpaced(self.progress, self.slots) => Err(describe(self.source, &why)),
+        }
     }
 
     async fn layer(&self, layer: Descriptor) -> Result<(), String> {
@@ -207,4 +219,81 @@ impl Period {
 
 fn enough(wanted: bool) -> u64 {
     if wanted { TRICKLE_WANTED } else { TRICKLE }
+}
+
+/// Waits until a pull is to make place, and returns why. Never ends if it is fast enough.
+async fn outpaced(progress: &Progress, slots: &FairSlots) -> String {
+    let mut before = progress.received();
+    loop {
+        tokio::time::sleep(PACE).await;
+        let received = progress.received();
+        let (bytes, waits) = (received.saturating_sub(before), slots.starved());
+        if bytes < least(waits) {
+            let waits = waits.as_secs();
+            return format!(
+                "the layers make too little progress: {bytes} bytes within {PACE:?} while another registry has waited for {waits} s"
+            );
+        }
+        before = received;
+    }
+}
+
+/// PURE: the bytes that a pull must bring in a minute when a registry without a slot has waited for
+/// so long.
+fn least(waits: Duration) -> u64 {
+    match waits.as_secs() / 60 {
+        0 => 0,
+        minutes => (1 << 20) << minutes.min(20),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn what_a_pull_must_bring_doubles_with_each_minute_of_waiting() {
+        for (seconds, expected) in [
+            (0, 0),
+            (59, 0),
+            (60, 2 * MIB),
+            (119, 2 * MIB),
+            (120, 4 * MIB),
+            (600, 1024 * MIB),
+            (u64::MAX, MIB << 20),
+        ] {
+            assert_eq!(least(Duration::from_secs(seconds)), expected, "{seconds}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_slowest_pull_makes_place_for_a_registry_without_a_slot() {
+        let slots = FairSlots::new(2, 1);
+        let (a, _b) = (slots.acquire("a").await, slots.acquire("b").await);
+        let (slow, quick) = (Progress::new(1 << 40), Progress::new(1 << 40));
+        let mut slow_ends = Box::pin(outpaced(&slow, &slots));
+        let mut quick_ends = Box::pin(outpaced(&quick, &slots));
+        // A little more than a minute, because timers are rounded up.
+        let minute = PACE + Duration::from_millis(2);
+        assert!(futures::poll!(&mut slow_ends).is_pending());
+        assert!(futures::poll!(&mut quick_ends).is_pending());
+        tokio::time::advance(minute).await;
+        assert!(futures::poll!(&mut slow_ends).is_pending(), "nobody waits");
+        assert!(futures::poll!(&mut quick_ends).is_pending());
+        let mut waits = Box::pin(slots.acquire("c"));
+        assert!(futures::poll!(&mut waits).is_pending());
+        for ends in [false, true] {
+            slow.receive(3 * MIB);
+            quick.receive(100 * MIB);
+            tokio::time::advance(minute).await;
+            assert_eq!(futures::poll!(&mut slow_ends).is_ready(), ends);
+            assert!(futures::poll!(&mut quick_ends).is_pending());
+        }
+        drop(a);
+        assert!(futures::poll!(&mut waits).is_ready());
+        tokio::time::advance(minute).await;
+        assert!(futures::poll!(&mut quick_ends).is_pending(), "it stays");
+    }
 }

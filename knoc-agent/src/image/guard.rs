@@ -3,7 +3,8 @@
 //! A pod names a registry; the registry names the realm that issues tokens, and the URLs that its
 //! blobs are redirected to. Any of them could be a service of the login node that trusts local
 //! clients. So every connection follows one rule: TLS only, and no address of this host, of this
-//! link or of a cloud's metadata service. A `[[registry]]` entry exempts the host that it names.
+//! link or of a cloud's metadata service. A `[[registry]]` entry exempts the host that it names, and
+//! from TLS only if it says so.
 //! The rule is applied to the address that is connected to, not to an earlier look-up.
 
 use std::{
@@ -17,13 +18,25 @@ use crate::config::Registry;
 const MAX_URL: usize = 16 * 1024;
 /// The host that serves Docker Hub's registry API.
 const HUB_API: &str = "registry-1.docker.io";
+/// The names of the loopback address in the `/etc/hosts` of common distributions.
+const LOCALHOSTS: [&str; 8] = [
+    "localhost",
+    "localhost.localdomain",
+    "localhost4",
+    "localhost4.localdomain4",
+    "localhost6",
+    "localhost6.localdomain6",
+    "ip6-localhost",
+    "ip6-loopback",
+];
 
 /// An `http` or `https` URL.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Url {
     /// Whether the scheme is `https`.
     pub(super) tls: bool,
-    /// In lower case; an IPv6 address has no brackets.
+    /// In lower case and without a dot at its end; an address is in its usual form, and an IPv6
+    /// address has no brackets.
     pub(super) host: String,
     /// The port of the URL, or the default port of its scheme.
     pub(super) port: u16,
@@ -76,6 +89,7 @@ impl Url {
         if host.contains(['[', ']']) {
             return Err("its host is not a name or an address".to_owned());
         }
+        let host = canonical(host)?;
         let default = if tls { 443 } else { 80 };
         let rest = authority.as_str().rsplit(']').next().unwrap_or_default();
         let port = match rest.rsplit_once(':') {
@@ -91,7 +105,7 @@ impl Url {
         let slash = if path.starts_with('/') { "" } else { "/" };
         Ok(Self {
             tls,
-            host: host.to_ascii_lowercase(),
+            host,
             port,
             path: format!("{slash}{path}"),
         })
@@ -141,6 +155,64 @@ impl Url {
     pub(super) fn same_origin(&self, other: &Self) -> bool {
         (self.tls, &self.host, self.port) == (other.tls, &other.host, other.port)
     }
+}
+
+/// The one form of a host that has many: what is checked, compared, looked up and told to a proxy
+/// is this form.
+fn canonical(host: &str) -> Result<String, &'static str> {
+    if let Ok(ip) = host.parse::<Ipv6Addr>() {
+        return Ok(ip.to_string());
+    }
+    let host = host.trim_end_matches('.').to_ascii_lowercase();
+    if host.is_empty() {
+        return Err("it names no host");
+    }
+    let last = host.rsplit('.').next().unwrap_or_default();
+    let decimal = !last.is_empty() && last.bytes().all(|byte| byte.is_ascii_digit());
+    let hexadecimal = |digits: &str| digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if !decimal && !last.strip_prefix("0x").is_some_and(hexadecimal) {
+        return Ok(host);
+    }
+    // No name ends in a number, so that a resolver reads it as an address or not at all.
+    let ip = inet_aton(&host).ok_or("its host is a number, but not an address")?;
+    Ok(ip.to_string())
+}
+
+/// The address that resolvers read in one to four numbers, as the C function of this name does:
+/// each is decimal, octal or hexadecimal, and the last one fills the bytes that are left.
+fn inet_aton(host: &str) -> Option<Ipv4Addr> {
+    let parts: Option<Vec<u64>> = host.split('.').map(number).collect();
+    let parts = parts?;
+    let (last, first) = parts.split_last()?;
+    let bits: u32 = *[32, 24, 16, 8].get(first.len())?;
+    if first.iter().any(|part| *part > 255) || *last >> bits != 0 {
+        return None;
+    }
+    let high = first.iter().fold(0, |high, part| (high << 8) | *part);
+    u32::try_from((high << bits) | *last)
+        .ok()
+        .map(Ipv4Addr::from)
+}
+
+fn number(part: &str) -> Option<u64> {
+    let (digits, radix) = match (part.strip_prefix("0x"), part.strip_prefix('0')) {
+        (Some(digits), _) => (digits, 16),
+        (None, Some(digits)) => (digits, 8),
+        (None, None) => (part, 10),
+    };
+    if digits.is_empty() {
+        return (radix != 10).then_some(0);
+    }
+    let plain = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    u64::from_str_radix(digits, radix).ok().filter(|_| plain)
+}
+
+/// The host of `registry`, by which slots are counted: one host counts once, however its name is
+/// written and whatever number of ports it has.
+#[must_use]
+pub(super) fn host_of(registry: &str) -> String {
+    let url = base(registry, false);
+    url.map_or_else(|_| registry.to_ascii_lowercase(), |url| url.host)
 }
 
 /// The root URL of the registry API for `registry`, as image names have it.
@@ -212,10 +284,12 @@ impl Rules {
         self.named.iter().any(|named| named.is(url))
     }
 
-    /// Checks the scheme of `url`. `plain`: the registry itself is accessed over plain HTTP.
+    /// Checks the scheme of `url`. `plain`: the registry itself is accessed over plain HTTP; then
+    /// its token realm or its blobs may be at another port of a host that is named as insecure, but
+    /// not at any other host, which would get a pod's credentials in clear text.
     pub(super) fn scheme(&self, url: &Url, plain: bool) -> Result<(), String> {
-        let insecure = || self.named.iter().any(|named| named.plain && named.is(url));
-        if url.tls || plain || insecure() {
+        let mut insecure = self.named.iter().filter(|named| named.plain);
+        if url.tls || insecure.any(|named| named.is(url) || (plain && named.host == url.host)) {
             return Ok(());
         }
         Err(format!(
@@ -236,14 +310,13 @@ impl Rules {
         }
     }
 
-    /// Checks what can be said about the host without a look-up, for requests through a proxy,
-    /// which does the look-up.
+    /// Checks what can be said about the host without a look-up, which a proxy does itself.
     pub(super) fn host(&self, url: &Url) -> Result<(), String> {
         if let Ok(ip) = url.host.parse() {
             return self.address(url, ip, false);
         }
-        let name = url.host.trim_end_matches('.');
-        if name == "localhost" || name.ends_with(".localhost") {
+        let name = url.host.as_str();
+        if LOCALHOSTS.contains(&name) || name.ends_with(".localhost") {
             return self.address(url, IpAddr::V4(Ipv4Addr::LOCALHOST), false);
         }
         Ok(())

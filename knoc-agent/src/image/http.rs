@@ -184,16 +184,14 @@ impl Client {
         url: &Url,
         authorization: Option<&HeaderValue>,
     ) -> Result<Answer, String> {
+        self.rules.host(url)?;
         self.rules.scheme(url, request.plain)?;
         let uri: Uri = format!("{}://{}{}", url.scheme(), url.authority(), url.path)
             .parse()
             .map_err(|error| format!("{url}: {error}"))?;
         let proxy = self.proxies.intercept(&uri);
         let io = match &proxy {
-            Some(proxy) => {
-                self.rules.host(url)?;
-                self.through(proxy, url).await?
-            }
+            Some(proxy) => self.through(proxy, url).await?,
             None => self.direct(url).await?,
         };
         let io = if url.tls {

@@ -66,6 +66,11 @@ impl Progress {
     pub(super) fn receive(&self, bytes: u64) {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }
+
+    /// How many bytes of its layers have been received.
+    pub(super) fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
 }
 
 impl fmt::Display for Progress {

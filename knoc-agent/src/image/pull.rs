@@ -26,7 +26,7 @@ use super::{
     compression::Compressor,
     download::{Download, Layout},
     file::ImageFile,
-    local,
+    guard, local,
     progress::{Progress, Step},
     reference::Source,
     registry::{Config, Found, RegistryClient, describe},
@@ -40,7 +40,7 @@ use super::{
 /// How many images are pulled at the same time: their layers and their unpacked files are on disk
 /// meanwhile.
 pub(super) const PULLS: usize = 8;
-/// How many of them are from one registry.
+/// How many of them are from one host.
 pub(super) const PULLS_EACH: usize = 2;
 /// The layout's name in the directory of its pull. The runtime is given only this relative name,
 /// because it would parse a colon in the state directory's path as the start of a tag.
@@ -75,8 +75,8 @@ impl Puller {
         access: Access,
     ) -> Result<(), String> {
         let size = self.admissible(&source, &found)?;
-        let registry = source.reference.registry();
-        let _slot = self.pulls.acquire(registry).await;
+        let host = guard::host_of(source.reference.registry());
+        let _slot = self.pulls.acquire(&host).await;
         self.progress.enter(Step::Downloads);
         let begin = tokio::time::Instant::now();
         let (cache, room) = (Arc::clone(&self.cache), self.settings.limits.cache);
@@ -103,7 +103,7 @@ impl Puller {
         self.progress.enter(Step::Checks);
         let digest = found.digest.to_string();
         let _claim = self.claims.acquire(&digest).await;
-        let converting = self.conversions.acquire(registry).await;
+        let converting = self.conversions.acquire(&host).await;
         let file = match config {
             None => self.take(layout, &found, &temporary).await,
             Some(config) => self.check(layout, &found, config).await,

@@ -30,7 +30,7 @@ use super::{
 
 /// How many short requests (manifests, configs, tokens) may be in flight.
 const QUESTIONS: usize = 16;
-/// How many of them to one registry.
+/// How many of them to one host.
 const QUESTIONS_EACH: usize = 4;
 /// The largest body of an error response that is read.
 const MAX_REASONS: usize = 16 * 1024;
@@ -211,7 +211,8 @@ impl RegistryClient {
         source: &Source,
         ask: impl Future<Output = Result<T, String>>,
     ) -> Result<T, String> {
-        let _place = self.questions.acquire(source.reference.registry()).await;
+        let host = guard::host_of(source.reference.registry());
+        let _place = self.questions.acquire(&host).await;
         self.in_time(source, ask).await
     }
 

@@ -1,8 +1,9 @@
 //! Slots for concurrent work, shared fairly between registries.
 //!
 //! The number of slots is limited in total and per registry. A free slot goes to the registry that
-//! holds the fewest, and there to the task that has waited longest. So a registry with many waiting
-//! tasks, or with slow answers, delays only itself.
+//! holds the fewest; of several, to the one that has waited longest since it came or was last given
+//! a slot; and there to the task that has waited longest. So a registry with many waiting tasks, or
+//! with slow answers, delays only itself. Registries are told apart by their hosts.
 //!
 //! Cancel safety: a task that stops waiting loses only its turn; a dropped [`Slot`] goes to the
 //! next task.
@@ -10,9 +11,10 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 
 /// The slots.
 #[derive(Debug)]
@@ -27,12 +29,31 @@ pub(super) struct FairSlots {
 struct State {
     held: HashMap<String, usize>,
     /// In order of arrival; bounded by the number of containers of this agent's pods.
-    waiting: Vec<(String, oneshot::Sender<Slot>)>,
+    waiting: Vec<Waiting>,
+    /// When a waiting task was last given a slot.
+    given: Option<Instant>,
+    /// The same for each key; not longer than `waiting`.
+    served: HashMap<String, Instant>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    key: String,
+    since: Instant,
+    sender: oneshot::Sender<Slot>,
 }
 
 impl State {
     fn held_by(&self, key: &str) -> usize {
         self.held.get(key).copied().unwrap_or(0)
+    }
+
+    /// What the next task has the least of: slots that its key holds, and then the time of its turn,
+    /// which begins anew when a slot is given to its key.
+    fn rank(&self, task: &Waiting) -> (usize, Instant) {
+        let served = self.served.get(&task.key).copied();
+        let turn = served.map_or(task.since, |served| served.max(task.since));
+        (self.held_by(&task.key), turn)
     }
 
     fn total(&self) -> usize {
@@ -77,8 +98,12 @@ impl FairSlots {
                 None
             } else {
                 let (sender, receiver) = oneshot::channel();
-                state.waiting.retain(|(_, waiting)| !waiting.is_closed());
-                state.waiting.push((key.to_owned(), sender));
+                state.waiting.retain(|task| !task.sender.is_closed());
+                state.waiting.push(Waiting {
+                    key: key.to_owned(),
+                    since: Instant::now(),
+                    sender,
+                });
                 Some(receiver)
             }
         };
@@ -95,7 +120,19 @@ impl FairSlots {
     /// Whether any task waits.
     pub(super) fn wanted(&self) -> bool {
         let state = self.state();
-        state.waiting.iter().any(|(_, sender)| !sender.is_closed())
+        state.waiting.iter().any(|task| !task.sender.is_closed())
+    }
+
+    /// For how long no slot was given while a registry without any waits; zero if none waits.
+    pub(super) fn starved(&self) -> Duration {
+        let state = self.state();
+        let starving = state
+            .waiting
+            .iter()
+            .filter(|task| !task.sender.is_closed() && state.held_by(&task.key) == 0);
+        let since = starving.map(|task| task.since).min();
+        let since = since.map(|since| state.given.map_or(since, |given| given.max(since)));
+        since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     fn release(self: &Arc<Self>, key: &str) {
@@ -108,24 +145,33 @@ impl FairSlots {
                 state.held.remove(key);
             }
         }
-        while let Some((key, sender)) = self.next(&mut state) {
+        while let Some(Waiting { key, sender, .. }) = self.next(&mut state) {
+            let now = Instant::now();
+            state.given = Some(now);
+            state.served.insert(key.clone(), now);
             *state.held.entry(key.clone()).or_default() += 1;
             let slots = Arc::clone(self);
             unused.extend(sender.send(Slot { slots, key }).err());
+        }
+        let State {
+            waiting, served, ..
+        } = &mut *state;
+        if served.len() > waiting.len() {
+            served.retain(|key, _| waiting.iter().any(|task| task.key == *key));
         }
         drop(state);
         drop(unused);
     }
 
     /// The task that gets the free slot; `None` if no task may have it.
-    fn next(&self, state: &mut State) -> Option<(String, oneshot::Sender<Slot>)> {
-        state.waiting.retain(|(_, sender)| !sender.is_closed());
+    fn next(&self, state: &mut State) -> Option<Waiting> {
+        state.waiting.retain(|task| !task.sender.is_closed());
         if state.total() >= self.overall {
             return None;
         }
         let waiting = state.waiting.iter().enumerate();
-        let able = waiting.filter(|(_, (key, _))| state.held_by(key) < self.each);
-        let (index, _) = able.min_by_key(|(_, (key, _))| state.held_by(key))?;
+        let able = waiting.filter(|(_, task)| state.held_by(&task.key) < self.each);
+        let (index, _) = able.min_by_key(|(_, task)| state.rank(task))?;
         Some(state.waiting.remove(index))
     }
 }
@@ -169,6 +215,54 @@ mod tests {
         drop(stays);
         assert!(slots.acquire("a").now_or_never().is_some());
         assert!(!slots.wanted());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_registry_without_a_slot_starves_until_one_is_given() {
+        let minute = Duration::from_mins(1);
+        let slots = FairSlots::new(2, 2);
+        let (a, _b) = (slots.acquire("a").await, slots.acquire("b").await);
+        let mut more = Box::pin(slots.acquire("a"));
+        assert!(more.as_mut().now_or_never().is_none());
+        tokio::time::advance(minute).await;
+        assert_eq!(slots.starved(), Duration::ZERO, "a has a slot");
+        let (mut c, mut d) = (Box::pin(slots.acquire("c")), Box::pin(slots.acquire("d")));
+        assert!(c.as_mut().now_or_never().is_none());
+        tokio::time::advance(minute).await;
+        assert!(d.as_mut().now_or_never().is_none());
+        tokio::time::advance(minute).await;
+        assert_eq!(slots.starved(), 2 * minute);
+        drop(a);
+        assert_eq!(slots.starved(), Duration::ZERO, "one was given just now");
+        tokio::time::advance(minute).await;
+        assert_eq!(slots.starved(), minute);
+        drop((c, d));
+        assert_eq!(slots.starved(), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_queue_of_one_registry_does_not_go_before_a_registry_that_came_later() {
+        let slots = FairSlots::new(1, 1);
+        let tick = || tokio::time::advance(Duration::from_secs(1));
+        let held = slots.acquire("a").await;
+        let mut queue = Vec::new();
+        for key in ["a", "a", "a", "b"] {
+            tick().await;
+            let mut task = Box::pin(slots.acquire(key));
+            assert!(task.as_mut().now_or_never().is_none());
+            queue.push(task);
+        }
+        tick().await;
+        drop(held);
+        let first = queue[0].as_mut().now_or_never();
+        assert!(first.is_some(), "it has waited for longest");
+        tick().await;
+        drop(first);
+        let of_b = queue[3].as_mut().now_or_never();
+        assert!(of_b.is_some(), "a was served after b had come");
+        drop(of_b);
+        assert!(queue[1].as_mut().now_or_never().is_some());
+        assert!(slots.state().served.len() <= 1, "only who waits is kept");
     }
 
     #[tokio::test]

@@ -182,7 +182,8 @@ key = @KEY@
 [env]
 @ENV@
 # Where images are fetched from; the first match applies. Hosts that are listed here may also have a loopback or link-local
-# address, which is rejected otherwise. insecure = true uses plain HTTP.
+# address, which is rejected otherwise. insecure = true uses plain HTTP,
+# also for the token realm and redirects at this host, but at no other.
 # [[registry]]
 # prefix = "docker.io"  # example
 # mirror = "registry.example.org:5000"  # example

@@ -75,6 +75,66 @@ fn urls_are_read_or_refused() {
 }
 
 #[test]
+fn a_host_has_one_form_however_it_is_written() {
+    for (text, expected) in [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.1", "127.0.0.1"),
+        ("127.0.1", "127.0.0.1"),
+        ("2130706433", "127.0.0.1"),
+        ("017700000001", "127.0.0.1"),
+        ("0x7F000001", "127.0.0.1"),
+        ("0x7f.1", "127.0.0.1"),
+        ("0177.0.0.01", "127.0.0.1"),
+        ("127.0.0.1.", "127.0.0.1"),
+        ("0", "0.0.0.0"),
+        ("0x", "0.0.0.0"),
+        ("169.254.43518", "169.254.169.254"),
+        ("255.255.255.255", "255.255.255.255"),
+        ("Reg.Example.", "reg.example"),
+        ("1.example", "1.example"),
+        ("0xyz", "0xyz"),
+        ("[0:0::1]", "::1"),
+        ("[::ffff:127.0.0.1]", "::ffff:127.0.0.1"),
+    ] {
+        let url = Url::parse(&format!("https://{text}/"));
+        assert_eq!(url.map(|url| url.host).as_deref(), Ok(expected), "{text}");
+    }
+    for text in [
+        "256.1.1.1",
+        "1.256.1",
+        "127.16777216",
+        "4294967296",
+        "99999999999999999999999",
+        "1.2.3.4.5",
+        "1..2",
+        "08.1",
+        "a.1",
+        "a.0x7f",
+        ".",
+        "+1.1",
+    ] {
+        let url = Url::parse(&format!("https://{text}/"));
+        assert!(url.is_err(), "{text}: {url:?}");
+    }
+}
+
+#[test]
+fn slots_are_counted_by_hosts() {
+    for same in [
+        "reg.example",
+        "Reg.example",
+        "REG.example:443",
+        "reg.example:5000",
+    ] {
+        assert_eq!(host_of(same), "reg.example", "{same}");
+    }
+    assert_eq!(host_of("127.1:5000"), host_of("127.0.0.1:5001"));
+    assert_eq!(host_of("[0:0::1]:5000"), host_of("[::1]"));
+    assert_eq!(host_of("docker.io"), host_of("registry-1.docker.io"));
+    assert_ne!(host_of("a.example"), host_of("b.example"));
+}
+
+#[test]
 fn locations_are_relative_to_the_url_of_the_answer() {
     let here = Url::parse("https://a.b:5000/v2/x/blobs/d?q").unwrap();
     for (location, expected) in [
@@ -120,11 +180,35 @@ fn what_the_site_names_is_exempt_and_nothing_beside_it() {
     assert!(scheme("http://localhost:5000/x", false));
     assert!(!scheme("http://127.0.0.1:7000/x", false));
     assert!(!scheme("http://a.b/x", false));
-    assert!(scheme("http://a.b/x", true));
     assert!(scheme("https://a.b/x", false));
+    // What an insecure registry names: its own host at any port, and no other host.
+    assert!(scheme("http://localhost:5001/token", true));
+    assert!(!scheme("http://localhost:5001/token", false));
+    assert!(!scheme("http://127.0.0.1:7000/x", true));
+    assert!(!scheme("http://registry.example.org/x", true));
+    assert!(!scheme("http://a.b/x", true));
+    assert!(!scheme("http://registry-1.docker.io/x", true));
     let host = |text: &str| rules.host(&Url::parse(text).unwrap()).is_ok();
     assert!(!host("https://localhost/x") && !host("https://a.localhost./x"));
     assert!(!host("https://[::1]/x") && host("https://a.b/x"));
+    for text in [
+        "http://127.1/",
+        "http://2130706433/",
+        "http://0x7f.1/",
+        "http://0177.1/",
+        "http://0/",
+        "http://127.0.0.1./",
+        "http://169.254.43518/",
+        "http://[::ffff:127.0.0.1]/",
+        "http://[::ffff:7f00:1]/",
+        "http://LOCALHOST./",
+        "http://localhost.localdomain./",
+        "http://ip6-loopback/",
+    ] {
+        assert!(!host(text), "{text}");
+    }
+    assert!(host("http://localhost.:5000/"), "the site names it");
+    assert!(host("https://10.1/x") && host("https://a.b./x"));
 }
 
 #[test]

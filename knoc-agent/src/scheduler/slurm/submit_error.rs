@@ -278,12 +278,21 @@ mod tests {
         }
     }
 
+    /// What sbatch says: a line with a value, and the answer of slurmctld.
+    fn refused(value: &str, answer: &str) -> String {
+        format!("sbatch: error: {value}\nsbatch: error: Batch job submission failed: {answer}")
+    }
+
+    fn check(cases: &[(&str, String, SubmitErrorKind)]) {
+        for (argument, message, kind) in cases {
+            let argv = ["sbatch", argument].map(str::to_owned);
+            assert_eq!(classify(message, &argv), *kind, "{argument}: {message}");
+        }
+    }
+
     #[test]
     fn what_the_pod_asks_for_is_not_a_word_of_slurm() {
-        let refused = |value: &str, answer: &str| {
-            format!("sbatch: error: {value}\nsbatch: error: Batch job submission failed: {answer}")
-        };
-        let cases = [
+        check(&[
             (
                 "--partition=gpu-maintenance",
                 refused(
@@ -328,7 +337,12 @@ mod tests {
                 ),
                 Permanent,
             ),
-            // Slurm's own words count, whatever the pod asks for.
+        ]);
+    }
+
+    #[test]
+    fn slurms_own_words_count_whatever_the_pod_asks_for() {
+        check(&[
             (
                 "--partition=maintenance",
                 refused("wait", "Requested node is in maintenance"),
@@ -355,11 +369,7 @@ mod tests {
                 ),
                 Permanent,
             ),
-        ];
-        for (argument, message, kind) in cases {
-            let argv = ["sbatch", argument].map(str::to_owned);
-            assert_eq!(classify(&message, &argv), kind, "{argument}: {message}");
-        }
+        ]);
     }
 
     #[test]

@@ -197,17 +197,30 @@ async fn slow_layers_do_not_delay_other_registries() {
     let slow = slow.await;
     let content = one();
     let quick = FakeRegistry::start(move |ask| content.answer(ask)).await;
-    let site = Site::with(&[&slow, &quick], |settings| {
+    // Another host than that of the slow one, which has two names here and is one registry.
+    let quick_name = quick.address.replace("127.0.0.1", "localhost");
+    let other_name = slow.address.replace("127.0.0.1", "127.1");
+    let site = Site::with(&[&slow], |settings| {
         settings.limits.stall = Duration::from_mins(1);
+        settings
+            .registries
+            .extend([named(&quick_name), named(&other_name)]);
     });
-    let names: Vec<String> = (0..4).map(|number| format!("slow-{number}")).collect();
-    let slow_ones = names.iter().map(|name| site.resolve(&slow, name));
+    let image = format!("{quick_name}/library/one");
+    let names: Vec<String> = (0..4)
+        .map(|number| match number % 2 {
+            0 => format!("{}/slow-{number}", slow.address),
+            _ => format!("{other_name}/slow-{number}"),
+        })
+        .collect();
+    let resolve = |image| site.images.resolve(image, PullPolicy::IfNotPresent, &[]);
+    let slow_ones = names.iter().map(|name| resolve(name));
     let mut slow_ones = std::pin::pin!(futures::future::join_all(slow_ones));
     let begun = async {
         while slow.seen.count("GET", "/blobs/") < 2 * 2 {
             tokio::task::yield_now().await;
         }
-        site.resolve(&quick, "library/one").await
+        resolve(&image).await
     };
     tokio::select! {
         biased;
@@ -337,19 +350,39 @@ async fn a_registry_or_a_redirect_on_this_host_is_refused_unless_it_is_named() {
 #[tokio::test]
 async fn plain_http_is_only_for_what_is_named_insecure() {
     let service = bystander().await;
-    let url = format!("http://{}/secret", service.address);
-    let registry = FakeRegistry::start(move |_| Reply::redirect(&url)).await;
-    let site = Site::with(&[&registry], |settings| {
-        // The service is named, but without plain HTTP.
-        settings.registries[0].insecure = true;
-        settings.registries.push(Registry {
-            insecure: false,
-            ..named(&service.address)
-        });
+    // The service is named by two hosts, but without plain HTTP.
+    let other_host = service.address.replace("127.0.0.1", "localhost");
+    let secure = [&service.address, &other_host].map(|name| Registry {
+        insecure: false,
+        ..named(name)
     });
-    // The registry itself is accessed over plain HTTP, so its redirects may be too.
+    let site = |registry: &FakeRegistry| {
+        Site::with(&[registry], |settings| {
+            settings.registries.extend(secure.clone());
+        })
+    };
+    // An insecure registry leads to another host, which would get a pod's credentials.
+    let to = format!("http://{other_host}/secret");
+    for reply in [Reply::redirect(&to), Reply::unauthorized(&to)] {
+        let registry = FakeRegistry::start(move |_| reply.clone()).await;
+        let message = site(&registry).fails(&registry, "one").await;
+        assert!(
+            message.contains("is refused: plain HTTP is allowed only"),
+            "{message}"
+        );
+    }
+    assert_eq!(
+        service.seen.total.load(Ordering::SeqCst),
+        0,
+        "it received no request"
+    );
+    // Its own host is accessed over plain HTTP already, so that another port may be, too.
+    let url = format!("http://{}/token", service.address);
+    let registry = FakeRegistry::start(move |_| Reply::unauthorized(&url)).await;
+    let site = site(&registry);
     let message = site.resolve(&registry, "one").await.unwrap_err();
     assert!(!message.contains("is refused"), "{message}");
+    assert!(service.seen.total.load(Ordering::SeqCst) > 0);
     let source = format!("{}/one", service.address);
     let message = site.images.resolve(&source, PullPolicy::Always, &[]).await;
     let message = message.unwrap_err().message;
