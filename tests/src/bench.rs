@@ -153,8 +153,12 @@ pub async fn streams(quick: bool, name: &str) -> anyhow::Result<()> {
     let mut table = String::new();
     let measured = streams::measure(&bed, sizes(quick), name).await?;
     report::streams(&mut table, &measured)?;
-    std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())?;
+    print(&table)?;
     bed.close().await
+}
+
+fn print(table: &str) -> std::io::Result<()> {
+    std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())
 }
 
 /// Measures only what pods open to the cluster; prints the table to standard output and does not change the page.
@@ -163,7 +167,7 @@ pub async fn egress(quick: bool) -> anyhow::Result<()> {
     let measured = egress::measure(&bed, egress_sizes(quick)).await?;
     let mut table = String::new();
     report::egress(&mut table, &measured)?;
-    std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())?;
+    print(&table)?;
     bed.close().await
 }
 
@@ -173,7 +177,7 @@ pub async fn probes(quick: bool) -> anyhow::Result<()> {
     let measured = probes::measure(&bed, watched(quick)).await?;
     let mut table = String::new();
     report::probes(&mut table, &measured)?;
-    std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())?;
+    print(&table)?;
     bed.close().await
 }
 
@@ -206,7 +210,7 @@ pub async fn pods(pods: usize, rounds: usize) -> anyhow::Result<()> {
     }
     let mut table = String::new();
     report::pods(&mut table, &batch)?;
-    std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())?;
+    print(&table)?;
     bed.close().await
 }
 

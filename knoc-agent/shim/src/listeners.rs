@@ -526,6 +526,25 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_made_while_the_listeners_changed_is_judged_by_who_has_it() {
+        let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = server.local_addr().unwrap();
+        let client = std::net::TcpStream::connect(address).unwrap();
+        let from = client.local_addr().ok();
+        let _accepted = server.accept().unwrap();
+        let now = listening(address.port());
+        let before = [Listener {
+            address,
+            inode: now[0].inode.wrapping_add(1),
+        }];
+        let (own, parent) = (std::process::id(), std::os::unix::process::parent_id());
+        // This process is below its parent, and not below itself.
+        assert!(still_own(&before, from, address, parent));
+        assert!(!still_own(&before, from, address, own));
+        assert!(still_own(&now, from, address, own), "nothing has changed");
+    }
+
+    #[test]
     fn a_listener_that_is_held_listens_on() {
         let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = socket.local_addr().unwrap();

@@ -42,22 +42,10 @@ pub fn option_problems(job: &pb::JobRequest) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pod::PodSpec;
+    use crate::pod::tests;
 
     fn problems(job: pb::JobRequest) -> Vec<String> {
-        let spec = pb::PodSpec {
-            uid: "u".to_owned(),
-            namespace: "n".to_owned(),
-            name: "p".to_owned(),
-            containers: vec![pb::Container {
-                name: "main".to_owned(),
-                image: "busybox".to_owned(),
-                ..pb::Container::default()
-            }],
-            job: Some(job),
-            ..pb::PodSpec::default()
-        };
-        PodSpec::try_from(spec).map_or_else(|invalid| invalid.problems, |_| Vec::new())
+        tests::problems(|spec| spec.job = Some(job))
     }
 
     #[test]
@@ -68,7 +56,7 @@ mod tests {
             flags: vec!["--mail-user=ü".to_owned()],
             ..pb::JobRequest::default()
         };
-        assert_eq!(problems(good), Vec::<String>::new());
+        assert_eq!(option_problems(&good), Vec::<String>::new());
         let bad = pb::JobRequest {
             partition: "a\0b".to_owned(),
             constraint: "x".repeat(MAX_OPTION + 1),

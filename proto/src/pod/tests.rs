@@ -27,7 +27,7 @@ fn valid() -> pb::PodSpec {
     }
 }
 
-fn problems(change: impl FnOnce(&mut pb::PodSpec)) -> Vec<String> {
+pub(super) fn problems(change: impl FnOnce(&mut pb::PodSpec)) -> Vec<String> {
     let mut spec = valid();
     change(&mut spec);
     PodSpec::try_from(spec).unwrap_err().problems
