@@ -146,6 +146,18 @@ impl Run {
         })
     }
 
+    /// Runs an exec session that lets its own container end. The container's end kills what is still executed in it, so
+    /// exit code 137 counts as 0.
+    pub async fn ok_or_killed(self) -> anyhow::Result<Output> {
+        const KILLED: i32 = 137;
+        let argv = self.argv.join(" ");
+        let output = self.output().await?;
+        if ![0, KILLED].contains(&output.code) {
+            bail!("`{argv}`: {output}");
+        }
+        Ok(output)
+    }
+
     /// Runs it to its end; any exit code but 0 is an error.
     pub async fn ok(self) -> anyhow::Result<Output> {
         let argv = self.argv.join(" ");

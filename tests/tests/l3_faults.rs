@@ -240,7 +240,8 @@ async fn a_controller_that_is_down_is_reported_with_the_time_and_pods_wait() -> 
     ];
     world.on_as_root("ctl", start).ok().await?;
     down?;
-    world.exec(&uid, "main", ["touch", "/tmp/go"]).ok().await?;
+    let touch = world.exec(&uid, "main", ["touch", "/tmp/go"]);
+    touch.ok_or_killed().await?;
     world.wait_phase("running", "Succeeded", MINUTES).await?;
     world.wait_phase("later", "Succeeded", MINUTES).await?;
     world.wait_node_condition("SlurmReachable", "True").await?;

@@ -30,7 +30,7 @@ const UNTIL_GO: &str = "until [ -e /tmp/go ]; do sleep 0.1; done";
 /// Makes a container continue.
 async fn go(world: &World, pod: &str, container: &str) -> anyhow::Result<()> {
     let touch = ["exec", pod, "-c", container, "--", "touch", "/tmp/go"];
-    world.kubectl(touch).ok().await.map(drop)
+    world.kubectl(touch).ok_or_killed().await.map(drop)
 }
 
 /// Waits until the log has these contents.

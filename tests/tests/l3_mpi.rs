@@ -179,7 +179,7 @@ async fn ranks_on_one_node_share_processes_and_memory_and_reach_their_own_files_
             .await?;
         }
         let go = ["exec", &uid, "--", "touch", "/dev/shm/go"];
-        world.knocctl(go).ok().await?;
+        world.knocctl(go).ok_or_killed().await?;
         world.wait_phase(&name, "Succeeded", SOON).await?;
         wait_log(&world, &name, "outlived", 1).await?;
     }
@@ -394,7 +394,7 @@ async fn another_user_gets_nothing_at_the_port_of_the_ranks() -> anyhow::Result<
     }
     for rank in ["0", "1"] {
         let go = ["exec", &uid, "--rank", rank, "--", "touch", "/tmp/go"];
-        world.knocctl(go).ok().await?;
+        world.knocctl(go).ok_or_killed().await?;
     }
     world.wait_phase("guarded", "Succeeded", SOON).await?;
     world.finish().await

@@ -433,7 +433,8 @@ async fn a_short_life_costs_four_statuses_and_four_events() -> anyhow::Result<()
     let lives = async {
         // A busy kubelet does not write that a pod runs which has ended meanwhile.
         world.wait_phase("short", "Running", SOON).await?;
-        world.exec(&uid, "main", ["touch", "/tmp/go"]).ok().await
+        let touch = world.exec(&uid, "main", ["touch", "/tmp/go"]);
+        touch.ok_or_killed().await
     };
     let seen = async { tokio::try_join!(statuses(&world, "short", &version), lives) };
     let seen = tokio::time::timeout(SOON * 2, Box::pin(seen)).await;

@@ -174,7 +174,7 @@ async fn of_two_containers_the_one_that_takes_all_memory_is_oom_killed() -> anyh
     ensure!(exit_code(&now, "modest").is_none(), "{:?}", now.status);
     let go = "echo still here >/shared/go";
     let go = ["exec", "two", "-c", "modest", "--", "sh", "-c", go];
-    world.kubectl(go).ok().await?;
+    world.kubectl(go).ok_or_killed().await?;
     let ended = world.wait_phase("two", "Failed", SOON).await?;
     ensure!(exit_code(&ended, "modest") == Some(0), "{:?}", ended.status);
     ensure!(world.logs("two", "modest").await? == "still here\n");
@@ -320,7 +320,7 @@ async fn a_pod_of_the_longest_names_runs() -> anyhow::Result<()> {
         );
     let uid = world.running(&pod).await?;
     let touch = ["exec", &name, "--", "touch", "/tmp/go"];
-    world.kubectl(touch).ok().await?;
+    world.kubectl(touch).ok_or_killed().await?;
     world.wait_phase(&name, "Succeeded", SOON).await?;
     let log = world.logs(&name, &container).await?;
     let host = "n".repeat(62);
@@ -359,7 +359,7 @@ async fn containers_wait_for_an_init_container_and_for_one_that_failed() -> anyh
     let initializing = Some(("PodInitializing".to_owned(), String::new()));
     ensure!(container_reason(&now, "main") == initializing, "{now:?}");
     let touch = ["exec", "two", "-c", "first", "--", "touch", "/tmp/go"];
-    world.kubectl(touch).ok().await?;
+    world.kubectl(touch).ok_or_killed().await?;
     let ended = world.wait_phase("two", "Failed", SOON).await?;
     ensure!(exit_code(&ended, "first") == Some(4), "{ended:?}");
     ensure!(

@@ -175,7 +175,7 @@ async fn kill_from_inside_stops_a_program_that_handles_term_and_no_other() -> an
     .await?;
     world
         .exec(&polite, "main", ["kill", "-TERM", "1"])
-        .ok()
+        .ok_or_killed()
         .await?;
     let ended = world.wait_phase("polite", "Failed", SOON).await?;
     ensure!(exit_code(&ended, "main") == Some(3), "{:?}", ended.status);

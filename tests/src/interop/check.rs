@@ -192,7 +192,7 @@ impl Scene {
         follower.expect("first\n").await?;
         self.world
             .kubectl(["exec", POD, "-c", "main", "--", "touch", "/shared/go"])
-            .ok()
+            .ok_or_killed()
             .await?;
         let code = follower.exit_code(OUTPUT_LIMIT).await?;
         let shown = follower.shown();
