@@ -22,7 +22,7 @@ use kube::{
 };
 use tower::{BoxError, Service};
 
-use crate::certs::Pairs;
+use crate::{api_client, certs::Pairs};
 
 /// The clients of the API server of one kubelet.
 #[derive(Clone)]
@@ -80,7 +80,7 @@ impl Renewing {
                     client_key_data: Some(BASE64_STANDARD.encode(&pair.key_pem).into()),
                     ..AuthInfo::default()
                 };
-                match Client::try_from(config) {
+                match api_client::connect(config) {
                     Ok(client) => self.current = Some(client),
                     Err(error) => {
                         let error = chain(&error);

@@ -22,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod api_client;
 pub mod app;
 pub mod certs;
 pub mod config;

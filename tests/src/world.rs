@@ -6,6 +6,7 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail, ensure};
 use k8s_openapi::api::core::v1::{Event, Namespace, Node, NodeCondition, Pod};
+use knoc_kubelet::api_client;
 use kube::{
     Api, Client, ResourceExt as _,
     api::{DeleteParams, ListParams, LogParams, PostParams},
@@ -55,9 +56,8 @@ impl World {
         let hpc = PathBuf::from(variable("HPC_PREFIX")?).join("bin/hpc");
         // The provider is set once per process, by the first test.
         drop(rustls::crypto::ring::default_provider().install_default());
-        let client = Client::try_default()
-            .await
-            .context("connect to the API server")?;
+        let config = kube::Config::infer().await.context("no kubeconfig")?;
+        let client = api_client::connect(config).context("connect to the API server")?;
         let namespace = format!("t-{test}-{:05x}", rand::random::<u32>() & 0xf_ffff);
         let api: Api<Namespace> = Api::all(client.clone());
         let object = serde_json::from_value(json!({

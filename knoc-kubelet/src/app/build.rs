@@ -24,6 +24,7 @@ use crate::{
         Agent,
         renew::{self, Dialer, Way},
     },
+    api_client,
     certs::{Keep, Pairs},
     config::{AgentConfig, AgentWay, Config, IdentityConfig, KeysConfig, ServingConfig},
     pods::Store,
@@ -153,7 +154,7 @@ impl App {
 }
 
 fn client(config: kube::Config) -> Result<Client, BuildError> {
-    Client::try_from(config).map_err(|source| BuildError::Kubeconfig {
+    api_client::connect(config).map_err(|source| BuildError::Kubeconfig {
         source: source.into(),
     })
 }
