@@ -1,7 +1,7 @@
 #!/bin/bash
 # Runs the tests that this machine supports, and ends with a table by level and a line of totals (make test).
-# If STACK=full is given, a stack that does not start, or a skipped test, is a failure. The time is that of the tests, without
-# compiling and without starting the stack.
+# If STACK=full is given, a stack that does not start, or a skipped test, is a failure; skipped tests of the upstream suite are not. The time
+# is that of the tests, without compiling and without starting the stack.
 given_stack=${STACK:-}
 . "$(dirname "$0")/testbed/lib.sh"
 . "$testbed/stack.sh"
@@ -90,6 +90,35 @@ profile() {
         echo "test result: FAILED. 0 passed; 1 failed; 0 ignored" >>"$results/$1"
     fi
 }
+# conformance: the part of the upstream suite that fits into every run, on the stack that is up, as `make conformance` runs the lists: with the
+# same programs and images, and with the same NODES, SIDE, LIMIT, MINUTES, NETWORK and KNOC_NODE_POD_IP. Its page is not that of docs.
+conformance_list=$repository/tests/conformance/ci.txt
+conformance_minutes=${MINUTES:-8} # after these no further test is started
+conformance_skipped=0
+conformance() {
+    local code=0 counts passed failed left seconds line
+    say "conformance: $conformance_list; after $conformance_minutes minutes no further test is started"
+    "$testbed/conformance/run.sh" --page "$results/conformance.md" --minutes "$conformance_minutes" --limit "${LIMIT:-300}" \
+        ${SIDE:+--side "$SIDE"} "$conformance_list" 2>&1 | tee "$results/conformance" || code=$?
+    counts=$(sed -n 's/^conformance: \([0-9]*\) passed, \([0-9]*\) failed, \([0-9]*\) not started, \([0-9]*\) s$/\1 \2 \3 \4/p' "$results/conformance")
+    read -r passed failed left seconds <<<"${counts:-0 0 0 0}"
+    # A suite that was not built, was interrupted, or could not set the stack back counts as one failure.
+    if [ -z "$counts" ] || { [ $code != 0 ] && [ "$failed" = 0 ]; }; then
+        failed=1
+        reasons+=("failed: conformance: it ended with code $code, see above")
+    fi
+    while read -r line; do reasons+=("$line"); done < <(
+        sed -n '/^conformance: FAILED in /{N;s/^conformance: FAILED in [0-9]* s: \(.*\)\nconformance: */failed: \1: /p}' "$results/conformance")
+    [ "$left" = 0 ] || reasons+=("skipped: conformance: $left tests were not started within $conformance_minutes minutes")
+    conformance_skipped=$left
+    echo "test result: ok. $passed passed; $failed failed; $left ignored; 0 measured; 0 filtered out; finished in $seconds.00s" >>"$results/conformance"
+}
+# skip_conformance REASON: counts its tests as skipped.
+skip_conformance() {
+    conformance_skipped=$(grep -c '^\[' "$conformance_list")
+    echo "test result: ok. 0 passed; 0 failed; $conformance_skipped ignored" >"$results/conformance"
+    reasons+=("skipped: conformance: $1")
+}
 if [ "$PROFILE" != direct ]; then
     how=full of="the core of L3"
     [ -z "${SMOKE:-}" ] || how=smoke of="one pod"
@@ -108,7 +137,10 @@ fi
 # The other programs that levels 2 and 3 need are installed and built while the unit tests are compiled; a failure is reported when they
 # are needed.
 install_servers &
-[ "$STACK" != full ] || { nice "$testbed/kube/setup.sh" metrics-server && nice "$testbed/interop.sh"; } &
+[ "$STACK" != full ] || {
+    nice "$testbed/kube/setup.sh" metrics-server && nice "$testbed/interop.sh"
+    [ "$KUBE_VERSION" != 1.36 ] || [ "$conformance_minutes" = 0 ] || nice "$testbed/kube/setup.sh" coredns conformance
+} &
 suite unit --workspace --exclude knoc-tests
 suite unit -p knoc-tests --lib --bins $(tests_named 'tidy*.rs')
 wait
@@ -151,6 +183,15 @@ else
     fi
     "$testbed/kubelet.sh" down
     "$testbed/kubelet.sh" up
+    if [ -n "$given_kubeconfig" ]; then
+        skip_conformance "KUBECONFIG was given: it wants a control plane of our own"
+    elif [ "$KUBE_VERSION" != 1.36 ]; then
+        skip_conformance "KUBE_VERSION=$KUBE_VERSION: the suite is that of Kubernetes 1.36"
+    elif [ "$conformance_minutes" = 0 ]; then
+        skip_conformance "MINUTES=0"
+    else
+        conformance
+    fi
     # The other ways to the agent: the two that differ most in full, the others with one pod.
     if [ -z "$given_kubeconfig" ]; then
         for name in ssh-only outbound-only; do profile $name full; done
@@ -160,6 +201,7 @@ else
         reasons+=("KUBECONFIG was given: the other profiles were not tested")
     fi
 fi
+[ -f "$results/conformance" ] || skip_conformance "it runs with level 3"
 
 echo
 printf '%-13s %-46s %7s %7s %8s %8s\n' level what passed failed skipped time
@@ -167,12 +209,13 @@ row unit "decisions, parsers, protocols, in one process"
 row L2 "real binaries, TLS, local scheduler, $l2_user" 90
 row L3 "Kubernetes, Slurm, Apptainer"
 [ ! -f "$results/node" ] || row node "the core of L3 with the identity of a node"
+row conformance "Kubernetes' own suite, tests/conformance/ci.txt"
 for name in ssh-only outbound-only proxy-only isolated two-logins; do
     [ ! -f "$results/$name" ] || row $name "the core of L3, or one pod, PROFILE=$name"
 done
 grep -h '^test .* ignored, ' "$results"/* | sed 's/^test \(.*\) \.\.\. ignored, /skipped: \1: /' || true
 for reason in "${reasons[@]}"; do echo "$reason"; done
 grep -h '^test .* FAILED$' "$results"/* | sed 's/^test \(.*\) \.\.\. FAILED/failed: \1/' || true
-[ "$given_stack" != full ] || total_failed=$((total_failed + total_skipped))
+[ "$given_stack" != full ] || total_failed=$((total_failed + total_skipped - conformance_skipped))
 echo "$total_passed passed, $total_failed failed, $total_skipped skipped"
 [ $total_failed = 0 ]

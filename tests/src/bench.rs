@@ -13,7 +13,7 @@
 //! | probes | the shim's processor time for a thousand http and tcp probes a minute | the same pod without probes |
 //! | exec probes | processor time of the shim and its children for each | `nsenter` into the container on the compute node |
 //! | egress | a pod connects → it has the first byte; bytes to the cluster; names; idle connections | plain relays, one process each |
-//! | streams | log, exec, cp and port-forward bytes | the same bytes through as many TLS relays, one process each |
+//! | streams | log, exec, cp and port-forward bytes, and bytes between pods | the same bytes through as many TLS relays, one process each |
 //!
 //! A stream's client counts bytes as they arrive: at the WebSocket of an exec or a port-forward, or at the body of a log, just as the
 //! relays' reader does at its TLS connection. Only cp uses kubectl itself.
@@ -30,6 +30,7 @@ pub mod links;
 mod load;
 mod machine;
 mod peers;
+mod pod_to_pod;
 mod pods;
 mod probes;
 pub mod relay;
@@ -147,7 +148,7 @@ async fn many(bed: &Bed, quick: bool) -> anyhow::Result<pods::Batch> {
     Ok(batch)
 }
 
-/// Measures only the streams whose names contain `name`; prints the table to standard output and does not change the page.
+/// Measures only the streams whose names contain `name`, in which `-` stands for a space, too; prints the table to standard output and does not change the page.
 pub async fn streams(quick: bool, name: &str) -> anyhow::Result<()> {
     let bed = Bed::open().await?;
     let mut table = String::new();

@@ -322,6 +322,24 @@ mod unit {
     }
 
     #[test]
+    fn what_make_test_runs_is_a_part_of_list_a_that_needs_no_node_for_itself() -> anyhow::Result<()>
+    {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("conformance");
+        let all = List::read(&folder.join("A.txt"))?;
+        let part = List::read(&folder.join("ci.txt"))?;
+        assert!(part.tests.len() >= 60, "{}", part.tests.len());
+        let mut rest = all.tests.iter();
+        for name in &part.tests {
+            assert!(
+                rest.any(|known| known == name),
+                "{name} is not in A.txt, or in another order"
+            );
+            assert!(!test(name).is_alone() && !name.contains("[Slow]"), "{name}");
+        }
+        Ok(())
+    }
+
+    #[test]
     fn a_pattern_selects_exactly_its_test() {
         assert_eq!(
             test("[sig-x] a (b) $(c) d.e [Slow]").focus(),

@@ -29,7 +29,7 @@ pub(super) const WATCHED: Duration = Duration::from_secs(30);
 /// How many connections each pod holds: from 960 of a node on, a pod gets no more than 32. Other pods of the bed may have a few.
 const HELD: [u32; 4] = [470, 470, 30, 30];
 /// The program that dials, in the image and on the nodes.
-const DIALER: &str = "knoc-dialer";
+pub(super) const DIALER: &str = "knoc-dialer";
 
 /// How much is measured.
 #[derive(Debug, Clone, Copy)]
@@ -119,7 +119,7 @@ fn pod(name: &str) -> PodBuilder {
 }
 
 /// Runs the dialer in the pod; returns what it printed, in milliseconds.
-async fn inside<const N: usize>(
+pub(super) async fn inside<const N: usize>(
     bed: &Bed,
     uid: &str,
     words: [&str; N],
@@ -130,7 +130,7 @@ async fn inside<const N: usize>(
 }
 
 /// The same on the compute node.
-async fn beside(bed: &Bed, words: &str) -> anyhow::Result<Vec<f64>> {
+pub(super) async fn beside(bed: &Bed, words: &str) -> anyhow::Result<Vec<f64>> {
     let run = bed.shell("c1", &format!("{FOLDER}/{DIALER} {words}"));
     times(&run.deadline(STEP).ok().await?.text())
 }

@@ -1,5 +1,5 @@
 //! Plain TLS relays: the floor of streams. Each relay is a process that accepts a connection over TLS 1.3 and passes its
-//! bytes on to the next relay. The last one runs the same program as the pod, connects to the pod's own listener, or reads
+//! bytes on to the next relay. The last one runs the same program as the pod, connects to a listener, or reads
 //! the bytes from a file. The relays run on the same machines as the parts of KNoC (compute node, login node, host), so that
 //! the bytes take the same path. The TLS library and its settings are those of KNoC's links.
 
@@ -22,7 +22,7 @@ use tokio::{
     io::{
         AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, copy_bidirectional_with_sizes,
     },
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     process::Child,
 };
 
@@ -108,12 +108,14 @@ pub enum Role {
     Program(Vec<String>),
     /// Connects to that address without TLS, and sends what it reads from there.
     Listener(SocketAddr),
+    /// Connects to that address without TLS and copies in both directions.
+    Server(SocketAddr),
     /// Connects to the next relay at that address and copies in both directions.
     Relay(SocketAddr),
 }
 
 impl Role {
-    /// Parses `file=PATH`, `program=COMMAND`, `listener=ADDRESS` or `relay=ADDRESS`.
+    /// Parses `file=PATH`, `program=COMMAND`, `listener=ADDRESS`, `server=ADDRESS` or `relay=ADDRESS`.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         match text.split_once('=') {
             Some(("file", path)) => Ok(Self::File(path.into())),
@@ -121,9 +123,10 @@ impl Role {
                 command.split(' ').map(str::to_owned).collect(),
             )),
             Some(("listener", address)) => Ok(Self::Listener(address.parse()?)),
+            Some(("server", address)) => Ok(Self::Server(address.parse()?)),
             Some(("relay", address)) => Ok(Self::Relay(address.parse()?)),
             _ => anyhow::bail!(
-                "{text:?} is not file=PATH, program=COMMAND, listener=ADDRESS or relay=ADDRESS"
+                "{text:?} is not file=PATH, program=COMMAND, listener=ADDRESS, server=ADDRESS or relay=ADDRESS"
             ),
         }
     }
@@ -141,10 +144,22 @@ pub async fn serve(port: u16, role: Role, keys: &Path) -> anyhow::Result<()> {
             Role::File(path) => send(near, path).await?,
             Role::Program(command) => drop(run(near, command).await?),
             Role::Listener(address) => fetch(near, *address).await?,
+            Role::Server(address) => pass(near, TcpStream::connect(*address).await?).await?,
             Role::Relay(next) => pass(near, dial(*next, &pair).await?).await?,
         }
     }
     Ok(())
+}
+
+/// A relay whose clients have no TLS: passes their connections on to the relay at that address, one after the other. `keys` is as in
+/// [`serve`].
+pub async fn plain(port: u16, to: SocketAddr, keys: &Path) -> anyhow::Result<()> {
+    let pair = KeyPair::from_files(&keys.join("pair.crt"), &keys.join("pair.key"))?;
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await?;
+    loop {
+        let (near, _) = listener.accept().await?;
+        pass(near, dial(to, &pair).await?).await?;
+    }
 }
 
 async fn send(mut near: Connection, path: &Path) -> anyhow::Result<()> {
@@ -216,7 +231,10 @@ async fn copy(
     }
 }
 
-async fn pass(mut near: Connection, mut far: Connection) -> anyhow::Result<()> {
+async fn pass(
+    mut near: impl AsyncRead + AsyncWrite + Unpin,
+    mut far: impl AsyncRead + AsyncWrite + Unpin,
+) -> anyhow::Result<()> {
     copy_bidirectional_with_sizes(&mut near, &mut far, CHUNK, CHUNK).await?;
     Ok(())
 }
@@ -227,8 +245,8 @@ async fn dial(to: SocketAddr, pair: &KeyPair) -> anyhow::Result<Connection> {
 
 /// A chain of relays, one process each. The last one is the nearest.
 pub(super) struct Chain {
-    _processes: Vec<Child>,
-    _keys: TempDir,
+    processes: Vec<Child>,
+    keys: TempDir,
     pair: KeyPair,
     nearest: SocketAddr,
 }
@@ -294,11 +312,24 @@ impl Chain {
             .await?;
         }
         Ok(Self {
-            _processes: processes,
-            _keys: keys,
+            processes,
+            keys,
             pair,
             nearest,
         })
+    }
+
+    /// Starts one more relay, on the compute node, whose clients have no TLS. Returns its address, at which it listens soon.
+    pub(super) fn without_tls(&mut self, bed: &Bed) -> anyhow::Result<SocketAddr> {
+        let name = self.keys.path().file_name().context("no name")?;
+        let port = self.nearest.port() + 1;
+        let relay = bed.world.on_as_root("c1", [RELAY]);
+        let relay = relay
+            .args(["plain", &port.to_string(), &self.nearest.to_string()])
+            .arg(Path::new(FOLDER).join(name));
+        self.processes
+            .push(relay.spawn(&self.keys.path().join("log"))?);
+        Ok(SocketAddr::from((Location::Compute.address(), port)))
     }
 
     /// Reads until the end; returns the number of bytes.
@@ -332,6 +363,11 @@ mod tests {
         let relay = Role::Relay(SocketAddr::from(([10, 0, 0, 1], 7)));
         assert_eq!(Role::parse("relay=10.0.0.1:7").unwrap(), relay);
         assert_eq!(Role::parse("file=/a").unwrap(), Role::File("/a".into()));
+        let server = SocketAddr::from(([127, 0, 0, 1], 7));
+        assert_eq!(
+            Role::parse("server=127.0.0.1:7").unwrap(),
+            Role::Server(server)
+        );
         let command = ["cat", "/x"].map(str::to_owned).to_vec();
         assert_eq!(
             Role::parse("program=cat /x").unwrap(),

@@ -1,4 +1,4 @@
-//! Streams: the bytes of a log, an exec, a port-forward, a Service and a copy, and the same bytes through bare TLS relays.
+//! Streams: the bytes of a log, an exec, a port-forward, a Service, a copy and between pods, and the same bytes through bare TLS relays.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use knoc_proto::pb;
 use super::bed::{Bed, FOLDER};
 use super::machine::{Clock, Spent};
 use super::relay::{Chain, Location};
-use super::{exec, kubernetes, relayed};
+use super::{exec, kubernetes, pod_to_pod, relayed};
 use crate::{PodBuilder, wait_for};
 
 /// The time limit for the pod that writes the bytes.
@@ -22,7 +22,7 @@ const LARGE_PORT: u16 = 19_098;
 #[derive(Debug, Default)]
 pub(super) struct Stream {
     pub(super) name: &'static str,
-    /// The number of TLS connections that a byte passes.
+    /// The number of relays that a byte passes in the floor.
     pub(super) hops: usize,
     pub(super) bytes: u64,
     /// The target: the rate as a share of the floor's, if there is a target.
@@ -67,8 +67,8 @@ enum Way {
     ExecByAgent,
 }
 
-/// The target for streams through the API server, as a share of the floor.
-const SHARE: Option<f64> = Some(0.7);
+/// The target for streams through the API server and between pods, as a share of the floor.
+pub(super) const SHARE: Option<f64> = Some(0.7);
 
 /// The parts of KNoC and Kubernetes that a byte passes, beginning at the pod. Each sends it over a TLS connection.
 pub(super) const ALL: &[Location] = &[
@@ -131,13 +131,34 @@ const STREAMS: [Kind; 10] = [
     kind("the same copy by a library", Way::CopyUpByLibrary, true),
 ];
 
+/// Does a stream's name contain `part`, in which `-` may stand for a space?
+fn is_named(name: &str, part: &str) -> bool {
+    name.replace('-', " ").contains(&part.replace('-', " "))
+}
+
 /// Measures each stream whose name contains `name`, alternating with its floor.
 pub(super) async fn measure(bed: &Bed, sizes: Sizes, name: &str) -> anyhow::Result<Vec<Stream>> {
-    let kinds: Vec<_> = STREAMS
-        .iter()
-        .filter(|kind| kind.name.contains(name))
-        .collect();
-    anyhow::ensure!(!kinds.is_empty(), "no stream has {name:?} in its name");
+    let kinds = STREAMS.iter().filter(|kind| is_named(kind.name, name));
+    let kinds: Vec<_> = kinds.collect();
+    let between_pods = is_named(pod_to_pod::NAME, name);
+    anyhow::ensure!(
+        between_pods || !kinds.is_empty(),
+        "no stream has {name:?} in its name"
+    );
+    let mut streams = Vec::new();
+    if !kinds.is_empty() {
+        streams = of_one_pod(bed, sizes, &kinds).await?;
+    }
+    // The last one, because it starts the kubelet again, without the relay.
+    if between_pods {
+        let measured = pod_to_pod::measure(bed, sizes).await;
+        streams.push(measured.context(pod_to_pod::NAME)?);
+    }
+    Ok(streams)
+}
+
+/// Measures the streams of one pod.
+async fn of_one_pod(bed: &Bed, sizes: Sizes, kinds: &[&Kind]) -> anyhow::Result<Vec<Stream>> {
     let uid = talker(bed, sizes).await?;
     let is_relayed = kinds.iter().any(|kind| kind.way == Way::Relayed);
     if is_relayed {
@@ -383,4 +404,20 @@ async fn logs(bed: &Bed, uid: &str, bytes: u64) -> anyhow::Result<u64> {
 #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
 pub(super) fn rate(bytes: u64, took: Duration) -> f64 {
     bytes as f64 / 1e6 / took.as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_is_chosen_by_a_part_of_its_name_that_is_one_word_of_a_shell() {
+        assert!(is_named(
+            "port-forward through the API server",
+            "port-forward"
+        ));
+        assert!(is_named(pod_to_pod::NAME, "pod-to-pod"));
+        assert!(is_named(pod_to_pod::NAME, ""));
+        assert!(!is_named("kubectl cp from the pod", "pod-to-pod"));
+    }
 }

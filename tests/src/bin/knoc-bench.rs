@@ -1,12 +1,13 @@
 //! `knoc-bench [--quick] [PAGE]` measures the running stack and writes docs/performance.md;
-//! `knoc-bench [--quick] streams [NAME]` measures only the streams whose names contain NAME, and prints the results;
+//! `knoc-bench [--quick] streams [NAME]` measures only the streams whose names contain NAME (such as `port-forward` or `pod-to-pod`), and
+//! prints the results;
 //! `knoc-bench [--quick] egress` measures only what pods open to the cluster, and prints the results;
 //! `knoc-bench [--quick] probes` measures only what probes cost, and prints the results;
 //! `knoc-bench pods COUNT [ROUNDS]` measures T1 to T3 of that many pods at once, and prints the results;
 //! `knoc-bench [--quick] links FILE` measures what the way to the agent of the current profile costs, and adds a row to FILE;
 //! `knoc-bench links-page FILE` writes the table in docs/guide/links.md from these rows;
 //! `knoc-bench relay PORT ROLE KEYS` is one of the relays that serve as the lower bound of streams, and `knoc-bench pipe ADDRESS KEYS`
-//! connects standard input and output with one.
+//! connects standard input and output with one; `knoc-bench plain PORT ADDRESS KEYS` is one whose clients have no TLS.
 
 use std::path::{Path, PathBuf};
 
@@ -16,25 +17,8 @@ use tokio::runtime::Runtime;
 
 fn main() -> anyhow::Result<()> {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
-    if arguments.first().is_some_and(|word| word == "relay") {
-        let [_, port, role, keys] = arguments.as_slice() else {
-            anyhow::bail!(
-                "usage: knoc-bench relay PORT file=PATH|program=COMMAND|listener=ADDRESS|relay=ADDRESS KEYS"
-            );
-        };
-        let role = relay::Role::parse(role)?;
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        return runtime.block_on(relay::serve(port.parse()?, role, Path::new(keys)));
-    }
-    if let [word, address, keys] = arguments.as_slice()
-        && word == "pipe"
-    {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        return runtime.block_on(relay::pipe(address.parse()?, Path::new(keys)));
+    if ran_as_relay(&arguments)? {
+        return Ok(());
     }
     let links = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/guide/links.md");
     if let [word, rows] = arguments.as_slice()
@@ -57,6 +41,30 @@ fn main() -> anyhow::Result<()> {
         return runtime.block_on(bench::links::measure(&rows, quick.is_some()));
     }
     measure(&runtime, &arguments, quick.is_some())
+}
+
+/// Runs a relay if the arguments ask for one; returns whether they did.
+fn ran_as_relay(arguments: &[String]) -> anyhow::Result<bool> {
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let mut runtime = || runtime.enable_all().build();
+    match words.as_slice() {
+        ["relay", port, role, keys] => {
+            let role = relay::Role::parse(role)?;
+            runtime()?.block_on(relay::serve(port.parse()?, role, Path::new(keys)))?;
+        }
+        ["relay", ..] => anyhow::bail!(
+            "usage: knoc-bench relay PORT file=PATH|program=COMMAND|listener=ADDRESS|server=ADDRESS|relay=ADDRESS KEYS"
+        ),
+        ["plain", port, to, keys] => {
+            runtime()?.block_on(relay::plain(port.parse()?, to.parse()?, Path::new(keys)))?;
+        }
+        ["pipe", to, keys] => {
+            runtime()?.block_on(relay::pipe(to.parse()?, Path::new(keys)))?;
+        }
+        _ => return Ok(false),
+    }
+    Ok(true)
 }
 
 /// Measures the section that the first argument names, or everything if it names none.

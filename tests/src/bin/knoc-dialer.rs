@@ -6,6 +6,7 @@
 //! - `knoc-dialer names ADDRESS NAME COUNT` asks a DNS server COUNT times for NAME; `%` in it is replaced by a number each time.
 //! - `knoc-dialer hold ADDRESS COUNT` opens COUNT connections, and holds them until it is killed.
 //! - `knoc-dialer relay PORT ADDRESS` passes connections on to ADDRESS, without TLS: the floor.
+//! - `knoc-dialer sink PORT` reads connections to their ends, one after the other, and closes each then.
 //! - `knoc-dialer echo ADDRESS` sends each datagram that comes there back.
 //!
 //! The first three print the microseconds of each time on a line of its own.
@@ -43,9 +44,19 @@ fn main() -> Result<()> {
         }
         ["hold", address, count] => hold(parse(address)?, parse(count)?),
         ["relay", port, address] => relay(parse(port)?, parse(address)?),
+        ["sink", port] => sink(parse(port)?),
         ["echo", address] => echo(parse(address)?),
-        _ => Err(wrong("first, send, names, hold, relay or echo")),
+        _ => Err(wrong("first, send, names, hold, relay, sink or echo")),
     }
+}
+
+fn sink(port: u16) -> Result<()> {
+    let mut chunk = vec![0; CHUNK];
+    for peer in TcpListener::bind(("0.0.0.0", port))?.incoming() {
+        let mut peer = peer?;
+        while peer.read(&mut chunk).is_ok_and(|count| count > 0) {}
+    }
+    Ok(())
 }
 
 fn echo(address: SocketAddr) -> Result<()> {

@@ -42,6 +42,9 @@ column podIP has the policy of the run: `none`, where the relay leads from Servi
 node as `status.podIP`, or `own` if they have addresses of their own. During a run one compute node takes jobs, and a processor comes with 256 MB. The tests that create Endpoints
 and EndpointSlices need pods with different addresses: they run with `NODES=exclusive`, where each pod has a compute node of its own.
 
+`make test` runs a part of list A with every change, `tests/conformance/ci.txt`, and does not write this page: what most pods use, without tests that run
+alone or take minutes.
+
 No single policy serves all of list B, so it runs twice: first with `KNOC_NODE_POD_IP=own KNOC_NODE_POD_RANGE=10.200.0.0/16`, where pods reach
 pods, and then what failed (`ONLY=failed`) with `KNOC_NODE_POD_IP=none`, where the API server reaches webhooks in pods through Services. What still
 failed ran a third time with `NETWORK=host`, in the networks of the compute nodes, and has `node` in the column podIP; from the control plane of
