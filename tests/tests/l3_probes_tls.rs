@@ -19,8 +19,8 @@ const STARTED: Duration = Duration::from_mins(3);
 
 const IMAGE: &str = "/images/health";
 
-/// Two servers, each of which is well while a file in `/tmp` with the name of its kind exists: one over HTTPS, whose certificate nobody knows, and one with the health
-/// service of gRPC, whose answers are one number: 1 is SERVING, and 2 NOT_SERVING.
+/// Two servers, each of which is well while a file in `/tmp` with the name of its kind exists: one over HTTPS, whose certificate nobody
+/// knows, and one with the health service of gRPC, whose answers are one number: 1 is SERVING, and 2 NOT_SERVING.
 const SERVER: &str = r#"
 import http.server, os, ssl, sys
 from concurrent import futures
