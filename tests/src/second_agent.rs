@@ -33,6 +33,16 @@ impl<'a> SecondAgent<'a> {
     /// Starts it with this script as its runtime, in which `@APPTAINER@` stands for Apptainer's path, and with these lines under
     /// `[images]` of its site file.
     pub async fn start(world: &'a World, runtime: &str, images: &str) -> anyhow::Result<Self> {
+        Self::start_edited(world, runtime, images, "").await
+    }
+
+    /// Starts it like [`Self::start`], with a site file that this script of sed(1) has edited; it contains no single quote.
+    pub async fn start_edited(
+        world: &'a World,
+        runtime: &str,
+        images: &str,
+        edits: &str,
+    ) -> anyhow::Result<Self> {
         let home = format!("/home/hpcuser/{}", world.namespace);
         let (kubelet, shim, bin) = (some_port(), some_port(), programs());
         let images = images.replace('\n', "\\n");
@@ -46,7 +56,8 @@ sed -i 's|^kubelet = .*|kubelet = "0.0.0.0:{kubelet}"|
 s|^# shim = .*|shim = "0.0.0.0:{shim}"|
 s|^apptainer = .*|apptainer = "{home}/apptainer"|
 s|^\[images\]$|[images]\n{images}|
-s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
+s|^#* *report_grace *=.*|report_grace = "10s"|
+{edits}' .config/knoc/agent.toml
 printf '\n[[registry]]\nprefix = "ctl:5000"\ninsecure = true\n' >>.config/knoc/agent.toml
 grep -q '^apptainer = "{home}/apptainer"' .config/knoc/agent.toml
 "#

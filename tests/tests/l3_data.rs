@@ -1,5 +1,5 @@
 //! Data of the site in pods of the real stack: host paths by the site's policy, claims of volumes that lie there, what the site
-//! mounts into every container, and images below a root; and ports of the node that lead to a pod.
+//! mounts into every container, and images below a root; ports of the node that lead to a pod; and containers that ask for privileges.
 //!
 //! The policy is changed while the suite runs; `sweep.sh` removes what an interrupted run leaves.
 
@@ -29,10 +29,10 @@ const HOST_PORT: u16 = 21_053;
 /// The driver whose volumes the site has on a shared file system.
 const CSI_DRIVER: &str = "shared.example.org";
 
-/// Replaces what the policy says about volumes and host ports, and the site's own mounts. Restarts the agent, so that it holds at once.
+/// Replaces what the policy says about volumes, host ports and privileges, and the site's own mounts. Restarts the agent, so that it holds at once.
 async fn set_policy(world: &World, lines: &str, tables: &str) -> anyhow::Result<()> {
     let script = format!(
-        "f={SITE_FILE}; sed -i '/^host_paths *=/d; /^nfs *=/d; /^csi *=/d; /^host_ports *=/d; /^# l3_data$/,$d' $f; cat >$f.lines <<'END'\n{lines}END\n\
+        "f={SITE_FILE}; sed -i '/^privileged *=/d; /^host_paths *=/d; /^nfs *=/d; /^csi *=/d; /^host_ports *=/d; /^# l3_data$/,$d' $f; cat >$f.lines <<'END'\n{lines}END\n\
          sed -i \"/^\\[policy\\]/r $f.lines\" $f; rm $f.lines; cat >>$f <<'END'\n{tables}END\n"
     );
     on_login(world, &script).await?;
@@ -49,7 +49,8 @@ async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<(
         "host_paths = [{{path = \"/images\"}}, {{path = \"{folder}\", writable = true}}]\n\
          nfs = [{{server = \"filer.example.org\", export = \"/export\", path = \"{folder}/nfs\"}}]\n\
          csi = [{{driver = \"{CSI_DRIVER}\", path = \"{folder}/csi/{{handle}}/{{share}}\"}}]\n\
-         host_ports = [\"{HOST_PORT}\"]\n"
+         host_ports = [\"{HOST_PORT}\"]\n\
+         privileged = \"unprivileged\"\n"
     );
     let tables = "# l3_data\n[[bind]]\npath = \"/images\"\ntarget = \"/opt/site\"\n\
                   [[bind]]\npath = \"/nowhere\"\npartitions = [\"none\"]\n\
@@ -66,11 +67,13 @@ async fn pods_have_the_data_of_the_site_as_its_policy_says() -> anyhow::Result<(
         claims(&world, &folder),
         csi_claim(&world, &folder),
         host_ports(&world, &folder),
-        binds_of_partitions(&world)
+        binds_of_partitions(&world),
+        privileged(&world)
     );
     set_policy(&world, "", "").await?;
     on_login(&world, &format!("rm -rf {folder}")).await?;
-    let (host_paths, refusals, claims, csi, host_ports, binds) = ran;
+    let (host_paths, refusals, claims, csi, host_ports, binds, privileged) = ran;
+    privileged?;
     csi?;
     binds?;
     host_ports?;
@@ -181,6 +184,32 @@ fn mounting(name: &str, path: &str, kind: &str) -> PodBuilder {
             "volumeMounts",
             json!([{"name": "data", "mountPath": "/data"}]),
         )
+}
+
+/// A container that asks for privileges runs without them, and an Event says so. The kubelet may learn after the agent's restart that this
+/// site allows it, and rejects such pods until then.
+async fn privileged(world: &World) -> anyhow::Result<()> {
+    let script = "grep ^CapEff /proc/self/status | cut -f 2; mount -t tmpfs none /mnt 2>/dev/null || echo refused";
+    let mut tries = 0;
+    let name = wait_for("a pod that asks for privileges runs", RUN, async || {
+        tries += 1;
+        let name = format!("privileged{tries}");
+        let pod = PodBuilder::new(&name)
+            .set("securityContext", json!({"privileged": true}))
+            .sh(script);
+        world.run(&pod, "Succeeded").await.map(|_| name)
+    })
+    .await?;
+    let log = world.logs(&name, "main").await?;
+    ensure!(log == "0000000000000000\nrefused\n", "{log:?}");
+    let mapped = "Mapped: spec.containers[main].securityContext.privileged: the container runs without privileges";
+    wait_for("the Event of what was mapped", SOON, async || {
+        let events = world.events(&name).await?;
+        let told = events.iter().any(|event| event.starts_with(mapped));
+        ensure!(told, "{events:?}");
+        Ok(())
+    })
+    .await
 }
 
 async fn refusals(world: &World, folder: &str) -> anyhow::Result<()> {

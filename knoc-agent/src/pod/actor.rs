@@ -101,6 +101,8 @@ struct Unsaved {
     tries: u32,
     /// When to try again at the latest.
     at: Timestamp,
+    /// Why it could not be written.
+    why: String,
     /// The effects to perform once it is on disk.
     held: Vec<Effect>,
 }
@@ -424,10 +426,10 @@ impl Actor {
 
     /// Whether the newest record is on disk.
     fn saved(&self) -> Result<(), RequestError> {
-        if self.unsaved.is_none() {
+        let Some(unsaved) = &self.unsaved else {
             return Ok(());
-        }
-        let message = "the pod's record could not be written";
+        };
+        let message = format!("the pod's record could not be written: {}", unsaved.why);
         Err(RequestError::new(ErrorReason::Internal, message))
     }
 

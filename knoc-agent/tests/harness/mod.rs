@@ -1,7 +1,8 @@
 //! A job for the shim to run, and the agent's end of its link.
 //!
 //! By default with the process runtime and no root. `KNOC_TEST_RUNTIME=apptainer`, `KNOC_TEST_RUNTIME_PATH` and
-//! `KNOC_TEST_IMAGE` run the same tests in containers, `KNOC_TEST_AGENT` names another executable.
+//! `KNOC_TEST_IMAGE` run the same tests in containers, `KNOC_TEST_AGENT` names another executable. `tests/tests/l3_shim.rs` does so with
+//! those that need containers.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -57,10 +57,11 @@ impl Actor {
     }
 
     /// Effects that follow a record rely on it, so they wait until it can be written.
-    fn hold_back(&mut self, mut held: Vec<Effect>, message: String, tries: u32) {
+    fn hold_back(&mut self, mut held: Vec<Effect>, why: String, tries: u32) {
         // No job is submitted without its intent on disk: the machine decides again.
         if held.contains(&Effect::Submit) {
             let kind = SubmitErrorKind::Throttled;
+            let message = why.clone();
             let failed = Event::SubmitFailed { kind, message };
             self.effects.spawn(std::future::ready(failed));
         }
@@ -68,7 +69,12 @@ impl Actor {
         let [first, longest] = SAVE_AGAIN;
         let pause = first.saturating_mul(tries).min(longest);
         let at = Timestamp::now() + pause.mul_f64(rand::random_range(0.5..1.5));
-        self.unsaved = Some(Unsaved { tries, at, held });
+        self.unsaved = Some(Unsaved {
+            tries,
+            at,
+            why,
+            held,
+        });
     }
 
     async fn perform_one(&mut self, pod: &Pod, effect: Effect) {

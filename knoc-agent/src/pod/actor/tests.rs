@@ -311,7 +311,12 @@ async fn a_pod_that_is_being_forgotten_is_not_recorded_as_a_new_one() {
     let record = fake.site.state.pod(&pod).record_path();
     block(&record);
     let deleted = restarted.delete(&pod, None, String::new()).await;
-    deleted.unwrap_err();
+    let told = deleted.unwrap_err().message;
+    assert!(
+        told.starts_with("the pod's record could not be written: ")
+            && told.contains("Is a directory"),
+        "{told}"
+    );
     std::fs::remove_dir(&record).unwrap();
     let opened = async {
         gate.begun().await;
