@@ -70,6 +70,7 @@ pub fn examine(
                 pods(&registry, &node),
                 shims(&for_shims),
                 network::pods(&for_shims),
+                network::ranges(&for_shims),
             ]);
             found
         }),

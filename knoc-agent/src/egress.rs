@@ -104,6 +104,18 @@ impl Egress {
         network.map(|network| (*network).clone())
     }
 
+    /// The ranges of addresses that lead the pods of all nodes to clusters.
+    pub(crate) fn ranges(&self) -> Vec<String> {
+        let nodes = lock(&self.nodes);
+        let networks = nodes.values().filter_map(|node| {
+            let network = node.network.borrow();
+            network.clone()
+        });
+        networks
+            .flat_map(|network| network.ranges.clone())
+            .collect()
+    }
+
     /// Follows the connections of a node for `peer`. An earlier call for this node ends.
     pub(crate) fn call(&self, name: &str, peer: Option<Peer>) -> Result<Call, Status> {
         let node = self.node(name).ok_or_else(|| {

@@ -106,7 +106,7 @@ impl Mesh {
     }
 
     /// The ranges of all pods.
-    fn ranges(&self) -> Vec<String> {
+    pub(crate) fn ranges(&self) -> Vec<String> {
         let addresses = lock(&self.0.addresses);
         addresses.ranges().iter().map(ToString::to_string).collect()
     }

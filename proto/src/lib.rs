@@ -17,6 +17,7 @@ pub mod login;
 pub mod manage;
 pub mod mesh;
 pub mod names;
+pub mod overlap;
 pub mod paths;
 mod patterns;
 pub mod pod;

@@ -62,6 +62,23 @@ async fn withdraw(world: &World, namespace: &str, name: &str) {
     slices.delete(name, &DeleteParams::default()).await.ok();
 }
 
+/// Waits until pods are given the resolver with this address: a pod has the one that was known when it was staged.
+pub async fn resolver_reaches_pods(world: &World, address: &str) -> anyhow::Result<()> {
+    let mut number = 0;
+    wait_for("a pod with the cluster's resolver", SOON * 2, async || {
+        number += 1;
+        let name = format!("resolver{number}");
+        let pod = PodBuilder::new(&name)
+            .annotation("knoc.io/network", "private")
+            .command(["cat", "/etc/resolv.conf"]);
+        world.run(&pod, "Succeeded").await?;
+        let file = world.logs(&name, "main").await?;
+        ensure!(file.contains(&format!("nameserver {address}\n")), "{file}");
+        Ok(())
+    })
+    .await
+}
+
 /// The DNS server behind `kube-system/kube-dns`, until it is withdrawn. The cluster has one, so one test at a time.
 #[derive(Debug)]
 pub struct ClusterDns {
@@ -98,24 +115,9 @@ impl ClusterDns {
             .send_modify(|names| names.push((name.to_lowercase(), address)));
     }
 
-    /// Waits until pods are given the resolver of the cluster: a pod has the one that was known when it was staged.
+    /// Waits until pods are given this server.
     pub async fn reaches_pods(&self, world: &World) -> anyhow::Result<()> {
-        let mut number = 0;
-        wait_for("a pod with the cluster's resolver", SOON * 2, async || {
-            number += 1;
-            let name = format!("resolver{number}");
-            let pod = PodBuilder::new(&name)
-                .annotation("knoc.io/network", "private")
-                .command(["cat", "/etc/resolv.conf"]);
-            world.run(&pod, "Succeeded").await?;
-            let file = world.logs(&name, "main").await?;
-            ensure!(
-                file.contains(&format!("nameserver {}\n", self.address)),
-                "{file}"
-            );
-            Ok(())
-        })
-        .await
+        resolver_reaches_pods(world, &self.address).await
     }
 
     /// How many questions were asked so far.

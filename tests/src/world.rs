@@ -357,8 +357,14 @@ impl World {
     /// A command on a node of the cluster, as the user of the agent.
     #[must_use]
     pub fn on<const N: usize>(&self, node: &str, command: [&str; N]) -> Run {
+        self.on_as("hpcuser", node, command)
+    }
+
+    /// A command on a node of the cluster, as this user.
+    #[must_use]
+    pub fn on_as<const N: usize>(&self, user: &str, node: &str, command: [&str; N]) -> Run {
         Run::new(&self.hpc)
-            .args(["exec", node, "-u", "hpcuser"])
+            .args(["exec", node, "-u", user])
             .args(command)
     }
 

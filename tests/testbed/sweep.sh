@@ -17,6 +17,10 @@ afresh() {
     # Of l3_cut_nodes: the port for shims that compute nodes cannot reach, and what the agent found out then.
     profile_network
     rm -f "$agent_home_here/.local/state/knoc/shim-route.json"
+    # Of l3_cut_mesh: compute nodes that did not reach each other.
+    for netns in $(ip netns list | sed -n 's/^\(hpc-c[0-9][0-9]*\).*/\1/p'); do
+        while ip -n "$netns" rule del priority 13 2>/dev/null; do :; done
+    done
     # Of conformance/run.sh, argo.sh, charts.sh, l3_data and l3_mesh.
     sed -i '/^privileged *=/d; /^host_paths *=/d; /^host_ports *=/d; /^nfs *=/d; /^csi *=/d; /^pod_traffic *=/d; /^network *=/d; /^egress = .*"\*\/\*"/d; /^# l3_data$/,$d' \
         "$agent_home_here/.config/knoc/agent.toml"

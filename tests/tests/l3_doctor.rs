@@ -63,6 +63,13 @@ async fn on_the_login_node_no_certificate_is_needed() -> anyhow::Result<()> {
         by.is_some_and(|link| link.ok && link.detail.starts_with("unix:")),
         "{findings:#?}"
     );
+    // Its networks and those of the cluster do not overlap.
+    let ranges = findings.iter().find(|one| one.check == "network: ranges");
+    ensure!(
+        ranges
+            .is_some_and(|one| one.ok && one.detail.starts_with("no network of this host is in ")),
+        "{findings:#?}"
+    );
     let broken: Vec<_> = findings.iter().filter(|finding| !finding.ok).collect();
     ensure!(
         broken.iter().all(|finding| finding.check == MAY_BE_BUSY),

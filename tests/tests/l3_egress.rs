@@ -67,10 +67,54 @@ async fn a_pod_lists_the_pods_of_its_namespace_with_its_own_token() -> anyhow::R
         let log = world.logs(network, "main").await?;
         ensure!(log.contains(&format!("pod/{network}")), "{network}: {log}");
     }
-    // Its token is its own: it may not do more.
-    let pod = client("secrets", "private")
-        .sh("/controlplane kubectl get secrets 2>&1 | grep -i forbidden");
+    // Its token is its own: it may not do more, and nothing elsewhere.
+    let denied = |what: &str| format!("/controlplane kubectl {what} 2>&1 | grep -i forbidden");
+    let attempts = ["get secrets", "get pods -n kube-system", "delete pod none"];
+    let attempts = attempts.map(denied).join(" && ");
+    let pod = client("denied", "private").sh(&attempts);
     world.run(&pod, "Succeeded").await?;
+    world.finish().await
+}
+
+/// Sends a request to a port of the loopback interface and prints the answer: that of the API server is that it wants TLS.
+const DIAL: &str = "exec 3<>/dev/tcp/127.0.0.1/$0 && printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3 && timeout 20 cat <&3";
+
+#[tokio::test]
+async fn other_users_of_the_node_do_not_reach_the_api_server_by_the_port_of_a_pod()
+-> anyhow::Result<()> {
+    let world = World::new("egress-user").await?;
+    let pod = PodBuilder::new("port")
+        .annotation("knoc.io/network", "host")
+        .sh("echo $KUBERNETES_SERVICE_HOST at $KUBERNETES_SERVICE_PORT; exec sleep 600");
+    let uid = world.running(&pod).await?;
+    world.wait_log("port", "main", " at ").await?;
+    let log = world.logs("port", "main").await?;
+    let (_, port) = log.trim().split_once(" at ").context(log.clone())?;
+    let node = world.compute_node(&uid).await?;
+    let dial = async |user: &str| {
+        let run = world.on_as(user, &node, ["bash", "-c", DIAL, port]);
+        run.output().await
+    };
+    wait_for("an answer for the pod's user", SOON, async || {
+        let answer = dial("hpcuser").await?;
+        ensure!(answer.text().contains("HTTP/1.0 400"), "{answer}");
+        Ok(())
+    })
+    .await?;
+    for user in ["hpcuser2", "root"] {
+        for _ in 0..5 {
+            let answer = dial(user).await?;
+            // It is reset at once. 124: it has waited.
+            let reset = answer.stdout.is_empty() && ![0, 124].contains(&answer.code);
+            ensure!(reset, "{user}: {answer}");
+        }
+    }
+    let answer = dial("hpcuser").await?;
+    ensure!(answer.text().contains("HTTP/1.0 400"), "{answer}");
+    // Strangers cause no Event of the pod.
+    let events = world.events("port").await?;
+    let told = events.iter().any(|event| event.starts_with("Egress"));
+    ensure!(!told, "{events:?}");
     world.finish().await
 }
 

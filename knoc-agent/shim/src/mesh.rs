@@ -21,7 +21,6 @@ mod interface;
 mod lane;
 mod members;
 mod notes;
-mod overlap;
 mod packet;
 pub(crate) mod router;
 mod tunnel;

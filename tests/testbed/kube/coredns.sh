@@ -1,7 +1,7 @@
 #!/bin/bash
 # CoreDNS, unmodified but for the list of its plugins, as a process of the host: coredns.sh up | down
 # Pods find it through the Service kube-system/kube-dns, which has no selector, and an EndpointSlice with the host's address. It is there
-# only for Kubernetes' own suite: other tests are the DNS server of that name themselves.
+# only for Kubernetes' own suite and tests/tests/l3_dns.rs: other tests are the DNS server of that name themselves.
 . "$(dirname "$0")/../lib.sh"
 . "$testbed/stack.sh"
 state=$KUBE_PREFIX/run

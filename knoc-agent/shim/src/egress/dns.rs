@@ -103,7 +103,9 @@ impl Names {
 
     /// Asks a question of a container. As on any network, it may be lost.
     pub(super) fn ask(&self, key: Key, message: Bytes) {
-        self.questions.try_send((key, message)).ok();
+        if message::is_question(&message) {
+            self.questions.try_send((key, message)).ok();
+        }
     }
 }
 
@@ -178,9 +180,6 @@ impl Resolver {
     async fn asked(&mut self, key: Key, message: Bytes) {
         let now = Instant::now();
         self.follow(key.1);
-        if !message::is_question(&message) {
-            return;
-        }
         let question = Question::parse(&message);
         if let Some(question) = &question {
             if let Some(answer) = self.cache.answer(question, &message, now) {

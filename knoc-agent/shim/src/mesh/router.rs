@@ -24,7 +24,7 @@ use knoc_link::{
     admission::Bounds,
     pinned::{self, KeyPair},
 };
-use knoc_proto::error::chain;
+use knoc_proto::{error::chain, overlap};
 use tokio::{
     sync::mpsc,
     task::JoinSet,
@@ -39,7 +39,6 @@ use super::{
     interface::{Interface, Room},
     lane::{Lane, QUEUE},
     notes::Notes,
-    overlap,
     packet::{Header, Reason, header, refusal},
     unproven::Unproven,
 };
@@ -205,16 +204,15 @@ impl Router {
     /// Says which networks of the node the pod does not reach.
     async fn tell_hidden(&self) {
         let routes = std::fs::read_to_string(ROUTES).unwrap_or_default();
-        let hidden = overlap::hidden(self.range, &routes);
+        let hidden = overlap::hidden((self.range.first, self.range.prefix), &routes);
         if hidden.is_empty() {
             return;
         }
-        let named: Vec<_> = hidden.iter().map(ToString::to_string).collect();
         let message = format!(
             "the range {} of the pods' own addresses has networks of the compute node in it, which the pod does not reach: {}; choose another \
              range (spec.podCIDR of the Node, or node.podRange of the kubelet)",
             self.range,
-            named.join(", ")
+            hidden.join(", ")
         );
         tracing::warn!("{message}");
         let reason = OVERLAPS;

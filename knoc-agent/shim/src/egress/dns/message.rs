@@ -12,6 +12,9 @@ pub(super) const HEADER: usize = 12;
 const QUESTION: usize = 512;
 const ANSWER: usize = 4096;
 
+/// The longest message that is passed on: what servers take by datagram (RFC 6891). Longer ones would fill the memory while they wait.
+const LONGEST: usize = 4096;
+
 /// The longest name in a message, with its last byte.
 const NAME: usize = 255;
 
@@ -205,9 +208,9 @@ pub(super) fn is_answer(message: &[u8]) -> bool {
     message.len() >= HEADER && message.get(2).is_some_and(|flags| flags & 0x80 != 0)
 }
 
-/// Whether a message may be a question.
+/// Whether a message may be a question that a server takes.
 pub(super) fn is_question(message: &[u8]) -> bool {
-    message.len() >= HEADER && !is_answer(message)
+    (HEADER..=LONGEST).contains(&message.len()) && !is_answer(message)
 }
 
 /// The id of a message.
@@ -423,7 +426,8 @@ mod tests {
             assert_eq!(Question::parse(&message), None, "{message:?}");
         }
         assert!(is_question(&changed(2, 0x28)) && !is_question(&changed(2, 0x80)));
-        assert!(!is_question(&[0; 11]));
+        assert!(!is_question(&[0; 11]) && is_question(&[0; LONGEST]));
+        assert!(!is_question(&[0; LONGEST + 1]));
     }
 
     #[test]

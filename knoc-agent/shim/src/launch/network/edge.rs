@@ -95,9 +95,9 @@ impl Edge {
         netlink::create_pair(IN_POD, IN_EDGE, edge.as_fd()).map_err(|source| {
             match source.raw_os_error() {
                 Some(nix::libc::EOPNOTSUPP) => EdgeError::NoPairs(source),
-                Some(_) | None => {
-                    EdgeError::on("create the interfaces that join the namespaces")(source)
-                }
+                Some(_) | None => EdgeError::on(
+                    "create the pair of interfaces (veth) that joins the namespaces",
+                )(source),
             }
         })?;
         let configure = EdgeError::on("configure the interface in the pod");
