@@ -96,8 +96,9 @@ pub(crate) fn launch_spec(
 }
 
 /// PURE: the user and the group that the program is to see itself as: those of the pod, else those of the image. The number of a name is
-/// that in the image's own files: the text of `passwd`, and the number of the group that the image names. An image whose user is root does not ask for it: most images only do not name another one,
-/// and what they start as root wants rights that nobody can give it here.
+/// that in the image's own files: the text of `passwd`, and the number of the group that the image names. An image whose user is root
+/// does not ask for it: most images only do not name another one, and what they start as root wants rights that nobody can give it
+/// here.
 pub(crate) fn ids(
     container: &pb::Container,
     image: &pb::ImageConfig,

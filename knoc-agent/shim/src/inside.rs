@@ -94,7 +94,7 @@ pub(crate) async fn fill_volumes(
         };
         if let Err(error) = filled.await {
             let why = why_not_filled(&error);
-            return Err(format!("the image's volume {target:?}: {why}"));
+            return Err(format!("the image's volume {}: {why}", target.display()));
         }
     }
     Ok(())
@@ -129,13 +129,19 @@ pub(crate) async fn ask(
     question: Question<'_>,
     abort: &CancellationToken,
 ) -> io::Result<Vec<u8>> {
+    let Question {
+        mode,
+        request,
+        wait,
+        output,
+    } = question;
     let (ours, theirs) = StdUnixStream::pair()?;
     ours.set_nonblocking(true)?;
-    let mut child = spawn(pod, place, (question.mode, question.output), theirs)?;
+    let mut child = spawn(pod, place, (mode, output), theirs)?;
     let mut stream = UnixStream::from_std(ours)?;
     let mut answer = Vec::new();
     let all = async {
-        stream.write_all(question.request).await?;
+        stream.write_all(request).await?;
         stream.shutdown().await?;
         let mut reading = stream.take(PASSWD_BYTES);
         reading.read_to_end(&mut answer).await?;
@@ -143,7 +149,7 @@ pub(crate) async fn ask(
     };
     let ended = tokio::select! {
         biased;
-        ended = timeout(question.wait, all) => ended.ok(),
+        ended = timeout(wait, all) => ended.ok(),
         () = abort.cancelled() => None,
     };
     let Some(code) = ended else {

@@ -312,11 +312,12 @@ the pod asks it (`dnsPolicy`) and reaches it, else it is the compute node's; wit
 
 ## Users
 
-To the node, to its file systems and to other jobs every program is the HPC user. Inside of the container it sees itself as the user and
-the group that the pod asks for (`runAsUser`, `runAsGroup`); if the pod asks for no user, as those of the image, unless that user is root
-(`USER 1234:5678`, or `USER redis:data`, whose numbers the image's `/etc/passwd` and `/etc/group` have). Without a group it is that of the
-user in that `/etc/passwd`, else 0. A name that the image's file lacks ends the container with `CreateContainerError`. Commands of `kubectl exec`, of probes and of hooks see themselves as the program does. They enter the container as it was when
-the program began: a sandbox that the program makes for itself (`unshare`) is not theirs.
+To the node, to its file systems and to other jobs every program is the HPC user. Inside of the container it sees itself as the user and the
+group that the pod asks for (`runAsUser`, `runAsGroup`); if the pod asks for no user, as those of the image, unless that user is root (`USER
+1234:5678`, or `USER redis:data`, whose numbers the image's `/etc/passwd` and `/etc/group` have). Without a group it is that of the user in
+that `/etc/passwd`, else 0. A name that the image's file lacks ends the container with `CreateContainerError`. Commands of `kubectl exec`,
+of probes and of hooks see themselves as the program does. They enter the container as it was when the program began: a sandbox that the
+program makes for itself (`unshare`) is not theirs.
 
 - What belongs to the HPC user belongs, inside, to the program's user: in every container that looks at it, whatever its user. Outside, new
   files belong to the HPC user. What belongs to anybody else is shown as 65534, `nobody`.
