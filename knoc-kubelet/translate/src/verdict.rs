@@ -278,8 +278,8 @@ Names such as `..foo` and `a..b` are ordinary names in a `subPath`; as in Kubern
 **Mounts.** Parent directories are mounted before what is mounted below them, whatever their order in the pod. A mount point that is
 missing in a volume is created there. Symbolic links of the image (`/var/run`) are followed inside the container, and those in the
 `subPath` of an image volume inside that image, whose root an absolute link begins at. Nothing can be mounted at `/` or in `/.knoc`,
-which KNoC uses itself; neither `workingDir` nor `terminationMessagePath` can lie there. A volume at `/dev/x` is mounted elsewhere, and `/dev/x` is a symbolic link to it, except at `/dev/shm` and
-below it. `/dev/null` and the other devices stay, unless a volume is mounted at `/dev` itself.
+which KNoC uses itself; neither `workingDir` nor `terminationMessagePath` can lie there. A volume at `/dev/x` is mounted
+elsewhere, and `/dev/x` is a symbolic link to it, except at `/dev/shm` and below it. `/dev/null` and the other devices stay, unless a volume is mounted at `/dev` itself.
 
 **Temporary directories.** `/tmp` and `/var/tmp` are the image's, with the files that the image has there, and everybody can write to
 them (mode 1777); files that are written go to the node's disk. If the site's runtime has no writable root directory (Singularity, no
@@ -313,8 +313,8 @@ the pod asks it (`dnsPolicy`) and reaches it, else it is the compute node's; wit
 ## Users
 
 To the node, to its file systems and to other jobs every program is the HPC user. Inside of the container it sees itself as the user and the
-group that the pod asks for (`runAsUser`, `runAsGroup`); if the pod asks for no user, as those of the image, unless that user is root (`USER
-1234:5678`, or `USER redis:data`, whose numbers the image's `/etc/passwd` and `/etc/group` have). Without a group it is that of the user in
+group that the pod asks for (`runAsUser`, `runAsGroup`); if the pod asks for no user, as those of the image, unless that user is root
+(`USER 1234:5678`, or `USER redis:data`, whose numbers the image's `/etc/passwd` and `/etc/group` have). Without a group it is that of the user in
 that `/etc/passwd`, else 0. A name that the image's file lacks ends the container with `CreateContainerError`. Commands of `kubectl exec`,
 of probes and of hooks see themselves as the program does. They enter the container as it was when the program began: a sandbox that the
 program makes for itself (`unshare`) is not theirs.
