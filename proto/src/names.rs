@@ -174,6 +174,26 @@ pub fn ip_address(value: &str) -> Result<(), BadName> {
     )
 }
 
+/// An IP address as the API server reads it in a pod: leading zeros, which it takes for decimal digits and other programs for octal
+/// ones or for a mistake, are left out. Any other text stays as it is.
+#[must_use]
+pub fn without_leading_zeros(value: &str) -> String {
+    let start = value.rfind(':').map_or(0, |colon| colon + 1);
+    let (head, tail) = value.split_at(start);
+    let octets = tail
+        .split('.')
+        .map(|octet| match octet.trim_start_matches('0') {
+            "" if !octet.is_empty() => "0",
+            short => short,
+        });
+    let octets: Vec<&str> = octets.collect();
+    let short = format!("{head}{}", octets.join("."));
+    if value.parse::<IpAddr>().is_err() && short.parse::<IpAddr>().is_ok() {
+        return short;
+    }
+    value.to_owned()
+}
+
 /// The host name of a pod whose spec sets none: the pod's name, cut to the 63 characters that a host name may have
 /// (`truncatePodHostnameIfNeeded` of the kubelet).
 #[must_use]

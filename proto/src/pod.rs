@@ -304,10 +304,13 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
             &container.termination_message_path,
         ),
     ] {
-        if !path.is_empty()
-            && let Err(error) = paths::in_container(path)
-        {
-            problems.push(format!("container {name:?}: {field} {path:?} {error}"));
+        match paths::in_container(path) {
+            _ if path.is_empty() => {}
+            Err(error) => problems.push(format!("container {name:?}: {field} {path:?} {error}")),
+            Ok(place) if is_ours(&place) => problems.push(format!(
+                "container {name:?}: {field} {path:?} lies in {KNOC_FOLDER}, which KNoC needs itself; name another path"
+            )),
+            Ok(_) => {}
         }
     }
     for argument in container.command.iter().chain(&container.args) {
@@ -322,6 +325,11 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
     probe::check(container, problems);
     restart::check(container, problems);
     stop::check(container, problems);
+}
+
+/// Whether a path in a container lies in the folder that KNoC needs itself.
+fn is_ours(path: &str) -> bool {
+    Path::new(path).starts_with(KNOC_FOLDER)
 }
 
 fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Vec<String>) {
@@ -345,7 +353,7 @@ fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Ve
             Ok(place) if place == "/" => problems.push(format!(
                 "container {name:?}: mountPath {path:?} is the container's root, where nothing can be mounted"
             )),
-            Ok(place) if Path::new(&place).starts_with(KNOC_FOLDER) => problems.push(format!(
+            Ok(place) if is_ours(&place) => problems.push(format!(
                 "container {name:?}: mountPath {path:?} lies in {KNOC_FOLDER}, which KNoC needs itself; mount the volume elsewhere"
             )),
             // Compared literally, as by the API server; if two paths differ only in form, the later mount covers the

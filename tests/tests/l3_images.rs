@@ -417,6 +417,53 @@ async fn an_image_of_many_layers_in_another_compression_runs() -> anyhow::Result
 }
 
 #[tokio::test]
+async fn the_volumes_of_an_image_have_its_files_although_the_root_is_read_only()
+-> anyhow::Result<()> {
+    let world = World::new("image-files").await?;
+    let repository = Repository::new(&world);
+    let folder = repository.push_one_of_its_own().await?;
+    let make = format!(
+        "cd {folder} && mkdir -p data/deep data/mounted && echo text >data/deep/file && chmod 640 data/deep/file && \
+         ln -s deep/file data/link && echo hidden >data/mounted/hidden && umoci insert --image oci:1 data /data && \
+         umoci config --image oci:1 --config.volume /data --config.volume /none"
+    );
+    world.on("login", ["sh", "-c", &make]).ok().await?;
+    repository.push(&format!("oci:{folder}/oci:1")).await?;
+    // The first container changes its own copy.
+    let script = "cat /data/link; stat -c %a /data/deep/file; echo more >>/data/link && cat /data/deep/file; ls /data/mounted; \
+                  touch /data/new /none/new && echo written; touch /data/mounted/mine; touch /file 2>/dev/null || echo read-only";
+    let context = json!({"readOnlyRootFilesystem": true});
+    let pod = PodBuilder::new("files")
+        .image(&repository.image())
+        .set("securityContext", context.clone())
+        .empty_dir("/data/mounted")
+        .sh("sleep 600")
+        .init_container("first")
+        .image(&repository.image())
+        .set("securityContext", context)
+        .set(
+            "volumeMounts",
+            json!([{"name": "data", "mountPath": "/data/mounted"}]),
+        )
+        .sh(script);
+    let uid = world.create(&pod).await?;
+    world.wait_phase("files", "Running", PULLED).await?;
+    let log = world.logs("files", "first").await?;
+    ensure!(
+        log == "text\n640\ntext\nmore\nwritten\nread-only\n",
+        "{log:?}"
+    );
+    let look = "cat /data/link; ls /data /data/mounted /none";
+    let look = world.exec(&uid, "main", ["sh", "-c", look]).ok().await?;
+    let wanted = "text\n/data:\ndeep\nlink\nmounted\n\n/data/mounted:\nmine\n\n/none:";
+    ensure!(look.text().trim_end() == wanted, "{look}");
+    world.delete("files", Some(0)).await?;
+    world.on("login", ["rm", "-r", &folder]).ok().await?;
+    repository.remove().await?;
+    world.finish().await
+}
+
+#[tokio::test]
 async fn another_image_is_taken_by_a_running_pod_and_by_one_whose_image_does_not_exist()
 -> anyhow::Result<()> {
     let world = World::new("images-update").await?;

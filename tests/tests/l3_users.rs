@@ -3,7 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use knoc_tests::{PodBuilder, World, world::SOON};
+use k8s_openapi::api::core::v1::Pod;
+use knoc_tests::{
+    PodBuilder, World,
+    repository::{Repository, image},
+    world::{SOON, container_reason},
+};
 use serde_json::{Value, json};
 
 /// The time for a conversion by Apptainer, after those of other tests.
@@ -75,6 +80,106 @@ async fn an_image_that_names_root_runs_as_the_hpc_user() -> anyhow::Result<()> {
         let log = world.logs("own", container).await?;
         ensure!(log.trim() == HPC_USER, "{container}: {log}");
     }
+    world.finish().await
+}
+
+/// Pushes an image for each user, which is its tag with `.` in place of `:`, to the test's own repository. They have the accounts of
+/// the image `places`, and groups of their own. Returns the folder on the login node in which they were made.
+async fn push_for_users(world: &World, users: &[&str]) -> anyhow::Result<String> {
+    let folder = format!("/scratch/{}", world.namespace);
+    let mut recipe = format!(
+        "mkdir {folder} && cd {folder} && skopeo copy -q --insecure-policy oci:/images/places.oci:name oci:oci:base && \
+         printf '%s\\n' root:x:0: staff:x:5005:jovyan >group && umoci insert --image oci:base group /etc/group"
+    );
+    for user in users {
+        let tag = user.replace(':', ".");
+        let target = of_user(world, user);
+        recipe += &format!(
+            " && umoci config --image oci:base --tag {tag} --config.user {user} && \
+             skopeo copy -q --insecure-policy --dest-tls-verify=false oci:oci:{tag} docker://{target}"
+        );
+    }
+    let make = world.on("login", ["sh", "-c", &recipe]);
+    make.deadline(PULLED).ok().await?;
+    Ok(folder)
+}
+
+/// The image that was pushed for that user.
+fn of_user(world: &World, user: &str) -> String {
+    image(&format!("{}:{}", world.namespace, user.replace(':', ".")))
+}
+
+/// The container of a pod with the image for that user, which prints as whom it sees itself.
+fn as_user(world: &World, pod: PodBuilder, user: &str) -> PodBuilder {
+    pod.image(&of_user(world, user)).sh(WHO)
+}
+
+async fn names_that_the_image_lacks(world: &World) -> anyhow::Result<()> {
+    for (name, user, what) in [
+        ("no-user", "ghost", "user \"ghost\""),
+        ("no-group", "jovyan:ghosts", "group \"ghosts\""),
+    ] {
+        let pod = as_user(world, PodBuilder::new(name), user);
+        world.create(&pod).await?;
+        let failed = world.wait_phase(name, "Failed", PULLED).await?;
+        let (reason, message) = container_reason(&failed, "main").context("no reason")?;
+        let image = of_user(world, user);
+        let wanted = format!("unable to find {what} of the image {image:?}: no matching entries");
+        ensure!(
+            reason == "CreateContainerError" && message.contains(&wanted),
+            "{reason}: {message}"
+        );
+    }
+    Ok(())
+}
+
+async fn a_name_may_be_roots(world: &World) -> anyhow::Result<()> {
+    let pod = as_user(world, PodBuilder::new("non-root"), "jovyan:staff");
+    let pod = pod.set("securityContext", json!({"runAsNonRoot": true}));
+    world.create(&pod).await?;
+    let waits = |pod: &Pod| {
+        let (reason, message) = container_reason(pod, "main")?;
+        let said = message.contains("image has non-numeric user (jovyan), cannot verify");
+        (reason == "CreateContainerConfigError" && said).then_some(())
+    };
+    let what = "nobody knows whether it is root";
+    world.wait_for_state("non-root", what, PULLED, waits).await
+}
+
+#[tokio::test]
+async fn a_group_that_the_image_names_has_its_number_and_an_unknown_name_is_an_error()
+-> anyhow::Result<()> {
+    let world = World::new("accounts").await?;
+    let users = [
+        "jovyan:staff",
+        "jovyan:7",
+        "4321:staff",
+        "ghost",
+        "jovyan:ghosts",
+    ];
+    let folder = push_for_users(&world, &users).await?;
+    let pod = as_user(&world, PodBuilder::new("known"), "jovyan:staff");
+    let pod = as_user(&world, pod.container("number"), "jovyan:7");
+    let pod = as_user(&world, pod.container("no-name"), "4321:staff");
+    // The pod's own ids come first, so names of the image do not matter.
+    let pod = as_user(&world, pod.container("override"), "ghost");
+    let context = json!({"runAsUser": 1000, "runAsGroup": 2002});
+    let pod = pod.set("securityContext", context);
+    world.create(&pod).await?;
+    world.wait_phase("known", "Succeeded", PULLED).await?;
+    for (container, uid, gid) in [
+        ("main", "1000", "5005"),
+        ("number", "1000", "7"),
+        ("no-name", "4321", "5005"),
+        ("override", "1000", "2002"),
+    ] {
+        let log = world.logs("known", container).await?;
+        ensure!(log == who(uid, gid), "{container}: {log}");
+    }
+    names_that_the_image_lacks(&world).await?;
+    a_name_may_be_roots(&world).await?;
+    world.on("login", ["rm", "-r", &folder]).ok().await?;
+    Repository::new(&world).remove().await?;
     world.finish().await
 }
 

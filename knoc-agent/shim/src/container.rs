@@ -50,6 +50,7 @@ use super::{
     health::Change,
     measure,
     output::{self, Log, Source},
+    passwd::UnknownName,
     pod::Pod,
     processes::ProcessesError,
     ranks::{command::Ranks, table::Loss},
@@ -219,6 +220,9 @@ enum AttemptError {
     /// A variable cannot be read from its file.
     #[error(transparent)]
     EnvFile(#[from] EnvFileError),
+    /// The image has no account for its own user.
+    #[error(transparent)]
+    Account(#[from] UnknownName),
     #[error("share the processes of the pod")]
     Processes(#[from] ProcessesError),
     /// The ranks could not be started, or one of them could not.
@@ -235,7 +239,9 @@ impl AttemptError {
     fn reason(&self) -> &'static str {
         match self {
             Self::EnvFile(_) | Self::Prepare(PrepareError::SubPath(_)) => UNCONFIGURED,
-            Self::Prepare(_) | Self::NoCommand | Self::Processes(_) => "CreateContainerError",
+            Self::Prepare(_) | Self::NoCommand | Self::Account(_) | Self::Processes(_) => {
+                "CreateContainerError"
+            }
             Self::Runtime(_) | Self::NoNamespaces { .. } => "ContainerCannotRun",
             Self::Start(_) => "StartError",
             Self::Ranks { reason, .. } => reason,
@@ -345,9 +351,10 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let kills_before = pod.oom.unclaimed();
     let turn = turn_of(attempt).await?;
     let mut up = bring_up(pod, attempt, &folders, container).await?;
-    complete_inside(pod, attempt, (&mut folders, &mut up), &mut spec).await?;
+    let group = complete_inside(pod, attempt, (&mut folders, &mut up), &mut spec).await?;
     let (stdio, sources) = stdio::pipes(container).map_err(PrepareError::Pipes)?;
-    [spec.uid, spec.gid] = ids::wanted(pod, container, &config, spec.passwd.as_deref());
+    let named = (spec.passwd.as_deref(), group);
+    [spec.uid, spec.gid] = ids::wanted(pod, container, &config, named);
     let kept = Kept::of(up.identity);
     let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);
     let (terminal, own_ids) = launched(&mut up.runtime, launching, &kept).await?;

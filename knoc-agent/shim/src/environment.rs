@@ -96,12 +96,13 @@ pub(crate) fn launch_spec(
 }
 
 /// PURE: the user and the group that the program is to see itself as: those of the pod, else those of the image. The number of a name is
-/// that in `passwd`, the image's own file. An image whose user is root does not ask for it: most images only do not name another one,
-/// and what they start as root wants rights that nobody can give it here.
+/// that in the image's own files: the text of `passwd`, and the number of the group that the image names. An image whose user is root
+/// does not ask for it: most images only do not name another one, and what they start as root wants rights that nobody can give it
+/// here.
 pub(crate) fn ids(
     container: &pb::Container,
     image: &pb::ImageConfig,
-    passwd: Option<&[u8]>,
+    (passwd, named): (Option<&[u8]>, Option<u32>),
 ) -> [Option<u32>; 2] {
     let id = |id: Option<i64>| id.and_then(|id| u32::try_from(id).ok());
     let gid = id(container.run_as_group);
@@ -111,7 +112,7 @@ pub(crate) fn ids(
     let group = image.user.split_once(':').map_or("", |(_, group)| group);
     let uid = account::uid_of(passwd.unwrap_or_default(), image.user.as_bytes());
     match uid {
-        Some(1..) => [uid, gid.or_else(|| group.parse().ok())],
+        Some(1..) => [uid, gid.or_else(|| group.parse().ok()).or(named)],
         Some(0) | None => [None, gid],
     }
 }
@@ -422,17 +423,21 @@ mod tests {
 
     #[test]
     fn the_ids_are_the_pods_then_the_images_if_it_is_not_root() {
+        let named = |of_image: &str| of_image.ends_with(":users").then_some(100);
         for (user, group, of_image, wanted) in [
             (None, None, "", [None, None]),
             (None, None, "0", [None, None]),
             (None, None, "jovyan", [Some(1000), None]),
             (None, None, "jovyan:5", [Some(1000), Some(5)]),
-            (None, None, "jovyan:users", [Some(1000), None]),
+            (None, None, "jovyan:users", [Some(1000), Some(100)]),
+            (None, None, "jovyan:staff", [Some(1000), None]),
+            (None, None, "0:users", [None, None]),
             (None, None, "toor", [None, None]),
             (None, None, "nobody-knows", [None, None]),
             (None, None, "1234", [Some(1234), None]),
             (None, None, "1234:5", [Some(1234), Some(5)]),
-            (None, None, "1234:users", [Some(1234), None]),
+            (None, None, "1234:users", [Some(1234), Some(100)]),
+            (None, Some(7), "1234:users", [Some(1234), Some(7)]),
             (None, Some(7), "1234:5", [Some(1234), Some(7)]),
             (None, Some(7), "root", [None, Some(7)]),
             (Some(0), None, "1234:5", [Some(0), None]),
@@ -450,7 +455,7 @@ mod tests {
             };
             let passwd = b"jovyan:x:1000:100::/:\ntoor:x:0:0::/:\n";
             assert_eq!(
-                ids(&container, &image, Some(passwd)),
+                ids(&container, &image, (Some(passwd), named(of_image))),
                 wanted,
                 "{user:?} {group:?} {of_image}"
             );

@@ -22,6 +22,7 @@ pub mod network;
 mod program;
 mod pty;
 mod sys;
+mod volume;
 
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},

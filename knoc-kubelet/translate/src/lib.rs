@@ -398,11 +398,15 @@ fn resolver(spec: PodSpec<'_>) -> Option<pb::Resolver> {
         return None;
     }
     let list = |list: Option<&Option<Vec<String>>>| list.cloned().flatten().unwrap_or_default();
+    let nameservers = list(config.map(|config| config.nameservers));
     let options = config.and_then(|config| config.options.as_ref());
     let options = options.into_iter().flatten().map(DnsOption::from);
     Some(pb::Resolver {
         only_own,
-        nameservers: list(config.map(|config| config.nameservers)),
+        nameservers: nameservers
+            .iter()
+            .map(|ip| names::without_leading_zeros(ip))
+            .collect(),
         searches: list(config.map(|config| config.searches)),
         options: options
             .map(|option| pb::ResolverOption {
@@ -417,7 +421,7 @@ fn resolver(spec: PodSpec<'_>) -> Option<pb::Resolver> {
 fn host_aliases(spec: PodSpec<'_>) -> Vec<pb::HostAlias> {
     let aliases = spec.host_aliases.iter().flatten().map(HostAlias::from);
     let shape = |alias: HostAlias<'_>| pb::HostAlias {
-        ip: alias.ip.clone(),
+        ip: names::without_leading_zeros(alias.ip),
         hostnames: alias.hostnames.clone().unwrap_or_default(),
     };
     aliases.map(shape).collect()

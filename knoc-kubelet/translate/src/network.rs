@@ -1,7 +1,10 @@
 //! PURE: which network a pod asks for, and the ports of the node that lead to it.
 
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::pb::{self, NetworkMode};
+use knoc_proto::{
+    names::without_leading_zeros,
+    pb::{self, NetworkMode},
+};
 
 use crate::carried::{Container, ContainerPort, PodSpec};
 
@@ -61,7 +64,7 @@ pub(super) fn host_ports(
         found.push(pb::HostPort {
             host_port: number(host_port),
             container_port: number(*port.container_port),
-            host_ip: port.host_ip.clone().unwrap_or_default(),
+            host_ip: without_leading_zeros(port.host_ip.as_deref().unwrap_or_default()),
             udp: protocol == "UDP",
         });
     }
@@ -108,7 +111,7 @@ mod tests {
             let pod: Pod = serde_json::from_value(json!({"spec": {
                 "hostNetwork": host_network,
                 "containers": [{"name": "a", "ports": [
-                    {"containerPort": 80, "hostPort": 8080, "hostIP": "127.0.0.1"},
+                    {"containerPort": 80, "hostPort": 8080, "hostIP": "127.000.0.01"},
                     {"containerPort": 81},
                     {"containerPort": 53, "hostPort": 53, "protocol": "UDP"},
                     {"containerPort": 54, "hostPort": 54, "protocol": "SCTP"},

@@ -74,6 +74,23 @@ fn resolved() -> Resolved {
 }
 
 #[test]
+fn addresses_with_leading_zeros_are_those_that_the_api_server_takes_them_for() {
+    let mut pod = pod();
+    let spec = pod.spec.as_mut().unwrap();
+    let alias =
+        json!([{"ip": "127.000.0.1", "hostnames": ["a"]}, {"ip": "wrong", "hostnames": ["b"]}]);
+    spec.host_aliases = Some(serde_json::from_value(alias).unwrap());
+    let config = json!({"nameservers": ["010.0.0.053", "2001:db8::1"]});
+    spec.dns_config = Some(serde_json::from_value(config).unwrap());
+    let shape = shape(&pod).unwrap();
+    let aliases = shape.host_aliases.iter().map(|alias| alias.ip.as_str());
+    // The agent rejects what is no address.
+    assert_eq!(aliases.collect::<Vec<_>>(), ["127.0.0.1", "wrong"]);
+    let resolver = shape.resolver.unwrap();
+    assert_eq!(resolver.nameservers, ["10.0.0.53", "2001:db8::1"]);
+}
+
+#[test]
 fn the_shape_of_a_pod() {
     let mut shape = shape(&pod()).unwrap();
     // The map has no order.

@@ -278,8 +278,8 @@ Names such as `..foo` and `a..b` are ordinary names in a `subPath`; as in Kubern
 **Mounts.** Parent directories are mounted before what is mounted below them, whatever their order in the pod. A mount point that is
 missing in a volume is created there. Symbolic links of the image (`/var/run`) are followed inside the container, and those in the
 `subPath` of an image volume inside that image, whose root an absolute link begins at. Nothing can be mounted at `/` or in `/.knoc`,
-which KNoC uses itself. A volume at `/dev/x` is mounted elsewhere, and `/dev/x` is a symbolic link to it, except at `/dev/shm` and
-below it. `/dev/null` and the other devices stay, unless a volume is mounted at `/dev` itself.
+which KNoC uses itself; neither `workingDir` nor `terminationMessagePath` can lie there. A volume at `/dev/x` is mounted
+elsewhere, and `/dev/x` is a symbolic link to it, except at `/dev/shm` and below it. `/dev/null` and the other devices stay, unless a volume is mounted at `/dev` itself.
 
 **Temporary directories.** `/tmp` and `/var/tmp` are the image's, with the files that the image has there, and everybody can write to
 them (mode 1777); files that are written go to the node's disk. If the site's runtime has no writable root directory (Singularity, no
@@ -294,7 +294,9 @@ memory, is measured every 10 s. If it holds more than the `sizeLimit`, the pod f
 than 64 levels down are not measured, and a volume with so many files that measuring takes more than 5 s is not measured either.
 
 **Volumes of the image.** If the root is read-only, each folder that the image declares as a volume, and in which the pod mounts nothing,
-is a writable folder on the node's disk, empty at first and new for each start of the container. Otherwise it is the image's folder.
+is a writable folder on the node's disk, new for each start of the container, with a copy of what the image has there: at most 1 GiB,
+100,000 files and 64 levels, else the container ends with `CreateContainerError`. With a setuid runtime it is empty at first. If the root is
+not read-only, it is the image's folder.
 
 **The user.** Every program runs as the HPC user, whatever it [sees itself as](#users). If neither the pod nor the image sets `HOME`, it is
 the home directory, according to the image's `/etc/passwd`, of the user that the pod (`runAsUser`) or the image names: root if neither
@@ -303,17 +305,19 @@ the node, that home directory and that user's shell; if the program sees itself 
 that user's number. With a setuid runtime, the home directory of a user that has the HPC user's own uid in the image is not known.
 
 **Names.** `/etc/hosts` has the lines of the compute node, then the pod's own name (first `HOSTNAME.SUBDOMAIN.NAMESPACE.svc.CLUSTERDOMAIN`
-if the pod has a `subdomain`) and its `hostAliases`. `/etc/resolv.conf` names the cluster's DNS if
+if the pod has a `subdomain`) and its `hostAliases`. Leading zeros in an address (`127.000.0.1`), which the API server may accept, are left
+out there, in `dnsConfig.nameservers` and in `hostIP`. `/etc/resolv.conf` names the cluster's DNS if
 the pod asks it (`dnsPolicy`) and reaches it, else it is the compute node's; with `dnsConfig` it also has the lines of the pod, and with
 `dnsPolicy: None` only those. A file that the pod mounts there comes before both. `/etc/localtime` is the image's.
 
 ## Users
 
-To the node, to its file systems and to other jobs every program is the HPC user. Inside of the container it sees itself as the user and
-the group that the pod asks for (`runAsUser`, `runAsGroup`); if the pod asks for no user, as those of the image, unless that user is root
-(`USER 1234:5678`, or `USER redis`, whose number the image's `/etc/passwd` has). Without the number of a group it is that of the user in that
-file, else 0. Commands of `kubectl exec`, of probes and of hooks see themselves as the program does. They enter the container as it was when
-the program began: a sandbox that the program makes for itself (`unshare`) is not theirs.
+To the node, to its file systems and to other jobs every program is the HPC user. Inside of the container it sees itself as the user and the
+group that the pod asks for (`runAsUser`, `runAsGroup`); if the pod asks for no user, as those of the image, unless that user is root
+(`USER 1234:5678`, or `USER redis:data`, whose numbers the image's `/etc/passwd` and `/etc/group` have). Without a group it is that of the user in
+that `/etc/passwd`, else 0. A name that the image's file lacks ends the container with `CreateContainerError`. Commands of `kubectl exec`,
+of probes and of hooks see themselves as the program does. They enter the container as it was when the program began: a sandbox that the
+program makes for itself (`unshare`) is not theirs.
 
 - What belongs to the HPC user belongs, inside, to the program's user: in every container that looks at it, whatever its user. Outside, new
   files belong to the HPC user. What belongs to anybody else is shown as 65534, `nobody`.

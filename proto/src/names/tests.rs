@@ -164,6 +164,35 @@ fn every_rule_has_the_boundaries_of_kubernetes() {
 }
 
 #[test]
+fn leading_zeros_of_an_address_are_left_out_and_nothing_else_changes() {
+    for (text, expected) in [
+        ("127.000.0.1", "127.0.0.1"),
+        ("010.09.008.000", "10.9.8.0"),
+        ("0000000001.2.3.4", "1.2.3.4"),
+        ("::ffff:127.000.0.01", "::ffff:127.0.0.1"),
+        ("10.0.0.1", "10.0.0.1"),
+        ("2001:0DB8::0001", "2001:0DB8::0001"),
+        ("::", "::"),
+    ] {
+        let short = without_leading_zeros(text);
+        assert_eq!(short, expected);
+        ip_address(&short).unwrap();
+    }
+    for none in [
+        "",
+        "0",
+        "1..2.3",
+        "10.0.0.0256",
+        " 01.2.3.4",
+        "01.2.3",
+        "0x1.2.3.4",
+        "é.01.2.3",
+    ] {
+        assert_eq!(without_leading_zeros(none), none);
+    }
+}
+
+#[test]
 fn an_error_states_the_rule() {
     let long = dns_subdomain(&"a".repeat(254)).unwrap_err();
     assert_eq!(long.to_string(), "must be no more than 253 characters");

@@ -128,6 +128,26 @@ fn no_mount_path_is_used_twice_or_is_the_root() {
 }
 
 #[test]
+fn no_path_of_a_container_lies_in_the_folder_of_knoc() {
+    for path in ["/.knoc", "//.knoc/./", "/.knoc/agent", "/.knoc/launch.sock"] {
+        let got = problems(|spec| {
+            spec.containers[0].working_dir = path.into();
+            spec.containers[0].termination_message_path = path.into();
+        });
+        let wanted = ["workingDir", "terminationMessagePath"].map(|field| {
+            format!(
+                "container \"main\": {field} {path:?} lies in /.knoc, which KNoC needs itself; name another path"
+            )
+        });
+        assert_eq!(got, wanted);
+    }
+    let mut other = valid();
+    other.containers[0].working_dir = "/.knock".into();
+    other.containers[0].termination_message_path = "/var/.knoc/log".into();
+    assert!(PodSpec::try_from(other).is_ok());
+}
+
+#[test]
 fn a_mount_path_with_a_colon_is_rejected() {
     let got = problems(|spec| spec.containers[0].mounts[0].path = "/a:/etc".into());
     assert_eq!(

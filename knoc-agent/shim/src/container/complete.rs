@@ -5,7 +5,12 @@ use std::path::Path;
 use knoc_contract::launch::LaunchSpec;
 
 use super::{
-    super::{environment::TerminationLog, inside, passwd, pod::Pod},
+    super::{
+        environment::TerminationLog,
+        inside::{self, Place},
+        passwd,
+        pod::Pod,
+    },
     Attempt, AttemptError,
     folders::{Folders, PrepareError},
     up::Up,
@@ -21,25 +26,48 @@ pub(super) fn complete(spec: &mut LaunchSpec, folders: &Folders) {
     spec.settle = folders.settle;
 }
 
-/// Does what is to be done in the container before its program runs. Ends the runtime on failure.
+/// Does what is to be done in the container before its program runs. Ends the runtime on failure. Returns the number of the group, if
+/// the image names one.
 pub(super) async fn complete_inside(
     pod: &Pod,
     attempt: &Attempt,
     (folders, up): (&mut Folders, &mut Up),
     spec: &mut LaunchSpec,
-) -> Result<(), AttemptError> {
+) -> Result<Option<u32>, AttemptError> {
     folders.message_below(up.message.take());
-    let (place, abort) = ((up.identity, up.beside), &attempt.abort);
-    if let Err(what) = inside::mount_folders(pod, place, folders.mounts(), abort).await {
+    let place = (up.identity, up.beside);
+    let done = work_inside(pod, attempt, (&*folders, place), spec).await;
+    if done.is_err() {
         up.runtime.end().await;
-        return Err(if abort.is_cancelled() {
+    }
+    done
+}
+
+async fn work_inside(
+    pod: &Pod,
+    attempt: &Attempt,
+    (folders, place): (&Folders, Place),
+    spec: &mut LaunchSpec,
+) -> Result<Option<u32>, AttemptError> {
+    let abort = &attempt.abort;
+    let failed = |what| {
+        if abort.is_cancelled() {
             AttemptError::Aborted
         } else {
             PrepareError::Mount(what).into()
-        });
+        }
+    };
+    let mounted = inside::mount_folders(pod, place, folders.mounts(), abort).await;
+    mounted.map_err(failed)?;
+    // A container that root has set up is not accessible: its volumes stay empty.
+    if !pod.mounting.by_name() {
+        let filled = inside::fill_volumes(pod, place, &folders.image_volumes, abort).await;
+        filled.map_err(failed)?;
     }
-    spec.passwd = passwd::of_image(pod, place, spec, abort).await;
-    Ok(())
+    let wanted = (&*spec, &attempt.spec.container);
+    let account = passwd::of_image(pod, place, wanted, abort).await?;
+    spec.passwd = account.passwd;
+    Ok(account.gid)
 }
 
 /// The links that the launcher creates: names and targets in turn.

@@ -73,6 +73,8 @@ pub(super) struct Folders {
     pub(super) links: Vec<Link>,
     /// Folders of the image that every user may write to.
     pub(super) temporary: Vec<String>,
+    /// The volumes of the image that are mounted, by their paths in the container, and the folders that are mounted there.
+    pub(super) image_volumes: Vec<(PathBuf, PathBuf)>,
     /// Whether the container's `/etc/passwd` comes from the runtime, and not from a volume.
     pub(super) settle: bool,
     pub(super) termination: TerminationLog,
@@ -93,11 +95,12 @@ impl Folders {
         let private = folder("p")?;
         let mounts = environment::mounts(container, values, &pod.facts_now())?;
         let mut volumes = pod.volumes.mounts(&mounts)?;
+        let mut image_volumes = Vec::new();
         if pod.runtime.isolates() {
             volumes.extend(pod.volumes.of_site(&volumes));
             share_memory(pod, &mut volumes)?;
             volumes.extend(pmix(pod));
-            add_image_volumes(spec, &private, &mut volumes)?;
+            image_volumes = add_image_volumes(spec, &private, &mut volumes)?;
         }
         let targets: Vec<&Path> = volumes.iter().map(|volume| &*volume.target).collect();
         let termination = environment::termination_log(container, &targets);
@@ -109,6 +112,7 @@ impl Folders {
             private,
             links: Vec::new(),
             temporary: Vec::new(),
+            image_volumes,
             settle: false,
             termination,
             message: None,
@@ -274,14 +278,16 @@ fn pmix(pod: &Pod) -> Option<Mounted> {
 }
 
 /// If the container's root is read-only, adds a writable folder for each volume that the image declares and the pod does
-/// not mount. It is empty at first. A writable root has the image's own folders.
+/// not mount, and returns them. It gets a copy of what the image has there once the container is set up. A writable root has the
+/// image's own folders.
 fn add_image_volumes(
     spec: &ContainerSpec,
     private: &Path,
     volumes: &mut Vec<Mounted>,
-) -> Result<(), PrepareError> {
+) -> Result<Vec<(PathBuf, PathBuf)>, PrepareError> {
+    let mut added = Vec::new();
     if !spec.container.read_only_root {
-        return Ok(());
+        return Ok(added);
     }
     let declared = spec.image.config.iter().flat_map(|config| &config.volumes);
     for (number, path) in declared.enumerate() {
@@ -297,9 +303,10 @@ fn add_image_volumes(
         fs::create_dir(&source)
             .and_then(|()| fs::set_permissions(&source, fs::Permissions::from_mode(0o777)))
             .map_err(FileError::on("create", &source))?;
-        volumes.push(own_file(source, target, false));
+        volumes.push(own_file(source.clone(), target, false));
+        added.push((target.to_owned(), source));
     }
-    Ok(())
+    Ok(added)
 }
 
 /// A file or folder of the shim, which no container can replace.
@@ -397,6 +404,7 @@ mod tests {
                 private,
                 links: Vec::new(),
                 temporary: Vec::new(),
+                image_volumes: Vec::new(),
                 settle: false,
                 termination,
                 message: None,

@@ -22,11 +22,11 @@ pub(super) fn wanted(
     pod: &Pod,
     container: &pb::Container,
     image: &pb::ImageConfig,
-    passwd: Option<&[u8]>,
+    named: (Option<&[u8]>, Option<u32>),
 ) -> [Option<u32>; 2] {
     let nests = pod.runtime.isolates() && !pod.mounting.by_name() && !container.fakeroot;
     if nests && !pod.keeps_ids() {
-        environment::ids(container, image, passwd)
+        environment::ids(container, image, named)
     } else {
         [None; 2]
     }

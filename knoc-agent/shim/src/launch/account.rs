@@ -8,7 +8,8 @@
 //!
 //! If a line of the image has the HPC user's uid, the container runtime has overwritten its name and home folder, and
 //! mounted the result over the image's own file. The image's own file is then read in a copy of the container's mount
-//! namespace, in which the mount can be removed without affecting the container ([`send_images_own`]).
+//! namespace, in which the mount can be removed without affecting the container ([`send_images_own`]). So is `/etc/group`, in which
+//! the runtime has the groups of the HPC user, if the image names a group.
 
 use std::{
     fs::File,
@@ -16,14 +17,13 @@ use std::{
     os::{fd::BorrowedFd, unix::fs::OpenOptionsExt as _},
 };
 
-use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
-    sched::{CloneFlags, unshare},
-};
+use nix::mount::{MntFlags, umount2};
 use rustix::fs::OFlags;
 
+use super::volume::unshare_mounts;
+
 const PASSWD: &str = "/etc/passwd";
-/// A longer `passwd` file is not read.
+/// A longer `passwd` or `group` file is not read.
 pub(crate) const PASSWD_BYTES: u64 = 1 << 20;
 
 /// The fields of a `passwd` line that the program gets.
@@ -38,6 +38,19 @@ struct Account {
 pub(crate) fn may_be_overwritten(user: &[u8]) -> bool {
     let name = user.split(|byte| *byte == b':').next().unwrap_or_default();
     number(name).map_or(!name.is_empty(), |uid| uid == own_uid())
+}
+
+/// PURE: the user and the group in an image's `User` that are names and not numbers.
+pub(crate) fn names(user: &[u8]) -> [Option<&[u8]>; 2] {
+    let mut parts = user.splitn(2, |byte| *byte == b':');
+    let is_name = |part: &&[u8]| !part.is_empty() && number(part).is_none();
+    [parts.next(), parts.next()].map(|part| part.filter(is_name))
+}
+
+/// PURE: the number of the user or the group `name` in the text of a `passwd` or `group` file.
+pub(crate) fn named(text: &[u8], name: &[u8]) -> Option<u32> {
+    let mut named = lines(text).filter(|fields| fields.first() == Some(&name));
+    named.find_map(|fields| number(fields.get(2)?))
 }
 
 /// HOME for a program of `user` (of the process's own user if it is `None`), from the image's own file if it is known.
@@ -68,16 +81,18 @@ pub(super) fn ids(uid: Option<u32>, gid: Option<u32>, images_own: Option<&[u8]>)
     [uid.unwrap_or_else(own_uid), gid]
 }
 
-/// Writes the image's own `passwd` file to `reader`. The caller must be in the namespaces of the container and have rights
-/// over them; afterwards the process must exit.
-pub(super) fn send_images_own(reader: BorrowedFd<'_>) -> io::Result<()> {
-    let none = None::<&str>;
-    unshare(CloneFlags::CLONE_NEWNS)?;
-    // The unmount below must not reach the container.
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-    // If the runtime has mounted nothing there, the file is the image's own.
-    umount2(PASSWD, MntFlags::MNT_DETACH).ok();
-    File::from(reader.try_clone_to_owned()?).write_all(&passwd())
+/// Writes the image's own `/etc/passwd` or `/etc/group` to `reader`, and nothing if the image has none. The caller must be in the
+/// namespaces of the container and have rights over them; afterwards the process must exit.
+pub(super) fn send_images_own(file: &str, reader: BorrowedFd<'_>) -> io::Result<()> {
+    unshare_mounts()?;
+    let path = format!("/etc/{file}");
+    // Whatever the runtime and the pod have mounted there. Then the file is the image's own.
+    while umount2(path.as_str(), MntFlags::MNT_DETACH).is_ok() {}
+    let text = match read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        read => read?,
+    };
+    File::from(reader.try_clone_to_owned()?).write_all(&text)
 }
 
 /// Writes in place: the file is a mount point, over which nothing can be renamed.
@@ -88,21 +103,24 @@ fn rewrite(text: &[u8]) -> io::Result<()> {
 
 /// The text of `/etc/passwd`; empty if there is no regular file of an acceptable size.
 fn passwd() -> Vec<u8> {
-    let read = || -> io::Result<Vec<u8>> {
-        // The file is the image's, and may be a pipe.
-        let nonblock = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
-        let file = File::options()
-            .read(true)
-            .custom_flags(nonblock)
-            .open(PASSWD)?;
-        let meta = file.metadata()?;
-        let mut text = Vec::new();
-        if meta.is_file() && meta.len() <= PASSWD_BYTES {
-            file.take(PASSWD_BYTES).read_to_end(&mut text)?;
-        }
-        Ok(text)
-    };
-    read().unwrap_or_default()
+    read(PASSWD).unwrap_or_default()
+}
+
+/// The text of a regular file of an acceptable size.
+fn read(path: &str) -> io::Result<Vec<u8>> {
+    // The file is the image's, and may be a pipe.
+    let nonblock = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+    let file = File::options()
+        .read(true)
+        .custom_flags(nonblock)
+        .open(path)?;
+    let meta = file.metadata()?;
+    if !meta.is_file() || meta.len() > PASSWD_BYTES {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut text = Vec::new();
+    file.take(PASSWD_BYTES).read_to_end(&mut text)?;
+    Ok(text)
 }
 
 fn own_uid() -> u32 {
@@ -137,10 +155,7 @@ pub(crate) fn uid_of(passwd: &[u8], user: &[u8]) -> Option<u32> {
     if user.is_empty() {
         return Some(0);
     }
-    number(user).or_else(|| {
-        let mut named = lines(passwd).filter(|fields| fields.first() == Some(&user));
-        named.find_map(|fields| number(fields.get(2)?))
-    })
+    number(user).or_else(|| named(passwd, user))
 }
 
 /// PURE: the account of `uid` in the text of a `passwd` file; the first line with that uid counts.
@@ -257,6 +272,40 @@ mod tests {
         ] {
             assert_eq!(may_be_overwritten(user.as_bytes()), wanted, "{user:?}");
         }
+    }
+
+    #[test]
+    fn names_of_users_and_groups_are_told_from_numbers() {
+        let of = |user: &'static str| {
+            names(user.as_bytes()).map(|name| name.map(|name| std::str::from_utf8(name).unwrap()))
+        };
+        for (user, wanted) in [
+            ("", [None, None]),
+            ("0", [None, None]),
+            ("1000:100", [None, None]),
+            ("1000:", [None, None]),
+            ("jovyan", [Some("jovyan"), None]),
+            ("jovyan:100", [Some("jovyan"), None]),
+            ("jovyan:users", [Some("jovyan"), Some("users")]),
+            ("1000:users", [None, Some("users")]),
+            (":users", [None, Some("users")]),
+            ("4294967296", [Some("4294967296"), None]),
+        ] {
+            assert_eq!(of(user), wanted, "{user:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_has_the_number_of_its_line() {
+        let group = b"root:x:0:\nusers:x:100:jovyan\nbroken:x\nbroken:x:7:\nusers:x:8:\n";
+        assert_eq!(named(group, b"users"), Some(100));
+        assert_eq!(named(group, b"root"), Some(0));
+        assert_eq!(named(group, b"broken"), Some(7));
+        for none in ["user", "100", "staff"] {
+            assert_eq!(named(group, none.as_bytes()), None, "{none}");
+        }
+        assert_eq!(named(PASSWD, b"jovyan"), Some(1000));
+        assert_eq!(named(b"", b"root"), None);
     }
 
     #[test]

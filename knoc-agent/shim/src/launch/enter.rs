@@ -13,8 +13,9 @@
 //!
 //! With a second PID and START, the container shares the processes of that process ([`Beside`]).
 //!
-//! `knoc-agent enter PID START passwd` writes the image's own `/etc/passwd` to its standard input instead (see
-//! [`account`]), and `knoc-agent enter PID START folder` mounts a folder of an image ([`folder`]).
+//! `knoc-agent enter PID START passwd` and `… group` write the image's own file of that name in `/etc` to standard input instead (see
+//! [`account`]), `knoc-agent enter PID START folder` mounts a folder of an image ([`folder`]), and `… volume` copies what the image has in
+//! one of its volumes to standard output ([`volume`]).
 
 use std::{
     fs::{File, Metadata},
@@ -44,7 +45,7 @@ use super::{
     beside::{Beside, Within},
     fds, folder, ids,
     kept::Received,
-    program, sys,
+    program, sys, volume,
 };
 use crate::signals::Identity;
 
@@ -97,8 +98,12 @@ impl EnterError {
 
 /// The last argument if the image's `/etc/passwd` is to be read.
 pub(crate) const PASSWD: &str = "passwd";
+/// The last argument if the image's `/etc/group` is to be read.
+pub(crate) const GROUP: &str = "group";
 /// The last argument if a folder of an image is to be mounted over the whole of it.
 pub(crate) const FOLDER: &str = "folder";
+/// The last argument if a volume of the image is to be filled.
+pub(crate) const VOLUME: &str = "volume";
 
 /// The arguments for a container that shares the processes `beside`, if it shares any.
 pub(crate) fn arguments(container: Identity, beside: Option<Beside>) -> Vec<String> {
@@ -112,11 +117,11 @@ pub(crate) fn arguments(container: Identity, beside: Option<Beside>) -> Vec<Stri
 pub fn main(arguments: &[String]) -> ExitCode {
     super::die_with_parent();
     if let [container @ .., mode] = arguments {
-        if mode == PASSWD {
-            return read_passwd(container);
-        }
-        if mode == FOLDER {
-            return mount_folder(container);
+        match mode.as_str() {
+            PASSWD | GROUP => return read_own(container, mode),
+            FOLDER => return do_request(container, folder::mount_over_whole),
+            VOLUME => return do_request(container, volume::fill),
+            _ => {}
         }
     }
     let shim = match super::shim_at_stdin("enter") {
@@ -155,10 +160,10 @@ pub fn main(arguments: &[String]) -> ExitCode {
     }
 }
 
-/// Sends the image's `/etc/passwd`. On failure it sends nothing, and the exit code tells the shim.
-fn read_passwd(container: &[String]) -> ExitCode {
+/// Sends a file of the image in `/etc`. On failure it sends nothing, and the exit code tells the shim.
+fn read_own(container: &[String], file: &str) -> ExitCode {
     let read = join(container, &Received::default()).is_ok()
-        && account::send_images_own(rustix::stdio::stdin()).is_ok();
+        && account::send_images_own(file, rustix::stdio::stdin()).is_ok();
     if read {
         ExitCode::SUCCESS
     } else {
@@ -166,8 +171,8 @@ fn read_passwd(container: &[String]) -> ExitCode {
     }
 }
 
-/// Mounts the folder that standard input names. On failure the exit code is the errno, if there is one.
-fn mount_folder(container: &[String]) -> ExitCode {
+/// Does in the container what standard input asks for. On failure the exit code is the errno, if there is one.
+fn do_request(container: &[String], work: fn(&[u8]) -> io::Result<()>) -> ExitCode {
     let mut request = Vec::new();
     let mut reading = io::stdin().take(folder::REQUEST_BYTES);
     let joined =
@@ -175,7 +180,7 @@ fn mount_folder(container: &[String]) -> ExitCode {
     if !joined {
         return ExitCode::from(FAILED);
     }
-    match folder::mount_over_whole(&request) {
+    match work(&request) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => ExitCode::from(code_of(&error)),
     }
