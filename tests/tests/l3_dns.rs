@@ -212,13 +212,10 @@ async fn flood(world: &World, client: &str) -> anyhow::Result<()> {
     let (took, meanwhile) = (took?, median(meanwhile?)?);
     let after = memory(world, client).await?;
     let questions = ASKERS * QUESTIONS;
-    println!(
+    let seen = format!(
         "{questions} questions in {took:?}; a command took {meanwhile:?}, and {idle:?} before; the shim had {before} KiB, then {after} KiB"
     );
-    ensure!(
-        meanwhile <= idle * SLOWER + ANYWAY,
-        "{meanwhile:?}, {idle:?}"
-    );
-    ensure!(after <= before + GROWTH, "{before} KiB, then {after} KiB");
+    ensure!(meanwhile <= idle * SLOWER + ANYWAY, seen);
+    ensure!(after <= before + GROWTH, seen);
     Ok(())
 }

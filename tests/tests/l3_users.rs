@@ -94,10 +94,11 @@ async fn push_for_users(world: &World, users: &[&str]) -> anyhow::Result<String>
     for user in users {
         let tag = user.replace(':', ".");
         let target = of_user(world, user);
-        recipe += &format!(
+        let push = format!(
             " && umoci config --image oci:base --tag {tag} --config.user {user} && \
              skopeo copy -q --insecure-policy --dest-tls-verify=false oci:oci:{tag} docker://{target}"
         );
+        recipe.push_str(&push);
     }
     let make = world.on("login", ["sh", "-c", &recipe]);
     make.deadline(PULLED).ok().await?;
