@@ -34,7 +34,7 @@ use super::{
         ranks::node::NodeFolder,
         signals::{self, Identity},
     },
-    Attempt, AttemptError, Event, News, Unmounted,
+    Attempt, AttemptError, Event, KILLED, News, Unmounted,
     folders::{Folders, PrepareError},
 };
 use crate::{
@@ -52,6 +52,17 @@ const STDERR_BYTES: usize = 4096;
 /// How long a runtime may live on after it was sent TERM, or after its program was killed.
 const RUNTIME_GRACE: Duration = Duration::from_secs(5);
 
+/// How long a killed container may take to end. The kernel ends its processes at once, unless it keeps them in an operation that nothing
+/// interrupts, as on a file system that hangs.
+const AFTER_KILL: Duration = Duration::from_secs(30);
+
+/// How often the shim looks whether a killed program has ended, which is not its child.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// The message of a container that did not end.
+const STUCK: &str = "its processes were killed (SIGKILL) and have not ended: the kernel keeps them in an operation that nothing \
+    interrupts (state D), as on a file system or a device that hangs";
+
 /// How long the runtime's helpers may keep its standard error open after the runtime has ended.
 const STDERR_GRACE: Duration = Duration::from_millis(500);
 
@@ -67,6 +78,8 @@ pub(super) struct Runtime {
     tasks: JoinSet<io::Result<()>>,
     /// Whether it leads a process group.
     group: bool,
+    /// Whether it was killed and has not ended.
+    stuck: bool,
 }
 
 /// A runtime whose launcher has connected and waits for its specification.
@@ -491,11 +504,13 @@ fn spawn(
         stderr,
         tasks,
         group,
+        stuck: false,
     })
 }
 
 impl Runtime {
-    /// Waits for the end of the container. Once aborted, kills a runtime that outlives its program.
+    /// Waits for the end of the container. Once aborted, kills a runtime that outlives its program, and waits only so long for what was
+    /// killed: a container whose processes the kernel keeps counts as ended, because its pod could never end otherwise.
     pub(super) async fn ended(&mut self, abort: &CancellationToken, program: Identity) -> Exit {
         tokio::select! {
             biased;
@@ -506,8 +521,38 @@ impl Runtime {
             return exit;
         }
         signals::to_program(program, Signal::KILL);
+        self.killed(Some(program)).await
+    }
+
+    /// Kills the runtime, and waits until it and the program have ended.
+    async fn killed(&mut self, program: Option<Identity>) -> Exit {
         self.signal(Signal::KILL);
-        self.child.wait().await
+        let dying = async {
+            let exit = self.child.wait().await;
+            // If it was the runtime's child, it is not known to have ended with it.
+            while program.is_some_and(Identity::runs) {
+                tokio::time::sleep(LOOK).await;
+            }
+            exit
+        };
+        if let Ok(exit) = tokio::time::timeout(AFTER_KILL, dying).await {
+            return exit;
+        }
+        tracing::warn!(pid = self.child.pid, "a container: {STUCK}");
+        self.stuck = true;
+        Exit {
+            code: KILLED,
+            signal: 0,
+        }
+    }
+
+    /// The termination message of the container, whose program left `message`.
+    pub(super) fn message(&self, message: String) -> String {
+        if self.stuck {
+            STUCK.to_owned()
+        } else {
+            message
+        }
     }
 
     /// Ends a runtime whose program does not run.
@@ -518,8 +563,7 @@ impl Runtime {
             .await
             .is_err()
         {
-            self.signal(Signal::KILL);
-            self.child.wait().await;
+            self.killed(None).await;
         }
     }
 
@@ -551,7 +595,69 @@ impl Runtime {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::Instant;
+
     use super::*;
+
+    /// Nothing has this pid, so no signal reaches a process.
+    const NO_PID: u32 = u32::MAX;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_container_that_cannot_be_killed_is_waited_for_only_so_long_and_says_so() {
+        let (child, ends) = Child::that_stays(NO_PID);
+        let mut runtime = Runtime {
+            child,
+            stderr: Arc::default(),
+            tasks: JoinSet::new(),
+            group: true,
+            stuck: false,
+        };
+        assert_eq!(runtime.message("bye".to_owned()), "bye");
+        let abort = CancellationToken::new();
+        abort.cancel();
+        let program = Identity {
+            pid: NO_PID,
+            start: 0,
+        };
+        let began = Instant::now();
+        let exit = runtime.ended(&abort, program).await;
+        assert_eq!(exit.code, KILLED);
+        assert!(began.elapsed() >= RUNTIME_GRACE + AFTER_KILL);
+        assert!(began.elapsed() < RUNTIME_GRACE + AFTER_KILL * 2);
+        let message = runtime.message("bye".to_owned());
+        assert!(message.contains("have not ended"), "{message}");
+        // Nor does anything wait for a runtime whose program does not run yet.
+        let began = Instant::now();
+        runtime.end().await;
+        assert!(began.elapsed() < RUNTIME_GRACE + AFTER_KILL * 2);
+        drop(ends);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_container_that_ends_once_it_is_killed_keeps_its_own_exit() {
+        let (child, ends) = Child::that_stays(NO_PID);
+        let mut runtime = Runtime {
+            child,
+            stderr: Arc::default(),
+            tasks: JoinSet::new(),
+            group: true,
+            stuck: false,
+        };
+        let abort = CancellationToken::new();
+        abort.cancel();
+        let program = Identity {
+            pid: NO_PID,
+            start: 0,
+        };
+        let own = Exit { code: 3, signal: 0 };
+        let dies = async {
+            tokio::time::sleep(RUNTIME_GRACE + AFTER_KILL / 2).await;
+            ends.send((own, None)).unwrap();
+        };
+        let (exit, ()) = tokio::join!(runtime.ended(&abort, program), dies);
+        assert_eq!(exit, own);
+        assert_eq!(runtime.message("bye".to_owned()), "bye");
+    }
 
     #[tokio::test]
     async fn a_container_that_is_stopped_does_not_wait_for_the_file_system_of_its_image() {
