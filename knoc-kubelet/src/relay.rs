@@ -17,7 +17,9 @@
 //! connection that does not reach its pod is reset.
 
 mod carry;
+mod idle;
 mod listeners;
+mod places;
 mod plan;
 mod policies;
 mod ports;

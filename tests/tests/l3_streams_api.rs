@@ -173,6 +173,45 @@ async fn a_forwarded_connection_that_nobody_reads_is_closed_when_its_client_disc
     world.finish().await
 }
 
+/// Forwards connections, one after the other, to a server that listens anew for each, as shell scripts do it.
+async fn each_is_answered(world: &World, name: &str, on_host: bool) -> anyhow::Result<()> {
+    const CONNECTIONS: usize = 20;
+    let port = some_port();
+    let server = format!(
+        "n=0; while true; do nc -l -p {port} -e sh -c \"cat; echo ' is answer' $n\"; n=$((n+1)); done"
+    );
+    let pod = PodBuilder::new(name).spec("hostNetwork", json!(on_host));
+    world.running(&pod.sh(&server)).await?;
+    // kubectl ends with the first connection that is refused, so all are forwarded by one that goes on.
+    world.wait_listens(name, "main", port).await?;
+    let to = format!(":{port}");
+    let forward = Forward::start(world.kubectl(["port-forward", name, &to])).await?;
+    for number in 0..CONNECTIONS {
+        // Between two servers nobody listens, and any kubelet refuses.
+        world.wait_listens(name, "main", port).await?;
+        let question = format!("question {number}");
+        let answer = forward.exchange(question.as_bytes()).await;
+        let answer = answer.with_context(|| format!("{name}: connection {number}"))?;
+        let answer = String::from_utf8(answer)?;
+        let expected = format!("{question} is answer ");
+        ensure!(
+            answer.starts_with(&expected),
+            "{name}: {answer:?} to {question:?}"
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn each_connection_to_a_server_that_listens_for_one_at_a_time_is_answered()
+-> anyhow::Result<()> {
+    let world = World::new("api-nc").await?;
+    let own = each_is_answered(&world, "own", false);
+    let host = each_is_answered(&world, "host", true);
+    tokio::try_join!(own, host)?;
+    world.finish().await
+}
+
 #[tokio::test]
 async fn a_listener_of_the_same_user_outside_the_pod_is_refused_by_name() -> anyhow::Result<()> {
     let world = World::new("api-foreign").await?;

@@ -67,6 +67,19 @@ pub(crate) struct Child {
 }
 
 impl Child {
+    /// One that ends when the test says so.
+    #[cfg(test)]
+    pub(crate) fn that_stays(pid: u32) -> (Self, oneshot::Sender<(Exit, Option<Used>)>) {
+        let (ends, exit) = oneshot::channel();
+        let child = Self {
+            pid,
+            used: None,
+            exit,
+            stderr: None,
+        };
+        (child, ends)
+    }
+
     /// Waits for its end. Cancel safe; must not be called again once it has returned.
     pub(crate) async fn wait(&mut self) -> Exit {
         // The reaper holds the sender, and lives as long as the shim.

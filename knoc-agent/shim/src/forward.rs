@@ -1,8 +1,8 @@
 //! Task: one forwarded connection to a port of the pod.
 //!
 //! [`connect`] finds the pod's own listener and dials it. [`run`] copies both directions with back-pressure until both
-//! have ended; each direction can end alone, as with TCP. If the client disconnects, the connection is reset. Forwarded
-//! connections have no time limit.
+//! have ended; each direction can end alone, as with TCP. If the client disconnects, the connection is reset. Making a connection
+//! has a time limit, forwarded connections have none.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,6 +27,7 @@ use tokio::{
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
     sync::mpsc,
+    time::{Instant, error::Elapsed, timeout_at},
 };
 use tonic::Status;
 
@@ -35,8 +36,9 @@ use super::{
     network::{Network, Private},
 };
 
-/// How long the shim tries to get a connection to the pod, and the pause between two tries.
-const DIALLING: Duration = Duration::from_secs(5);
+/// How long the shim tries to get a connection to the pod, and the pause between two tries. A program that does not accept its
+/// connections may have so many of them that the kernel answers no further one, for minutes.
+pub(crate) const DIALLING: Duration = Duration::from_secs(5);
 const BETWEEN_DIALS: Duration = Duration::from_millis(20);
 
 /// The stream of a connection's output.
@@ -131,9 +133,10 @@ async fn connect_inside(
     let others = std::iter::once(private.address).chain(own);
     let others = others.filter(|_| reach == Reach::Anywhere);
     let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
-    let mut tried = Vec::new();
+    let (mut tried, until) = (Vec::new(), Instant::now() + DIALLING);
     for address in loopback.into_iter().chain(others) {
-        match private.connect(SocketAddr::new(address, port)).await {
+        let dialling = private.connect(SocketAddr::new(address, port));
+        match answered(timeout_at(until, dialling).await) {
             Ok(stream) => {
                 // The connection works without it, too.
                 stream.set_nodelay(true).ok();
@@ -145,17 +148,29 @@ async fn connect_inside(
             }
             Err(error) => tried.push((address, error)),
         }
+        if Instant::now() >= until {
+            break;
+        }
     }
     Err(ForwardError::ConnectionRefused { port, tried })
 }
 
+/// The result of a dial that has a time limit.
+fn answered(dialled: Result<io::Result<TcpStream>, Elapsed>) -> io::Result<TcpStream> {
+    dialled.unwrap_or_else(|_| {
+        let text = format!("no answer within {} s", DIALLING.as_secs());
+        Err(io::Error::new(io::ErrorKind::TimedOut, text))
+    })
+}
+
 async fn connect_within(port: u16, root: u32, reach: Reach) -> Result<Reached, ForwardError> {
-    if let Some(reached) = dial(port, root, Hold::No, reach).await? {
+    let until = Instant::now() + DIALLING;
+    if let Some(reached) = dial((port, until), root, Hold::No, reach).await? {
         return Ok(reached);
     }
     let dialling = async {
         loop {
-            match dial(port, root, Hold::Yes, reach).await {
+            match dial((port, until), root, Hold::Yes, reach).await {
                 Ok(Some(reached)) => return Ok(reached),
                 // A program that listens once, again and again, has no listener in between.
                 Ok(None) | Err(ForwardError::ConnectionRefused { .. }) => {}
@@ -164,7 +179,7 @@ async fn connect_within(port: u16, root: u32, reach: Reach) -> Result<Reached, F
             tokio::time::sleep(BETWEEN_DIALS).await;
         }
     };
-    let dialled = tokio::time::timeout(DIALLING, dialling).await;
+    let dialled = timeout_at(until, dialling).await;
     dialled.unwrap_or(Err(ForwardError::Changed { port }))
 }
 
@@ -192,9 +207,9 @@ enum Reach {
     Anywhere,
 }
 
-/// Dials once. `None` if a connection was made, but the shim cannot tell whether it leads to the pod.
+/// Dials once, until the time that is given. `None` if a connection was made, but the shim cannot tell whether it leads to the pod.
 async fn dial(
-    port: u16,
+    (port, until): (u16, Instant),
     root: u32,
     mode: Hold,
     reach: Reach,
@@ -215,7 +230,7 @@ async fn dial(
     }
     for address in choose(&before, &own, port, reach)? {
         let server = SocketAddr::new(address, port);
-        match TcpStream::connect(server).await {
+        match answered(timeout_at(until, TcpStream::connect(server)).await) {
             Ok(stream) => {
                 let client = stream.local_addr().ok();
                 let known = before.clone();
@@ -234,6 +249,9 @@ async fn dial(
                 }));
             }
             Err(error) => tried.push((address, error)),
+        }
+        if Instant::now() >= until {
+            break;
         }
     }
     Err(ForwardError::ConnectionRefused { port, tried })
@@ -391,6 +409,26 @@ mod tests {
         assert_eq!(refused.to_string(), text);
         let status = Status::from(refused);
         assert_eq!(ErrorReason::of(&status), Some(ErrorReason::NotListening));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_program_that_accepts_no_connection_is_not_waited_for_without_limit() {
+        let parent = std::os::unix::process::parent_id();
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(1).unwrap();
+        let server = listener.local_addr().unwrap();
+        // Once so many wait to be accepted, the kernel answers no further one.
+        let dial = || std::net::TcpStream::connect_timeout(&server, Duration::from_millis(200));
+        let waiting: Vec<_> = std::iter::from_fn(|| dial().ok()).take(64).collect();
+        assert!(waiting.len() < 64, "the kernel answers them all");
+        let port = server.port();
+        let silent = connect(&Network::Host, port, parent).await.unwrap_err();
+        let text = format!(
+            "failed to connect to localhost:{port} inside the pod: IPv4: dial 127.0.0.1: connect: no answer within 5 s"
+        );
+        assert_eq!(silent.to_string(), text);
+        drop((waiting, listener));
     }
 
     #[test]

@@ -1,14 +1,20 @@
-//! Task: watches the `ConfigMaps` and Secrets to which pods refer, one watch for each object, and queues the pods of an
-//! object that changes.
+//! Task: watches the `ConfigMaps`, Secrets and `ClusterTrustBundles` to which pods refer, one watch for each object or selection
+//! of trust bundles, and queues the pods of an object that changes.
 //!
 //! A watch brings metadata only, so no Secret is kept here: the worker of a pod GETs its objects again. What is kept is
 //! a level for each object, which grows with each change; a worker compares it with the level at which it last read.
 //!
 //! Objects that nothing watches are read again from time to time (see [`super::resolve::look_at`]): those beyond
-//! [`WATCHES`], and all of them if the API server denies the watch.
+//! [`WATCHES`], and all of them if the API server denies the watch or does not have the kind.
+
+mod bundles;
+
+pub(crate) use bundles::list_params;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    fmt,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -17,8 +23,10 @@ use futures::StreamExt as _;
 use k8s_openapi::{
     NamespaceResourceScope,
     api::core::v1::{ConfigMap, Secret},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use knoc_proto::ids::PodUid;
+use knoc_translate::TrustBundleKey;
 use kube::{
     Api, Client, Resource,
     api::{PartialObjectMeta, WatchEvent, WatchParams},
@@ -57,18 +65,59 @@ const SPREAD_MOST: Duration = Duration::from_millis(1500);
 pub(crate) enum Kind {
     ConfigMap,
     Secret,
+    TrustBundle,
 }
 
-/// An object to which a pod refers.
+/// What has one watch: something to which a pod refers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Key {
-    pub(crate) kind: Kind,
+pub(crate) enum Key {
+    ConfigMap(Name),
+    Secret(Name),
+    /// What a projection selects: any number of objects, which are watched together.
+    TrustBundles(TrustBundleKey),
+}
+
+/// The name of an object in a namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Name {
     pub(crate) namespace: String,
     pub(crate) name: String,
 }
 
-/// The resourceVersion of an object; None if it does not exist.
+impl Key {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::ConfigMap(_) => Kind::ConfigMap,
+            Self::Secret(_) => Kind::Secret,
+            Self::TrustBundles(_) => Kind::TrustBundle,
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (kind, of) = match self {
+            Self::ConfigMap(of) => ("configmap", of),
+            Self::Secret(of) => ("secret", of),
+            Self::TrustBundles(selected) => return selected.fmt(f),
+        };
+        write!(f, "{kind} \"{}/{}\"", of.namespace, of.name)
+    }
+}
+
+/// The resourceVersion of an object, or what stands for those of several ([`version_of_all`]); None if nothing exists.
 pub(crate) type Version = Option<String>;
+
+/// PURE: what stands for the versions of all these objects, whatever their order.
+pub(crate) fn version_of_all<'a>(objects: impl Iterator<Item = &'a ObjectMeta>) -> Version {
+    let mut versions: Vec<_> = objects
+        .map(|object| (&object.name, &object.resource_version))
+        .collect();
+    versions.sort_unstable();
+    let mut hasher = DefaultHasher::new();
+    versions.hash(&mut hasher);
+    (!versions.is_empty()).then(|| format!("{:x}", hasher.finish()))
+}
 
 /// The objects of all pods; clones are handles on the same ones.
 #[derive(Clone, Default, Debug)]
@@ -327,6 +376,8 @@ enum End {
     /// The version from which the watch was to go on is too old.
     TooOld,
     Denied,
+    /// The cluster does not have this kind of object.
+    Unknown,
     Failed(String),
 }
 
@@ -340,19 +391,19 @@ impl Watch {
             let began = Instant::now();
             let end = tokio::time::timeout(SESSION, self.one_session(&mut resume)).await;
             let end = end.unwrap_or_else(|_| End::Failed("the connection is silent".to_owned()));
-            if !matches!(end, End::Failed(_) | End::Denied) && began.elapsed() >= SHORT {
+            let hopeless = matches!(end, End::Denied | End::Unknown);
+            if !hopeless && !matches!(end, End::Failed(_)) && began.elapsed() >= SHORT {
                 backoff = BACKOFF;
                 if matches!(end, End::TooOld) {
                     resume = None;
                 }
                 continue;
             }
-            let denied = matches!(end, End::Denied);
             let pause = self.report(end).unwrap_or(backoff);
             backoff = (backoff * 2).min(BACKOFF_MOST);
             resume = None;
             self.references.state().set_watched(self.which(), false);
-            if denied {
+            if hopeless {
                 self.references.denied(self.which());
             }
             self.push(self.pods());
@@ -362,31 +413,23 @@ impl Watch {
 
     /// Logs why a session ended; returns the pause after it if it is not the usual one.
     fn report(&self, end: End) -> Option<Duration> {
-        let Key {
-            kind,
-            namespace,
-            name,
-        } = &self.key;
+        let key = &self.key;
         match end {
             End::Denied => {
-                if self.references.state().denied.insert(*kind) {
+                if self.references.state().denied.insert(key.kind()) {
                     tracing::warn!(
-                        ?kind,
-                        namespace,
-                        name,
+                        object = %key,
                         "the API server denies the watch of an object to which a pod refers (verb `watch`), such objects are read once a minute instead"
                     );
                 }
                 Some(DENIED)
             }
+            End::Unknown => {
+                tracing::debug!(object = %key, "the cluster does not have this kind of object, it is not watched");
+                Some(DENIED)
+            }
             End::Failed(error) => {
-                tracing::debug!(
-                    ?kind,
-                    namespace,
-                    name,
-                    error,
-                    "the watch of an object failed"
-                );
+                tracing::debug!(object = %key, error, "the watch of an object failed");
                 None
             }
             End::Closed | End::TooOld => None,
@@ -394,21 +437,22 @@ impl Watch {
     }
 
     async fn one_session(&self, resume: &mut Option<String>) -> End {
-        match self.key.kind {
-            Kind::ConfigMap => self.session::<ConfigMap>(resume).await,
-            Kind::Secret => self.session::<Secret>(resume).await,
+        match &self.key {
+            Key::ConfigMap(of) => self.session::<ConfigMap>(of, resume).await,
+            Key::Secret(of) => self.session::<Secret>(of, resume).await,
+            Key::TrustBundles(selected) => self.bundles(selected, resume).await,
         }
     }
 
-    async fn session<K>(&self, resume: &mut Option<String>) -> End
+    async fn session<K>(&self, of: &Name, resume: &mut Option<String>) -> End
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
             + Clone
             + DeserializeOwned
             + std::fmt::Debug,
     {
-        let api: Api<K> = Api::namespaced(self.client.clone(), &self.key.namespace);
-        let only = WatchParams::default().fields(&format!("metadata.name={}", self.key.name));
+        let api: Api<K> = Api::namespaced(self.client.clone(), &of.namespace);
+        let only = WatchParams::default().fields(&format!("metadata.name={}", of.name));
         let from = resume.clone().unwrap_or_else(|| "0".to_owned());
         let events = match api.watch_metadata(&only, &from).await {
             Ok(events) => events,
@@ -422,7 +466,7 @@ impl Watch {
             let event = if unproven {
                 let Ok(event) = tokio::time::timeout(FIRST_EVENT, events.next()).await else {
                     unproven = false;
-                    self.ask(&api).await;
+                    self.ask(&api, &of.name).await;
                     continue;
                 };
                 event
@@ -451,19 +495,23 @@ impl Watch {
     }
 
     /// Asks for the version of the object.
-    async fn ask<K>(&self, api: &Api<K>)
+    async fn ask<K>(&self, api: &Api<K>, name: &str)
     where
         K: Clone + DeserializeOwned + std::fmt::Debug,
     {
-        let asked = tokio::time::timeout(ASK, api.get_metadata_opt(&self.key.name)).await;
+        let asked = tokio::time::timeout(ASK, api.get_metadata_opt(name)).await;
         if let Ok(Ok(found)) = asked {
             let version = |object: PartialObjectMeta<K>| object.metadata.resource_version;
             self.observed(found.and_then(version));
         } else {
             // The pods read it themselves.
-            let pods = self.references.state().doubt(self.which());
-            self.push(pods);
+            self.doubted();
         }
+    }
+
+    fn doubted(&self) {
+        let pods = self.references.state().doubt(self.which());
+        self.push(pods);
     }
 
     fn observed(&self, version: Version) {

@@ -25,7 +25,7 @@ use kube::{Api, Client, Resource, api::PostParams};
 use serde::de::DeserializeOwned;
 
 use super::{
-    references::{Key, Kind, Version},
+    references::{Key, Name, Version, list_params},
     services::Services,
 };
 
@@ -89,7 +89,7 @@ pub(crate) async fn secrets(
     get_all(client, "secret", namespace, names).await
 }
 
-/// Fetches everything that `needs` names.
+/// Fetches everything that `needs` names; the trust bundles once more with their versions, for [`versions`].
 pub(crate) async fn resolve(
     client: &Client,
     services: &Services,
@@ -98,7 +98,7 @@ pub(crate) async fn resolve(
     allocatable: &pb::Resources,
     tokens: &mut Tokens,
     now: Timestamp,
-) -> Result<Resolved, ResolveError> {
+) -> Result<(Resolved, trust::AllFound), ResolveError> {
     let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
     let due = due(needs, tokens, now);
     let links = pod
@@ -106,7 +106,7 @@ pub(crate) async fn resolve(
         .as_ref()
         .and_then(|spec| spec.enable_service_links)
         .unwrap_or(true);
-    let (objects, issued, trust_bundles) = try_join3(
+    let (objects, issued, trust) = try_join3(
         try_join3(
             get_all::<ConfigMap>(client, "configmap", namespace, &needs.config_maps),
             get_all::<Secret>(client, "secret", namespace, &needs.secrets),
@@ -118,17 +118,20 @@ pub(crate) async fn resolve(
     .await?;
     tokens.extend(issued);
     let (config_maps, secrets, services) = objects;
-    Ok(Resolved {
+    let certificates = trust.iter();
+    let certificates = certificates.map(|(key, found)| (key.clone(), found.certificates.clone()));
+    let resolved = Resolved {
         config_maps,
         secrets,
         tokens: tokens
             .iter()
             .map(|(ask, kept)| (ask.clone(), kept.token.clone()))
             .collect(),
-        trust_bundles,
+        trust_bundles: certificates.collect(),
         services,
         allocatable: allocatable.clone(),
-    })
+    };
+    Ok((resolved, trust))
 }
 
 async fn get_all<K>(
@@ -302,11 +305,11 @@ pub(crate) fn versions(
     namespace: &str,
     needs: &Needs,
     resolved: &Resolved,
+    trust: &trust::AllFound,
     complete: bool,
 ) -> BTreeMap<Key, Version> {
     let is_fixed = |immutable: Option<bool>| complete && immutable == Some(true);
-    let key = |kind, name: &String| Key {
-        kind,
+    let named = |name: &String| Name {
         namespace: namespace.to_owned(),
         name: name.clone(),
     };
@@ -315,20 +318,27 @@ pub(crate) fn versions(
         let fixed = found.is_some_and(|map| is_fixed(map.immutable));
         let version = found.and_then(|map| map.metadata.resource_version.clone());
         let changes = !fixed && name != "kube-root-ca.crt";
-        changes.then(|| (key(Kind::ConfigMap, name), version))
+        changes.then(|| (Key::ConfigMap(named(name)), version))
     });
     let secrets = needs.secrets.iter().filter_map(|name| {
         let found = resolved.secrets.get(name);
         let fixed = found.is_some_and(|secret| is_fixed(secret.immutable));
         let version = found.and_then(|secret| secret.metadata.resource_version.clone());
-        (!fixed).then(|| (key(Kind::Secret, name), version))
+        (!fixed).then(|| (Key::Secret(named(name)), version))
     });
-    maps.chain(secrets).collect()
+    let selections = needs.trust_bundles.iter();
+    let selections = selections.filter(|key| list_params(key).is_some());
+    let selections = selections.map(|key| {
+        let version = trust.get(key).and_then(|found| found.version.clone());
+        (Key::TrustBundles(key.clone()), version)
+    });
+    maps.chain(secrets).chain(selections).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use jiff::SignedDuration;
+    use knoc_translate::TrustBundleKey;
 
     use super::*;
 
@@ -446,14 +456,45 @@ mod tests {
             secrets: ["fixed", "free"].map(secret).into(),
             ..Resolved::default()
         };
-        let names = |complete: bool, kind: Kind| {
-            let all = versions("default", &needs, &resolved, complete);
-            let names = all.into_keys().filter(|key| key.kind == kind);
-            names.map(|key| key.name).collect::<Vec<_>>()
+        let names = |complete: bool| {
+            let none = trust::AllFound::new();
+            let all = versions("default", &needs, &resolved, &none, complete);
+            let (mut maps, mut secrets) = (Vec::new(), Vec::new());
+            for key in all.into_keys() {
+                match key {
+                    Key::ConfigMap(of) => maps.push(of.name),
+                    Key::Secret(of) => secrets.push(of.name),
+                    Key::TrustBundles(_) => panic!("the pod has no trust bundle"),
+                }
+            }
+            (maps.join(" "), secrets.join(" "))
         };
-        assert_eq!(names(true, Kind::ConfigMap), ["free", "missing"]);
-        assert_eq!(names(true, Kind::Secret), ["free"]);
-        assert_eq!(names(false, Kind::ConfigMap), ["fixed", "free", "missing"]);
-        assert_eq!(names(false, Kind::Secret), ["fixed", "free"]);
+        let as_text = |maps: &str, secrets: &str| (maps.to_owned(), secrets.to_owned());
+        assert_eq!(names(true), as_text("free missing", "free"));
+        assert_eq!(names(false), as_text("fixed free missing", "fixed free"));
+    }
+
+    #[test]
+    fn a_projection_of_trust_bundles_is_watched_if_it_can_select_any() {
+        let named = TrustBundleKey::Named("site".to_owned());
+        let signed = |labels: Option<&str>| TrustBundleKey::Signed {
+            signer: "example.com/signer".to_owned(),
+            labels: labels.map(str::to_owned),
+        };
+        let needs = Needs {
+            trust_bundles: vec![named.clone(), signed(Some("")), signed(None)],
+            ..Needs::default()
+        };
+        let found = trust::Found {
+            certificates: String::new(),
+            version: Some("7".to_owned()),
+        };
+        let found = trust::AllFound::from([(named.clone(), found)]);
+        let watched = versions("default", &needs, &Resolved::default(), &found, true);
+        let expected = [
+            (Key::TrustBundles(named), Some("7".to_owned())),
+            (Key::TrustBundles(signed(Some(""))), None),
+        ];
+        assert_eq!(watched, BTreeMap::from(expected));
     }
 }

@@ -9,7 +9,7 @@ use tokio::{net::TcpStream, sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::plan::PodPort;
+use super::{places::Activity, plan::PodPort};
 use crate::{
     agent::Agent,
     halves::{self, OnWriteError, Part},
@@ -31,6 +31,7 @@ pub(super) async fn run(
     stream: TcpStream,
     to: &PodPort,
     traffic: &Direction,
+    activity: &Activity,
 ) -> Result<(), Status> {
     // These options are improvements only: keepalive finds clients that are gone.
     prepare(&stream).ok();
@@ -40,6 +41,7 @@ pub(super) async fn run(
     let open = traffic.made();
     let wrap = |part: Part| match part {
         Part::Data(data) => {
+            activity.note();
             open.add_to_pod(data.len());
             message(Input::Data(data))
         }
@@ -48,6 +50,7 @@ pub(super) async fn run(
     let counted = |message| {
         let part = part(message);
         if let Some(Part::Data(data)) = &part {
+            activity.note();
             open.add_from_pod(data.len());
         }
         part

@@ -5,10 +5,12 @@
 //! ```
 //!
 //! A port that is closed refuses connections at once, and those that wait to be accepted are reset. Connections that were accepted go
-//! on until one of their ends closes or breaks them, as on any node.
+//! on until one of their ends closes or breaks them, as on any node; one that has been idle for long is reset if a new one needs its
+//! place ([`super::idle`]).
 
 use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
 
+use knoc_link::admission::Source;
 use knoc_proto::{error::chain, ids::PodUid, reason::ErrorReason};
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -17,7 +19,11 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{carry, plan::PodPort};
+use super::{
+    carry,
+    places::{Permits, Place, Places},
+    plan::PodPort,
+};
 use crate::{
     agent::Agent,
     halves,
@@ -49,6 +55,8 @@ struct Shared {
     /// Counts the connections.
     traffic: Direction,
     of_all: Arc<Semaphore>,
+    /// The connections that are open.
+    places: Places,
     /// Refused connections, for Events. One that finds no room is left out: the next one has the same reason.
     refused: mpsc::Sender<RefusedConnection>,
 }
@@ -83,6 +91,7 @@ impl Listeners {
                 agent,
                 traffic,
                 of_all: Arc::new(Semaphore::new(OF_ALL)),
+                places: Places::default(),
                 refused,
             },
             open: HashMap::new(),
@@ -167,8 +176,29 @@ struct Relayed {
     to: PodPort,
 }
 
-/// Permission for one connection, until it is dropped.
-type Permits = [OwnedSemaphorePermit; 3];
+/// The limit that leaves no room for a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+enum Full {
+    #[error(
+        "the last {} relayed connections of this node are for namespaces whose pods have fewer than {}",
+        LAST,
+        OF_NAMESPACE
+    )]
+    Namespace,
+    #[error(
+        "the pods of this node have {} relayed connections or more, and then each pod gets at most {}",
+        OF_ALL - RESERVED,
+        SHARE
+    )]
+    Share,
+    #[error("the pod has {} relayed connections, which is the limit", OF_ONE)]
+    Pod,
+    #[error(
+        "the pods of this node have {} relayed connections, which is the limit",
+        OF_ALL
+    )]
+    Node,
+}
 
 impl Relayed {
     async fn serve(self, listener: TcpListener, stop: CancellationToken) {
@@ -180,7 +210,7 @@ impl Relayed {
                 () = stop.cancelled() => break,
                 Some(ended) = connections.join_next() => note_panic(ended),
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => self.take(stream, &mut connections),
+                    Ok((stream, from)) => self.take(stream, from.into(), &mut connections),
                     Err(error) => {
                         tracing::debug!(to = %self.to, %error, "a connection could not be accepted");
                         tokio::time::sleep(PAUSE).await;
@@ -194,19 +224,30 @@ impl Relayed {
         }
     }
 
-    fn take(&self, stream: TcpStream, connections: &mut JoinSet<()>) {
-        let permits = match self.permits() {
-            Ok(permits) => permits,
-            Err(why) => {
+    fn take(&self, stream: TcpStream, from: Source, connections: &mut JoinSet<()>) {
+        let place = match self.place(from) {
+            Ok(place) => place,
+            Err(full) => {
                 halves::reset(stream);
                 self.shared.traffic.refused(Reason::Limit);
-                return note_refused(&self.shared, &self.to, &why);
+                return note_refused(&self.shared, &self.to, &full.to_string());
             }
         };
         let (shared, to) = (self.shared.clone(), self.to.clone());
         let carry = async move {
-            let _permits = permits;
-            let carried = carry::run(&shared.agent, stream, &to, &shared.traffic).await;
+            let carrying = carry::run(
+                &shared.agent,
+                stream,
+                &to,
+                &shared.traffic,
+                place.activity(),
+            );
+            // A connection that is no longer carried is reset.
+            let carried = tokio::select! {
+                biased;
+                carried = carrying => carried,
+                () = place.given_away() => return,
+            };
             if let Err(status) = carried {
                 tracing::debug!(%to, error = chain(&status), "a relayed connection was refused");
                 if ErrorReason::of(&status) == Some(ErrorReason::PolicyDenied) {
@@ -220,31 +261,61 @@ impl Relayed {
         connections.spawn(Box::pin(carry));
     }
 
-    fn permits(&self) -> Result<Permits, String> {
+    /// A place for a connection, if need be that of an idle one.
+    fn place(&self, from: Source) -> Result<Place, Full> {
+        let permits = match self.permits() {
+            Ok(permits) => permits,
+            Err(full) => self.of_an_idle_one(full).ok_or(full)?,
+        };
+        Ok(self.shared.places.take(&self.to, from, permits))
+    }
+
+    /// The permits of an idle connection that is closed. A pod that has its share displaces only its own connections.
+    fn of_an_idle_one(&self, full: Full) -> Option<Permits> {
+        let is_of = |permit: &OwnedSemaphorePermit, count: &Arc<Semaphore>| {
+            Arc::ptr_eq(permit.semaphore(), count)
+        };
+        let has_its_share = self.of_pod() >= SHARE;
+        let may = |[of_one, _, of_namespace]: &Permits| {
+            if has_its_share {
+                return is_of(of_one, &self.of_one);
+            }
+            full != Full::Namespace || is_of(of_namespace, &self.of_namespace)
+        };
+        let (to, [of_one, of_all, of_namespace]) = self.shared.places.give_way(may)?;
+        tracing::debug!(%to, "an idle relayed connection was closed for a new one");
+        let text = format!(
+            "An idle connection to port {} was closed for a new one: {full}",
+            to.number
+        );
+        self.shared.refused.try_send((to.uid, text)).ok();
+        // They may be those of another pod and namespace.
+        drop((of_one, of_namespace));
+        let of_one = Arc::clone(&self.of_one).try_acquire_owned().ok()?;
+        let of_namespace = Arc::clone(&self.of_namespace).try_acquire_owned();
+        Some([of_one, of_all, of_namespace.ok()?])
+    }
+
+    /// How many connections the pod has.
+    fn of_pod(&self) -> usize {
+        OF_ONE.saturating_sub(self.of_one.available_permits())
+    }
+
+    fn permits(&self) -> Result<Permits, Full> {
         let free = self.shared.of_all.available_permits();
         let of_namespace = OF_ALL.saturating_sub(self.of_namespace.available_permits());
         if of_namespace >= OF_NAMESPACE && free <= LAST {
-            return Err(format!(
-                "the last {LAST} relayed connections of this node are for namespaces whose pods have fewer than {OF_NAMESPACE}"
-            ));
+            return Err(Full::Namespace);
         }
-        let of_pod = OF_ONE.saturating_sub(self.of_one.available_permits());
-        if of_pod >= SHARE && free <= RESERVED {
-            let most = OF_ALL - RESERVED;
-            return Err(format!(
-                "the pods of this node have {most} relayed connections or more, and then each pod gets at most {SHARE}"
-            ));
+        if self.of_pod() >= SHARE && free <= RESERVED {
+            return Err(Full::Share);
         }
         let of_one = Arc::clone(&self.of_one).try_acquire_owned();
-        let of_one = of_one
-            .map_err(|_| format!("the pod has {OF_ONE} relayed connections, which is the limit"))?;
+        let of_one = of_one.map_err(|_| Full::Pod)?;
         let of_all = Arc::clone(&self.shared.of_all).try_acquire_owned();
-        let full = |_| {
-            format!("the pods of this node have {OF_ALL} relayed connections, which is the limit")
-        };
-        let of_all = of_all.map_err(full)?;
+        let of_all = of_all.map_err(|_| Full::Node)?;
         let of_namespace = Arc::clone(&self.of_namespace).try_acquire_owned();
-        Ok([of_one, of_all, of_namespace.map_err(full)?])
+        Ok([of_one, of_all, of_namespace.map_err(|_| Full::Node)?])
     }
 }
 
@@ -264,7 +335,7 @@ mod tests {
     use tokio::io::AsyncReadExt as _;
     use tonic::transport::Endpoint;
 
-    use super::*;
+    use super::{super::idle, *};
 
     fn key(number: u16) -> PodPort {
         PodPort {
@@ -316,7 +387,7 @@ mod tests {
             .collect();
         let taken: Vec<_> = pods.iter().flat_map(all_of).collect();
         assert_eq!(taken.len(), OF_ALL - LAST);
-        let full = pods[39 - 1].permits().unwrap_err();
+        let full = pods[39 - 1].permits().unwrap_err().to_string();
         assert!(
             full.contains("for namespaces whose pods have fewer than 8"),
             "{full}"
@@ -400,10 +471,74 @@ mod tests {
         assert_eq!(of_one.len(), OF_ONE);
         let of_other = all_of(&other);
         assert_eq!(of_other.len(), SHARE);
-        let full = other.permits().unwrap_err();
+        let full = other.permits().unwrap_err().to_string();
         assert!(full.contains("each pod gets at most 8"), "{full}");
         assert_eq!(all_of(&third).len(), SHARE);
         drop(of_one);
         let _permits = other.permits().unwrap();
+    }
+
+    fn client(number: u8) -> Source {
+        Source::V4([10, 0, 0, number].into())
+    }
+
+    /// As many connections from this client as the pod gets.
+    fn filled(pod: &Relayed, from: Source) -> Vec<Place> {
+        let places = std::iter::from_fn(|| pod.place(from).ok());
+        places.collect()
+    }
+
+    fn given_away(places: &[Place]) -> usize {
+        places.iter().filter(|place| place.is_given_away()).count()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_was_silent_for_long_gives_way_to_a_new_one() {
+        let (listeners, mut refused) = listeners();
+        let pod = relayed(&listeners, 80, &namespace());
+        let used = pod.place(client(1)).unwrap();
+        used.activity().note();
+        let silent = filled(&pod, client(2));
+        assert_eq!(silent.len(), OF_ONE - 1);
+        assert_eq!(pod.place(client(3)).unwrap_err(), Full::Share);
+        tokio::time::advance(idle::SILENT).await;
+        let new = pod.place(client(3)).unwrap();
+        assert!(silent[0].is_given_away(), "the oldest");
+        assert_eq!(given_away(&silent), 1);
+        let (_, text) = refused.recv().await.unwrap();
+        assert!(
+            text.starts_with("An idle connection to port 80 was closed for a new one: "),
+            "{text}"
+        );
+        assert_eq!(pod.of_pod(), OF_ONE);
+        let newest = filled(&pod, client(3));
+        assert_eq!(newest.len(), OF_ONE - 2, "each of the silent ones");
+        assert!(!used.is_given_away() && !new.is_given_away());
+        // Those that gave way free nothing when they end.
+        drop(silent);
+        assert_eq!(pod.of_pod(), OF_ONE);
+        tokio::time::advance(idle::IDLE).await;
+        let _last = pod.place(client(3)).unwrap();
+        assert!(!used.is_given_away(), "its client has only this one");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_with_its_share_displaces_only_its_own_connections() {
+        let (listeners, _refused) = listeners();
+        let pod = |number| relayed(&listeners, number, &namespace());
+        let (one, other, third) = (pod(1), pod(2), pod(3));
+        let of_one = filled(&one, client(1));
+        tokio::time::advance(idle::SILENT).await;
+        let of_other = filled(&other, client(1));
+        assert_eq!(of_other.len(), SHARE, "none of its own is idle");
+        assert_eq!(given_away(&of_one), 0);
+        let rest = filled(&third, client(2));
+        assert_eq!(rest.len(), SHARE);
+        let others: Vec<_> = (4..6).map(pod).collect();
+        let of_others: Vec<_> = others.iter().map(|pod| filled(pod, client(2))).collect();
+        assert!(of_others.iter().all(|places| places.len() == SHARE));
+        // The node is full, and a pod without a connection needs one.
+        let _first = pod(6).place(client(3)).unwrap();
+        assert_eq!(given_away(&of_one), 1);
     }
 }

@@ -205,6 +205,38 @@ async fn a_service_leads_to_its_pods_until_they_are_gone() -> anyhow::Result<()>
     Ok(())
 }
 
+/// The most connections to one pod.
+const OF_ONE: usize = 224;
+
+#[tokio::test]
+async fn clients_that_send_nothing_keep_nobody_out_for_good() -> anyhow::Result<()> {
+    let (_site, kubelet, _running) = start().await?;
+    service(&kubelet)?;
+    web(&kubelet, "one")?;
+    let addresses = ready(&kubelet, 1).await?;
+    let address = *addresses.first().context("no address")?;
+    answers(address).await?;
+    let mut silent = Vec::new();
+    for _ in 0..OF_ONE {
+        silent.push(TcpStream::connect(address).await?);
+    }
+    // Connections are accepted in the order in which they were made, so this one finds no room.
+    let full = exchange(address, b"x").await;
+    ensure!(full.is_err(), "{full:?} beside {OF_ONE} connections");
+    answers(address).await?;
+    let told = refusals(&kubelet).await?;
+    let closed = |text: &String| text.contains("was closed for a new one");
+    wait_for("an Event about an idle connection", SOON, async || {
+        let told = refusals(&kubelet).await?;
+        ensure!(told.iter().any(closed), "{told:?}");
+        Ok(())
+    })
+    .await
+    .with_context(|| format!("at first {told:?}"))?;
+    drop(silent);
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_pod_that_a_network_policy_selects_is_relayed_to_no_more_and_told() -> anyhow::Result<()>
 {

@@ -92,6 +92,7 @@ async fn try_run(
     let by_us = attempt.abort.is_cancelled();
     let killed = by_kernel(exit, by_us, || pod.oom.claim(kills_before));
     let message = message(folders, None).await;
+    let message = up.runtime.message(message);
     let used_at_end = up.runtime.child.used.unwrap_or_default();
     let used = spent(pod.runtime.isolates(), used_before, used_at_end);
     Ok((exit, message, Losses::default(), killed, used))

@@ -6,15 +6,16 @@
 
 use std::{
     collections::HashMap,
+    io,
     net::{IpAddr, SocketAddr},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::timeout};
 
 use super::LOCALHOST;
 use crate::{
-    forward::{self, ForwardError, Reached},
+    forward::{self, DIALLING, ForwardError, Reached},
     listeners::{self, Listener},
     network::Network,
 };
@@ -45,7 +46,7 @@ impl Way {
             return None;
         }
         let stream = TcpStream::connect(SocketAddr::new(self.address, port));
-        let stream = stream.await.ok()?;
+        let stream = timeout(DIALLING, stream).await.ok()?.ok()?;
         same().then_some(stream)
     }
 }
@@ -91,8 +92,14 @@ impl Known {
 /// As a real kubelet writes it, if it has such an error.
 fn text(error: &ForwardError) -> String {
     match error {
-        ForwardError::ConnectionRefused { port, .. } => {
-            format!("dial tcp {LOCALHOST}:{port}: connect: connection refused")
+        ForwardError::ConnectionRefused { port, tried } => {
+            let late = |(_, error): &(IpAddr, io::Error)| error.kind() == io::ErrorKind::TimedOut;
+            let why = if tried.iter().any(late) {
+                "i/o timeout"
+            } else {
+                "connect: connection refused"
+            };
+            format!("dial tcp {LOCALHOST}:{port}: {why}")
         }
         ForwardError::Foreign { .. }
         | ForwardError::Changed { .. }

@@ -321,7 +321,7 @@ impl Worker<'_> {
         let references = &self.context.api.references;
         self.memory.values.read = Some((now, references.level()));
         let allocatable = self.context.allocatable();
-        let resolved = resolve::resolve(
+        let (resolved, trust) = resolve::resolve(
             &self.context.api.client,
             &self.context.api.services,
             pod,
@@ -334,11 +334,10 @@ impl Worker<'_> {
         let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
         let made = knoc_translate::values(pod, &resolved);
         let complete = made.as_ref().is_ok_and(|it| it.lacking.is_empty());
-        let objects = resolve::versions(namespace, &needs, &resolved, complete);
+        let objects = resolve::versions(namespace, &needs, &resolved, &trust, complete);
         self.memory.values.look_at = Some(now)
-            .filter(|_| !objects.is_empty() || !needs.trust_bundles.is_empty())
+            .filter(|_| !objects.is_empty())
             .and_then(resolve::look_at);
-        self.memory.values.unwatched = !needs.trust_bundles.is_empty();
         // What is missing is watched too: the pod goes on as soon as it appears.
         references.follow(self.uid, objects);
         let knoc_translate::Values {
@@ -425,7 +424,7 @@ impl Worker<'_> {
             values.refresh_at = Some(values.refresh_at.map_or(at, |before| before.min(at)));
         }
         if values.look_at.is_some_and(|at| at <= now) {
-            if references.all_watched(self.uid) && !values.unwatched {
+            if references.all_watched(self.uid) {
                 values.look_at = resolve::look_at(now);
             } else {
                 values.look_at = None;

@@ -57,8 +57,6 @@ pub(super) struct Values {
     pub(super) refresh_at: Option<Timestamp>,
     /// When to read objects again that nothing watches.
     pub(super) look_at: Option<Timestamp>,
-    /// Whether the pod refers to objects that are never watched.
-    pub(super) unwatched: bool,
     /// When the objects were read last, and the level of their changes then.
     pub(super) read: Option<(Timestamp, u64)>,
     /// The ephemeral containers that lacked something when the values were last made.

@@ -4,16 +4,21 @@ use kube::client::Body;
 
 use super::*;
 
+mod bundles;
+
 fn uid(name: &str) -> PodUid {
     name.parse().unwrap()
 }
 
-fn key(name: &str) -> Key {
-    Key {
-        kind: Kind::ConfigMap,
+fn named(name: &str) -> Name {
+    Name {
         namespace: "ns".to_owned(),
         name: name.to_owned(),
     }
+}
+
+fn key(name: &str) -> Key {
+    Key::ConfigMap(named(name))
 }
 
 fn read(objects: &[(&str, Option<&str>)]) -> BTreeMap<Key, Version> {
@@ -139,7 +144,10 @@ fn watches_that_are_denied_keep_no_other_from_being_opened() {
     }
     let wanted = references.wanted(&HashMap::new());
     assert_eq!(wanted.len(), WATCHES);
-    assert!(wanted.keys().all(|key| key.name.starts_with("other")));
+    let all_others = wanted
+        .keys()
+        .all(|key| matches!(key, Key::ConfigMap(of) if of.name.starts_with("other")));
+    assert!(all_others, "{wanted:?}");
     // A watch that is open after all is like any other.
     let one = key("denied-0");
     let incarnation = references.state().objects[&one].incarnation;
@@ -152,11 +160,7 @@ async fn a_watch_is_opened_although_all_others_were_denied() {
     let (service, mut requests) =
         tower_test::mock::pair::<Request<Body>, Response<Full<bytes::Bytes>>>();
     let references = References::default();
-    let secret = |number: usize| Key {
-        kind: Kind::Secret,
-        namespace: "ns".to_owned(),
-        name: format!("secret-{number}"),
-    };
+    let secret = |number: usize| Key::Secret(named(&format!("secret-{number}")));
     let secrets = (0..WATCHES).map(|number| (secret(number), None));
     references.follow(&uid("a"), secrets.collect());
     let mut tasks = JoinSet::new();

@@ -8,14 +8,13 @@ use k8s_openapi::{
     api::certificates::{v1, v1beta1},
 };
 use knoc_translate::TrustBundleKey;
-use kube::{Api, Client, Resource, api::ListParams};
+use kube::{Api, Client, Resource};
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use serde::de::DeserializeOwned;
 
 use super::{DEADLINE, ResolveError};
+use crate::pods::references::{Version, list_params, version_of_all};
 
-/// How many bundles of a signer are read at most.
-const BUNDLES: u32 = 500;
 /// The characters of a line of PEM.
 const LINE: usize = 64;
 
@@ -29,6 +28,17 @@ trait Bundle:
     fn certificates(&self) -> &str;
 }
 
+/// What a projection selects.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// The certificates of all that it selects.
+    pub(super) certificates: String,
+    pub(super) version: Version,
+}
+
+/// What each projection selects; one that selects nothing is absent.
+pub(crate) type AllFound = BTreeMap<TrustBundleKey, Found>;
+
 impl Bundle for v1::ClusterTrustBundle {
     fn certificates(&self) -> &str {
         &self.spec.trust_bundle
@@ -41,28 +51,27 @@ impl Bundle for v1beta1::ClusterTrustBundle {
     }
 }
 
-/// The certificates that each key selects; a key that selects nothing is absent.
+/// What each key selects.
 pub(super) async fn get_all(
     client: &Client,
     keys: &[TrustBundleKey],
-) -> Result<BTreeMap<TrustBundleKey, String>, ResolveError> {
+) -> Result<AllFound, ResolveError> {
     let gets = keys.iter().map(|key| async move {
         let mut found = get::<v1::ClusterTrustBundle>(client, key).await?;
-        if found.is_empty() {
+        if found.is_none() {
             found = get::<v1beta1::ClusterTrustBundle>(client, key).await?;
         }
-        let certificates = Some(together(&found)).filter(|_| !found.is_empty());
-        Ok(certificates.map(|certificates| (key.clone(), certificates)))
+        Ok(found.map(|found| (key.clone(), found)))
     });
     let found: Result<Vec<_>, ResolveError> = join_all(gets).await.into_iter().collect();
     Ok(found?.into_iter().flatten().collect())
 }
 
-/// The bundles that the key selects; none if the cluster does not have this version of the API.
+/// What the key selects; None if that is nothing, or if the cluster does not have this version of the API.
 async fn get<K: Bundle>(
     client: &Client,
     key: &TrustBundleKey,
-) -> Result<Vec<String>, ResolveError> {
+) -> Result<Option<Found>, ResolveError> {
     match tokio::time::timeout(DEADLINE, select::<K>(client, key)).await {
         Err(_) => Err(ResolveError::Late {
             what: format!("get {key}"),
@@ -73,8 +82,11 @@ async fn get<K: Bundle>(
             source,
         }),
         Ok(Ok(found)) => {
-            let certificates = found.iter().map(|one| one.certificates().to_owned());
-            Ok(certificates.collect())
+            let version = version_of_all(found.iter().map(Resource::meta));
+            Ok(version.map(|version| Found {
+                certificates: together(found.iter().map(Bundle::certificates)),
+                version: Some(version),
+            }))
         }
     }
 }
@@ -86,15 +98,10 @@ async fn select<K: Bundle>(client: &Client, key: &TrustBundleKey) -> kube::Resul
             let found = api.get_opt(name).await?;
             Ok(found.into_iter().collect())
         }
-        TrustBundleKey::Signed { labels: None, .. } => Ok(Vec::new()),
-        TrustBundleKey::Signed {
-            signer,
-            labels: Some(labels),
-        } => {
-            let only = ListParams::default()
-                .fields(&format!("spec.signerName={signer}"))
-                .labels(labels)
-                .limit(BUNDLES);
+        TrustBundleKey::Signed { .. } => {
+            let Some(only) = list_params(key) else {
+                return Ok(Vec::new());
+            };
             match api.list(&only).await {
                 Ok(list) => Ok(list.items),
                 Err(kube::Error::Api(status)) if status.code == 404 => Ok(Vec::new()),
@@ -105,9 +112,8 @@ async fn select<K: Bundle>(client: &Client, key: &TrustBundleKey) -> kube::Resul
 }
 
 /// PURE: the certificates of all bundles, each once. The order means nothing, so it is one that does not change.
-fn together(bundles: &[String]) -> String {
+fn together<'a>(bundles: impl Iterator<Item = &'a str>) -> String {
     let certificates: BTreeSet<Vec<u8>> = bundles
-        .iter()
         .flat_map(|bundle| CertificateDer::pem_slice_iter(bundle.as_bytes()))
         .filter_map(Result::ok)
         .map(|certificate| certificate.to_vec())
@@ -138,9 +144,10 @@ mod tests {
         let one = pem(&[1; 60]);
         let two = pem(&[2; 3]);
         let bundles = [format!("# a comment\n{two}{one}"), one.clone()];
-        assert_eq!(together(&bundles), format!("{one}{two}"));
+        let bundles = bundles.iter().map(String::as_str);
+        assert_eq!(together(bundles), format!("{one}{two}"));
         let longest = one.lines().map(str::len).max();
         assert_eq!(longest, Some(LINE));
-        assert_eq!(together(&["no certificate".to_owned()]), "");
+        assert_eq!(together(std::iter::once("no certificate")), "");
     }
 }

@@ -261,7 +261,7 @@ pub(super) const TABLE: &[Type] = &[
         row("podCertificate", Any, Rejected, LATER),
     ]),
     of("ClusterTrustBundleProjection", "`projected.sources[].clusterTrustBundle`", &[
-        row("labelSelector name optional path signerName", Any, Honoured, "if the cluster has ClusterTrustBundles; a change arrives within 70 s"),
+        row("labelSelector name optional path signerName", Any, Honoured, "if the cluster has ClusterTrustBundles; a change arrives like that of a ConfigMap"),
         row("user", Any, Mapped, OWNER),
     ]),
     of("SecretProjection", "`projected.sources[].secret`", &[

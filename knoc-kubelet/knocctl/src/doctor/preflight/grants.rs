@@ -66,7 +66,7 @@ const RULES: [Rule; 18] = [
     rule(
         "certificates.k8s.io",
         &["clustertrustbundles"],
-        &["get", "list"],
+        &["get", "list", "watch"],
     ),
     rule("", &["persistentvolumes"], &["get"]),
     rule("authentication.k8s.io", &["tokenreviews"], &["create"]),
