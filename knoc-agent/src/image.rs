@@ -21,6 +21,7 @@
 //! | addresses, schemes, redirects, tokens, credentials | `guard`, `http`, `auth`, `login` |
 //! | sizes of answers, numbers in lists | `registry`, `manifest` |
 //! | concurrent requests and pulls, shared fairly | `slots` |
+//! | the time of a check and a conversion that others wait for | `turn` |
 //! | progress and size of a layer | `download` |
 //! | the unpacked size of an image | `unpacked` |
 //! | the cache | `room` |
@@ -69,6 +70,7 @@ mod resolve;
 mod room;
 mod sif;
 mod slots;
+mod turn;
 mod unpacked;
 mod untrusted;
 
