@@ -70,6 +70,7 @@ mod resolve;
 mod room;
 mod sif;
 mod slots;
+mod survivors;
 mod turn;
 mod unpacked;
 mod untrusted;

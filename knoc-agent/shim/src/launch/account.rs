@@ -22,6 +22,9 @@ use nix::{
 };
 use rustix::fs::OFlags;
 
+#[cfg(any(test, feature = "fuzzed"))]
+pub(crate) mod fuzzed;
+
 const PASSWD: &str = "/etc/passwd";
 /// A longer `passwd` file is not read.
 pub(crate) const PASSWD_BYTES: u64 = 1 << 20;
