@@ -228,7 +228,7 @@ pub struct Bounds {
     pub size: u64,
     /// The largest unpacked size of an image, in bytes.
     pub unpacked: u64,
-    /// The largest size of all cached images, in bytes.
+    /// The largest size of all cached images and of what pulls have on disk, in bytes.
     pub cache: u64,
     /// How long a layer may make too little progress.
     pub stall: Duration,
