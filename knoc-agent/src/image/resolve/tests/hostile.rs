@@ -585,6 +585,7 @@ async fn only_registries_that_the_site_allows_are_asked() {
     );
     assert!(denied.message.contains(&registry.address), "{denied}");
     site.images.check("quay.io/a/b").unwrap();
+    site.images.check("QUAY.io/a/b").unwrap();
     // A pod that was admitted before the policy changed.
     let denied = site.images.resolve(&image, PullPolicy::Always, &[]).await;
     assert!(!denied.unwrap_err().retryable());
