@@ -21,6 +21,7 @@
 //! | addresses, schemes, redirects, tokens, credentials | `guard`, `http`, `auth`, `login` |
 //! | sizes of answers, numbers in lists | `registry`, `manifest` |
 //! | concurrent requests and pulls, shared fairly | `slots` |
+//! | the time of a check and a conversion that others wait for | `turn` |
 //! | progress and size of a layer | `download` |
 //! | the unpacked size of an image | `unpacked` |
 //! | the cache | `room` |
@@ -69,6 +70,8 @@ mod resolve;
 mod room;
 mod sif;
 mod slots;
+mod survivors;
+mod turn;
 mod unpacked;
 mod untrusted;
 
@@ -225,7 +228,7 @@ pub struct Bounds {
     pub size: u64,
     /// The largest unpacked size of an image, in bytes.
     pub unpacked: u64,
-    /// The largest size of all cached images, in bytes.
+    /// The largest size of all cached images and of what pulls have on disk, in bytes.
     pub cache: u64,
     /// How long a layer may make too little progress.
     pub stall: Duration,

@@ -393,8 +393,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let by_us = attempt.abort.is_cancelled();
     let killed = by_kernel(exit, by_us, || pod.oom.claim(kills_before));
     let logs = container.termination_message_fallback_to_logs && exit.code != 0;
-    let message = message(folders, logs.then_some(live)).await;
-    let message = up.runtime.message(message);
+    let message = (up.runtime).message(message(folders, logs.then_some(live)).await);
     let used_at_end = up.runtime.child.used.unwrap_or_default();
     let used = spent(pod.runtime.isolates(), used_before, used_at_end);
     Ok((exit, message, losses, killed, used))

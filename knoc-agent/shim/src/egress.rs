@@ -23,7 +23,7 @@
 
 mod api;
 mod datagram;
-mod dns;
+pub(crate) mod dns;
 pub(crate) mod gate;
 pub(crate) mod host;
 pub(crate) mod ports;

@@ -12,6 +12,9 @@ use knoc_contract::walk::{self, Found, WalkError};
 use knoc_proto::{paths, pb, pb::env_var::Value};
 use rustix::{fs::fstat, io::Errno};
 
+#[cfg(any(test, feature = "fuzzed"))]
+pub(crate) use self::format::find;
+
 use self::format::Malformed;
 use super::{network::Network, nofollow, volumes::Volumes};
 

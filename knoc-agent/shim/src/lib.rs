@@ -26,6 +26,8 @@ mod environment;
 mod exec;
 mod fdio;
 mod forward;
+#[cfg(any(test, feature = "fuzzed"))]
+pub mod fuzzed;
 mod gpus;
 mod handshake;
 mod health;

@@ -24,7 +24,8 @@ pub struct Limits {
     /// The maximum size of an unpacked image, in bytes.
     #[serde(deserialize_with = "text::size")]
     pub image_unpacked: u64,
-    /// The maximum size of all cached images, in bytes. The least recently used ones are removed first.
+    /// The maximum size of all cached images, and of what pulls in progress have on disk, in bytes. The least recently
+    /// used images are removed first.
     #[serde(deserialize_with = "text::size")]
     pub image_cache: u64,
     /// How long a layer may deliver less than 64 KiB, or less than 1 MiB while other images wait, before its pull

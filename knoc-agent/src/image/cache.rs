@@ -9,7 +9,7 @@
 //!
 //! The modification time of a config is the time when its image was last used. The SIF itself is
 //! never touched, because jobs check that it is the file they were submitted with. [`super::room`]
-//! bounds the total size.
+//! bounds the total size, that of pulls in progress included.
 
 use std::{
     collections::BTreeMap,
@@ -31,6 +31,7 @@ use super::{
     claims::{Claims, Kept},
     file::ImageFile,
     login::Credential,
+    survivors,
 };
 
 /// How many names have their digest recorded; if there are more, some cost another request to the
@@ -195,6 +196,7 @@ impl Cache {
     /// Removes what an earlier agent left unfinished. Blocking; called once, at start.
     pub(super) fn sweep(&self) {
         let temporary = self.temporary();
+        survivors::end(&temporary);
         if let Err(error) = tree::remove(&temporary) {
             tracing::warn!(folder = %temporary.display(), %error, "cannot remove what pulls left");
         }

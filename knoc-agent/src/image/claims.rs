@@ -6,6 +6,8 @@ use std::{
     time::SystemTime,
 };
 
+use tokio::time::Instant;
+
 /// An image on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Kept {
@@ -23,6 +25,8 @@ pub(super) struct Claims {
     pub(super) since: HashSet<String>,
     /// Bytes reserved by pulls in progress.
     pub(super) reserved: u64,
+    /// When a pull found no room last.
+    pub(super) refused: Option<Instant>,
 }
 
 impl Claims {

@@ -16,6 +16,7 @@ use super::{
     progress::Step,
     pull::{LAYOUT, Puller, SIF, blocking},
     slots::Slot,
+    turn::Turn,
     untrusted::{fatal, shown, why},
 };
 use crate::{
@@ -38,11 +39,26 @@ struct Failed {
 }
 
 impl Puller {
-    /// Converts the layout in the pull's folder. An image that cannot be compressed as it should be is compressed with gzip.
-    pub(super) async fn convert(&self, folder: &Path, slot: Slot) -> Result<(), String> {
+    /// Converts the layout in the pull's folder, in its turn at the slot.
+    pub(super) async fn convert(
+        &self,
+        folder: &Path,
+        slot: Slot,
+        turn: &Turn,
+    ) -> Result<(), String> {
         self.progress.enter(Step::Converts);
+        let converted = self.converted(folder);
         // A job takes no processor of the login node, and may wait for long.
-        let _slot = self.settings.jobs.is_none().then_some(slot);
+        if self.settings.jobs.is_some() {
+            drop(slot);
+            return converted.await;
+        }
+        let _slot = slot;
+        turn.limit(converted).await
+    }
+
+    /// Converts the layout. An image that cannot be compressed as it should be is compressed with gzip.
+    async fn converted(&self, folder: &Path) -> Result<(), String> {
         let method = self.compressor.method(&self.settings).await;
         let Err(failed) = self.conversion(method, folder).await else {
             return Ok(());

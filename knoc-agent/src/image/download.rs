@@ -106,8 +106,12 @@ pub(super) struct Download<'a> {
 }
 
 impl Download<'_> {
-    /// Downloads all layers; their digests are checked later.
-    pub(super) async fn layers(&self, image: &Image) -> Result<(), String> {
+    /// Downloads all layers; their digests are checked later. `full` ends if there is no room for them, and says why.
+    pub(super) async fn layers(
+        &self,
+        image: &Image,
+        full: impl Future<Output = String>,
+    ) -> Result<(), String> {
         // An image may contain the same layer several times.
         let mut layers: Vec<Descriptor> = Vec::new();
         for layer in &image.layers {
@@ -129,6 +133,7 @@ impl Download<'_> {
             biased;
             done = all => done.map_err(late).flatten().map(drop),
             why = outpaced(self.progress, self.slots) => Err(describe(self.source, &why)),
+            why = full => Err(why),
         }
     }
 

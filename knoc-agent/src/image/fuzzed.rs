@@ -6,17 +6,25 @@
 #![allow(
     unreachable_pub,
     clippy::panic,
+    clippy::expect_used,
     reason = "public for the fuzz targets; a harness reports what it found with a panic"
 )]
 
+use std::{fs::File, io::Write as _, os::fd::AsRawFd as _, path::PathBuf};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+
 use super::{
-    auth,
+    Name, auth,
     digest::Digest,
     file::ImageFile,
-    guard::{Url, forbidden},
+    guard::{self, Url, forbidden},
+    local,
     manifest::{self, MAX_LAYERS, Manifest, Packing},
+    reference::{self, Reference},
     unpacked::{Budget, Tar},
 };
+use crate::config::Registry;
 
 /// Parses any bytes as a manifest, an index, an image's config and a registry's error reasons.
 ///
@@ -121,6 +129,59 @@ pub fn layers(data: &[u8]) {
     }
 }
 
+/// Looks at any bytes as a SIF file that was pushed, and at its beginning as the config in one.
+///
+/// # Panics
+/// If a file is whole that has not even a header.
+pub fn pushed_sif(data: &[u8]) {
+    let file = memfd_create("image", MemfdFlags::CLOEXEC).expect("a file in memory");
+    let mut file = File::from(file);
+    file.write_all(data).expect("it is written");
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    if let Ok(Some((_, sif))) = local::open(&path) {
+        assert!(!local::is_whole(&sif) || data.len() >= 128);
+    }
+    if let Some(config) = std::str::from_utf8(data).ok().and_then(ImageFile::of_sif)
+        && let Ok(config) = config.bounded()
+    {
+        let volumes = config.volume_paths();
+        assert!(volumes.iter().all(|path| path.starts_with('/')));
+    }
+}
+
+/// Parses any bytes as the name of an image in a pod.
+///
+/// # Panics
+/// If a name is another one when it is read again, or a registry can be written so that the site's policy or mirrors do not
+/// apply to it.
+pub fn image_names(data: &[u8]) {
+    let Ok(Ok(Reference::Registry(name))) = std::str::from_utf8(data).map(reference::parse) else {
+        return;
+    };
+    let whole = name.whole();
+    assert_eq!(Name::of_pod(&whole).as_ref(), Ok(&name), "{whole}");
+    let registry = name.registry();
+    assert!(!registry.bytes().any(|byte| byte.is_ascii_uppercase()));
+    assert_eq!(
+        guard::host_of(registry),
+        guard::host_of(&registry.to_uppercase())
+    );
+    let capital = registry.to_ascii_uppercase();
+    assert_eq!(
+        reference::allowed(&name, std::slice::from_ref(&capital)),
+        Ok(())
+    );
+    let mirror = Registry {
+        prefix: capital,
+        mirror: Some("mirror.example.org".to_owned()),
+        insecure: false,
+        credentials: false,
+    };
+    if let Ok(source) = reference::source(&name, &[mirror], None) {
+        assert_eq!(source.reference.registry(), "mirror.example.org");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,6 +204,8 @@ mod tests {
         corpus("manifests", manifests);
         corpus("auth_headers", auth_headers);
         corpus("layers", layers);
+        corpus("pushed_sif", pushed_sif);
+        corpus("image_names", image_names);
     }
 
     proptest! {
@@ -150,6 +213,30 @@ mod tests {
         fn whatever_a_registry_says(data in "\\PC{0,200}") {
             manifests(data.as_bytes());
             auth_headers(data.as_bytes());
+            pushed_sif(data.as_bytes());
+            image_names(data.as_bytes());
+        }
+
+        #[test]
+        fn whatever_a_name_says(
+            host in "(oras://|docker://)?([A-Za-z0-9.-]{1,10}(:[0-9]{1,5})?|\\[[0-9A-F:]{2,9}\\](:5000)?)",
+            rest in "(/[a-z0-9._-]{1,5}){1,3}(:[A-Za-z0-9]{1,3})?",
+        ) {
+            image_names(format!("{host}{rest}").as_bytes());
+        }
+
+        #[test]
+        fn whatever_numbers_a_sif_file_has(
+            numbers in prop::collection::vec(prop_oneof![any::<u64>(), 0_u64..200], 6),
+            length in 0_usize..200,
+        ) {
+            let mut bytes = vec![0; 200];
+            bytes[32..41].copy_from_slice(b"SIF_MAGIC");
+            for (number, at) in numbers.iter().zip((80..).step_by(8)) {
+                bytes[at..at + 8].copy_from_slice(&number.to_le_bytes());
+            }
+            bytes.truncate(length);
+            pushed_sif(&bytes);
         }
 
         #[test]

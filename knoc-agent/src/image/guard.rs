@@ -12,6 +12,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
+use super::name;
 use crate::config::Registry;
 
 /// Longer URLs are rejected; the signed URLs of blob stores have one or two KiB.
@@ -217,10 +218,9 @@ pub(super) fn host_of(registry: &str) -> String {
 
 /// The root URL of the registry API for `registry`, as image names have it.
 pub(super) fn base(registry: &str, plain: bool) -> Result<Url, String> {
-    let host = if registry == "docker.io" {
-        HUB_API
-    } else {
-        registry
+    let host = match name::registry(registry) {
+        hub if hub == "docker.io" => HUB_API.to_owned(),
+        host => host,
     };
     let scheme = if plain { "http" } else { "https" };
     Url::parse(&format!("{scheme}://{host}/v2/"))
@@ -238,7 +238,7 @@ struct Named {
 impl Named {
     fn of(address: &str, plain: bool) -> Option<Self> {
         let scheme = address.split_once("://");
-        let plain = plain || scheme.is_some_and(|(scheme, _)| scheme == "http");
+        let plain = plain || scheme.is_some_and(|(scheme, _)| scheme.eq_ignore_ascii_case("http"));
         let host = scheme.map_or(address, |(_, rest)| rest).split('/').next()?;
         let url = base(host, plain).ok()?;
         let explicit = host.rsplit(']').next()?.contains(':');

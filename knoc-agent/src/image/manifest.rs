@@ -4,7 +4,7 @@
 //! `{},{},…` would take a hundred times as much memory. A document that is both an index and an
 //! image is rejected.
 
-use std::{fmt, marker::PhantomData};
+use std::{collections::HashMap, fmt, marker::PhantomData};
 
 use serde::{
     Deserialize, Serialize,
@@ -223,12 +223,26 @@ fn image(config: &RawDescriptor, layers: &[RawDescriptor]) -> Result<Image, Stri
             size: layer.size,
         })
     };
-    let layers = layers.iter().map(layer).collect::<Result<_, _>>()?;
+    let layers: Vec<Descriptor> = layers.iter().map(layer).collect::<Result<_, _>>()?;
+    one_size(&layers)?;
     Ok(Image {
         config,
         layers,
         sif,
     })
+}
+
+/// Checks that a layer that the image has several times always has the same size. Each time it costs as much to check as
+/// the first time, so that the size of the image must count it each time.
+fn one_size(layers: &[Descriptor]) -> Result<(), String> {
+    let mut sizes = HashMap::new();
+    for layer in layers {
+        if *sizes.entry(&layer.digest).or_insert(layer.size) != layer.size {
+            let digest = &layer.digest;
+            return Err(format!("the manifest names {digest} with different sizes"));
+        }
+    }
+    Ok(())
 }
 
 fn is_sif(layer: &RawDescriptor) -> bool {

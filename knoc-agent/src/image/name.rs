@@ -1,7 +1,8 @@
 //! PURE: parses the name of an image in a registry as Docker and Kubernetes do.
 //!
 //! `[HOST[:PORT]/]PATH[:TAG][@DIGEST]`. The first part is a host if it contains a dot or a colon or
-//! is `localhost`; otherwise the image is on Docker Hub.
+//! is `localhost`; otherwise the image is on Docker Hub. The case of a host means nothing, so that a name has it in
+//! lower case.
 
 use std::{fmt, str::FromStr};
 
@@ -87,7 +88,7 @@ impl Name {
         if self.sif { ORAS } else { "" }
     }
 
-    /// The host, with its port if the name has one.
+    /// The host in lower case, with its port if the name has one.
     #[must_use]
     pub fn registry(&self) -> &str {
         &self.registry
@@ -198,18 +199,35 @@ impl FromStr for Name {
 fn split_host(text: &str) -> Result<(String, String), NameError> {
     let host = text
         .split_once('/')
-        .filter(|(host, _)| host.contains(['.', ':']) || *host == "localhost");
+        .filter(|(host, _)| host.contains(['.', ':']) || host.eq_ignore_ascii_case("localhost"));
     let (host, path) = host.unwrap_or((HUB, text));
     if !is_host(host) {
         return Err(NameError::Registry);
     }
-    let host = if host == HUB_LEGACY { HUB } else { host };
+    let host = registry(host);
     let path = if host == HUB && !path.contains('/') {
         format!("library/{path}")
     } else {
         path.to_owned()
     };
-    Ok((host.to_owned(), path))
+    Ok((host, path))
+}
+
+/// The one form of a registry's host in names, in which hosts are compared.
+pub(super) fn registry(host: &str) -> String {
+    let host = host.to_ascii_lowercase();
+    if host == HUB_LEGACY {
+        HUB.to_owned()
+    } else {
+        host
+    }
+}
+
+/// The beginning of images' names, from the site file, in the form in which names have it.
+pub(super) fn prefix(text: &str) -> String {
+    let text = text.trim_end_matches('/');
+    let (host, path) = text.split_at(text.find('/').unwrap_or(text.len()));
+    format!("{}{path}", registry(host))
 }
 
 /// Whether the text is `HOST`, `HOST:PORT` or `[IPv6]:PORT`.

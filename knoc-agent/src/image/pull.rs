@@ -2,8 +2,8 @@
 //! runtime converts it to a SIF file.
 //!
 //! ```text
-//! size by the manifest ─► slot ─► room in the cache ─► layers ─► digests, unpacked size ─► conversion ─► cache
-//!                                                        └─────► digest of a SIF file ─────────────────────┘
+//! size by the manifest ─► slot ─► room ─► layers ─► digests, unpacked size ─► room ─► conversion ─► cache
+//!                                           └─────► digest of a SIF file ─────────────────────────────┘
 //! ```
 //!
 //! The runtime makes no request of its own: it is given an OCI image layout in which every blob was
@@ -33,6 +33,7 @@ use super::{
     room::Reserved,
     sif,
     slots::FairSlots,
+    turn::Turn,
     unpacked::{self, Budget, LayerError},
     untrusted::why,
 };
@@ -42,6 +43,9 @@ use super::{
 pub(super) const PULLS: usize = 8;
 /// How many of them are from one host.
 pub(super) const PULLS_EACH: usize = 2;
+/// How often the layers, or what has about their size, are on disk during a conversion: the layers, the runtime's copy of
+/// them, the file system that it packs, and the SIF file that it puts that into.
+const COPIES: u64 = 4;
 /// The layout's name in the directory of its pull. The runtime is given only this relative name,
 /// because it would parse a colon in the state directory's path as the start of a tag.
 pub(super) const LAYOUT: &str = "layout";
@@ -80,7 +84,7 @@ impl Puller {
         self.progress.enter(Step::Downloads);
         let begin = tokio::time::Instant::now();
         let (cache, room) = (Arc::clone(&self.cache), self.settings.limits.cache);
-        let reserved = blocking(move || cache.reserve(size, room)).await?;
+        let mut reserved = blocking(move || cache.reserve(size, room)).await?;
         let temporary = Temporary::new(&self.cache)?;
         let folder = temporary.0.join(LAYOUT);
         let layout = blocking(move || Layout::create(folder).map_err(|err| chain(&err))).await?;
@@ -98,24 +102,26 @@ impl Puller {
         } else {
             Some(self.registry.config(&source, &found.image).await?)
         };
-        download.layers(&found.image).await?;
+        let full = reserved.follow(&self.progress, size, room);
+        download.layers(&found.image, full).await?;
         let fetched = begin.elapsed();
         self.progress.enter(Step::Checks);
         let digest = found.digest.to_string();
         let _claim = self.claims.acquire(&digest).await;
         let converting = self.conversions.acquire(&host).await;
-        let file = match config {
-            None => self.take(layout, &found, &temporary).await,
-            Some(config) => self.check(layout, &found, config).await,
-        };
-        let file = file.map_err(|text| describe(&source, &text))?;
+        let turn = Turn::begin(size, [&self.pulls, &self.conversions], &self.cache);
+        let checked = turn.limit(self.checked(layout, &found, config, &temporary));
+        let (file, unpacked) = checked.await.map_err(|text| describe(&source, &text))?;
         // What was downloaded proves that the source has the image, if it is cached already.
         let (cache, cached, also) = (Arc::clone(&self.cache), digest.clone(), access.clone());
         if blocking(move || cache.join(&cached, also).map_err(|err| chain(&err))).await? {
             return Ok(());
         }
         if !found.image.sif {
-            self.convert(&temporary.0, converting).await?;
+            reserved.set(while_converted(size, unpacked));
+            let cache = Arc::clone(&self.cache);
+            blocking(move || cache.make_room(0, room)).await?;
+            self.convert(&temporary.0, converting, &turn).await?;
         }
         let image = source.reference.at(&found.digest);
         tracing::info!(%image, bytes = size, ?fetched, elapsed = ?begin.elapsed(), "pulled");
@@ -151,11 +157,12 @@ impl Puller {
         let (cache, room) = (Arc::clone(&self.cache), self.settings.limits.cache);
         blocking(move || {
             let sif = temporary.0.join(SIF);
-            // A SIF file may be larger than its layers.
             let about = std::fs::metadata(&sif);
             let about = about.map_err(|error| format!("{}: {error}", sif.display()))?;
-            reserved.at_least(about.len());
-            cache.make_room(room)?;
+            // Nothing else is needed from here on.
+            remove_folder(&temporary.0.join(LAYOUT));
+            reserved.set(about.len());
+            cache.make_room(0, room)?;
             let put = cache.put(&digest, &entry, &sif);
             put.map_err(|err| chain(&err))?;
             temporary.remove();
@@ -164,13 +171,27 @@ impl Puller {
         .await
     }
 
-    /// Checks the digests and the unpacked size of all layers, and completes the layout. Returns the image's config.
+    /// Checks what was downloaded. Returns the image's config, and the unpacked size of what is to be converted.
+    async fn checked(
+        &self,
+        layout: Layout,
+        found: &Found,
+        config: Option<Config>,
+        temporary: &Temporary,
+    ) -> Result<(ImageFile, u64), String> {
+        match config {
+            None => Ok((self.take(layout, found, temporary).await?, 0)),
+            Some(config) => self.check(layout, found, config).await,
+        }
+    }
+
+    /// Checks the digests and the unpacked size of all layers, and completes the layout.
     async fn check(
         &self,
         layout: Layout,
         found: &Found,
         config: Config,
-    ) -> Result<ImageFile, String> {
+    ) -> Result<(ImageFile, u64), String> {
         let stop = CancellationToken::new();
         let _stops = stop.clone().drop_guard();
         let mut budget = Budget {
@@ -193,7 +214,7 @@ impl Puller {
                 })?);
             }
             layout.complete(&image, &config.text, &packings)?;
-            Ok(config.file)
+            Ok((config.file, limit.saturating_sub(budget.bytes)))
         })
         .await
     }
@@ -224,6 +245,11 @@ impl Puller {
         let config = sif::read(&self.settings, file).await;
         config.map_err(|error| why(&error))?.bounded()
     }
+}
+
+/// PURE: what an image takes on disk while it is converted.
+fn while_converted(size: u64, unpacked: u64) -> u64 {
+    unpacked.saturating_add(size.saturating_mul(COPIES))
 }
 
 pub(super) async fn blocking<T: Send + 'static>(

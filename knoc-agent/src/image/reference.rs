@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{ImageError, ImageErrorKind, Name, digest::Digest, login::Login};
+use super::{ImageError, ImageErrorKind, Name, digest::Digest, login::Login, name::prefix};
 use crate::config::Registry;
 
 /// A parsed image reference.
@@ -84,10 +84,7 @@ impl Source {
 /// Checks whether `policy.registries` lets pods name this image.
 pub fn allowed(name: &Name, allowed: &[String]) -> Result<(), String> {
     let path = name.repository_path();
-    let begins = |prefix: &String| {
-        let rest = path.strip_prefix(prefix.trim_end_matches('/'));
-        rest.is_some_and(at_slash)
-    };
+    let begins = |entry: &String| path.strip_prefix(&prefix(entry)).is_some_and(at_slash);
     if allowed.is_empty() || allowed.iter().any(begins) {
         return Ok(());
     }
@@ -107,15 +104,12 @@ pub fn source(
 ) -> Result<Source, String> {
     let full = name.repository_path();
     for entry in registries {
-        let prefix = entry.prefix.trim_end_matches('/');
-        let Some(rest) = full.strip_prefix(prefix).filter(|rest| at_slash(rest)) else {
+        let prefix = prefix(&entry.prefix);
+        let Some(rest) = full.strip_prefix(&prefix).filter(|rest| at_slash(rest)) else {
             continue;
         };
-        let mirror = entry
-            .mirror
-            .as_deref()
-            .unwrap_or(prefix)
-            .trim_end_matches('/');
+        let mirror = entry.mirror.as_deref().unwrap_or(&prefix);
+        let mirror = mirror.trim_end_matches('/');
         let plain = mirror.strip_prefix("http://");
         let mirror = plain
             .or_else(|| mirror.strip_prefix("https://"))
@@ -187,6 +181,13 @@ mod tests {
             ("/images/x.sif", "path /images/x.sif"),
             ("oras://ghcr.io/a/b:1", "oras://ghcr.io/a/b:1"),
             ("oras://ctl:5000/a", "oras://ctl:5000/a:latest"),
+            // The case of a host means nothing; that of a tag does.
+            ("Quay.IO/a/b:T", "quay.io/a/b:T"),
+            (
+                "INDEX.docker.io/busybox",
+                "docker.io/library/busybox:latest",
+            ),
+            ("LocalHost/x", "localhost/x:latest"),
         ];
         for (image, expected) in cases {
             assert_eq!(whole(image), expected, "{image}");
@@ -199,6 +200,7 @@ mod tests {
             "",
             " ",
             "Busybox",
+            "quay.io/A/b",
             "busybox:",
             "a b",
             "oras://",
@@ -239,8 +241,8 @@ mod tests {
         let registries = [
             registry("docker.io/library", Some("ctl:5000/lib"), true),
             registry("docker.io", Some("https://mirror.example.org/hub/"), false),
-            registry("plain.example.org", Some("http://plain:80"), false),
-            registry("ctl:5000", None, true),
+            registry("Plain.example.org", Some("http://Plain:80"), false),
+            registry("CTL:5000/", None, true),
         ];
         let cases = [
             ("busybox", "ctl:5000/lib/busybox:latest", true),
@@ -252,6 +254,12 @@ mod tests {
             ),
             ("plain.example.org/x", "plain:80/x:latest", true),
             ("ctl:5000/x/y", "ctl:5000/x/y:latest", true),
+            ("Ctl:5000/x/y", "ctl:5000/x/y:latest", true),
+            (
+                "DOCKER.io/library/busybox",
+                "ctl:5000/lib/busybox:latest",
+                true,
+            ),
             ("ctl:50001/x/y", "ctl:50001/x/y:latest", false),
             ("quay.io/x/y", "quay.io/x/y:latest", false),
             ("oras://ctl:5000/x:1", "oras://ctl:5000/x:1", true),
@@ -278,7 +286,7 @@ mod tests {
         let login = Login::new("ann", "password");
         let mut registries = [
             registry("docker.io", Some("ctl:5000"), true),
-            registry("quay.io/x", Some("quay.io/y"), false),
+            registry("quay.io/x", Some("Quay.io/y"), false),
         ];
         let of = |registries: &[Registry], image: &str| {
             let name: Name = image.parse().unwrap();
@@ -293,16 +301,18 @@ mod tests {
 
     #[test]
     fn registries_are_allowed_at_whole_path_parts() {
-        let list = ["quay.io", "docker.io/library/", "ctl:5000"].map(str::to_owned);
+        let list = ["quay.io", "Index.Docker.io/library/", "CTL:5000"].map(str::to_owned);
         for (image, expected) in [
             ("busybox", true),
             ("docker.io/library/busybox@sha256:", false),
             ("a/b", false),
             ("quay.io/x/y", true),
+            ("QUAY.io/x/y", true),
             ("quay.io:443/x/y", false),
             ("quay.io.evil.org/x/y", false),
             ("ctl:5000/x", true),
             ("ctl:50001/x", false),
+            ("Ctl:5000/x", true),
         ] {
             let Ok(Reference::Registry(name)) = parse(image) else {
                 assert!(!expected, "{image}");

@@ -63,7 +63,7 @@ impl Images {
             cache: Arc::new(Cache::new(settings.state.clone())),
             registry: Arc::new(RegistryClient::new(&settings)),
             pull_slots: FairSlots::new(PULLS, PULLS_EACH),
-            // Conversions use processors and are short: those of one registry may have all slots.
+            // Conversions use processors and have their time (`turn`): those of one registry may have all slots.
             conversions: FairSlots::new(settings.concurrency, settings.concurrency),
             claims: FairSlots::new(usize::MAX, 1),
             compressor: Arc::new(Compressor::new(settings.compression)),

@@ -123,6 +123,14 @@ impl FairSlots {
         state.waiting.iter().any(|task| !task.sender.is_closed())
     }
 
+    /// For how long a task has waited, of those that still do; zero if none waits.
+    pub(super) fn waited(&self) -> Duration {
+        let state = self.state();
+        let live = state.waiting.iter().filter(|task| !task.sender.is_closed());
+        let since = live.map(|task| task.since).min();
+        since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
     /// For how long no slot was given while a registry without any waits; zero if none waits.
     pub(super) fn starved(&self) -> Duration {
         let state = self.state();

@@ -1,12 +1,14 @@
 //! Computes how large a layer is when unpacked, before anything unpacks it.
 //!
 //! A layer of a few MB may contain TB: by its compression, by sparse files whose holes take no
-//! space in a tar archive, or by millions of empty files. [`Tar`] parses tar headers as the runtime
+//! space in a tar archive, by millions of empty files, or by paths that name thousands of folders. [`Tar`] parses tar headers as the runtime
 //! will (PURE; any bytes, in any pieces); [`measure`] feeds it a layer and checks the layer's
 //! digest at the same time. Blocking.
 
 use std::{
+    collections::HashSet,
     fs::File,
+    hash::{BuildHasher as _, Hash as _, Hasher as _, RandomState},
     io::{self, BufRead, BufReader, Read, Write},
     path::Path,
 };
@@ -72,10 +74,15 @@ pub(super) struct Tar {
     skip: u64,
     /// How many of them are padding, which some programs omit at the end of an archive.
     padding: u64,
-    /// An extended header that is being read, with the length of its text.
-    pax: Option<(Vec<u8>, u64)>,
+    /// A header before that of its file which is being read: its kind, its text so far, and the length of that.
+    pax: Option<(u8, Vec<u8>, u64)>,
     /// The size of the next file, if the last extended header gives it.
     size: Option<u64>,
+    /// The path of the next file, if a header before its own gives it.
+    path: Option<Vec<u8>>,
+    /// Hashes of the folders that there are so far. Each has cost an entry, so that they are bounded.
+    folders: HashSet<u64>,
+    keys: RandomState,
     zeros: u8,
     /// Whether more headers of a sparse file follow.
     extended: bool,
@@ -90,6 +97,9 @@ impl Tar {
             padding: 0,
             pax: None,
             size: None,
+            path: None,
+            folders: HashSet::new(),
+            keys: RandomState::new(),
             zeros: 0,
             extended: false,
         }
@@ -106,14 +116,19 @@ impl Tar {
                 let (skipped, rest) = piece.split_at(most.min(piece.len()));
                 self.skip -= u64::try_from(skipped.len()).unwrap_or(0);
                 piece = rest;
-                if let Some((text, _)) = &mut self.pax {
+                if let Some((_, text, _)) = &mut self.pax {
                     text.extend_from_slice(skipped);
                 }
                 if self.skip == 0
-                    && let Some((text, length)) = self.pax.take()
+                    && let Some((kind, text, length)) = self.pax.take()
                 {
                     let length = usize::try_from(length).unwrap_or(0);
-                    self.extended_head(text.get(..length).unwrap_or_default())?;
+                    let text = text.get(..length).unwrap_or_default();
+                    if kind == b'L' {
+                        self.path = Some(up_to_nul(text).to_vec());
+                    } else {
+                        self.extended_head(text)?;
+                    }
                 }
                 continue;
             }
@@ -171,17 +186,17 @@ impl Tar {
         let written = number(field(head, 124, 12)).ok_or(TarError::Head)?;
         let kind = field(head, 156, 1).first().copied().unwrap_or(0);
         match kind {
-            b'x' => {
+            // Extended headers, and the long path of the next file.
+            b'x' | b'L' => {
                 if written > MAX_PAX {
                     return Err(TarError::Pax);
                 }
                 self.content(written);
-                self.pax = (written > 0).then(|| (Vec::new(), written));
+                self.pax = (written > 0).then(|| (kind, Vec::new(), written));
                 return Ok(());
             }
-            // Headers whose text does not matter: defaults for all files, or the long name of the
-            // next one.
-            b'g' | b'L' | b'K' => {
+            // Headers whose text does not matter: defaults for all files, or where the next one, a link, leads.
+            b'g' | b'K' => {
                 if written > MAX_PAX {
                     return Err(TarError::Pax);
                 }
@@ -190,11 +205,8 @@ impl Tar {
             }
             _ => {}
         }
-        self.budget.entries = self
-            .budget
-            .entries
-            .checked_sub(1)
-            .ok_or(TarError::Entries)?;
+        let path = self.path.take().unwrap_or_else(|| path_of(head));
+        self.entry(&path, kind == b'5')?;
         let size = self.size.take().unwrap_or(written);
         match kind {
             // Links, devices, directories and pipes have no content, whatever their size field
@@ -208,6 +220,29 @@ impl Tar {
             }
             _ => self.content(size),
         }
+        Ok(())
+    }
+
+    /// Counts a file or a folder, and the folders of its path that nothing before has named.
+    fn entry(&mut self, path: &[u8], is_folder: bool) -> Result<(), TarError> {
+        let (mut count, mut hasher) = (1, self.keys.build_hasher());
+        let parts = path.split(|byte| *byte == b'/');
+        let mut parts = parts
+            .filter(|part| !part.is_empty() && **part != *b".")
+            .peekable();
+        while let Some(part) = parts.next() {
+            part.hash(&mut hasher);
+            let is_last = parts.peek().is_none();
+            if is_last && !is_folder {
+                break;
+            }
+            let is_new = self.folders.insert(hasher.finish());
+            if is_new && !is_last {
+                count += 1;
+            }
+        }
+        let entries = self.budget.entries.checked_sub(count);
+        self.budget.entries = entries.ok_or(TarError::Entries)?;
         Ok(())
     }
 
@@ -227,6 +262,7 @@ impl Tar {
             let value = value.get(1..).unwrap_or_default();
             match key {
                 b"size" => self.size = Some(decimal(value).ok_or(TarError::Head)?),
+                b"path" | b"GNU.sparse.name" => self.path = Some(value.to_vec()),
                 b"GNU.sparse.size" | b"GNU.sparse.realsize" => {
                     self.spend(decimal(value).ok_or(TarError::Head)?)?;
                 }
@@ -240,6 +276,22 @@ impl Tar {
 
 fn field(head: &[u8], at: usize, length: usize) -> &[u8] {
     head.get(at..at + length).unwrap_or_default()
+}
+
+/// The path in the header of a file.
+fn path_of(head: &[u8]) -> Vec<u8> {
+    let name = up_to_nul(field(head, 0, 100));
+    // Other formats have other fields there.
+    let begin = if field(head, 257, 6) == b"ustar\0" {
+        up_to_nul(field(head, 345, 155))
+    } else {
+        &[]
+    };
+    [begin, name].join(&b'/')
+}
+
+fn up_to_nul(text: &[u8]) -> &[u8] {
+    text.split(|byte| *byte == 0).next().unwrap_or_default()
 }
 
 fn decimal(text: &[u8]) -> Option<u64> {

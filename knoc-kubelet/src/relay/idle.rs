@@ -67,7 +67,7 @@ mod tests {
     fn only_a_connection_that_has_been_idle_for_long_gives_way() {
         let began = Instant::now();
         let now = began + IDLE;
-        let just_before = |limit: Duration| now - (limit - Duration::from_millis(1));
+        let just_before = |limit: Duration| now - limit + Duration::from_millis(1);
         let chosen = |open: &[Known]| gives_way(open.iter().copied(), now);
         assert_eq!(chosen(&[]), None);
         let new = known(1, 1, just_before(SILENT), None);

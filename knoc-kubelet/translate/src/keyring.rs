@@ -2,7 +2,8 @@
 //!
 //! A Secret lists credentials by location: a registry's host, which may contain wildcards, and the beginning of a
 //! path. All locations that match an image are tried, the most specific one first. A location's port must be the
-//! image's. The Secrets of a service account are among those of the pod, because admission copies them there.
+//! image's; the case of a host means nothing, here and in the image's name. The Secrets of a service account are among
+//! those of the pod, because admission copies them there.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -194,10 +195,10 @@ struct Location(String);
 
 impl Location {
     fn of(text: &str) -> Self {
-        let bare = text.strip_prefix("https://");
-        let bare = bare
-            .or_else(|| text.strip_prefix("http://"))
-            .unwrap_or(text);
+        let bare = match text.split_once("://") {
+            Some((scheme, rest)) if is_web(scheme) => rest,
+            Some(_) | None => text,
+        };
         let bare = bare.split(['?', '#']).next().unwrap_or_default();
         let (host, path) = split(bare);
         // The addresses of a registry's API stand for the registry.
@@ -208,7 +209,7 @@ impl Location {
             path
         };
         let path = if path == "/" { "" } else { path };
-        Self(format!("{host}{path}"))
+        Self(format!("{}{path}", host.to_ascii_lowercase()))
     }
 
     fn fits(&self, image: &str) -> bool {
@@ -225,6 +226,12 @@ impl Location {
                 .zip(images_parts)
                 .all(|(glob, part)| matches(glob, part))
     }
+}
+
+fn is_web(scheme: &str) -> bool {
+    ["https", "http"]
+        .iter()
+        .any(|web| scheme.eq_ignore_ascii_case(web))
 }
 
 /// Host and path, which begins with a slash unless it is empty.
@@ -397,10 +404,18 @@ fn repository(image: &str) -> Option<String> {
     let tag = name.get(last..)?.find(':').map(|colon| last + colon);
     let name = name.get(..tag.unwrap_or(name.len()))?;
     let (host, path) = match name.split_once('/') {
-        Some((host, path)) if host.contains(['.', ':']) || host == "localhost" => (host, path),
-        Some(_) | None => ("docker.io", name),
+        Some((host, path))
+            if host.contains(['.', ':']) || host.eq_ignore_ascii_case("localhost") =>
+        {
+            (host.to_ascii_lowercase(), path)
+        }
+        Some(_) | None => ("docker.io".to_owned(), name),
     };
-    let host = if host == HUB { "docker.io" } else { host };
+    let host = if host == HUB {
+        "docker.io"
+    } else {
+        host.as_str()
+    };
     let library = if host == "docker.io" && !path.contains('/') {
         "library/"
     } else {

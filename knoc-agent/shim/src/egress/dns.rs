@@ -14,7 +14,7 @@
 //! no answer for two seconds. The older one goes on until its answers have had their time.
 
 mod cache;
-pub(super) mod message;
+pub(crate) mod message;
 mod node;
 mod pending;
 pub(super) mod stream;

@@ -10,7 +10,7 @@ pub(crate) struct Malformed {
 
 /// The value of the first variable of this name; `None` if there is none or it is empty. What follows that variable is not
 /// looked at.
-pub(super) fn find(text: &[u8], key: &[u8]) -> Result<Option<Vec<u8>>, Malformed> {
+pub(crate) fn find(text: &[u8], key: &[u8]) -> Result<Option<Vec<u8>>, Malformed> {
     let lines = text.split(|byte| *byte == b'\n');
     let mut lines = lines.map(without_return).zip(1_usize..);
     while let Some((line, number)) = lines.next() {

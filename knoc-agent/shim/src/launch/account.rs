@@ -22,6 +22,9 @@ use rustix::fs::OFlags;
 
 use super::volume::unshare_mounts;
 
+#[cfg(any(test, feature = "fuzzed"))]
+pub(crate) mod fuzzed;
+
 const PASSWD: &str = "/etc/passwd";
 /// A longer `passwd` or `group` file is not read.
 pub(crate) const PASSWD_BYTES: u64 = 1 << 20;

@@ -153,9 +153,9 @@ fn locations_are_relative_to_the_url_of_the_answer() {
 #[test]
 fn what_the_site_names_is_exempt_and_nothing_beside_it() {
     let rules = Rules::new(&[
-        registry("localhost:5000", None, true),
+        registry("LocalHost:5000", None, true),
         registry("docker.io", Some("127.0.0.1:7000/hub"), false),
-        registry("registry.example.org", None, false),
+        registry("Registry.Example.org", None, false),
     ]);
     let address = |text: &str, ip: &str| {
         rules

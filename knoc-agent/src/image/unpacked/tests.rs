@@ -93,6 +93,35 @@ fn honest_archives_are_read_in_any_pieces() {
 }
 
 #[test]
+fn folders_that_only_a_path_names_are_counted_once() {
+    let at = |path: &str, kind| [pax(&[("path", path)]), head(kind, 0)].concat();
+    let left = |tar: Vec<u8>| read(&tar, 512).map(|left| BUDGET.entries - left.entries);
+    assert_eq!(left(at("a/b/c/f", b'0')), Ok(4));
+    let more = [
+        at("./a/b/c/f", b'0'),
+        at("/a//b/c/g", b'0'),
+        at("a/b/", b'5'),
+    ];
+    assert_eq!(left(more.concat()), Ok(6));
+    let folder_first = [at("a/b/", b'5'), at("a/b/c", b'0'), at("b/a", b'0')];
+    assert_eq!(left(folder_first.concat()), Ok(2 + 1 + 2));
+    let deep = "a/".repeat(10);
+    assert_eq!(left(at(&deep, b'5')), Ok(10));
+    assert_eq!(left(at(&format!("{deep}f"), b'0')), Err(TarError::Entries));
+    // As GNU tar writes long paths, and as its older format does.
+    let mut long = format!("{deep}f\0").into_bytes();
+    let length = u64::try_from(long.len()).unwrap();
+    long.resize(BLOCK, 0);
+    let long = [head(b'L', length), long, head(b'0', 0)].concat();
+    assert_eq!(left(long), Err(TarError::Entries));
+    let mut ustar = head(b'0', 0);
+    ustar[257..263].copy_from_slice(b"ustar\0");
+    ustar[345..353].copy_from_slice(b"a/b/c/d/");
+    seal(&mut ustar);
+    assert_eq!(left(ustar), Ok(5));
+}
+
+#[test]
 fn what_only_seems_small_is_seen() {
     let far = "9000000000000";
     for (what, tar, expected) in [

@@ -74,6 +74,11 @@ fn locations_fit_images_as_in_a_kubelet() {
         ("docker.io/a", "busybox", false),
         ("https://index.docker.io/v1/", "quay.io/a", false),
         ("*", "/images/x.sif", false),
+        ("Quay.io/a", "quay.io/a/b", true),
+        ("HTTPS://*.IO:5000", "Quay.io:5000/a", true),
+        ("https://Index.Docker.io/v1/", "Docker.IO/a/b", true),
+        // The case of a path counts.
+        ("quay.io/A", "quay.io/a/b", false),
     ];
     for (location, image, fits) in cases {
         let auths = json!({location: {"username": "u", "password": "p"}});
@@ -197,6 +202,8 @@ fn names_become_repositories() {
         ("ctl:5000/x:1", Some("ctl:5000/x")),
         ("ctl:5000/x/y@sha256:00", Some("ctl:5000/x/y")),
         ("docker://localhost/x", Some("localhost/x")),
+        ("LocalHost/x", Some("localhost/x")),
+        ("INDEX.docker.io/x:T", Some("docker.io/library/x")),
         ("oras://ctl:5000/a/b:1", Some("ctl:5000/a/b")),
         ("/x.sif", None),
         ("", None),

@@ -5,6 +5,9 @@
 
 use std::time::Duration;
 
+#[cfg(any(test, feature = "fuzzed"))]
+pub(crate) mod fuzzed;
+
 /// The length of the header.
 pub(super) const HEADER: usize = 12;
 

@@ -171,6 +171,90 @@ async fn what_failed_pulls_left_is_swept_at_the_start() {
 }
 
 #[tokio::test]
+async fn a_conversion_that_outlived_its_agent_ends_at_the_next_start() {
+    let world = world(1 << 30).await;
+    let left = world
+        .images
+        .settings()
+        .state
+        .images()
+        .join(".tmp/0123456789abcdef");
+    std::fs::create_dir_all(&left).unwrap();
+    let (ready, soon) = (left.join("ready"), Duration::from_secs(20));
+    let conversion = crate::command::Command::new("/bin/sh")
+        .args(["-c", ": >ready; exec /bin/sleep 600"])
+        .current_dir(&left)
+        .deadline(2 * soon);
+    let next = async {
+        let look = async {
+            while !ready.exists() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(soon, look).await.unwrap();
+        world.images.sweep();
+    };
+    let (ended, ()) = tokio::join!(conversion.run(), next);
+    let kind = ended.unwrap_err().kind;
+    let killed = crate::command::CommandErrorKind::Exit {
+        code: None,
+        signal: Some(9),
+        stdout: String::new(),
+        stderr: String::new(),
+    };
+    assert_eq!(kind.to_string(), killed.to_string());
+    assert!(!left.exists());
+}
+
+#[tokio::test]
+async fn what_a_conversion_needs_counts_before_it_begins() {
+    // An image of some 1700 bytes by its manifest, of as many when unpacked, and of 10,000 as a SIF file.
+    let world = world(8000).await;
+    let refused = world.pull(0).await.unwrap_err();
+    assert!(
+        refused.message.contains("that pulls in progress need")
+            && refused
+                .message
+                .contains("limits.image_cache of the site file is 8000"),
+        "{refused}"
+    );
+    assert!(refused.retryable());
+    // What it had reserved is free again, and its layers are gone.
+    assert_eq!(world.images.cache().claims().reserved, 0);
+    let temporary = world.images.cache().temporary();
+    let gone = async {
+        while std::fs::read_dir(&temporary).unwrap().next().is_some() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let soon = Duration::from_secs(20);
+    tokio::time::timeout(soon, gone).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_could_never_fit_removes_nothing() {
+    let world = world(20_000).await;
+    let (one, used) = (world.pull(0).await.unwrap(), world.pull(1).await.unwrap());
+    let path = one.path.clone();
+    drop(one);
+    // Nearly all room is taken by an image in use and by a pull.
+    let cache = Arc::clone(world.images.cache());
+    let reserved = cache.reserve(9000, 20_000);
+    assert!(!path.exists(), "there is room without it");
+    let refused = world.pull(2).await.unwrap_err();
+    assert!(refused.message.contains("limits.image_cache"), "{refused}");
+    assert!(cache.refused_within(Duration::from_mins(1)));
+    drop(reserved);
+    let again = world.pull(2).await.unwrap();
+    let path = again.path.clone();
+    drop(again);
+    let refused = cache.reserve(11_000, 20_000).unwrap_err();
+    assert!(refused.contains("would hold 21000 bytes"), "{refused}");
+    assert!(path.exists(), "its removal would not suffice");
+    drop(used);
+}
+
+#[tokio::test]
 async fn always_asks_for_the_digest_alone_also_of_an_index() {
     let text = manifest();
     let digest = digest(&text);

@@ -482,6 +482,7 @@ async fn content_that_no_honest_image_has_is_rejected_by_its_name() {
     let index = format!(
         r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"{MANIFEST_TYPE}","digest":"{digest}","size":1,"platform":{{"os":"plan9","architecture":"amd64"}}}}]}}"#
     );
+    let sizes = manifest(&[(digest.clone(), 1 << 19), (digest.clone(), 0)]);
     let both = manifest(&[]).replace("\"layers\":[]", "\"layers\":[],\"manifests\":[]");
     let entries = format!(
         "{{\"schemaVersion\":2,\"manifests\":[{}]}}",
@@ -490,6 +491,7 @@ async fn content_that_no_honest_image_has_is_rejected_by_its_name() {
     for (text, why) in [
         (huge, "limits.image_size of the site file is 1048576"),
         (many, "more than 500 elements"),
+        (sizes, "with different sizes"),
         (chart, "not a container image"),
         (index, "only for [\"plan9/amd64\"]"),
         (both, "an index and an image at once"),
@@ -583,6 +585,7 @@ async fn only_registries_that_the_site_allows_are_asked() {
     );
     assert!(denied.message.contains(&registry.address), "{denied}");
     site.images.check("quay.io/a/b").unwrap();
+    site.images.check("QUAY.io/a/b").unwrap();
     // A pod that was admitted before the policy changed.
     let denied = site.images.resolve(&image, PullPolicy::Always, &[]).await;
     assert!(!denied.unwrap_err().retryable());
