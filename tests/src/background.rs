@@ -16,7 +16,7 @@ use tokio::{
 use crate::{Run, command::code_of, wait_for};
 
 /// How long a program may take to print the expected text.
-const OUTPUT_LIMIT: Duration = Duration::from_secs(30);
+const OUTPUT_LIMIT: Duration = Duration::from_mins(2);
 
 /// A background program with its output in a file. It is killed when this is dropped.
 #[derive(Debug)]

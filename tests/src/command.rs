@@ -10,7 +10,7 @@ use tokio::{
 };
 
 /// The default deadline of a child process.
-const DEADLINE: Duration = Duration::from_mins(1);
+const DEADLINE: Duration = Duration::from_mins(2);
 
 /// How a child process ended, and its output.
 #[derive(Clone, Debug)]

@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 use crate::{PodBuilder, Run, stays, wait_for};
 
 /// How long a pod that does almost nothing may take from its creation to its end on a busy machine.
-pub const SOON: Duration = Duration::from_mins(1);
+pub const SOON: Duration = Duration::from_mins(2);
 
 /// How long a script of the test bed may take on a busy machine.
-const SCRIPT: Duration = Duration::from_mins(3);
+const SCRIPT: Duration = Duration::from_mins(5);
 
 /// The agent's state directory, as the nodes of the cluster see it.
 pub const STATE: &str = "/home/hpcuser/.local/state/knoc";

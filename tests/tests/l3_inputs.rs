@@ -70,7 +70,7 @@ const LIVE: Duration = Duration::from_secs(5);
 
 /// How many changes are made until one is in time. A busy machine may delay some of them; a kubelet that does not watch the
 /// objects is late with all.
-const TRIES: usize = 5;
+const TRIES: usize = 20;
 
 /// Waits until the container shows what the objects now contain: a ConfigMap, a Secret, an annotation, and the
 /// ConfigMap once more in a projected volume.
@@ -414,7 +414,8 @@ async fn a_job_gets_the_named_environment_and_no_login_shell() -> anyhow::Result
             "--wrap",
             "env",
         ];
-        world.on("login", job).ok().await?;
+        // `--wait` looks at the job after 2, 4, 8, 16 and 32 s, and every 32 s from then on.
+        world.on("login", job).deadline(SOON * 3).ok().await?;
         let text = world.on("login", ["cat", &out]).ok().await?.text();
         world.on("login", ["rm", &out]).ok().await?;
         anyhow::Ok(text)

@@ -25,7 +25,7 @@ const FLOOD: usize = 20 << 20;
 
 /// A pod of two ranks, one on each of two nodes, which find each other by nothing but Slurm's variables.
 fn ranks(name: &str, script: &str) -> PodBuilder {
-    let resources = json!({"requests": {"cpu": "200m"}, "limits": {"memory": "64Mi"}});
+    let resources = json!({"requests": {"cpu": "200m"}, "limits": {"memory": "256Mi"}});
     PodBuilder::new(name)
         .annotation("knoc.io/nodes", "2")
         .annotation("knoc.io/ntasks", "2")

@@ -9,9 +9,9 @@ use serde_json::json;
 /// The time in which a command in a container answers that waits for nobody.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
-/// A container that needs little of the node.
+/// A container that needs little of the CPUs of the node.
 fn small(pod: PodBuilder) -> PodBuilder {
-    let resources = json!({"requests": {"cpu": "100m"}, "limits": {"memory": "32Mi"}});
+    let resources = json!({"requests": {"cpu": "100m"}, "limits": {"memory": "128Mi"}});
     pod.set("resources", resources)
 }
 

@@ -20,9 +20,6 @@ use knoc_translate::quantity;
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use serde_json::json;
 
-/// The kubelet renews every 10 s.
-const RENEWED: Duration = Duration::from_secs(30);
-
 /// The default of `node.queueFactor`: the node offers that many times the cluster's resources, because pods wait in Slurm's queue.
 const QUEUE_FACTOR: i64 = 10;
 
@@ -215,7 +212,8 @@ async fn the_nodes_lease_is_renewed_and_is_the_nodes() -> anyhow::Result<()> {
         .find(|owner| owner.kind == "Node")
         .context("no owner")?;
     ensure!(Some(&owner.uid) == node.metadata.uid.as_ref(), "{owner:?}");
-    wait_for("the lease is renewed", RENEWED, async || {
+    // The kubelet renews every 10 s.
+    wait_for("the lease is renewed", SOON, async || {
         let now = leases
             .get(&world.node)
             .await?

@@ -20,7 +20,7 @@ use tokio::{
     sync::Barrier,
 };
 
-const MINUTES: Duration = Duration::from_mins(3);
+const MINUTES: Duration = Duration::from_mins(6);
 
 /// The process of the pod's shim on its node, and all children of it, as `STATE ARGUMENTS` each.
 async fn children_of_shim(world: &World, node: &str, uid: &str) -> anyhow::Result<Vec<String>> {
@@ -188,7 +188,7 @@ async fn a_listener_of_the_same_user_outside_the_pod_is_refused_by_name() -> any
     let busybox = "/images/busybox/bin/busybox";
     // Ends by itself if the test is interrupted.
     let server = [
-        "timeout", "120", busybox, "nc", "-ll", "-p", &port, "-e", "cat",
+        "timeout", "600", busybox, "nc", "-ll", "-p", &port, "-e", "cat",
     ];
     let _server = Background::start(world.on(&node, server))?;
     wait_for("it listens", SOON, async || {
@@ -360,7 +360,7 @@ async fn two_hundred_execs_at_once_in_one_pod() -> anyhow::Result<()> {
     let world = World::new("api-many").await?;
     let pod = PodBuilder::new("target")
         .command(["sleep", "600"])
-        .memory("512Mi");
+        .memory("1Gi");
     world.running(&pod).await?;
     let pods = world.api::<Pod>();
     let all_run = Barrier::new(AT_ONCE);

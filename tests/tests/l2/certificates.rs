@@ -23,7 +23,7 @@ use tonic::{Code, Streaming, transport::Channel};
 
 /// How long it may take until the connections of a denied certificate are cut.
 const MINUTE: Duration = Duration::from_mins(1);
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_mins(2);
 
 type Client = AgentClient<Channel>;
 

@@ -12,7 +12,7 @@ use knoc_tests::{
 };
 use serde_json::json;
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_mins(2);
 
 /// A kubelet that waits for its agent at this address.
 pub(super) fn accepting(address: SocketAddr) -> [(&'static str, String); 1] {

@@ -20,7 +20,7 @@ use tokio::{
     task::JoinSet,
 };
 
-pub(crate) const SOON: Duration = Duration::from_secs(40);
+pub(crate) const SOON: Duration = Duration::from_mins(2);
 
 /// Connects to the API server as often as it is told: sends, ends its direction, and says what came back.
 const CLIENT: &str = r#"

@@ -12,7 +12,7 @@ use knoc_tests::{
 
 use super::dial_out::{accepting, as_env, connected, dialling, logged, program};
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_mins(2);
 
 /// The name by which the nginx below knows the kubelet.
 const NAME: &str = "knoc.example.org";

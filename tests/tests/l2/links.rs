@@ -19,7 +19,7 @@ use serde_json::json;
 use tokio_tungstenite::tungstenite::Message;
 use tonic::transport::Channel;
 
-const SOON: Duration = Duration::from_mins(1);
+const SOON: Duration = Duration::from_mins(2);
 
 /// The real kubelet, whose link leads through a relay.
 struct Linked {

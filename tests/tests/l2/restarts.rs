@@ -9,7 +9,7 @@ use knoc_tests::{
 };
 use serde_json::{Value, json};
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_mins(2);
 
 /// A pod that runs, one that has ended, and one that waits for a ConfigMap.
 const PODS: [&str; 3] = ["runs", "ended", "waits"];

@@ -11,7 +11,7 @@ use knoc_tests::{
 };
 use serde_json::json;
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_mins(2);
 
 /// The message of a `knocctl info` that must fail.
 async fn refused(run: knoc_tests::Run) -> anyhow::Result<String> {

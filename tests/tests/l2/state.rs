@@ -13,7 +13,7 @@ use knoc_tests::{
 use prost::Message as _;
 use serde_json::json;
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_mins(2);
 
 /// A value that appears only in the pod's environment.
 const SECRET: &str = "s3cr3t-that-is-nowhere-on-disk";

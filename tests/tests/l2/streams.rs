@@ -28,7 +28,7 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, transport::Channel};
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_mins(2);
 
 /// How long a broken stream may take to fail on a busy machine. A silent link is found after twice [`knoc_link::KEEPALIVE`].
 const AT_ONCE: Duration = Duration::from_secs(10);
