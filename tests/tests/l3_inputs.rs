@@ -325,14 +325,16 @@ async fn an_unknown_partition_fails_with_the_message_of_slurm() -> anyhow::Resul
 async fn a_missing_image_is_err_image_pull_with_back_off() -> anyhow::Result<()> {
     let world = World::new("image").await?;
     let image = PodBuilder::image_name().replace("busybox", "nonesuch");
+    let since = world.version().await?;
     world
         .create(&PodBuilder::new("no-image").image(&image))
         .await?;
     let of = |wanted: &'static str| {
         move |pod: &_| container_reason(pod, "main").filter(|(reason, _)| reason == wanted)
     };
+    // It stays for a second, and is back with the next attempt.
     let (_, message) = world
-        .wait_for_state("no-image", "ErrImagePull", SOON, of("ErrImagePull"))
+        .saw("no-image", &since, SOON, of("ErrImagePull"))
         .await?;
     ensure!(message.contains("nonesuch"), "{message}");
     world

@@ -251,9 +251,13 @@ async fn namespaces(world: &World, there: Ipv4Addr) -> anyhow::Result<()> {
     let stranger = other.running(&waiting("stranger")).await?;
     address(&other, "stranger").await?;
     let script = format!("wget -T 30 -qO- http://{there}/name");
-    let denied = inside(&other, &stranger, &script).await?;
+    let denied = wait_for("an answer about the other namespace", SOON, async || {
+        let denied = inside(&other, &stranger, &script).await?;
+        ensure!(denied.code == 0 || is_unreachable(&denied), "{denied}");
+        Ok(denied)
+    })
+    .await?;
     ensure!(denied.code != 0, "{denied}");
-    ensure!(is_unreachable(&denied), "{denied}");
     pod_traffic(&other, "t-mesh-other-*:t-mesh-*").await?;
     wait_for("an answer from the other namespace", POLICY, async || {
         let answer = inside(&other, &stranger, &script).await?;

@@ -113,14 +113,19 @@ async fn a_network_of_its_own_leads_to_other_networks_and_not_to_the_nodes_loopb
     }
     // IPv6 is not reached, and a program learns so at once instead of waiting.
     for target in ["2001:db8::1", "fd00::1"] {
-        let began = Instant::now();
-        let dialled = inside(&format!("nc -w 30 {target} 80 </dev/null")).await?;
-        ensure!(
-            dialled.stderr.contains("unreachable"),
-            "{target}: {dialled}"
-        );
-        let took = began.elapsed();
-        ensure!(took < AT_ONCE, "{target}: {took:?}");
+        // A busy machine may delay some of the answers.
+        wait_for("it learns so at once", SOON, async || {
+            let began = Instant::now();
+            let dialled = inside(&format!("nc -w 30 {target} 80 </dev/null")).await?;
+            ensure!(
+                dialled.stderr.contains("unreachable"),
+                "{target}: {dialled}"
+            );
+            let took = began.elapsed();
+            ensure!(took < AT_ONCE, "{target}: {took:?}");
+            Ok(())
+        })
+        .await?;
     }
     // It has no rights over its network.
     let changed = inside("ip link set lo down").await?;

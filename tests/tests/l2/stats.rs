@@ -10,7 +10,7 @@ use knoc_tests::{
 };
 use tonic::transport::Channel;
 
-const SOON: Duration = Duration::from_mins(2);
+const SOON: Duration = Duration::from_mins(5);
 const SECOND: u64 = 1_000_000_000;
 const MIB: u64 = 1 << 20;
 
