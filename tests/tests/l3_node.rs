@@ -1,7 +1,7 @@
 //! The Node object on the real stack: Kubernetes schedules by Slurm's resources. Also what users see of a pod while it waits in the
 //! queue, and its Events.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use anyhow::{Context as _, bail, ensure};
 use futures::StreamExt as _;

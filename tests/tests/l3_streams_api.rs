@@ -252,7 +252,7 @@ async fn stdin_without_once_stays_open_for_the_next_client() -> anyhow::Result<(
     // an answer: so the input ends after that.
     for (typed, last, expected) in [
         ("one\n", "got one\n", ["got one"].as_slice()),
-        ("two\nend\n", "got end\n", &["got two", "got end"]),
+        ("two\nend\n", "got end\n", ["got two", "got end"].as_slice()),
     ] {
         let mut client = Background::start_piped(world.kubectl(["attach", "-i", "reader"]))?;
         client.say(typed).await?;
