@@ -12,7 +12,7 @@ use tokio::{
     process::{Child, Command},
 };
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 #[expect(
     clippy::disallowed_methods,

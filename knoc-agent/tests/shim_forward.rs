@@ -8,7 +8,10 @@
 
 mod harness;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
 
 use harness::{
     DEADLINE, sh,
@@ -82,10 +85,16 @@ impl Forwarded {
     }
 }
 
-/// A port that is free at the moment.
+/// A port that is free, and not one of those which the kernel gives to whoever asks for any.
 fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let number = std::process::id() * 20 + NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = u16::try_from(22_000 + number % 8000).unwrap();
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Answers each connection, after its end, with what it said and `-end`.
@@ -190,8 +199,9 @@ async fn a_client_that_goes_away_resets_the_connection() {
 #[tokio::test]
 async fn only_the_pods_own_listeners_are_forwarded_to() {
     let (mut job, _agent, mut shim) = up(sh("a", harness::streams::SLEEPER)).await;
-    let outside = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = outside.local_addr().unwrap().port();
+    let port = free_port();
+    let outside = tokio::net::TcpListener::bind(("127.0.0.1", port));
+    let outside = outside.await.unwrap();
     let status = Forwarded::new(&shim, port).await.err().unwrap();
     assert_eq!(ErrorReason::of(&status), Some(ErrorReason::NotListening));
     assert!(status.message().contains("outside the pod"), "{status}");

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use harness::{
     DEADLINE, Job, isolated, running, sh,
-    streams::{SLEEPER, command, exec, message, stop, up},
+    streams::{AT_GATE, SLEEPER, command, exec, gate, go, message, stop, up},
     terminated,
 };
 use knoc_proto::pb::{
@@ -26,7 +26,8 @@ use tonic::transport::Channel;
 
 #[tokio::test]
 async fn reports_are_pushed_and_the_final_one_arrives() {
-    let mut job = Job::new(vec![sh("a", "sleep 0.3; exit 9")]);
+    let mut job = Job::new(vec![sh("a", &format!("{AT_GATE}; exit 9"))]);
+    let gate = gate(&mut job);
     let mut agent = job.agent().await;
     job.start();
     let mut shim = agent.shim().await;
@@ -39,7 +40,10 @@ async fn reports_are_pushed_and_the_final_one_arrives() {
     let mut seen_running = false;
     while let Some(report) = reports.message().await.unwrap() {
         assert!(report.sequence > last.sequence);
-        seen_running |= running(&report);
+        if running(&report) && !seen_running {
+            seen_running = true;
+            go(&mut shim, &gate).await;
+        }
         last = report;
     }
     assert!(last.r#final && seen_running);
@@ -135,7 +139,7 @@ async fn twenty_megabytes_go_both_ways_byte_for_byte() {
 async fn a_terminal_has_a_size_that_changes_and_controls_jobs() {
     let (mut job, _agent, mut shim) = up(sh("a", SLEEPER)).await;
     let size = |width, height| pb::TerminalSize { width, height };
-    let script = "tty; stty size; read line; stty size; echo got $line; trap 'echo int; exit 5' INT; echo ready; sleep 30; echo no";
+    let script = "tty; stty size; read line; stty size; echo got $line; trap 'echo int; exit 5' INT; echo ready; sleep 600; echo no";
     let start = ExecStart {
         stdin: true,
         tty: true,
@@ -284,10 +288,19 @@ async fn an_exec_is_where_the_container_is() {
     assert_eq!(terminated(&job.report().containers[0]).exit_code, 33);
 }
 
-async fn logs(shim: &mut ShimClient<Channel>, request: pb::ReadLogsRequest) -> Vec<u8> {
+/// Follows the log to its end. The program waits at its gate after its first line.
+async fn followed(shim: &mut ShimClient<Channel>, gate: &str) -> Vec<u8> {
+    let request = pb::ReadLogsRequest {
+        follow: true,
+        tail_lines: -1,
+        ..Default::default()
+    };
     let mut stream = shim.read_logs(request).await.unwrap().into_inner();
     let mut all = Vec::new();
     while let Some(chunk) = stream.message().await.unwrap() {
+        if all.is_empty() {
+            go(shim, gate).await;
+        }
         all.extend_from_slice(&chunk.data);
     }
     all
@@ -295,19 +308,16 @@ async fn logs(shim: &mut ShimClient<Channel>, request: pb::ReadLogsRequest) -> V
 
 #[tokio::test]
 async fn logs_are_followed_with_little_delay_to_the_end() {
-    let script = "for n in 1 2 3 4 5; do date +%s%N 2>/dev/null; sleep 0.1; done; printf end";
-    let mut job = Job::new(vec![sh("a", script)]);
+    let lines = "for n in 1 2 3 4 5; do date +%s%N 2>/dev/null; sleep 0.1; done; printf end";
+    let script = format!("echo begin; {AT_GATE}; {lines}");
+    let mut job = Job::new(vec![sh("a", &script)]);
+    let gate = gate(&mut job);
     let mut agent = job.agent().await;
     job.start();
     let mut shim = agent.shim().await;
     job.until(running).await;
-    let all = pb::ReadLogsRequest {
-        follow: true,
-        tail_lines: -1,
-        ..Default::default()
-    };
-    let text = String::from_utf8(logs(&mut shim, all).await).unwrap();
-    assert_eq!(text.lines().count(), 6);
+    let text = String::from_utf8(followed(&mut shim, &gate).await).unwrap();
+    assert_eq!(text.lines().count(), 7, "{text}");
     assert!(text.ends_with("\nend"));
     assert_eq!(job.code().await, 0);
 }
@@ -315,21 +325,17 @@ async fn logs_are_followed_with_little_delay_to_the_end() {
 #[tokio::test]
 async fn a_hundred_megabytes_of_log_stay_whole() {
     let line = "0123456789abcdefghijklmnopqrstuvwxyz 0123456789abcdefghijklmnopqrstuvwxyz 0123456789 abcdefgh";
-    let script = format!("yes '{line}' | head -c 104857600; sleep 0.2");
+    let script = format!("echo '{line}'; {AT_GATE}; yes '{line}' | head -c 104857600");
     let mut job = Job::new(vec![sh("a", &script)]);
+    let gate = gate(&mut job);
     let mut agent = job.agent().await;
     let began = Instant::now();
     job.start();
     let mut shim = agent.shim().await;
     job.until(running).await;
-    let all = pb::ReadLogsRequest {
-        follow: true,
-        tail_lines: -1,
-        ..Default::default()
-    };
-    let text = logs(&mut shim, all).await;
+    let text = followed(&mut shim, &gate).await;
     eprintln!("100 MiB of log written, followed: {:?}", began.elapsed());
-    assert_eq!(text.len(), 104_857_600);
+    assert_eq!(text.len(), line.len() + 1 + 104_857_600);
     assert!(text.chunks(line.len() + 1).all(|chunk| {
         line.as_bytes()
             .starts_with(chunk.strip_suffix(b"\n").unwrap_or(chunk))

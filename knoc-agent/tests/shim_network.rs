@@ -35,7 +35,7 @@ impl Helper {
     fn start() -> Self {
         let (socket, theirs) = UnixStream::pair().unwrap();
         socket
-            .set_read_timeout(Some(Duration::from_secs(20)))
+            .set_read_timeout(Some(Duration::from_mins(1)))
             .unwrap();
         #[expect(
             clippy::disallowed_methods,
@@ -129,7 +129,7 @@ fn each_network_is_its_own_and_every_port_is_free() {
     connect(&client, &http).unwrap();
     let mut wait = [PollFd::new(&listeners[0], PollFlags::IN)];
     let limit = Timespec {
-        tv_sec: 20,
+        tv_sec: 60,
         tv_nsec: 0,
     };
     assert_eq!(poll(&mut wait, Some(&limit)), Ok(1));

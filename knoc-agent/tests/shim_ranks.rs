@@ -166,10 +166,12 @@ async fn a_stop_reaches_every_rank_within_the_grace_period() {
 
 #[tokio::test]
 async fn ranks_that_ignore_the_stop_are_killed() {
-    let (mut job, _folder) = job(2, "trap '' TERM; while :; do sleep 0.05; done").await;
+    let script = "trap '' TERM; echo ready; while :; do sleep 0.05; done";
+    let (mut job, _folder) = job(2, script).await;
     job.spec().termination_grace_period_seconds = 1;
     job.start();
     job.until(running).await;
+    logged(&job, "ready", 2).await;
     job.signal(Signal::SIGTERM);
     job.wait().await;
     assert_eq!(terminated(&job.report().containers[0]).exit_code, 137);

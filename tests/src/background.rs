@@ -2,7 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -16,7 +16,7 @@ use tokio::{
 use crate::{Run, command::code_of, wait_for};
 
 /// How long a program may take to print the expected text.
-const OUTPUT_LIMIT: Duration = Duration::from_secs(30);
+const OUTPUT_LIMIT: Duration = Duration::from_mins(2);
 
 /// A background program with its output in a file. It is killed when this is dropped.
 #[derive(Debug)]
@@ -29,13 +29,44 @@ pub struct Background {
 impl Background {
     /// Starts the program; its input is a file.
     pub fn start(run: Run) -> anyhow::Result<Self> {
+        Self::with(|log| run.spawn(log))
+    }
+
+    /// Starts the program with an input to which [`Background::say`] adds, until [`Background::end_input`].
+    pub fn start_piped(run: Run) -> anyhow::Result<Self> {
+        Self::with(|log| run.spawn_piped(log))
+    }
+
+    fn with(spawn: impl FnOnce(&Path) -> anyhow::Result<Child>) -> anyhow::Result<Self> {
         let folder = tempfile::tempdir()?;
         let log = folder.path().join("log");
         Ok(Self {
-            child: run.spawn(&log)?,
+            child: spawn(&log)?,
             log,
             _folder: folder,
         })
+    }
+
+    /// Writes text to the program's input.
+    pub async fn say(&mut self, text: &str) -> anyhow::Result<()> {
+        let input = self.child.stdin.as_mut();
+        let input = input.context("its input is no pipe, or has ended")?;
+        input.write_all(text.as_bytes()).await?;
+        Ok(input.flush().await?)
+    }
+
+    /// Ends the program's input.
+    pub fn end_input(&mut self) {
+        drop(self.child.stdin.take());
+    }
+
+    /// Waits for the program's end, and leaves its input open; returns its exit code.
+    pub async fn ends(&mut self, limit: Duration) -> anyhow::Result<i32> {
+        wait_for("it ends", limit, async || {
+            let ended = self.child.try_wait()?;
+            ended.map(code_of).with_context(|| self.shown())
+        })
+        .await
     }
 
     /// The program's output so far, standard output and standard error.

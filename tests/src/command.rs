@@ -10,7 +10,7 @@ use tokio::{
 };
 
 /// The default deadline of a child process.
-const DEADLINE: Duration = Duration::from_mins(1);
+const DEADLINE: Duration = Duration::from_mins(2);
 
 /// How a child process ended, and its output.
 #[derive(Clone, Debug)]
@@ -175,11 +175,7 @@ impl Run {
 
     /// Starts it in the background, its output into `log`. It is killed when the handle is dropped.
     pub fn spawn(mut self, log: &std::path::Path) -> anyhow::Result<Child> {
-        let file = std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(log)?;
-        let input = match self.stdin {
+        let input = match self.stdin.take() {
             Some(bytes) => {
                 let path = log.with_extension("stdin");
                 let mut file = std::fs::File::create_new(&path)?;
@@ -188,6 +184,19 @@ impl Run {
             }
             None => Stdio::null(),
         };
+        self.spawn_with(input, log)
+    }
+
+    /// The same; the handle has a pipe for its standard input.
+    pub(crate) fn spawn_piped(self, log: &std::path::Path) -> anyhow::Result<Child> {
+        self.spawn_with(Stdio::piped(), log)
+    }
+
+    fn spawn_with(mut self, input: Stdio, log: &std::path::Path) -> anyhow::Result<Child> {
+        let file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(log)?;
         self.command
             .stdin(input)
             .stdout(file.try_clone()?)

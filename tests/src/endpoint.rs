@@ -10,7 +10,7 @@ use tokio::{
 };
 
 /// A client that has waited for so long has waited in vain.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Serves each connection until the tasks are dropped. Returns the port, too.
 pub async fn serve<S, F>(serve: S) -> anyhow::Result<(u16, JoinSet<()>)>

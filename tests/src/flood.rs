@@ -61,7 +61,7 @@ impl Flood {
             });
         }
         let what = format!("{count} connections to {target}");
-        wait_for(&what, Duration::from_secs(20), async || {
+        wait_for(&what, Duration::from_mins(2), async || {
             let tried = tried.load(Ordering::Relaxed);
             if tried >= count { Ok(()) } else { Err(tried) }
         })

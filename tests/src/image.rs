@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use crate::{Run, World};
 
 /// The time to compile a file or to build a small image.
-const BUILD: Duration = Duration::from_mins(2);
+const BUILD: Duration = Duration::from_mins(5);
 
 /// The programs in the image, each at `/NAME`.
 const PROGRAMS: [&str; 3] = ["knoc-stamp", "knoc-readback", "knoc-dialer"];

@@ -60,7 +60,7 @@ impl Nginx {
         ];
         let log = folder.join("nginx.log");
         let mut daemon = Daemon::start(&argv, &[], &folder, &log)?;
-        wait_for("nginx listens", Duration::from_secs(20), async || {
+        wait_for("nginx listens", Duration::from_mins(1), async || {
             daemon.still_runs().map_err(anyhow::Error::msg)?;
             tokio::net::TcpStream::connect(address).await?;
             anyhow::Ok(())

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// How long a command may take whose link has to be opened first.
-const MINUTE: Duration = Duration::from_mins(1);
+const MINUTES: Duration = Duration::from_mins(3);
 
 /// Says what it was told and how long it took; the pod's grace period is longer.
 const POLITE: &str =
@@ -55,7 +55,7 @@ impl OnePod {
     /// A command with input and an exit code.
     pub async fn exec(&self, world: &World) -> anyhow::Result<()> {
         let shell = ["exec", "-i", "talker", "--", "sh", "-c", "cat; exit 7"];
-        let run = world.kubectl(shell).stdin("there\n").deadline(MINUTE);
+        let run = world.kubectl(shell).stdin("there\n").deadline(MINUTES);
         let answer = run.output().await?;
         ensure!(answer.text().trim() == "there", "{answer}");
         ensure!(answer.to_string().contains("exit code 7"), "{answer}");
@@ -76,7 +76,7 @@ impl OnePod {
     pub async fn ends(mut self, world: &World) -> anyhow::Result<()> {
         world.delete("talker", Some(GRACE)).await?;
         self.log.expect("told").await.context("the grace period")?;
-        world.wait_gone("talker", MINUTE).await?;
+        world.wait_gone("talker", MINUTES).await?;
         world.wait_no_job(&self.uid, SOON).await?;
         let quiet = PodBuilder::new("quiet").sh("exit 5");
         let quiet = world.run(&quiet, "Failed").await?;
@@ -95,7 +95,7 @@ impl OnePod {
             (from.to_string_lossy().as_ref(), there),
             (there, back.to_string_lossy().as_ref()),
         ] {
-            let copy = world.kubectl(["cp", source, target]).deadline(MINUTE);
+            let copy = world.kubectl(["cp", source, target]).deadline(MINUTES);
             copy.ok().await?;
         }
         ensure!(

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::World;
 
 /// The time to start the kubelet.
-const SCRIPT: Duration = Duration::from_mins(3);
+const SCRIPT: Duration = Duration::from_mins(5);
 /// The settings of such a kubelet. Services that lead to pods (relay) need pods without addresses.
 const OWN: [(&str, &str); 3] = [
     ("KNOC_NODE_POD_IP", "own"),

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::{PodBuilder, World};
 
 /// The time for a conversion by Apptainer, after those of other tests.
-pub const PULLED: Duration = Duration::from_mins(3);
+pub const PULLED: Duration = Duration::from_mins(5);
 
 /// The registry's storage folder on its node.
 const STORE: &str = "/var/spool/registry/docker/registry/v2/repositories/library";

@@ -10,7 +10,7 @@ use tokio::process::Child;
 use crate::{Run, World, ports::some_port, wait_for, world::SOON};
 
 /// The time for a conversion by Apptainer and a job, after those of other tests.
-const PULLED: Duration = Duration::from_mins(3);
+const PULLED: Duration = Duration::from_mins(5);
 
 /// Passes everything on to the runtime of the login node.
 pub const PLAIN: &str = "#!/bin/sh\nexec @APPTAINER@ \"$@\"\n";

@@ -24,7 +24,7 @@ use tonic::transport::Channel;
 use crate::{Run, ports::free_port, wait_for};
 
 /// How long a daemon may take until it answers, on a machine that starts many of them at once.
-const START: Duration = Duration::from_mins(1);
+const START: Duration = Duration::from_mins(2);
 
 /// Largest message of a client: a pod with the largest environment that Kubernetes keeps.
 const MESSAGE_LIMIT: usize = 8 << 20;

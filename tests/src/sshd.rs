@@ -86,7 +86,7 @@ impl Sshd {
         let log = folder.join("sshd.log");
         let mut daemon = Daemon::start(&argv, &[], &folder, &log)?;
         let address = loopback(port);
-        wait_for("sshd listens", Duration::from_secs(20), async || {
+        wait_for("sshd listens", Duration::from_mins(1), async || {
             daemon.still_runs().map_err(anyhow::Error::msg)?;
             tokio::net::TcpStream::connect(address).await?;
             anyhow::Ok(())

@@ -20,7 +20,7 @@ use tokio::process::Child;
 use crate::{Run, wait_for};
 
 /// How long the program on the terminal may take to show something.
-const ANSWER: Duration = Duration::from_secs(20);
+const ANSWER: Duration = Duration::from_mins(2);
 
 /// A program on its own terminal.
 #[derive(Debug)]
@@ -105,7 +105,7 @@ impl Terminal {
     /// Asks the shell on the terminal for its size until it answers `size` (rows and columns).
     pub async fn expect_size(&mut self, size: &str) -> anyhow::Result<()> {
         let what = format!("the size of the terminal is {size}");
-        wait_for(&what, Duration::from_mins(1), async || {
+        wait_for(&what, ANSWER, async || {
             self.type_text("stty size\n")?;
             // The shell needs a moment to answer.
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -130,7 +130,7 @@ impl Terminal {
 
     /// Waits for the program's end and returns its exit code.
     pub async fn exit_code(mut self) -> anyhow::Result<Option<i32>> {
-        let ended = tokio::time::timeout(Duration::from_secs(20), self.child.wait()).await;
+        let ended = tokio::time::timeout(ANSWER, self.child.wait()).await;
         let status =
             ended.with_context(|| format!("the program runs on; shown: {}", self.shown()))??;
         Ok(status.code())

@@ -5,21 +5,22 @@
 use std::{fmt, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail, ensure};
+use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::{Event, Namespace, Node, NodeCondition, Pod};
 use knoc_kubelet::api_client;
 use kube::{
     Api, Client, ResourceExt as _,
-    api::{DeleteParams, ListParams, LogParams, PostParams},
+    api::{DeleteParams, ListParams, LogParams, PostParams, WatchEvent, WatchParams},
 };
 use serde_json::{Value, json};
 
 use crate::{PodBuilder, Run, stays, wait_for};
 
 /// How long a pod that does almost nothing may take from its creation to its end on a busy machine.
-pub const SOON: Duration = Duration::from_mins(1);
+pub const SOON: Duration = Duration::from_mins(2);
 
 /// How long a script of the test bed may take on a busy machine.
-const SCRIPT: Duration = Duration::from_mins(3);
+const SCRIPT: Duration = Duration::from_mins(5);
 
 /// The agent's state directory, as the nodes of the cluster see it.
 pub const STATE: &str = "/home/hpcuser/.local/state/knoc";
@@ -158,6 +159,45 @@ impl World {
                 Err(error.context(format!("events: {}", self.events(name).await?.join("; "))))
             }
         }
+    }
+
+    /// The newest version of the pods in the namespace, from which [`World::saw`] looks on.
+    pub async fn version(&self) -> anyhow::Result<String> {
+        let list = self.api::<Pod>().list(&ListParams::default()).await?;
+        list.metadata.resource_version.context("no version")
+    }
+
+    /// Waits until `is` returns a value for a state of the pod since that version, even one that has passed already; returns that value.
+    pub async fn saw<T>(
+        &self,
+        name: &str,
+        version: &str,
+        limit: Duration,
+        is: impl Fn(&Pod) -> Option<T>,
+    ) -> anyhow::Result<T> {
+        let only = WatchParams::default().fields(&format!("metadata.name={name}"));
+        let mut last = None;
+        let looking = async {
+            let changes = self.api::<Pod>().watch(&only, version).await?;
+            let mut changes = std::pin::pin!(changes);
+            while let Some(change) = changes.next().await {
+                let pod = match change? {
+                    WatchEvent::Added(pod) | WatchEvent::Modified(pod) => pod,
+                    WatchEvent::Bookmark(_) => continue,
+                    other @ (WatchEvent::Deleted(_) | WatchEvent::Error(_)) => bail!("{other:?}"),
+                };
+                if let Some(value) = is(&pod) {
+                    return Ok(value);
+                }
+                last = pod.status;
+            }
+            bail!("the watch has ended")
+        };
+        let seen = match tokio::time::timeout(limit, Box::pin(looking)).await {
+            Ok(seen) => seen,
+            Err(late) => Err(late.into()),
+        };
+        seen.with_context(|| format!("pod {name}: its last state was {last:?}"))
     }
 
     /// Waits until the pod is in that phase; returns the pod. Fails at once if the pod ends in another phase.

@@ -106,10 +106,10 @@ up() {
     fi
     start "$pidfile" "$log/agent-$of.log" "${as_agent[@]}" "$agent_home/bin/knoc-agent" serve
     read -r pid _ <"$pidfile"
-    wait_for 10 "the agent's process" agent_of "$pid" || { tail -20 "$log/agent-$of.log" >&2; exit 1; }
+    wait_for 60 "the agent's process" agent_of "$pid" || { tail -20 "$log/agent-$of.log" >&2; exit 1; }
     pid=$(agent_of "$pid")
     echo "$pid $(start_time "$pid")" >"$pidfile"
-    wait_for 15 "an answer of the agent on $agent_node" "$KNOC_BIN/knocctl" info || { tail -20 "$log/agent-$of.log" >&2; exit 1; }
+    wait_for 90 "an answer of the agent on $agent_node" "$KNOC_BIN/knocctl" info || { tail -20 "$log/agent-$of.log" >&2; exit 1; }
 }
 
 export KNOCCTL_CONFIG=$run/knocctl.toml

@@ -107,9 +107,9 @@ up() {
     fi
     install_chart
     launch
-    [ "$identity" = serviceaccount ] || wait_for 30 "a client certificate for the node" approved client
-    [ "$serving" != csr ] || wait_for 30 "a serving certificate for the node" approved serving
-    wait_for 30 "the node $node Ready" ready || { tail -20 "$log/kubelet.log" >&2; exit 1; }
+    [ "$identity" = serviceaccount ] || wait_for 120 "a client certificate for the node" approved client
+    [ "$serving" != csr ] || wait_for 120 "a serving certificate for the node" approved serving
+    wait_for 120 "the node $node Ready" ready || { tail -20 "$log/kubelet.log" >&2; exit 1; }
     if [ "$serving" = self-signed ] && grep -q x509: < <(kubectl get --raw "/api/v1/nodes/$node/proxy/healthz" 2>&1); then
         say "this API server verifies kubelets: requesting a certificate from the cluster's signer"
         stop "$pidfile"

@@ -14,7 +14,7 @@ answers() { (exec 3<>"/dev/tcp/$address/$port" && printf 'PING\r\n' >&3 && read 
 up() {
     alive "$pidfile" || start "$pidfile" "$log/redis.log" chroot "$image" /usr/bin/redis-server --bind $address --port $port \
         --protected-mode no --save '' --appendonly no --dir /tmp
-    wait_for 20 "Redis at $address:$port" answers || { tail -5 "$log/redis.log" >&2; exit 1; }
+    wait_for 90 "Redis at $address:$port" answers || { tail -5 "$log/redis.log" >&2; exit 1; }
 }
 
 case ${1:-} in

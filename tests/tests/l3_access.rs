@@ -61,7 +61,7 @@ impl Kubelet {
                 "-sS",
                 "--path-as-is",
                 "-m",
-                "20",
+                "90",
                 "-X",
                 method,
                 "-w",

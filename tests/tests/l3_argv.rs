@@ -21,7 +21,7 @@ const SIZE: Size = Size {
 const SEED: u64 = 0x6b6e_6f63;
 
 /// The time for all 50 containers on the machine's cores.
-const ALL: Duration = Duration::from_mins(4);
+const ALL: Duration = Duration::from_mins(8);
 
 /// Variables in a container's environment that its pod did not set.
 const GIVEN: [&str; 6] = ["PATH", "HOME", "HOSTNAME", "TERM", "PWD", "TMPDIR"];

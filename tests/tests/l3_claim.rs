@@ -13,7 +13,7 @@ use knoc_tests::{
 const PAIRS: usize = 5;
 
 /// The time from the submission to the end of all jobs that wait for each other.
-const RACE: Duration = Duration::from_mins(3);
+const RACE: Duration = Duration::from_mins(6);
 
 /// The exit codes of a job whose pod succeeded, and of one that lost its claim.
 const WON: i32 = 0;
@@ -63,7 +63,7 @@ async fn submit_and_wait(
         "--wait",
         "--job-name=contender",
         "--mem=200",
-        "--time=5",
+        "--time=10",
         &node,
         "--output",
         output,

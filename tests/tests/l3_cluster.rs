@@ -26,7 +26,7 @@ const ELECTION: &str = "/images/election";
 /// The name of the Lease, and of the Role that gives pods the right to it.
 const LEASE: &str = "election";
 /// A leader that was lost is followed by another one after 15 s.
-const ELECTED: Duration = Duration::from_mins(2);
+const ELECTED: Duration = Duration::from_mins(4);
 
 /// Redis, for nodes and this host (tests/testbed/redis.sh).
 const REDIS: &str = "/images/redis";

@@ -11,7 +11,7 @@ use knoc_tests::{
 };
 
 /// The time from a restart to the correct state.
-const RIGHT: Duration = Duration::from_mins(2);
+const RIGHT: Duration = Duration::from_mins(4);
 
 /// The number of kills under load: fifty. A kubelet takes longer to start, so there are fewer kills in the same time.
 const AGENT_KILLS: usize = 30;

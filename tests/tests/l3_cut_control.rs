@@ -278,14 +278,16 @@ async fn rotated_and_cut(world: &World, files: &Files) -> anyhow::Result<()> {
         .await?;
         world.wait_node_condition("AgentConnected", "False").await?;
         world.wait_node_condition("Ready", "True").await?;
-        echo.repeats("cut").await
+        echo.repeats("cut").await?;
+        wait_for("the log has gone on", SOON, async || {
+            let now = lines(&log.shown())?;
+            ensure!(now > rotated + 60, "{now} lines, {rotated} before the cut");
+            Ok(())
+        })
+        .await
     });
     cut.await?;
     let during = lines(&log.shown())?;
-    ensure!(
-        during > rotated + 60,
-        "{during} lines, {rotated} before the cut"
-    );
     world.wait_node_condition("AgentConnected", "True").await?;
     echo.repeats("after").await?;
     wait_for("the log goes on", SOON, async || {

@@ -12,7 +12,7 @@ use kube::api::ListParams;
 const PORT: &str = "10351";
 
 /// How long a step and what it carries may take.
-const MINUTE: Duration = Duration::from_mins(1);
+const MINUTES: Duration = Duration::from_mins(3);
 
 /// Starts the agent without what it has found out about the network.
 async fn agent_anew(world: &World) -> anyhow::Result<()> {
@@ -60,7 +60,7 @@ async fn refused(world: &World) -> anyhow::Result<()> {
         let pod = PodBuilder::new(network).annotation("knoc.io/network", network);
         world.running(&pod.sh(CURIOUS)).await?;
         let of = ListParams::default().fields(&format!("involvedObject.name={network}"));
-        let message = wait_for("the Event", MINUTE, async || {
+        let message = wait_for("the Event", MINUTES, async || {
             let events = world.api::<Event>().list(&of).await?.items;
             let mut refused = events
                 .iter()
@@ -72,24 +72,28 @@ async fn refused(world: &World) -> anyhow::Result<()> {
         .await?;
         ensure!(message.contains("do not reach the agent"), "{message}");
         world.delete(network, Some(0)).await?;
-        world.wait_gone(network, MINUTE).await?;
+        world.wait_gone(network, MINUTES).await?;
     }
     Ok(())
 }
 
 /// Waits until doctor says so, and calls it no fault.
 async fn detected(world: &World) -> anyhow::Result<()> {
-    wait_for("doctor shows that nodes are isolated", MINUTE, async || {
-        let findings = knoc_tests::doctor::examine(world.knocctl(["doctor"])).await?;
-        let link = findings
-            .iter()
-            .find(|finding| finding.check == "link: shims");
-        let link = link.context("no finding")?;
-        let says = link
-            .detail
-            .contains("a job step on demand carries the link");
-        ensure!(link.ok && says, "{link:#?}");
-        Ok(())
-    })
+    wait_for(
+        "doctor shows that nodes are isolated",
+        MINUTES,
+        async || {
+            let findings = knoc_tests::doctor::examine(world.knocctl(["doctor"])).await?;
+            let link = findings
+                .iter()
+                .find(|finding| finding.check == "link: shims");
+            let link = link.context("no finding")?;
+            let says = link
+                .detail
+                .contains("a job step on demand carries the link");
+            ensure!(link.ok && says, "{link:#?}");
+            Ok(())
+        },
+    )
     .await
 }

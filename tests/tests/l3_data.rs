@@ -13,7 +13,7 @@ use knoc_tests::{
 use serde_json::{Value, json};
 
 /// The time for a job to start and end beside those of other tests.
-const RUN: Duration = Duration::from_mins(2);
+const RUN: Duration = Duration::from_mins(4);
 
 const SITE_FILE: &str = "/home/hpcuser/.config/knoc/agent.toml";
 

@@ -6,7 +6,7 @@ use anyhow::ensure;
 use knoc_tests::{World, doctor, wait_for, world::STATE};
 
 /// A job of one minute that may wait for others.
-const PROBE: Duration = Duration::from_mins(4);
+const PROBE: Duration = Duration::from_mins(6);
 
 /// Pods of other tests may have started but not yet connected, which is not a fault.
 const MAY_BE_BUSY: &str = "link: shims";

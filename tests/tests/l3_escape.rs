@@ -226,7 +226,7 @@ async fn an_image_that_is_replaced_is_not_started() -> anyhow::Result<()> {
         .set("volumeMounts", json!([{"name": "go", "mountPath": "/go"}]));
     let uid = world.running(&restarts).await?;
     // The program ends as soon as it sees the file, and a command that has not ended by then is killed with it.
-    let go_on = "(sleep 1; touch /go/on) >/dev/null 2>&1 &";
+    let go_on = "(sleep 5; touch /go/on) >/dev/null 2>&1 &";
     // Unchanged, it starts again.
     world.exec(&uid, "main", ["sh", "-c", go_on]).ok().await?;
     world

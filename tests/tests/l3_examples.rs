@@ -8,7 +8,7 @@ use knoc_tests::{World, guide::root, wait_for, web, world::SOON};
 use kube::api::ListParams;
 
 /// The time for twenty small jobs beside those of other tests.
-const JOB: Duration = Duration::from_mins(4);
+const JOB: Duration = Duration::from_mins(8);
 
 async fn apply(world: &World, file: &str) -> anyhow::Result<()> {
     let path = root().join("deploy/examples").join(file);

@@ -10,7 +10,7 @@ use knoc_tests::{
     world::{SOON, STATE, exit_code, has_condition, why},
 };
 
-const MINUTES: Duration = Duration::from_mins(3);
+const MINUTES: Duration = Duration::from_mins(6);
 
 /// How long nothing may happen to a pod. Its job has ended before, or cannot be submitted.
 const A_WHILE: Duration = Duration::from_secs(5);

@@ -11,7 +11,7 @@ use knoc_tests::{
 use serde_json::{Value, json};
 
 /// The time for a conversion by Apptainer, after those of other tests.
-const PULLED: Duration = Duration::from_mins(3);
+const PULLED: Duration = Duration::from_mins(5);
 
 /// The image with its own files, links and accounts, for the user that the tag selects.
 fn places(tag: &str) -> String {

@@ -406,8 +406,14 @@ async fn a_due_serving_certificate_is_renewed_by_request_and_served_without_a_re
     let waits = lone
         .condition("ServingCertificate", "AwaitingApproval")
         .await?;
-    ensure!(old.contains(&lone.served().await?), "another is served");
-    lone.proxied().ok().await?;
+    let served = wait_for("a certificate is served", SOON, async || {
+        lone.served().await
+    });
+    ensure!(old.contains(&served.await?), "another is served");
+    wait_for("the API server reaches the kubelet", SOON, async || {
+        lone.proxied().ok().await
+    })
+    .await?;
     let request = lone.approve("serving").await?;
     let text =
         format!("kubectl certificate approve {request}; the certificate in use is valid until");

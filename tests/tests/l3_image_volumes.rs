@@ -17,13 +17,17 @@ async fn an_image_is_a_volume_that_no_container_can_write() -> anyhow::Result<()
             json!([{"name": "models", "image": {"reference": image("own:1"), "pullPolicy": "IfNotPresent"}}]),
         )
     };
+    // The runtime has one process for each image that it mounts.
     let reads = pod("reads")
+        .memory("256Mi")
         .set(
             "volumeMounts",
             json!([{"name": "models", "mountPath": "/models"}]),
         )
         .sh("head -c 2 /models/bin/show; touch /models/x 2>/dev/null || echo ' read-only'");
-    world.run(&reads, "Succeeded").await?;
+    // The image may have to be pulled first.
+    world.create(&reads).await?;
+    world.wait_phase("reads", "Succeeded", PULLED).await?;
     let log = world.logs("reads", "main").await?;
     ensure!(log == "#! read-only\n", "{log:?}");
     world.finish().await

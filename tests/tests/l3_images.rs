@@ -123,6 +123,16 @@ async fn waits_by(world: &World, name: &str, reason: &str) -> anyhow::Result<Str
         .await
 }
 
+/// Waits until the pod's container could not pull its image since that version; returns the message. This reason stays for a second,
+/// and is back with the next attempt.
+async fn cannot_pull(world: &World, name: &str, since: &str) -> anyhow::Result<String> {
+    let cannot = |pod: &Pod| {
+        let (is, message) = container_reason(pod, "main")?;
+        (is == "ErrImagePull").then_some(message)
+    };
+    world.saw(name, since, PULLED, cannot).await
+}
+
 /// Checks that there is also an Event that contains these texts.
 async fn told(world: &World, name: &str, expected: &[&str]) -> anyhow::Result<()> {
     wait_for(
@@ -170,12 +180,13 @@ async fn an_image_that_a_registry_lacks_is_reported_with_its_message() -> anyhow
         ("no-tag", image("busybox:nonesuch"), "manifest unknown"),
         ("no-registry", nobody, "Connection refused"),
     ];
+    let since = world.version().await?;
     let mut uids = Vec::new();
     for (name, image, _) in &cases {
         uids.push(world.create(&PodBuilder::new(name).image(image)).await?);
     }
     for ((name, image, expected), uid) in cases.iter().zip(&uids) {
-        let message = waits_by(&world, name, "ErrImagePull").await?;
+        let message = cannot_pull(&world, name, &since).await?;
         ensure!(
             message.contains(expected) && message.contains(image),
             "{name}: {message}"
@@ -207,8 +218,9 @@ async fn a_missing_layer_is_reported_with_the_message_of_the_registry() -> anyho
     let folder = repository.push_one_of_its_own().await?;
     repository.lose_its_last_layer().await?;
     let pod = as_it_is(PodBuilder::new("broken"), &repository.image());
+    let since = world.version().await?;
     world.create(&pod).await?;
-    let message = waits_by(&world, "broken", "ErrImagePull").await?;
+    let message = cannot_pull(&world, "broken", &since).await?;
     ensure!(message.contains("blob unknown"), "{message}");
     told(
         &world,
@@ -292,8 +304,9 @@ async fn a_private_image_runs_for_those_who_have_its_password() -> anyhow::Resul
     let folder = repository.push_one_of_its_own().await?;
     let private = repository.image().replace("ctl:5000", "ctl:5001");
     let pod = |name: &str| as_it_is(PodBuilder::new(name), &private);
+    let since = world.version().await?;
     let uid = world.create(&pod("nobody")).await?;
-    let message = waits_by(&world, "nobody", "ErrImagePull").await?;
+    let message = cannot_pull(&world, "nobody", &since).await?;
     ensure!(message.contains("user name and a password"), "{message}");
     // A wrong password; the pod goes on once the Secret is right.
     create_login(&world, "login", "wrong").await?;

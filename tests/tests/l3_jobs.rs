@@ -335,7 +335,7 @@ async fn streams_into_a_suspended_job_fail_with_that_reason() -> anyhow::Result<
     // Slurm stops the processes a moment later. From then on the first stream is refused before the agent knows about the
     // suspension from Slurm.
     for stream in &streams {
-        wait_for("it is refused", SOON, async || {
+        wait_for("it is refused", SOON * 3, async || {
             let said = agent.knocctl(stream).deadline(SOON).output().await?;
             let all = said.to_string();
             ensure!(

@@ -5,13 +5,14 @@ use std::{ffi::OsStr, path::Path, time::Duration};
 use anyhow::{Context as _, ensure};
 use knoc_tests::{PodBuilder, Run, Terminal, World, wait_for, world::SOON};
 
-const MINUTES: Duration = Duration::from_mins(3);
+const MINUTES: Duration = Duration::from_mins(8);
 const SIZE: usize = 20 << 20;
 
+/// A pod with memory for many commands, and for further containers beside its own.
 async fn target(test: &str) -> anyhow::Result<World> {
     let world = World::new(test).await?;
     world
-        .running(&PodBuilder::new("target").sh("sleep 600"))
+        .running(&PodBuilder::new("target").memory("512Mi").sh("sleep 600"))
         .await?;
     Ok(world)
 }
@@ -103,6 +104,7 @@ async fn a_gibibyte_is_copied_both_ways() -> anyhow::Result<()> {
     const MEBIBYTES: u64 = 1024;
     let world = World::new("kubectl-gib").await?;
     let pod = PodBuilder::new("target")
+        .memory("512Mi")
         .sh("sleep 3600")
         .empty_dir("/data");
     world.running(&pod).await?;

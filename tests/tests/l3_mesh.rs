@@ -16,9 +16,9 @@ use kube::{
 use serde_json::json;
 
 /// The time for a script of the test bed.
-const SCRIPT: Duration = Duration::from_mins(3);
+const SCRIPT: Duration = Duration::from_mins(5);
 /// How long the site's list may take to hold: it is read every ten seconds, and then tunnels are dialled.
-const POLICY: Duration = Duration::from_mins(1);
+const POLICY: Duration = Duration::from_mins(3);
 const SITE_FILE: &str = "/home/hpcuser/.config/knoc/agent.toml";
 /// The size of the large file.
 const LARGE: u32 = 64 << 20;
@@ -188,7 +188,7 @@ async fn connections(
         let refused = inside(
             world,
             client,
-            &format!("wget -T 20 -qO- http://{there}:{port}/"),
+            &format!("wget -T 60 -qO- http://{there}:{port}/"),
         )
         .await?;
         ensure!(refused.stderr.contains("refused"), "{port}: {refused}");
@@ -251,9 +251,13 @@ async fn namespaces(world: &World, there: Ipv4Addr) -> anyhow::Result<()> {
     let stranger = other.running(&waiting("stranger")).await?;
     address(&other, "stranger").await?;
     let script = format!("wget -T 30 -qO- http://{there}/name");
-    let denied = inside(&other, &stranger, &script).await?;
+    let denied = wait_for("an answer about the other namespace", SOON, async || {
+        let denied = inside(&other, &stranger, &script).await?;
+        ensure!(denied.code == 0 || is_unreachable(&denied), "{denied}");
+        Ok(denied)
+    })
+    .await?;
     ensure!(denied.code != 0, "{denied}");
-    ensure!(is_unreachable(&denied), "{denied}");
     pod_traffic(&other, "t-mesh-other-*:t-mesh-*").await?;
     wait_for("an answer from the other namespace", POLICY, async || {
         let answer = inside(&other, &stranger, &script).await?;
@@ -281,7 +285,7 @@ fn is_unreachable(answer: &Output) -> bool {
 async fn restarted_agent(world: &World, client: &str, there: Ipv4Addr) -> anyhow::Result<()> {
     // Exec needs the agent: the client tries by itself meanwhile.
     let script = format!(
-        "rm -f /tmp/end /tmp/failed; (until [ -e /tmp/end ]; do wget -T 20 -qO /dev/null http://{there}/name || echo x >>/tmp/failed; done) \
+        "rm -f /tmp/end /tmp/failed; (until [ -e /tmp/end ]; do wget -T 60 -qO /dev/null http://{there}/name || echo x >>/tmp/failed; done) \
          >/dev/null 2>&1 </dev/null &"
     );
     inside(world, client, &script).await?;

@@ -25,7 +25,7 @@ const FLOOD: usize = 20 << 20;
 
 /// A pod of two ranks, one on each of two nodes, which find each other by nothing but Slurm's variables.
 fn ranks(name: &str, script: &str) -> PodBuilder {
-    let resources = json!({"requests": {"cpu": "200m"}, "limits": {"memory": "64Mi"}});
+    let resources = json!({"requests": {"cpu": "200m"}, "limits": {"memory": "256Mi"}});
     PodBuilder::new(name)
         .annotation("knoc.io/nodes", "2")
         .annotation("knoc.io/ntasks", "2")
@@ -291,9 +291,13 @@ async fn a_rank_that_never_ends_is_killed_after_the_grace_period() -> anyhow::Re
     world.wait_no_job(&uid, SOON).await?;
     // The job directory, with the pod's uid, is in the argv of the helpers.
     for node in ["c1", "c2", "c3"] {
-        let left = world.on_as_root(node, ["pgrep", "-af", &uid]).output();
-        let left = left.await?.text();
-        ensure!(left.is_empty(), "{node}: {left}");
+        wait_for(&format!("no helper is left on {node}"), SOON, async || {
+            let left = world.on_as_root(node, ["pgrep", "-af", &uid]).output();
+            let left = left.await?.text();
+            ensure!(left.is_empty(), "{left}");
+            Ok(())
+        })
+        .await?;
     }
     world.finish().await
 }
@@ -369,9 +373,11 @@ async fn another_user_gets_nothing_at_the_port_of_the_ranks() -> anyhow::Result<
         anyhow::bail!("{nodes:?}");
     };
     // The argv of the helpers, which anybody can see, names the port.
-    let find = "tr '\\0' ' ' </proc/$(pgrep -f 'knoc-agent rank' | head -n 1)/cmdline; echo";
+    let find = format!(
+        "tr '\\0' ' ' </proc/$(pgrep -f '[k]noc-agent rank .*{uid}' | head -n 1)/cmdline; echo"
+    );
     let argv = world
-        .on_as_root(first, ["sh", "-c", find])
+        .on_as_root(first, ["sh", "-c", &find])
         .ok()
         .await?
         .text();

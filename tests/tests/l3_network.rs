@@ -9,9 +9,9 @@ use serde_json::json;
 /// The time in which a command in a container answers that waits for nobody.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
-/// A container that needs little of the node.
+/// A container that needs little of the CPUs of the node.
 fn small(pod: PodBuilder) -> PodBuilder {
-    let resources = json!({"requests": {"cpu": "100m"}, "limits": {"memory": "32Mi"}});
+    let resources = json!({"requests": {"cpu": "100m"}, "limits": {"memory": "128Mi"}});
     pod.set("resources", resources)
 }
 
@@ -113,14 +113,19 @@ async fn a_network_of_its_own_leads_to_other_networks_and_not_to_the_nodes_loopb
     }
     // IPv6 is not reached, and a program learns so at once instead of waiting.
     for target in ["2001:db8::1", "fd00::1"] {
-        let began = Instant::now();
-        let dialled = inside(&format!("nc -w 30 {target} 80 </dev/null")).await?;
-        ensure!(
-            dialled.stderr.contains("unreachable"),
-            "{target}: {dialled}"
-        );
-        let took = began.elapsed();
-        ensure!(took < AT_ONCE, "{target}: {took:?}");
+        // A busy machine may delay some of the answers.
+        wait_for("it learns so at once", SOON, async || {
+            let began = Instant::now();
+            let dialled = inside(&format!("nc -w 30 {target} 80 </dev/null")).await?;
+            ensure!(
+                dialled.stderr.contains("unreachable"),
+                "{target}: {dialled}"
+            );
+            let took = began.elapsed();
+            ensure!(took < AT_ONCE, "{target}: {took:?}");
+            Ok(())
+        })
+        .await?;
     }
     // It has no rights over its network.
     let changed = inside("ip link set lo down").await?;

@@ -1,7 +1,7 @@
 //! The Node object on the real stack: Kubernetes schedules by Slurm's resources. Also what users see of a pod while it waits in the
 //! queue, and its Events.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use anyhow::{Context as _, bail, ensure};
 use futures::StreamExt as _;
@@ -19,9 +19,6 @@ use knoc_tests::{
 use knoc_translate::quantity;
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use serde_json::json;
-
-/// The kubelet renews every 10 s.
-const RENEWED: Duration = Duration::from_secs(30);
 
 /// The default of `node.queueFactor`: the node offers that many times the cluster's resources, because pods wait in Slurm's queue.
 const QUEUE_FACTOR: i64 = 10;
@@ -215,7 +212,8 @@ async fn the_nodes_lease_is_renewed_and_is_the_nodes() -> anyhow::Result<()> {
         .find(|owner| owner.kind == "Node")
         .context("no owner")?;
     ensure!(Some(&owner.uid) == node.metadata.uid.as_ref(), "{owner:?}");
-    wait_for("the lease is renewed", RENEWED, async || {
+    // The kubelet renews every 10 s.
+    wait_for("the lease is renewed", SOON, async || {
         let now = leases
             .get(&world.node)
             .await?
@@ -294,11 +292,11 @@ async fn a_queued_pod_shows_the_reason_and_the_estimated_start() -> anyhow::Resu
     })
     .await;
     // An Event about the queue comes if the pod is queued for longer than a moment.
+    let reason = shown.as_ref().map_or("", |(reason, _)| reason.as_str());
+    let waits = format!("SlurmJobPending: job {job} waits: {reason}");
     let told = wait_for("an Event with Slurm's reason", SOON, async || {
-        let waits = format!("SlurmJobPending: job {job} waits: ");
         let events = world.events("waits").await?;
-        let told = events.iter().any(|event| event.starts_with(&waits));
-        ensure!(told, "{events:?}");
+        ensure!(events.contains(&waits), "{events:?}");
         Ok(())
     })
     .await;
@@ -315,9 +313,6 @@ async fn a_queued_pod_shows_the_reason_and_the_estimated_start() -> anyhow::Resu
         container.0 == "ContainerCreating" && container.1.contains(&reason),
         "{container:?}"
     );
-    let waits = format!("SlurmJobPending: job {job} waits: {reason}");
-    let events = world.events("waits").await?;
-    ensure!(events.contains(&waits), "{events:?}");
     // The job is no longer queued, so the message about the queue is gone.
     let ended = world.wait_phase("waits", "Succeeded", SOON).await?;
     ensure!(why(&ended).1.is_empty(), "{:?}", ended.status);
@@ -333,7 +328,7 @@ const MAY_BE: [&str; 3] = ["Pulling", "SlurmJobPending", "SlurmJobSubmitted"];
 /// The part of an Event that the tests check: reason, container, message.
 type Told = (String, String, String);
 
-/// The Events of the pod that are ours.
+/// The Events of the pod that are ours, without those of [`MAY_BE`].
 async fn told(world: &World, pod: &Pod) -> anyhow::Result<Vec<Told>> {
     let uid = pod.metadata.uid.clone().context("no uid")?;
     let of = ListParams::default().fields(&format!("involvedObject.uid={uid}"));
@@ -341,6 +336,10 @@ async fn told(world: &World, pod: &Pod) -> anyhow::Result<Vec<Told>> {
     events.retain(|event| event.reporting_component.as_deref() == Some("kubelet"));
     let mut told = Vec::new();
     for event in events {
+        // How many there are of these, and how often, depends on how busy everything is.
+        if MAY_BE.contains(&event.reason.as_deref().unwrap_or_default()) {
+            continue;
+        }
         let source = event.source.clone().unwrap_or_default();
         ensure!(source.host.as_ref() == Some(&world.node), "{event:?}");
         ensure!(
@@ -391,10 +390,7 @@ async fn the_events_of_a_pod_report_each_step_once() -> anyhow::Result<()> {
             pulled.is_some_and(|(.., message)| message.contains(&image)),
             "{image} is not in {pulled:?}"
         );
-        let steps = told
-            .iter()
-            .filter(|(reason, ..)| !MAY_BE.contains(&reason.as_str()));
-        ensure!(steps.count() == wanted.len(), "{told:#?}");
+        ensure!(told.len() == wanted.len(), "{told:#?}");
         Ok(())
     })
     .await?;
@@ -461,11 +457,6 @@ async fn a_short_life_costs_four_statuses_and_four_events() -> anyhow::Result<()
         Ok(told)
     })
     .await?;
-    // The image may be pulled first, for all pods that want it, and the job may wait for a moment.
-    let told: Vec<_> = told
-        .iter()
-        .filter(|(reason, ..)| !MAY_BE.contains(&reason.as_str()))
-        .collect();
     ensure!(told.len() <= 4, "{told:#?}");
     world.finish().await
 }

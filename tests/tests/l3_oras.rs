@@ -12,7 +12,7 @@ use knoc_tests::{
 use serde_json::{Value, json};
 
 /// The time for a pull and a job, after those of other tests.
-const PULLED: Duration = Duration::from_mins(3);
+const PULLED: Duration = Duration::from_mins(5);
 /// The registry's storage folder on its node.
 const STORE: &str = "/var/spool/registry/docker/registry/v2/repositories/library";
 /// What the image `own` prints.

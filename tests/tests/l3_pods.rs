@@ -15,7 +15,7 @@ use kube::api::{ListParams, PostParams};
 use serde_json::json;
 
 /// Slurm checks time limits twice a minute, and they are whole minutes.
-const TIME_LIMIT: Duration = Duration::from_mins(3);
+const TIME_LIMIT: Duration = Duration::from_mins(6);
 
 #[tokio::test]
 async fn a_job_that_slurm_ends_at_its_time_limit_says_so() -> anyhow::Result<()> {
@@ -74,7 +74,7 @@ async fn a_kubernetes_job_of_twenty_pods_succeeds() -> anyhow::Result<()> {
         .api::<Job>()
         .create(&PostParams::default(), &job)
         .await?;
-    wait_for("the Job complete", Duration::from_mins(3), async || {
+    wait_for("the Job complete", Duration::from_mins(8), async || {
         let status = world
             .api::<Job>()
             .get("twenty")

@@ -7,7 +7,7 @@ use knoc_tests::{PodBuilder, World, wait_for, world::SOON};
 use serde_json::json;
 
 /// The time to create that many folders, and for several restarts.
-const MINUTES: Duration = Duration::from_mins(4);
+const MINUTES: Duration = Duration::from_mins(8);
 
 /// Soft limits that no site sets and that do not affect the running agent: file size, CPU time.
 const ODD: [(&str, &str); 2] = [("--fsize", "1099511627009"), ("--cpu", "864007")];
@@ -71,6 +71,7 @@ async fn our_processes_are_closed_to_others_and_those_of_the_pod_are_not() -> an
         .await?;
     let node = world.compute_node(&uid).await?;
     let command = world.exec(&uid, "main", ["sleep", "4567"]);
+    let command = command.deadline(MINUTES);
     let looking = async {
         // The programs may still be starting: until its end, a start is ours.
         wait_for(

@@ -21,7 +21,7 @@ const HOST: &str = "web.example.org";
 /// The size of the large page.
 const SIZE: usize = 256 << 10;
 /// A client that has waited for so long has waited in vain.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// curl's exit code if the connection was refused.
 const REFUSED: i32 = 7;
 /// curl's exit code if it has waited in vain.

@@ -10,7 +10,7 @@ use knoc_tests::{
 };
 
 /// The time from lifting a limit to the next attempt and the pod's end; the delays are 10, 20, 40 seconds.
-const LIFTED: Duration = Duration::from_mins(3);
+const LIFTED: Duration = Duration::from_mins(8);
 
 const POLICY: &str = "Batch job submission failed: Job violates accounting/QOS policy";
 

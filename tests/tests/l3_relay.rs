@@ -190,7 +190,7 @@ async fn a_network_policy_ends_the_relay_and_its_removal_begins_it_again() -> an
     .await?;
     policies.delete("deny", &DeleteParams::default()).await?;
     let again = *ready(&world, 1).await?.first().context("no address")?;
-    web::page(again, "/name").await?;
+    wait_for("the page", SOON, async || web::page(again, "/name").await).await?;
     world.finish().await
 }
 

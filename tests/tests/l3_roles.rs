@@ -8,7 +8,7 @@ use knoc_tests::{PodBuilder, World, wait_for, world::SOON};
 use kube::api::{Patch, PatchParams};
 use serde_json::json;
 
-const LATER: Duration = Duration::from_mins(3);
+const LATER: Duration = Duration::from_mins(5);
 
 /// The status of a container or init container.
 fn status<'a>(pod: &'a Pod, name: &str) -> Option<&'a ContainerStatus> {
@@ -212,6 +212,7 @@ async fn nothing_shares_the_processes_of_a_program_that_has_entered_further_name
         let name = format!("hides-{network}");
         let pod = PodBuilder::new(&name)
             .annotation("knoc.io/network", network)
+            .memory("256Mi")
             .sh("while :; do sleep 1; done & exec unshare -U -m sh -c 'echo unshared; exec sleep 600'");
         world.create(&pod).await?;
         world.wait_log(&name, "main", "unshared").await?;
@@ -289,6 +290,8 @@ async fn through_shared_processes_a_container_reaches_its_own_files_only() -> an
         };
         let pod = |name: &str| {
             let pod = PodBuilder::new(name).annotation("knoc.io/network", network);
+            // The target has another container and commands beside its own.
+            let pod = pod.memory("256Mi");
             pod.set("securityContext", context.clone())
         };
         let of_target = world.running(&pod(&target).sh(&recognised("main"))).await?;

@@ -9,7 +9,7 @@ use knoc_tests::{
 };
 use sha2::{Digest as _, Sha256};
 
-const MINUTES: Duration = Duration::from_mins(3);
+const MINUTES: Duration = Duration::from_mins(6);
 
 #[tokio::test]
 async fn a_hundred_megabytes_of_log_are_intact() -> anyhow::Result<()> {

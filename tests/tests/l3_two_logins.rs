@@ -8,7 +8,7 @@ use knoc_tests::{Background, PodBuilder, World, wait_for, world::SOON};
 
 /// A heartbeat of an agent that has lost power counts for a minute (`knoc-agent/src/lease.rs`), and the kubelet pauses between its
 /// attempts.
-const FENCED: Duration = Duration::from_mins(3);
+const FENCED: Duration = Duration::from_mins(5);
 
 /// How many lines the pod writes; more than fit into a test.
 const COUNT: &str =

@@ -12,7 +12,7 @@ use knoc_tests::{
 use serde_json::{Value, json};
 
 /// The time for a conversion by Apptainer, after those of other tests.
-const PULLED: Duration = Duration::from_mins(3);
+const PULLED: Duration = Duration::from_mins(5);
 
 /// The HPC user of the test bed.
 const HPC_USER: &str = "2001";

@@ -21,7 +21,7 @@ use kube::{ResourceExt as _, api::DeleteParams};
 use serde_json::{Value, json};
 
 /// The time until a deleted pod no longer runs.
-const GONE: Duration = Duration::from_secs(30);
+const GONE: Duration = Duration::from_mins(2);
 
 /// Uses a little CPU time, so that there is something to measure, and keeps running.
 const WORK: &str = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; exec sleep 3600";

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// The longest time that a test waits for a state.
-pub(crate) const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_mins(2);
 
 /// The spec of a pod with one container.
 pub(crate) fn spec(uid: &PodUid) -> pb::PodSpec {

@@ -64,7 +64,7 @@ async fn the_deadline_kills_the_whole_group() {
         .run()
         .await
         .unwrap_err();
-    assert!(begin.elapsed() < Duration::from_secs(10));
+    assert!(begin.elapsed() < Duration::from_mins(2));
     assert!(
         matches!(&err.kind, CommandErrorKind::Timeout { .. }),
         "{err:?}"

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 
-use super::{Agent, DEADLINE, Job, running};
+use super::{Agent, DEADLINE, Job, isolated, running};
 
 pub(crate) const SLEEPER: &str = "trap 'exit 0' TERM; echo up; while :; do sleep 0.05; done";
 
@@ -31,10 +31,35 @@ pub(crate) async fn up(container: pb::Container) -> (Job, Agent, ShimClient<Chan
 
 pub(crate) async fn stop(shim: &mut ShimClient<Channel>) {
     let request = pb::StopRequest {
-        grace_seconds: 5,
+        grace_seconds: 30,
         reason: "test".to_owned(),
     };
     shim.stop(request).await.unwrap();
+}
+
+/// Has container `a` wait, with [`AT_GATE`], until [`go`] is called with the file returned.
+pub(crate) fn gate(job: &mut Job) -> String {
+    let gate = if isolated() {
+        "/tmp/go".to_owned()
+    } else {
+        job.dir.path().join("go").display().to_string()
+    };
+    job.set_env("a", vec![("GO", gate.clone().into_bytes())]);
+    gate
+}
+
+pub(crate) const AT_GATE: &str = "while ! test -e \"$GO\"; do sleep 0.05; done";
+
+/// Lets the program pass its gate. It may end, and the shim with it, before this command does.
+pub(crate) async fn go(shim: &mut ShimClient<Channel>, gate: &str) {
+    let (sender, inputs) = mpsc::channel(1);
+    let start = message(Input::Start(command(&["touch", gate])));
+    sender.send(start).await.unwrap();
+    if let Ok(output) = shim.exec(ReceiverStream::new(inputs)).await {
+        let mut output = output.into_inner();
+        while let Ok(Some(_)) = output.message().await {}
+    }
+    drop(sender);
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]

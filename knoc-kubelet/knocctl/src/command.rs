@@ -105,7 +105,7 @@ async fn read(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
 mod tests {
     use super::*;
 
-    const SOON: Duration = Duration::from_secs(20);
+    const SOON: Duration = Duration::from_mins(2);
 
     #[tokio::test]
     async fn a_program_gets_its_input_and_is_heard_or_killed() {

@@ -19,7 +19,7 @@ const SIZE: usize = 1 << 20;
 const POD: &str = "target";
 
 /// The time limit for the next output of a stream.
-const OUTPUT_LIMIT: Duration = Duration::from_secs(30);
+const OUTPUT_LIMIT: Duration = Duration::from_mins(2);
 
 /// A client and its pod.
 #[derive(Debug)]

@@ -11,7 +11,7 @@ use tokio::process::Child;
 use crate::wait_for;
 
 /// How long a killed process may take to be gone.
-const GONE: Duration = Duration::from_secs(20);
+const GONE: Duration = Duration::from_mins(2);
 
 /// A running process; it is killed when this is dropped.
 #[derive(Debug)]

@@ -11,6 +11,9 @@ use tonic::transport::Channel;
 use super::{CLUSTER, Site};
 use crate::wait_for;
 
+/// How long the agent may take to accept a pod that it may have, and to end one.
+const LIMIT: Duration = Duration::from_mins(2);
+
 /// A pod without Kubernetes.
 #[derive(Debug, Clone)]
 pub struct Pod {
@@ -113,14 +116,10 @@ impl Pod {
 
     /// Asks the agent for the pod, again and again until the agent accepts it.
     pub async fn ensure(&self, client: &AgentClient<Channel>) -> anyhow::Result<()> {
-        wait_for(
-            "the agent has the pod",
-            Duration::from_secs(30),
-            async || {
-                let answer = client.clone().ensure_pod(self.request.clone()).await;
-                answer.map(|_| ()).map_err(|status| status.to_string())
-            },
-        )
+        wait_for("the agent has the pod", LIMIT, async || {
+            let answer = client.clone().ensure_pod(self.request.clone()).await;
+            answer.map(|_| ()).map_err(|status| status.to_string())
+        })
         .await
     }
 
@@ -325,7 +324,7 @@ impl Pod {
     /// Deletes the pod, waits for its end, and makes the agent forget it.
     pub async fn remove(&self, client: &AgentClient<Channel>) -> anyhow::Result<()> {
         self.delete(client, 1).await?;
-        let finished = self.finished(client, Duration::from_secs(30)).await;
+        let finished = self.finished(client, LIMIT).await;
         finished?;
         let request = pb::ForgetPodRequest {
             leadership_epoch: 0,

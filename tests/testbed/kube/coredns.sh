@@ -35,7 +35,7 @@ up() {
         corefile
         start "$pidfile" "$state/log/coredns.log" "$KUBE_PREFIX/bin/coredns" -conf "$state/Corefile"
     fi
-    wait_for 30 "CoreDNS" is_ready || { tail -20 "$state/log/coredns.log" >&2; exit 1; }
+    wait_for 90 "CoreDNS" is_ready || { tail -20 "$state/log/coredns.log" >&2; exit 1; }
 }
 down() {
     stop "$pidfile"

@@ -23,7 +23,7 @@ servers() { # servers NAMESPACE: a server for each rule, with a location for eac
 configuration() {
     # As many connections as there are pass: two for each client. A Service that does not answer is 504 before a test loses patience.
     printf '%s\n' "daemon off;" "user www-data;" "worker_processes 1;" "pid $state/ingress.nginx;" "error_log stderr warn;" \
-        "events { worker_connections 2048; }" "http {" "access_log off;" "proxy_connect_timeout 10s;" 'proxy_set_header Host $host;' \
+        "events { worker_connections 2048; }" "http {" "access_log off;" "proxy_connect_timeout 30s;" 'proxy_set_header Host $host;' \
         "server { listen $listen default_server; return 404; }"
     servers "$1"
     echo "}"
@@ -34,7 +34,7 @@ up() {
     stop "$pidfile"
     configuration "$1" >"$state/ingress.conf"
     start "$pidfile" "$state/log/ingress.log" "$testbed/kube/proxy.sh" exec /usr/sbin/nginx -e stderr -c "$state/ingress.conf"
-    wait_for 20 "nginx on $listen" listens || { tail -20 "$state/log/ingress.log" >&2; exit 1; }
+    wait_for 90 "nginx on $listen" listens || { tail -20 "$state/log/ingress.log" >&2; exit 1; }
 }
 listens() {
     alive "$pidfile" || { say "nginx has ended:"; tail -20 "$state/log/ingress.log" >&2; exit 1; }

@@ -29,5 +29,5 @@ start_proxy() {
             "Allow 10.77.0.2" "ConnectPort ${kubelet_address#*:}" "BasicAuth knoc $(cat "$run/proxy.password")" >"$run/proxy.conf"
     )
     start "$proxy_pid" "$log/proxy.log" tinyproxy -d -c "$run/proxy.conf"
-    wait_for 10 "the proxy on $proxy_address" bash -c "exec 3<>/dev/tcp/${proxy_address%:*}/${proxy_address#*:}" || { tail -5 "$log/proxy.log" >&2; exit 1; }
+    wait_for 60 "the proxy on $proxy_address" bash -c "exec 3<>/dev/tcp/${proxy_address%:*}/${proxy_address#*:}" || { tail -5 "$log/proxy.log" >&2; exit 1; }
 }

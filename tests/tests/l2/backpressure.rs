@@ -11,7 +11,7 @@ use knoc_tests::{
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_mins(2);
 
 /// Each fills a stream's window at both links; together this is many times what is in flight between two hops.
 const STALLED: usize = 24;

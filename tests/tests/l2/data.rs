@@ -12,7 +12,7 @@ use knoc_tests::{
 use serde_json::{Value, json};
 
 /// The agent reads its policy again every ten seconds.
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_mins(2);
 
 /// A pod with a volume of this source, which its container does not mount.
 fn pod(uid: &str, source: pb::volume::Source) -> Pod {

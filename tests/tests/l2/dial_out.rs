@@ -12,7 +12,7 @@ use knoc_tests::{
 };
 use serde_json::json;
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_mins(2);
 
 /// A kubelet that waits for its agent at this address.
 pub(super) fn accepting(address: SocketAddr) -> [(&'static str, String); 1] {
@@ -251,16 +251,20 @@ async fn every_fault_of_a_proxy_is_named_with_its_cure() -> anyhow::Result<()> {
         let target = format!("kubelet{index}.example.org:443");
         logged(&site, "agent.log", &[&target, words]).await?;
     }
-    let report = site.knocctl(["doctor"])?.output().await?;
-    let text = report.text();
-    for (index, (_, words)) in faults.iter().enumerate() {
-        let check = format!("✗ link: dial out to kubelet{index}.example.org:443:");
-        let line = text.lines().find(|line| line.starts_with(&check));
-        ensure!(
-            line.is_some_and(|line| line.contains(words)),
-            "{check} {words}: {text}"
-        );
-    }
+    // On a busy machine an attempt may have failed for another reason in between.
+    let text = wait_for("doctor names each fault", SOON, async || {
+        let text = site.knocctl(["doctor"])?.output().await?.text();
+        for (index, (_, words)) in faults.iter().enumerate() {
+            let check = format!("✗ link: dial out to kubelet{index}.example.org:443:");
+            let line = text.lines().find(|line| line.starts_with(&check));
+            ensure!(
+                line.is_some_and(|line| line.contains(words)),
+                "{check} {words}: {text}"
+            );
+        }
+        Ok(text)
+    })
+    .await?;
     ensure!(
         text.contains("→ check `proxy` and `proxy_credentials`"),
         "{text}"
@@ -386,7 +390,7 @@ async fn a_link_that_flaps_once_a_second_costs_no_pod_and_makes_no_duplicate() -
 #[tokio::test]
 async fn a_proxy_that_ends_idle_connections_ends_none_of_a_link() -> anyhow::Result<()> {
     let address = spare_address()?;
-    let patience = Duration::from_secs(30);
+    let patience = Duration::from_secs(45);
     let proxy = Proxy::start(Behaviour::RelayUnlessIdle(address, patience)).await?;
     let settings = format!("proxy = \"{}\"", proxy.url());
     let site = dialling("kubelet.example.org:443", &settings)?;
@@ -395,7 +399,7 @@ async fn a_proxy_that_ends_idle_connections_ends_none_of_a_link() -> anyhow::Res
     let _running = kubelet.start(&site, &as_env(&accepting(address))).await?;
     connected(&kubelet).await?;
     // The connection that waits for its use, and the kubelet's own, have nothing to do.
-    let quiet = knoc_tests::stays("no connection ends", patience * 2, async || {
+    let quiet = knoc_tests::stays("no connection ends", patience + patience / 3, async || {
         let idle = proxy.idle_ones();
         ensure!(idle == 0, "{idle} connections were idle");
         Ok(())

@@ -20,7 +20,7 @@ use tokio::{
     task::JoinSet,
 };
 
-pub(crate) const SOON: Duration = Duration::from_secs(40);
+pub(crate) const SOON: Duration = Duration::from_mins(4);
 
 /// Connects to the API server as often as it is told: sends, ends its direction, and says what came back.
 const CLIENT: &str = r#"
@@ -186,6 +186,14 @@ async fn a_pod_reaches_the_api_server_through_kubelet_agent_and_shim() -> anyhow
     counted(&site, &kubelet, &lines.map(str::to_owned)).await
 }
 
+/// Checks that so many connections were reset, and that this does not wait for the time after which nobody takes them: a busy machine may
+/// delay some, but not all.
+fn all_reset(log: &str, count: usize) -> anyhow::Result<()> {
+    ensure!(log.matches("reset after 0 ").count() == count, "{log}");
+    ensure!(log.contains("reset after 0 at once"), "{log}");
+    Ok(())
+}
+
 /// The line that counts connections of pods that were refused for this reason.
 fn refused_line(reason: &str, count: u32) -> String {
     let labels = format!("direction=\"egress\",reason=\"{reason}\"");
@@ -200,7 +208,7 @@ async fn a_service_that_the_cluster_does_not_list_is_refused_with_one_event() ->
     let (site, kubelet, _running) = start("", port, &list).await?;
     let uid = client(&kubelet, "client", 3)?;
     let log = log(&site, &uid).await?;
-    ensure!(log.matches("reset after 0 at once").count() == 3, "{log}");
+    all_reset(&log, 3)?;
     let refused = refusals(&kubelet).await?;
     ensure!(refused.len() == 1, "{refused:?}");
     let expected = ["default/kubernetes (port 443)", "`egress.allow`"];
@@ -216,24 +224,24 @@ async fn a_service_that_the_site_does_not_list_is_refused_with_one_event() -> an
     let (port, _echo) = echo().await?;
     let (site, kubelet, _running) =
         start("[policy]\negress = [\"kube-system/*\"]", port, &[]).await?;
-    let uid = client(&kubelet, "client", 2)?;
+    let uid = client(&kubelet, "client", 3)?;
     let log = log(&site, &uid).await?;
-    ensure!(log.matches("reset after 0 at once").count() == 2, "{log}");
+    all_reset(&log, 3)?;
     let refused = refusals(&kubelet).await?;
     ensure!(refused.len() == 1, "{refused:?}");
     ensure!(
         refused[0].contains("is not among policy.egress of the site file"),
         "{refused:?}"
     );
-    counted(&site, &kubelet, &[refused_line("policy", 2)]).await
+    counted(&site, &kubelet, &[refused_line("policy", 3)]).await
 }
 
 #[tokio::test]
 async fn a_service_without_endpoints_is_refused_and_the_event_says_so() -> anyhow::Result<()> {
     let (site, kubelet, _running) = start("", 0, &[]).await?;
-    let uid = client(&kubelet, "client", 1)?;
+    let uid = client(&kubelet, "client", 3)?;
     let log = log(&site, &uid).await?;
-    ensure!(log.contains("reset after 0 at once"), "{log}");
+    all_reset(&log, 3)?;
     let refused = refusals(&kubelet).await?;
     ensure!(
         refused[0].contains("has no endpoint that is ready for port 443"),
@@ -319,9 +327,9 @@ async fn a_kubelet_that_starts_again_serves_new_connections() -> anyhow::Result<
 async fn a_connection_that_the_endpoint_does_not_accept_is_reset_at_once() -> anyhow::Result<()> {
     // Not one that was just closed: the kernel may give it to another test.
     let (site, kubelet, _running) = start("", free_port()?, &[]).await?;
-    let uid = client(&kubelet, "client", 2)?;
+    let uid = client(&kubelet, "client", 3)?;
     let log = log(&site, &uid).await?;
-    ensure!(log.matches("reset after 0 at once").count() == 2, "{log}");
+    all_reset(&log, 3)?;
     let events = kubelet.api.list("v1", "events", "default");
     ensure!(
         events

@@ -32,7 +32,7 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 /// The number of attempts to get an answer within the limit. Tests run in parallel on machines with few processors, so one answer may
 /// be delayed; a blocked port never answers in time, however often it is tried.
-const TRIES: usize = 5;
+const TRIES: usize = 30;
 
 /// Sends a request from each address, through a relay at that address.
 async fn within_the_goals(
@@ -166,7 +166,7 @@ async fn an_agent_without_descriptors_neither_spins_nor_stays_closed() -> anyhow
     let used = ticks(pid)? - used;
     ensure!(used < 60, "{used} ticks of computing time in {pause:?}");
     prlimit(Some(pid), Resource::Nofile, before)?;
-    wait_for("the agent answers again", Duration::from_secs(40), ask).await?;
+    wait_for("the agent answers again", Duration::from_mins(2), ask).await?;
     let log = std::fs::read_to_string(site.path("agent.log"))?;
     let about = log
         .lines()

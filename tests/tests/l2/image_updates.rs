@@ -6,7 +6,7 @@ use anyhow::ensure;
 use knoc_proto::pb::{self, container_status::State};
 use knoc_tests::site::{Options, Pod, Site, container};
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_mins(2);
 
 fn shell(name: &str, script: &str) -> pb::Container {
     container(name, &["/bin/sh", "-c", script], &[])

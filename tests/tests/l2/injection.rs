@@ -17,7 +17,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_mins(2);
 
 /// Text that begins a line like one of ours, and clears a terminal.
 const FORGED: &str = "\n2026-11-28T00:00:00.000000Z  INFO knoc: forged\r\u{1b}[2J";

@@ -17,9 +17,9 @@ use knoc_tests::{
     wait_for,
 };
 
-const SOON: Duration = Duration::from_mins(1);
+const SOON: Duration = Duration::from_mins(2);
 /// The program is large without optimisation, and everything else runs at the same time.
-const LIMIT: Duration = Duration::from_mins(3);
+const LIMIT: Duration = Duration::from_mins(6);
 
 /// A login node with a home of its own.
 pub(super) struct Far {

@@ -9,7 +9,7 @@ use knoc_tests::{
     wait_for,
 };
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_mins(2);
 
 const POD: &str = r#"
 apiVersion: v1

@@ -13,7 +13,7 @@ use knoc_tests::{
 };
 use tonic::transport::Channel;
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_mins(2);
 
 fn shell(name: &str, script: &str) -> pb::Container {
     container(name, &["/bin/sh", "-c", script], &[])

@@ -15,7 +15,7 @@ use knoc_tests::{
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_mins(2);
 
 fn ctl() -> Identity {
     Identity::Ctl {

@@ -11,7 +11,7 @@ use knoc_tests::{
 };
 use serde_json::json;
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_mins(2);
 const OWN: (&str, &str) = ("KNOC_NODE_POD_IP", "own");
 
 fn sleeper(kubelet: &Kubelet, name: &str) -> anyhow::Result<String> {

@@ -16,7 +16,7 @@ use tokio::{
     net::TcpStream,
 };
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_mins(2);
 
 /// Answers each connection, after its end, with what it said.
 const SERVER: &str = r#"

@@ -12,7 +12,7 @@ use knoc_tests::site::{self, Options, Pod, Site, container};
 const OLD_KERNEL: &str = env!("CARGO_BIN_EXE_knoc-oldkernel");
 const READBACK: &str = env!("CARGO_BIN_EXE_knoc-readback");
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_mins(2);
 
 fn old_site() -> anyhow::Result<Site> {
     Site::new(Options {

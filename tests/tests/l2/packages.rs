@@ -3,12 +3,16 @@
 use std::{
     fmt::Write as _,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::Run;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
+
+/// The time to make a package, or to install one.
+const BUILT: Duration = Duration::from_mins(6);
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -25,6 +29,7 @@ async fn package(script: &str) -> anyhow::Result<tempfile::TempDir> {
     )
     .args(words)
     .arg(folder.path())
+    .deadline(BUILT)
     .ok()
     .await?;
     Ok(folder)
@@ -47,7 +52,7 @@ async fn the_tarball_is_reproducible_and_installs_without_root() -> anyhow::Resu
         "two runs gave different bytes"
     );
     let test = root().join("packaging/agent/test-install.sh");
-    Run::new(test).arg(&tarball).ok().await?;
+    Run::new(test).arg(&tarball).deadline(BUILT).ok().await?;
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use knoc_tests::{
 use super::install::Far;
 
 /// The program is large without optimisation, and everything else runs at the same time.
-const LIMIT: Duration = Duration::from_mins(3);
+const LIMIT: Duration = Duration::from_mins(6);
 
 /// A login node with Slurm and Apptainer.
 fn login_node() -> anyhow::Result<Far> {

@@ -10,7 +10,7 @@ use knoc_tests::{
 };
 use tonic::transport::Channel;
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_mins(2);
 
 fn shell(script: &str) -> pb::Container {
     container("main", &["/bin/sh", "-c", script], &[])

@@ -26,7 +26,7 @@ use tokio::{
 
 use super::state::holding;
 
-const SOON: Duration = Duration::from_mins(1);
+const SOON: Duration = Duration::from_mins(2);
 const WRONG: &str = "wr0ng-that-nobody-is-to-see";
 const RIGHT: &str = "r1ght-that-nobody-is-to-see";
 

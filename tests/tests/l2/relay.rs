@@ -17,7 +17,7 @@ use tokio::{
     task::JoinSet,
 };
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_mins(2);
 const SLICES: (&str, &str) = ("discovery.k8s.io/v1", "endpointslices");
 
 /// Answers each connection, after the end of its input, with that and `-end`.

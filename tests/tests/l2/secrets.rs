@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::state::holding;
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_mins(2);
 
 const SECRET: &str = "s3cr3t-that-nobody-is-to-see";
 

@@ -13,7 +13,7 @@ use knoc_tests::{
     wait_for,
 };
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_mins(2);
 
 /// One of our programs with only this environment.
 fn program(site: &Site, name: &str, runtime_dir: Option<&Path>) -> anyhow::Result<Run> {

@@ -11,7 +11,7 @@ use knoc_tests::{
 };
 use serde_json::json;
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_mins(2);
 
 /// The message of a `knocctl info` that must fail.
 async fn refused(run: knoc_tests::Run) -> anyhow::Result<String> {
@@ -351,7 +351,7 @@ async fn an_agent_starts_on_demand_once_and_ends_without_a_link() -> anyhow::Res
         ssh_only: true,
         default_socket: true,
         // Long enough for the slowest of several logins to find the agent of the first.
-        tables: "[serve]\nlinger = '8s'".into(),
+        tables: "[serve]\nlinger = '20s'".into(),
         ..Options::default()
     })?;
     let sshd = Sshd::start(&site, "sshd", Some("knoc-agent serve --stdio")).await?;

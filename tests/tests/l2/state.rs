@@ -13,7 +13,7 @@ use knoc_tests::{
 use prost::Message as _;
 use serde_json::json;
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_mins(2);
 
 /// A value that appears only in the pod's environment.
 const SECRET: &str = "s3cr3t-that-is-nowhere-on-disk";
@@ -112,7 +112,7 @@ fn with_secret(pod: Pod) -> Pod {
 
 #[tokio::test]
 async fn values_that_must_not_be_on_disk_never_are() -> anyhow::Result<()> {
-    let site = in_memory("1m")?;
+    let site = in_memory("10m")?;
     let _agent = site.agent(&[]).await?;
     let client = site.client()?;
     // The command does not contain the secret: it checks only the length.
@@ -171,7 +171,7 @@ async fn starts_after_the_agent_lost_its_values(
 #[tokio::test]
 async fn an_agent_that_lost_the_values_asks_for_them_and_the_pod_waits() -> anyhow::Result<()> {
     let pod = with_secret(checks("waits"));
-    let (site, _agent) = starts_after_the_agent_lost_its_values(&pod, "1m").await?;
+    let (site, _agent) = starts_after_the_agent_lost_its_values(&pod, "10m").await?;
     let client = site.client()?;
     let wants_values = |seen: &pb::PodObserved| {
         let state = seen.containers.first().and_then(|one| one.state.as_ref());
@@ -202,7 +202,7 @@ async fn a_pod_whose_values_never_arrive_releases_its_nodes() -> anyhow::Result<
 
 #[tokio::test]
 async fn the_kubelet_sends_values_again_that_the_agent_lost() -> anyhow::Result<()> {
-    let site = in_memory("1m")?;
+    let site = in_memory("10m")?;
     let agent = site.agent(&[]).await?;
     let kubelet = Kubelet::prepare(&site).await?;
     let _process = kubelet.start(&site, &[]).await?;

@@ -1,6 +1,6 @@
 //! Level 2: the resource use of pods, measured by the real shim and queried from the real agent.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use knoc_proto::pb::{self, agent_client::AgentClient};
@@ -10,7 +10,7 @@ use knoc_tests::{
 };
 use tonic::transport::Channel;
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_mins(5);
 const SECOND: u64 = 1_000_000_000;
 const MIB: u64 = 1 << 20;
 
@@ -109,10 +109,10 @@ async fn cpu_and_memory_of_each_container_are_measured() -> anyhow::Result<()> {
 #[tokio::test]
 async fn the_last_counters_stay_although_nothing_asked_for_them() -> anyhow::Result<()> {
     let (site, agent, client) = Site::start(Options::default()).await?;
-    let pod = Pod::new(
-        "brief",
-        vec![shell("main", "timeout 2 sh -c 'while :; do :; done'; true")],
-    );
+    // So much work, however long it takes: about a second.
+    let work = "i=0; while [ $$i -lt 1000000 ]; do i=$$((i+1)); done";
+    let pod = Pod::new("brief", vec![shell("main", work)]);
+    let began = Instant::now();
     pod.ensure(&client).await?;
     pod.finished(&client, SOON).await?;
     let last = async |client: &AgentClient<Channel>| -> anyhow::Result<u64> {
@@ -121,9 +121,10 @@ async fn the_last_counters_stay_although_nothing_asked_for_them() -> anyhow::Res
         Ok(usage.cpu_nanoseconds)
     };
     let cpu = last(&client).await?;
+    let span = began.elapsed();
     ensure!(
-        (SECOND / 20..3 * SECOND).contains(&cpu),
-        "{cpu} ns of 2 s of work"
+        cpu >= SECOND / 20 && u128::from(cpu) <= span.as_nanos(),
+        "{cpu} ns of CPU time in {span:?}"
     );
     // The value is stored on disk with the report.
     agent.kill().await?;

@@ -11,8 +11,8 @@ use serde_json::json;
 
 use crate::egress::{SOON, log};
 
-/// How many seconds tokens live. They are renewed after 15 to 19 seconds, so a machine that is busy has 5 seconds to bring the new one.
-const LIFE: i64 = 24;
+/// How many seconds tokens live. They are renewed after 37 to 48 seconds, so a machine that is busy has 12 seconds to bring the new one.
+const LIFE: i64 = 60;
 
 /// Reads the token of the volume again and again until it has had so many of them, and says which they are, or that one has
 /// expired. Between two looks the file is replaced together with its folder, so it may be missing for a moment.

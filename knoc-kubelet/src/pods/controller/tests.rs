@@ -45,7 +45,7 @@ const UID: &str = "0f0f0f0f-0000-4000-8000-000000000001";
 fn uid() -> PodUid {
     UID.parse().unwrap()
 }
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_mins(1);
 
 /// A kubelet without Node and Lease: controller, agent watch, Events.
 struct Kubelet {

@@ -9,7 +9,7 @@ use crate::logs::{
     writer::{Limits, Writer, forget_older},
 };
 
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_mins(1);
 
 fn writer(live: &Path, max_bytes: u64, max_files: u32) -> Writer {
     let limits = Limits {

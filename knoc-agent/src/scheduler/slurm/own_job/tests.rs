@@ -7,7 +7,7 @@ use knoc_contract::jobdir::atomic;
 use super::*;
 
 /// How long a script may take on a busy machine.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_mins(2);
 
 fn program(dir: &Path, name: &str, script: &str) -> PathBuf {
     let path = dir.join(name);
