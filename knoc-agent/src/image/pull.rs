@@ -118,9 +118,10 @@ impl Puller {
             return Ok(());
         }
         if !found.image.sif {
-            reserved.set(while_converted(size, unpacked));
+            let needed = while_converted(size, unpacked);
+            reserved.set(needed);
             let cache = Arc::clone(&self.cache);
-            blocking(move || cache.make_room(0, room)).await?;
+            blocking(move || cache.make_room((needed, 0), room)).await?;
             self.convert(&temporary.0, converting, &turn).await?;
         }
         let image = source.reference.at(&found.digest);
@@ -162,7 +163,7 @@ impl Puller {
             // Nothing else is needed from here on.
             remove_folder(&temporary.0.join(LAYOUT));
             reserved.set(about.len());
-            cache.make_room(0, room)?;
+            cache.make_room((about.len(), 0), room)?;
             let put = cache.put(&digest, &entry, &sif);
             put.map_err(|err| chain(&err))?;
             temporary.remove();
