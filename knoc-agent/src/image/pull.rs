@@ -109,7 +109,8 @@ impl Puller {
         let digest = found.digest.to_string();
         let _claim = self.claims.acquire(&digest).await;
         let converting = self.conversions.acquire(&host).await;
-        let turn = Turn::begin(size, [&self.pulls, &self.conversions], &self.cache);
+        let slots = [&self.pulls, &self.conversions];
+        let turn = Turn::begin((size, host.as_str()), slots, &self.cache);
         let checked = turn.limit(self.checked(layout, &found, config, &temporary));
         let (file, unpacked) = checked.await.map_err(|text| describe(&source, &text))?;
         // What was downloaded proves that the source has the image, if it is cached already.
