@@ -2,7 +2,8 @@
 //!
 //! kube's own client leaves Nagle's algorithm on. rustls sends the end of a handshake in several small writes, the API server
 //! answers none but the last one, and so each new connection waits 40 ms for the acknowledgement that its kernel delays. In a
-//! burst of pods the kubelet opens many. Apart from that the client is kube's: the same layers in the same order.
+//! burst of pods the kubelet opens many. Apart from that the client is kube's: the same layers in the same order, without the one
+//! that logs each request.
 
 use hyper_timeout::TimeoutConnector;
 use hyper_util::{

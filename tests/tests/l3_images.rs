@@ -437,13 +437,13 @@ async fn the_volumes_of_an_image_have_its_files_although_the_root_is_read_only()
     let folder = repository.push_one_of_its_own().await?;
     let make = format!(
         "cd {folder} && mkdir -p data/deep data/mounted && echo text >data/deep/file && chmod 640 data/deep/file && \
-         ln -s deep/file data/link && echo hidden >data/mounted/hidden && umoci insert --image oci:1 data /data && \
+         chmod 750 data && ln -s deep/file data/link && echo hidden >data/mounted/hidden && umoci insert --image oci:1 data /data && \
          umoci config --image oci:1 --config.volume /data --config.volume /none"
     );
     world.on("login", ["sh", "-c", &make]).ok().await?;
     repository.push(&format!("oci:{folder}/oci:1")).await?;
     // The first container changes its own copy.
-    let script = "cat /data/link; stat -c %a /data/deep/file; echo more >>/data/link && cat /data/deep/file; ls /data/mounted; \
+    let script = "cat /data/link; stat -c %a /data/deep/file /data; echo more >>/data/link && cat /data/deep/file; ls /data/mounted; \
                   touch /data/new /none/new && echo written; touch /data/mounted/mine; touch /file 2>/dev/null || echo read-only";
     let context = json!({"readOnlyRootFilesystem": true});
     let pod = PodBuilder::new("files")
@@ -463,7 +463,7 @@ async fn the_volumes_of_an_image_have_its_files_although_the_root_is_read_only()
     world.wait_phase("files", "Running", PULLED).await?;
     let log = world.logs("files", "first").await?;
     ensure!(
-        log == "text\n640\ntext\nmore\nwritten\nread-only\n",
+        log == "text\n640\n750\ntext\nmore\nwritten\nread-only\n",
         "{log:?}"
     );
     let look = "cat /data/link; ls /data /data/mounted /none";

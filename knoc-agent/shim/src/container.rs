@@ -351,6 +351,8 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let kills_before = pod.oom.unclaimed();
     let turn = turn_of(attempt).await?;
     let mut up = bring_up(pod, attempt, &folders, container).await?;
+    // What is copied into volumes may take minutes, and other containers need the turn.
+    let turn = turn.filter(|_| folders.image_volumes.is_empty());
     let group = complete_inside(pod, attempt, (&mut folders, &mut up), &mut spec).await?;
     let (stdio, sources) = stdio::pipes(container).map_err(PrepareError::Pipes)?;
     let named = (spec.passwd.as_deref(), group);

@@ -105,21 +105,23 @@ pub(crate) async fn connect(
     root: u32,
 ) -> Result<TcpStream, ForwardError> {
     let reached = match network {
-        Network::Host => connect_within(port, root, Reach::Loopback).await,
-        Network::Private(private) => connect_inside(private, port, Reach::Loopback).await,
+        Network::Host => connect_within(port, root, Reach::Loopback, DIALLING).await,
+        Network::Private(private) => connect_inside(private, port, Reach::Loopback, DIALLING).await,
     };
     Ok(reached?.stream)
 }
 
-/// As [`connect`], but if nothing listens on the loopback interface, to the address where the pod listens.
+/// As [`connect`], but if nothing listens on the loopback interface, to the address where the pod listens; and a listener may take that
+/// long to answer.
 pub(crate) async fn connect_anywhere(
     network: &Network,
     port: u16,
     root: u32,
+    patience: Duration,
 ) -> Result<Reached, ForwardError> {
     match network {
-        Network::Host => connect_within(port, root, Reach::Anywhere).await,
-        Network::Private(private) => connect_inside(private, port, Reach::Anywhere).await,
+        Network::Host => connect_within(port, root, Reach::Anywhere, patience).await,
+        Network::Private(private) => connect_inside(private, port, Reach::Anywhere, patience).await,
     }
 }
 
@@ -128,12 +130,13 @@ async fn connect_inside(
     private: &Private,
     port: u16,
     reach: Reach,
+    patience: Duration,
 ) -> Result<Reached, ForwardError> {
     let own = private.own_address().map(IpAddr::from);
     let others = std::iter::once(private.address).chain(own);
     let others = others.filter(|_| reach == Reach::Anywhere);
     let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
-    let (mut tried, until) = (Vec::new(), Instant::now() + DIALLING);
+    let (mut tried, until) = (Vec::new(), Instant::now() + patience);
     for address in loopback.into_iter().chain(others) {
         let dialling = private.connect(SocketAddr::new(address, port));
         match answered(timeout_at(until, dialling).await) {
@@ -163,11 +166,17 @@ fn answered(dialled: Result<io::Result<TcpStream>, Elapsed>) -> io::Result<TcpSt
     })
 }
 
-async fn connect_within(port: u16, root: u32, reach: Reach) -> Result<Reached, ForwardError> {
-    let until = Instant::now() + DIALLING;
-    if let Some(reached) = dial((port, until), root, Hold::No, reach).await? {
+async fn connect_within(
+    port: u16,
+    root: u32,
+    reach: Reach,
+    patience: Duration,
+) -> Result<Reached, ForwardError> {
+    let begin = Instant::now();
+    if let Some(reached) = dial((port, begin + patience), root, Hold::No, reach).await? {
         return Ok(reached);
     }
+    let until = begin + DIALLING;
     let dialling = async {
         loop {
             match dial((port, until), root, Hold::Yes, reach).await {
@@ -428,6 +437,10 @@ mod tests {
             "failed to connect to localhost:{port} inside the pod: IPv4: dial 127.0.0.1: connect: no answer within 5 s"
         );
         assert_eq!(silent.to_string(), text);
+        // A probe has a time limit of its own, which may be longer.
+        let longer = connect_anywhere(&Network::Host, port, parent, Duration::from_mins(2));
+        let longer = tokio::time::timeout(Duration::from_mins(1), longer).await;
+        longer.unwrap_err();
         drop((waiting, listener));
     }
 

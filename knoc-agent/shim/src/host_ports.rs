@@ -149,7 +149,8 @@ async fn accept(listener: TcpListener, port: u16, network: Network, slots: Arc<S
 /// Copies both directions until they have ended. A client of a port on which the pod does not listen sees its connection
 /// closed.
 async fn relay(mut client: TcpStream, port: u16, network: &Network) {
-    let connected = forward::connect_anywhere(network, port, std::process::id()).await;
+    let own = std::process::id();
+    let connected = forward::connect_anywhere(network, port, own, forward::DIALLING).await;
     if let Ok(reached) = connected {
         let mut inside = reached.stream;
         // The connection works without both, too. A client that is gone for hours must not keep its place.

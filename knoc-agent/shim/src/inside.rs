@@ -33,7 +33,7 @@ use crate::launch::{account::PASSWD_BYTES, beside::Beside, enter};
 const MOUNT: Duration = Duration::from_mins(1);
 
 /// How long copying what the image has in one of its volumes may take.
-const COPY: Duration = Duration::from_mins(2);
+const COPY: Duration = Duration::from_mins(5);
 
 /// A container, and the process whose PID namespace it shares.
 pub(crate) type Place = (Identity, Option<Beside>);
@@ -104,7 +104,7 @@ pub(crate) async fn fill_volumes(
 fn why_not_filled(error: &io::Error) -> String {
     let too_much = error.raw_os_error() == Some(nix::libc::EFBIG);
     if too_much || error.kind() == io::ErrorKind::TimedOut {
-        return "the image has more in it than can be copied (1 GiB, 100000 files, 64 levels, 2 minutes); mount a volume of the pod \
+        return "the image has more in it than can be copied (16 GiB, 1000000 files, 64 levels, 5 minutes); mount a volume of the pod \
                 there, or leave readOnlyRootFilesystem out"
             .to_owned();
     }
@@ -200,7 +200,7 @@ mod tests {
         assert!(said(nix::libc::EFBIG).contains("mount a volume of the pod"));
         assert!(said(nix::libc::ENOSPC).contains("os error 28"));
         let slow = io::ErrorKind::TimedOut.into();
-        assert!(why_not_filled(&slow).contains("2 minutes"));
+        assert!(why_not_filled(&slow).contains("5 minutes"));
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub(super) struct Claims {
     pub(super) since: HashSet<String>,
     /// Bytes reserved by pulls in progress.
     pub(super) reserved: u64,
-    /// When a pull found no room last.
+    /// When a pull last found no room that it could have had without the others.
     pub(super) refused: Option<Instant>,
 }
 

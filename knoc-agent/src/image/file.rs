@@ -88,13 +88,15 @@ impl ImageFile {
         all.map(String::len).sum()
     }
 
-    /// The folders that the image declares as volumes, as absolute paths, as far as a folder can be mounted there.
+    /// The folders that the image declares as volumes, as absolute paths, as far as a folder can be mounted there. A folder comes
+    /// before those in it.
     pub(super) fn volume_paths(&self) -> Vec<String> {
         let named = self.volumes.iter().flat_map(BTreeMap::keys);
-        named
-            .filter_map(|path| volume(path))
-            .take(MAX_VOLUMES)
-            .collect()
+        let mut paths: Vec<String> = named.filter_map(|path| volume(path)).collect();
+        paths.sort_unstable();
+        paths.dedup();
+        paths.truncate(MAX_VOLUMES);
+        paths
     }
 
     /// Parses the JSON that Apptainer writes into a SIF; `None` if it is some other JSON.
@@ -155,6 +157,11 @@ mod tests {
         assert_eq!(volumes.volume_paths(), ["/data", "/srv/x"]);
         let text = serde_json::to_string(&volumes).unwrap();
         assert_eq!(serde_json::from_str::<ImageFile>(&text).unwrap(), volumes);
+        let nested = ImageFile::of_oci(
+            br#"{"config":{"Volumes":{"/data/sub":{},"data":{},"/data/":{},"/a":{}}}}"#,
+        );
+        let nested = nested.unwrap().volume_paths();
+        assert_eq!(nested, ["/a", "/data", "/data/sub"]);
         let long = format!(r#"{{"config":{{"Env":["A={}"]}}}}"#, "x".repeat(MAX_TEXTS));
         let why = ImageFile::of_oci(long.as_bytes()).unwrap_err();
         assert!(why.contains("have 65538 bytes"), "{why}");

@@ -109,7 +109,8 @@ impl Puller {
         let digest = found.digest.to_string();
         let _claim = self.claims.acquire(&digest).await;
         let converting = self.conversions.acquire(&host).await;
-        let turn = Turn::begin(size, [&self.pulls, &self.conversions], &self.cache);
+        let slots = [&self.pulls, &self.conversions];
+        let turn = Turn::begin((size, host.as_str()), slots, &self.cache);
         let checked = turn.limit(self.checked(layout, &found, config, &temporary));
         let (file, unpacked) = checked.await.map_err(|text| describe(&source, &text))?;
         // What was downloaded proves that the source has the image, if it is cached already.
@@ -118,9 +119,10 @@ impl Puller {
             return Ok(());
         }
         if !found.image.sif {
-            reserved.set(while_converted(size, unpacked));
+            let needed = while_converted(size, unpacked);
+            reserved.set(needed);
             let cache = Arc::clone(&self.cache);
-            blocking(move || cache.make_room(0, room)).await?;
+            blocking(move || cache.make_room((needed, 0), room)).await?;
             self.convert(&temporary.0, converting, &turn).await?;
         }
         let image = source.reference.at(&found.digest);
@@ -162,7 +164,7 @@ impl Puller {
             // Nothing else is needed from here on.
             remove_folder(&temporary.0.join(LAYOUT));
             reserved.set(about.len());
-            cache.make_room(0, room)?;
+            cache.make_room((about.len(), 0), room)?;
             let put = cache.put(&digest, &entry, &sif);
             put.map_err(|err| chain(&err))?;
             temporary.remove();

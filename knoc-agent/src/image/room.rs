@@ -74,7 +74,8 @@ impl Reserved {
             }
             self.set(wanted);
             let cache = Arc::clone(&self.cache);
-            let made = tokio::task::spawn_blocking(move || cache.make_room(0, limit)).await;
+            let make = move || cache.make_room((wanted, 0), limit);
+            let made = tokio::task::spawn_blocking(make).await;
             if let Err(why) = made.map_err(|error| chain(&error)).flatten() {
                 return why;
             }
@@ -121,13 +122,13 @@ impl Cache {
         };
         let first = ahead(0, size);
         reserved.set(first);
-        self.make_room(size - first, limit)?;
+        self.make_room((first, size - first), limit)?;
         Ok(reserved)
     }
 
     /// Removes images until at most `limit` bytes are used. Fails, without removing any, if the images in use, what pulls
-    /// in progress have reserved and `more` are beyond it. Blocking.
-    pub(super) fn make_room(&self, more: u64, limit: u64) -> Result<(), String> {
+    /// in progress have reserved and `more` are beyond it. `own` is what the pull that asks has reserved of that. Blocking.
+    pub(super) fn make_room(&self, (own, more): (u64, u64), limit: u64) -> Result<(), String> {
         // One caller at a time: two at once would remove twice as much.
         let _one = self.making.lock().unwrap_or_else(PoisonError::into_inner);
         let mut images = self.images();
@@ -157,7 +158,10 @@ impl Cache {
         if needed.saturating_add(more) <= limit && used <= limit {
             return Ok(());
         }
-        self.claims().refused = Some(Instant::now());
+        // Nobody need make place for an image that does not fit into an empty cache.
+        if own.saturating_add(more) <= limit {
+            self.claims().refused = Some(Instant::now());
+        }
         let needed = needed.saturating_add(more);
         Err(format!(
             "the image cache would hold {needed} bytes that are in use or that pulls in progress need, and limits.image_cache of the \
@@ -165,7 +169,7 @@ impl Cache {
         ))
     }
 
-    /// Whether a pull found no room lately.
+    /// Whether a pull found no room lately that it could have had without the others.
     pub(super) fn refused_within(&self, time: Duration) -> bool {
         let refused = self.claims().refused;
         refused.is_some_and(|refused| refused.elapsed() <= time)

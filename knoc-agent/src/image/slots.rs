@@ -123,11 +123,15 @@ impl FairSlots {
         state.waiting.iter().any(|task| !task.sender.is_closed())
     }
 
-    /// For how long a task has waited, of those that still do; zero if none waits.
-    pub(super) fn waited(&self) -> Duration {
+    /// For how long a task has waited, of those that still do and could have a slot that `key` holds; zero if none waits. Those of
+    /// another registry that has its share could not.
+    pub(super) fn waited(&self, key: &str) -> Duration {
         let state = self.state();
-        let live = state.waiting.iter().filter(|task| !task.sender.is_closed());
-        let since = live.map(|task| task.since).min();
+        let able = state.waiting.iter().filter(|task| {
+            let fits = task.key == key || state.held_by(&task.key) < self.each;
+            fits && !task.sender.is_closed()
+        });
+        let since = able.map(|task| task.since).min();
         since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
@@ -188,6 +192,24 @@ impl FairSlots {
 mod tests {
     use super::*;
     use futures::FutureExt as _;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_the_share_of_its_own_registry_wants_nothing_of_others() {
+        let slots = FairSlots::new(3, 1);
+        let _one = slots.acquire("slow").await;
+        let mut waits = Box::pin(slots.acquire("slow"));
+        assert!(waits.as_mut().now_or_never().is_none());
+        let minute = Duration::from_mins(1);
+        tokio::time::advance(minute).await;
+        assert_eq!(slots.waited("other"), Duration::ZERO);
+        assert_eq!(slots.waited("slow"), minute);
+        // Once all slots are held, whoever has none could have any.
+        let _others = (slots.acquire("a").await, slots.acquire("b").await);
+        let mut waits_too = Box::pin(slots.acquire("c"));
+        assert!(waits_too.as_mut().now_or_never().is_none());
+        tokio::time::advance(minute).await;
+        assert_eq!(slots.waited("a"), minute);
+    }
 
     #[tokio::test]
     async fn a_registry_has_its_share_and_the_others_theirs() {

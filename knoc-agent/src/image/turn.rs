@@ -24,17 +24,24 @@ const REFUSED: Duration = Duration::from_mins(5);
 pub(super) struct Turn {
     begin: Instant,
     size: u64,
+    /// Whose slots it holds.
+    host: String,
     /// What others may wait for.
     slots: [Arc<FairSlots>; 2],
     cache: Arc<Cache>,
 }
 
 impl Turn {
-    /// Begins now, for an image of this size by its manifest.
-    pub(super) fn begin(size: u64, slots: [&Arc<FairSlots>; 2], cache: &Arc<Cache>) -> Self {
+    /// Begins now, for an image of this size by its manifest, from this host.
+    pub(super) fn begin(
+        (size, host): (u64, &str),
+        slots: [&Arc<FairSlots>; 2],
+        cache: &Arc<Cache>,
+    ) -> Self {
         Self {
             begin: Instant::now(),
             size,
+            host: host.to_owned(),
             slots: slots.map(Arc::clone),
             cache: Arc::clone(cache),
         }
@@ -66,7 +73,8 @@ impl Turn {
     }
 
     fn is_wanted(&self) -> bool {
-        self.slots.iter().any(|slots| slots.waited() >= LOOK) || self.cache.refused_within(REFUSED)
+        let mut slots = self.slots.iter();
+        slots.any(|slots| slots.waited(&self.host) >= LOOK) || self.cache.refused_within(REFUSED)
     }
 }
 
@@ -96,7 +104,7 @@ mod tests {
         let cache = Arc::new(Cache::new(StateDir::new(dir.path())));
         let (pulls, conversions) = (FairSlots::new(1, 1), FairSlots::new(1, 1));
         let held = conversions.acquire("a").await;
-        let turn = Turn::begin(60 * MIB, [&pulls, &conversions], &cache);
+        let turn = Turn::begin((60 * MIB, "a"), [&pulls, &conversions], &cache);
         let mut works = Box::pin(turn.limit(std::future::pending::<Result<(), String>>()));
         assert!(futures::poll!(&mut works).is_pending());
         // A little more than a minute, because timers are rounded up.
@@ -126,7 +134,7 @@ mod tests {
         let _held = slots.acquire("a").await;
         let mut waits = Box::pin(slots.acquire("b"));
         assert!(futures::poll!(&mut waits).is_pending());
-        let turn = Turn::begin(0, [&slots, &slots], &cache);
+        let turn = Turn::begin((0, "a"), [&slots, &slots], &cache);
         let done = async {
             tokio::time::sleep(Duration::from_mins(9)).await;
             Ok(7)

@@ -53,7 +53,8 @@ pub(crate) fn names(user: &[u8]) -> [Option<&[u8]>; 2] {
 /// PURE: the number of the user or the group `name` in the text of a `passwd` or `group` file.
 pub(crate) fn named(text: &[u8], name: &[u8]) -> Option<u32> {
     let mut named = lines(text).filter(|fields| fields.first() == Some(&name));
-    named.find_map(|fields| number(fields.get(2)?))
+    // The last field of a line may end with a CR.
+    named.find_map(|fields| number(fields.get(2)?.trim_ascii_end()))
 }
 
 /// HOME for a program of `user` (of the process's own user if it is `None`), from the image's own file if it is known.
@@ -89,13 +90,28 @@ pub(super) fn ids(uid: Option<u32>, gid: Option<u32>, images_own: Option<&[u8]>)
 pub(super) fn send_images_own(file: &str, reader: BorrowedFd<'_>) -> io::Result<()> {
     unshare_mounts()?;
     let path = format!("/etc/{file}");
-    // Whatever the runtime and the pod have mounted there. Then the file is the image's own.
-    while umount2(path.as_str(), MntFlags::MNT_DETACH).is_ok() {}
-    let text = match read(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        read => read?,
-    };
+    let unmount = || umount2(path.as_str(), MntFlags::MNT_DETACH).is_ok();
+    let text = lowest(unmount, || match read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => read,
+    })?;
     File::from(reader.try_clone_to_owned()?).write_all(&text)
+}
+
+/// The image's own text: the lowest one below all that the runtime and the pod have mounted there. The lowest file of all may be an
+/// empty one of the runtime, on which it has mounted the image's (`underlay`).
+fn lowest(
+    mut unmount: impl FnMut() -> bool,
+    read: impl Fn() -> io::Result<Vec<u8>>,
+) -> io::Result<Vec<u8>> {
+    let mut lowest = read();
+    while unmount() {
+        match read() {
+            Ok(text) if text.is_empty() => {}
+            text => lowest = text,
+        }
+    }
+    lowest
 }
 
 /// Writes in place: the file is a mount point, over which nothing can be renamed.
@@ -299,6 +315,26 @@ mod tests {
     }
 
     #[test]
+    fn the_images_own_text_is_the_lowest_that_is_not_empty() {
+        fn of(mounted: &[&[u8]]) -> Vec<u8> {
+            let at = std::cell::Cell::new(0);
+            let unmount = || {
+                let is_mount = at.get() + 1 < mounted.len();
+                at.set(at.get() + usize::from(is_mount));
+                is_mount
+            };
+            lowest(unmount, || Ok(mounted[at.get()].to_vec())).unwrap()
+        }
+        assert_eq!(of(&[b"image"]), b"image");
+        assert_eq!(of(&[b""]), b"");
+        assert_eq!(of(&[b"runtime", b"image"]), b"image");
+        assert_eq!(of(&[b"pod", b"runtime", b"image"]), b"image");
+        // The runtime has mounted each file of the image's `/etc`, because the pod mounts something new there.
+        assert_eq!(of(&[b"runtime", b"image", b""]), b"image");
+        assert_eq!(of(&[b"image", b""]), b"image");
+    }
+
+    #[test]
     fn a_name_has_the_number_of_its_line() {
         let group = b"root:x:0:\nusers:x:100:jovyan\nbroken:x\nbroken:x:7:\nusers:x:8:\n";
         assert_eq!(named(group, b"users"), Some(100));
@@ -309,6 +345,7 @@ mod tests {
         }
         assert_eq!(named(PASSWD, b"jovyan"), Some(1000));
         assert_eq!(named(b"", b"root"), None);
+        assert_eq!(named(b"a:x:1\r\nb:x:2\r\n", b"b"), Some(2));
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //!
 //! The container runtime has mounted an empty folder of the shim over the image's. In a copy of the container's mount namespace that
 //! mount is removed, and what appears is copied to the folder, which is standard output. What the image has is bounded by nobody, so
-//! the copy is: in bytes, files and levels, of which each keeps two descriptors open. No link is followed.
+//! the copy is: in bytes, files and levels, of which each keeps two descriptors open. No link is followed. The folder gets the mode
+//! that it has in the image: some programs do not take a folder to which everybody can write.
 
 use std::{
     ffi::CStr,
@@ -18,16 +19,16 @@ use nix::{
 };
 use rustix::{
     fs::{
-        AtFlags, CWD, Dir, FileType, Mode, OFlags, fchmod, mkdirat, openat, readlinkat, statat,
-        symlinkat,
+        AtFlags, CWD, Dir, FileType, Mode, OFlags, RawMode, fchmod, fstat, mkdirat, openat,
+        readlinkat, statat, symlinkat,
     },
     io::Errno,
 };
 
 /// What is copied at most.
 const MOST: Left = Left {
-    bytes: 1 << 30,
-    files: 100_000,
+    bytes: 16 << 30,
+    files: 1_000_000,
     levels: 64,
 };
 
@@ -73,13 +74,29 @@ pub(super) fn unshare_mounts() -> io::Result<()> {
 /// over them; afterwards the process must exit. Fails with `EFBIG` if it is too much.
 pub(super) fn fill(target: &[u8]) -> io::Result<()> {
     unshare_mounts()?;
-    umount2(target, MntFlags::MNT_DETACH)?;
+    match umount2(target, MntFlags::MNT_DETACH) {
+        // The runtime has left it out, or nobody but the runtime may remove it: the volume stays empty.
+        Err(nix::errno::Errno::ENOENT | nix::errno::Errno::EINVAL) => return Ok(()),
+        removed => removed?,
+    }
     let from = match openat(CWD, target, READ | OFlags::DIRECTORY, Mode::empty()) {
         // The image declares it, and has nothing there that this user may read.
         Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) => return Ok(()),
         from => from?,
     };
-    copy(from, rustix::stdio::stdout().try_clone_to_owned()?, MOST)
+    let to = rustix::stdio::stdout();
+    let mode = top_mode(fstat(&from)?.st_mode);
+    copy(from, to.try_clone_to_owned()?, MOST)?;
+    // With root's rights in the container, its programs may become other users, who are not the owner.
+    if !rustix::process::getuid().is_root() {
+        fchmod(to, mode)?;
+    }
+    Ok(())
+}
+
+/// PURE: the mode of a volume, of which the program is the owner whoever that is in the image.
+fn top_mode(of_image: RawMode) -> Mode {
+    (Mode::from_raw_mode(of_image) & MODE) | Mode::RWXU
 }
 
 fn copy(from: OwnedFd, to: OwnedFd, mut left: Left) -> io::Result<()> {
@@ -119,7 +136,11 @@ fn copy_entry(
     name: &CStr,
     left: &mut Left,
 ) -> io::Result<Option<Level>> {
-    let found = statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    let found = match statat(from, name, AtFlags::SYMLINK_NOFOLLOW) {
+        // This user may list the folder, and no more.
+        Err(Errno::ACCESS) => return Ok(None),
+        found => found?,
+    };
     let mode = Mode::from_raw_mode(found.st_mode) & MODE;
     match FileType::from_raw_mode(found.st_mode) {
         FileType::Directory => copy_folder(from, to, name, mode),
@@ -232,6 +253,38 @@ mod tests {
         assert_eq!(mode(&to), 0o777);
         for tree in [&from, &to] {
             set_mode(&tree.join("a/b"), 0o755);
+        }
+    }
+
+    #[test]
+    fn a_folder_that_this_user_can_only_list_is_copied_without_what_is_in_it() {
+        let base = tempfile::tempdir().unwrap();
+        let (from, to) = (base.path().join("from"), base.path().join("to"));
+        fs::create_dir_all(from.join("a")).unwrap();
+        fs::create_dir(&to).unwrap();
+        for file in [from.join("a/file"), from.join("file")] {
+            fs::write(file, "text").unwrap();
+        }
+        set_mode(&from.join("a"), 0o444);
+        let done = filled(&from, &to, MOST);
+        set_mode(&from.join("a"), 0o755);
+        done.unwrap();
+        assert_eq!(mode(&to.join("a")), 0o444);
+        assert_eq!(fs::read_to_string(to.join("file")).unwrap(), "text");
+        set_mode(&to.join("a"), 0o755);
+        let is_root = rustix::process::getuid().is_root();
+        assert_eq!(to.join("a/file").exists(), is_root);
+    }
+
+    #[test]
+    fn the_mode_of_a_volume_is_that_of_the_image_and_lets_its_owner_write() {
+        for (of_image, wanted) in [
+            (0o040_700, 0o700),
+            (0o041_777, 0o1777),
+            (0o040_555, 0o755),
+            (0o046_750, 0o750),
+        ] {
+            assert_eq!(top_mode(of_image).as_raw_mode(), wanted, "{of_image:o}");
         }
     }
 

@@ -9,19 +9,23 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use tokio::{net::TcpStream, time::timeout};
+use tokio::net::TcpStream;
 
 use super::LOCALHOST;
 use crate::{
-    forward::{self, DIALLING, ForwardError, Reached},
+    forward::{self, ForwardError, Reached},
     listeners::{self, Listener},
     network::Network,
 };
 
 /// How many ports are remembered. A container has three probes; redirects may lead to more.
 const PORTS: usize = 8;
+
+/// How long a listener may take to answer: a probe has its own time limit, and for a hook the kernel gives up after two minutes.
+const PATIENCE: Duration = Duration::from_hours(1);
 
 /// The ports that a program's probes have connected to.
 #[derive(Debug, Default)]
@@ -46,7 +50,7 @@ impl Way {
             return None;
         }
         let stream = TcpStream::connect(SocketAddr::new(self.address, port));
-        let stream = timeout(DIALLING, stream).await.ok()?.ok()?;
+        let stream = stream.await.ok()?;
         same().then_some(stream)
     }
 }
@@ -71,7 +75,8 @@ impl Known {
         {
             return Ok(stream);
         }
-        let reached = forward::connect_anywhere(&self.network, port, std::process::id()).await;
+        let own = std::process::id();
+        let reached = forward::connect_anywhere(&self.network, port, own, PATIENCE).await;
         let Reached {
             stream,
             address,
@@ -109,10 +114,7 @@ fn text(error: &ForwardError) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        net::{Ipv4Addr, TcpListener},
-        time::Duration,
-    };
+    use std::net::{Ipv4Addr, TcpListener};
 
     use super::*;
 

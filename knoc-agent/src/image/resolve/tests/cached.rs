@@ -219,6 +219,9 @@ async fn what_a_conversion_needs_counts_before_it_begins() {
         "{refused}"
     );
     assert!(refused.retryable());
+    // It fits into no cache of this size, so that no other image has to make place for it.
+    let cache = world.images.cache();
+    assert!(!cache.refused_within(Duration::from_mins(1)));
     // What it had reserved is free again, and its layers are gone.
     assert_eq!(world.images.cache().claims().reserved, 0);
     let temporary = world.images.cache().temporary();
