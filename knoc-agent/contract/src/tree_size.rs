@@ -1,8 +1,9 @@
 //! Measures how much disk space a folder tree takes, whatever a program has put into it.
 //!
 //! Folders are opened relative to the descriptor of their parent, no link is followed, and other file systems are not
-//! entered. A file with several names counts once in all: each name counts for its share. Folders more than [`DEEPEST`]
-//! levels down are not entered, since each level keeps a descriptor open.
+//! entered. A file with several names counts once in all: each name counts for its share. Each level keeps a descriptor
+//! open, so what is more than [`DEEPEST`] levels down is measured after everything above it: no depth hides anything. Only if
+//! more than [`WAITING`] folders wait for that at a time, further ones are left out.
 //!
 //! The function blocks on file I/O.
 
@@ -19,8 +20,11 @@ use rustix::{
     io::Errno,
 };
 
-/// How deep a tree is measured.
+/// How deep a tree is measured in one go.
 const DEEPEST: usize = 64;
+
+/// How many folders at that depth may wait to be measured.
+const WAITING: usize = 256;
 
 /// The unit of `st_blocks`, whatever the file system's block size is (stat(2)).
 const BLOCK: u64 = 512;
@@ -39,11 +43,16 @@ pub fn size_until(path: &Path, until: Instant) -> io::Result<u64> {
     let top = openat(CWD, path, FOLDER, Mode::empty())?;
     let device = fstat(&top)?.st_dev;
     let mut levels = vec![Dir::new(top)?];
+    let mut waiting = Vec::new();
     let mut bytes = 0_u64;
     loop {
         let depth = levels.len();
         let Some(folder) = levels.last_mut() else {
-            return Ok(bytes);
+            let Some(deep) = waiting.pop() else {
+                return Ok(bytes);
+            };
+            levels.push(Dir::new(deep)?);
+            continue;
         };
         if Instant::now() >= until {
             return Err(io::ErrorKind::TimedOut.into());
@@ -62,11 +71,16 @@ pub fn size_until(path: &Path, until: Instant) -> io::Result<u64> {
         };
         bytes = bytes.saturating_add(size);
         let is_folder = matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
-        if is_folder
-            && depth < DEEPEST
-            && let Ok(below) = enter(parent, name, device)
-        {
+        if !is_folder {
+            continue;
+        }
+        let Ok(below) = enter(parent, name, device) else {
+            continue;
+        };
+        if depth < DEEPEST {
             levels.push(Dir::new(below)?);
+        } else if waiting.len() < WAITING {
+            waiting.push(below);
         }
     }
 }
@@ -132,6 +146,22 @@ mod tests {
             .set_len(1 << 40)
             .unwrap();
         assert!(size(&tree) < 2 << 20);
+    }
+
+    /// A program could otherwise write without limit below many folders.
+    #[test]
+    fn no_depth_hides_what_is_written() {
+        let base = tempfile::tempdir().unwrap();
+        let mut deep = base.path().to_owned();
+        for level in 1..=300 {
+            deep.push("d");
+            fs::create_dir(&deep).unwrap();
+            if level == DEEPEST || level == 300 {
+                fs::write(deep.join("file"), vec![1; 1 << 20]).unwrap();
+            }
+        }
+        let found = size(base.path());
+        assert!((2 << 20..4 << 20).contains(&found), "{found}");
     }
 
     #[test]
