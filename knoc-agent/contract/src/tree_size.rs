@@ -35,11 +35,12 @@ const FOLDER: OFlags = OFlags::RDONLY
     .union(OFlags::NONBLOCK)
     .union(OFlags::CLOEXEC);
 
-/// The bytes on disk of everything below `path`. It may change meanwhile, and what cannot be read does not count.
+/// The bytes on disk of everything below `path`, or of a part of it that has more than `most`. It may change meanwhile, and what
+/// cannot be read does not count.
 ///
 /// # Errors
 /// `TimedOut` at the time `until`; other errors only for `path` itself.
-pub fn size_until(path: &Path, until: Instant) -> io::Result<u64> {
+pub fn size_until(path: &Path, most: u64, until: Instant) -> io::Result<u64> {
     let top = openat(CWD, path, FOLDER, Mode::empty())?;
     let device = fstat(&top)?.st_dev;
     let mut levels = vec![Dir::new(top)?];
@@ -70,6 +71,9 @@ pub fn size_until(path: &Path, until: Instant) -> io::Result<u64> {
             continue;
         };
         bytes = bytes.saturating_add(size);
+        if bytes > most {
+            return Ok(bytes);
+        }
         let is_folder = matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
         if !is_folder {
             continue;
@@ -121,7 +125,8 @@ mod tests {
     use super::*;
 
     fn size(path: &Path) -> u64 {
-        size_until(path, Instant::now() + Duration::from_secs(10)).unwrap()
+        let until = Instant::now() + Duration::from_secs(10);
+        size_until(path, u64::MAX, until).unwrap()
     }
 
     #[test]
@@ -165,10 +170,21 @@ mod tests {
     }
 
     #[test]
+    fn what_exceeds_the_limit_is_not_measured_to_its_end() {
+        let base = tempfile::tempdir().unwrap();
+        for name in ["a", "b", "c"] {
+            fs::write(base.path().join(name), vec![1; 1 << 20]).unwrap();
+        }
+        let until = Instant::now() + Duration::from_secs(10);
+        let found = size_until(base.path(), 1 << 19, until).unwrap();
+        assert!((1 << 20..2 << 20).contains(&found), "{found}");
+    }
+
+    #[test]
     fn a_tree_that_takes_too_long_is_an_error() {
         let base = tempfile::tempdir().unwrap();
         fs::write(base.path().join("file"), "x").unwrap();
-        let error = size_until(base.path(), Instant::now()).unwrap_err();
+        let error = size_until(base.path(), u64::MAX, Instant::now()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 }
