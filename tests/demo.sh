@@ -28,7 +28,7 @@ on_kubernetes() {
 
 Next:
   eval "$(make -s env)"                 # kubectl, knocctl and their configuration
-  kubectl apply -f deploy/examples/     # more pods
+  kubectl apply -f deploy/examples/job.yaml    # 20 more pods; docs/guide/using.md says what the other examples need
   knocctl doctor                        # checks the whole chain
   make down
 TEXT

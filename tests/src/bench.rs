@@ -128,7 +128,7 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     say("probes");
     figures.probes = probes::measure(&bed, watched(quick)).await?;
     say("streams");
-    figures.streams = streams::measure(&bed, sizes(quick), "").await?;
+    figures.streams = streams_named(&bed, sizes(quick), "").await?;
     let text = report::page(&figures, &bed, quick)?;
     #[expect(clippy::disallowed_methods, reason = "a page of the documentation")]
     std::fs::write(page, text).with_context(|| page.display().to_string())?;
@@ -152,10 +152,25 @@ async fn many(bed: &Bed, quick: bool) -> anyhow::Result<pods::Batch> {
 pub async fn streams(quick: bool, name: &str) -> anyhow::Result<()> {
     let bed = Bed::open().await?;
     let mut table = String::new();
-    let measured = streams::measure(&bed, sizes(quick), name).await?;
+    let measured = streams_named(&bed, sizes(quick), name).await?;
+    anyhow::ensure!(!measured.is_empty(), "no stream has {name:?} in its name");
     report::streams(&mut table, &measured)?;
     print(&table)?;
     bed.close().await
+}
+
+async fn streams_named(
+    bed: &Bed,
+    sizes: streams::Sizes,
+    name: &str,
+) -> anyhow::Result<Vec<streams::Stream>> {
+    let mut all = streams::measure(bed, sizes, name).await?;
+    // The last one, because it starts the kubelet again, without the relay.
+    if streams::is_named(pod_to_pod::NAME, name) {
+        let measured = pod_to_pod::measure(bed, sizes).await;
+        all.push(measured.context(pod_to_pod::NAME)?);
+    }
+    Ok(all)
 }
 
 fn print(table: &str) -> std::io::Result<()> {

@@ -297,8 +297,8 @@ registries = []
 # sbatch_burst = 100  # default
 # sbatch_concurrency = 4  # default
 # Images: the number of concurrent conversions; the largest size of an image according to its manifest, of an unpacked image, and
-# of the cache (the least recently used images are removed first); and how long a layer may deliver less than 64 KiB, or less
-# than 1 MiB while other images wait.
+# of the cache with all that pulls have on disk (the least recently used images are removed first); and how long a layer may
+# deliver less than 64 KiB, or less than 1 MiB while other images wait.
 # image_concurrency = 2  # default
 # image_size = "64GiB"  # default
 # image_unpacked = "128GiB"  # default

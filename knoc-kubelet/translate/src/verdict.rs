@@ -295,8 +295,8 @@ with so many files that measuring takes more than 5 s, those count that were mea
 
 **Volumes of the image.** If the root is read-only, each folder that the image declares as a volume, and in which the pod mounts nothing,
 is a writable folder on the node's disk, new for each start of the container, with a copy of what the image has there: at most 1 GiB,
-100,000 files and 64 levels, else the container ends with `CreateContainerError`. With a setuid runtime it is empty at first. If the root is
-not read-only, it is the image's folder.
+100,000 files and 64 levels within two minutes, else the container ends with `CreateContainerError`. Pipes, sockets, devices and what the HPC user
+cannot read are left out. With a setuid runtime it is empty at first. If the root is not read-only, it is the image's folder.
 
 **The user.** Every program runs as the HPC user, whatever it [sees itself as](#users). If neither the pod nor the image sets `HOME`, it is
 the home directory, according to the image's `/etc/passwd`, of the user that the pod (`runAsUser`) or the image names: root if neither

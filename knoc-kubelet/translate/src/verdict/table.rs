@@ -96,7 +96,7 @@ pub(super) const TABLE: &[Type] = &[
         row("grpc", Any, Inside("GRPCAction"), ""),
     ]),
     of("ContainerRestartRule", "`restartPolicyRules[]`", &[
-        row("action", Is(&["Restart", "RestartAllContainers"]), Honoured, "`RestartAllContainers` kills the other containers at once and begins anew with the first init container, in the same job and with the same volumes; ephemeral containers go on. The container that caused it waits for its own back-off"),
+        row("action", Is(&["Restart", "RestartAllContainers"]), Honoured, "`RestartAllContainers` kills the other containers at once and starts all of them again, beginning with the first init container, in the same job and with the same volumes; ephemeral containers go on. The container that caused it waits for its own back-off"),
         row("action", Any, Rejected, "must be `Restart` or `RestartAllContainers`"),
         row("exitCodes", Any, Inside("ContainerRestartRuleOnExitCodes"), ""),
     ]),
