@@ -242,9 +242,10 @@ impl Relay {
     fn plan(&self) -> Option<Plan> {
         let pods = self.setup.store.pods();
         let services = self.setup.services.known();
-        let allow = &self.setup.config.allow;
+        let family = slice::family(self.setup.address);
+        let which = (&self.setup.config.allow, family);
         self.cluster
-            .look(|policies, _| plan::plan(&pods, services.values(), allow, policies))
+            .look(|policies, _| plan::plan(&pods, services.values(), which, policies))
     }
 
     /// Opens the ports that are wanted. Returns the pods for which there was none, and why.

@@ -187,6 +187,11 @@ async fn a_renamed_job_belongs_to_its_pod_until_it_ends() -> anyhow::Result<()> 
         ("name", "Name=mine"),
         ("both", "Comment=mine Name=mine"),
         ("all", "Comment=mine Name=mine WorkDir=/tmp"),
+        // Slurm's commands print them as they are.
+        (
+            "lines",
+            r#"Comment="$(printf 'a\nb')" Name="$(printf 'mine\ntoo')""#,
+        ),
     ];
     let mut pods = Vec::new();
     for (case, change) in changes {

@@ -1,8 +1,9 @@
 //! Measures how much disk space a folder tree takes, whatever a program has put into it.
 //!
 //! Folders are opened relative to the descriptor of their parent, no link is followed, and other file systems are not
-//! entered. A file with several names counts once in all: each name counts for its share. Folders more than [`DEEPEST`]
-//! levels down are not entered, since each level keeps a descriptor open.
+//! entered. A file with several names counts once in all: each name counts for its share. Each level keeps a descriptor
+//! open, so what is more than [`DEEPEST`] levels down is measured after everything above it: no depth hides anything. Only if
+//! more than [`WAITING`] folders wait for that at a time, further ones are left out.
 //!
 //! The function blocks on file I/O.
 
@@ -19,8 +20,11 @@ use rustix::{
     io::Errno,
 };
 
-/// How deep a tree is measured.
+/// How deep a tree is measured in one go.
 const DEEPEST: usize = 64;
+
+/// How many folders at that depth may wait to be measured.
+const WAITING: usize = 256;
 
 /// The unit of `st_blocks`, whatever the file system's block size is (stat(2)).
 const BLOCK: u64 = 512;
@@ -31,19 +35,25 @@ const FOLDER: OFlags = OFlags::RDONLY
     .union(OFlags::NONBLOCK)
     .union(OFlags::CLOEXEC);
 
-/// The bytes on disk of everything below `path`. It may change meanwhile, and what cannot be read does not count.
+/// The bytes on disk of everything below `path`, or of a part of it that has more than `most`. It may change meanwhile, and what
+/// cannot be read does not count.
 ///
 /// # Errors
 /// `TimedOut` at the time `until`; other errors only for `path` itself.
-pub fn size_until(path: &Path, until: Instant) -> io::Result<u64> {
+pub fn size_until(path: &Path, most: u64, until: Instant) -> io::Result<u64> {
     let top = openat(CWD, path, FOLDER, Mode::empty())?;
     let device = fstat(&top)?.st_dev;
     let mut levels = vec![Dir::new(top)?];
+    let mut waiting = Vec::new();
     let mut bytes = 0_u64;
     loop {
         let depth = levels.len();
         let Some(folder) = levels.last_mut() else {
-            return Ok(bytes);
+            let Some(deep) = waiting.pop() else {
+                return Ok(bytes);
+            };
+            levels.push(Dir::new(deep)?);
+            continue;
         };
         if Instant::now() >= until {
             return Err(io::ErrorKind::TimedOut.into());
@@ -61,12 +71,20 @@ pub fn size_until(path: &Path, until: Instant) -> io::Result<u64> {
             continue;
         };
         bytes = bytes.saturating_add(size);
+        if bytes > most {
+            return Ok(bytes);
+        }
         let is_folder = matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
-        if is_folder
-            && depth < DEEPEST
-            && let Ok(below) = enter(parent, name, device)
-        {
+        if !is_folder {
+            continue;
+        }
+        let Ok(below) = enter(parent, name, device) else {
+            continue;
+        };
+        if depth < DEEPEST {
             levels.push(Dir::new(below)?);
+        } else if waiting.len() < WAITING {
+            waiting.push(below);
         }
     }
 }
@@ -107,7 +125,8 @@ mod tests {
     use super::*;
 
     fn size(path: &Path) -> u64 {
-        size_until(path, Instant::now() + Duration::from_secs(10)).unwrap()
+        let until = Instant::now() + Duration::from_secs(10);
+        size_until(path, u64::MAX, until).unwrap()
     }
 
     #[test]
@@ -134,11 +153,38 @@ mod tests {
         assert!(size(&tree) < 2 << 20);
     }
 
+    /// A program could otherwise write without limit below many folders.
+    #[test]
+    fn no_depth_hides_what_is_written() {
+        let base = tempfile::tempdir().unwrap();
+        let mut deep = base.path().to_owned();
+        for level in 1..=300 {
+            deep.push("d");
+            fs::create_dir(&deep).unwrap();
+            if level == DEEPEST || level == 300 {
+                fs::write(deep.join("file"), vec![1; 1 << 20]).unwrap();
+            }
+        }
+        let found = size(base.path());
+        assert!((2 << 20..4 << 20).contains(&found), "{found}");
+    }
+
+    #[test]
+    fn what_exceeds_the_limit_is_not_measured_to_its_end() {
+        let base = tempfile::tempdir().unwrap();
+        for name in ["a", "b", "c"] {
+            fs::write(base.path().join(name), vec![1; 1 << 20]).unwrap();
+        }
+        let until = Instant::now() + Duration::from_secs(10);
+        let found = size_until(base.path(), 1 << 19, until).unwrap();
+        assert!((1 << 20..2 << 20).contains(&found), "{found}");
+    }
+
     #[test]
     fn a_tree_that_takes_too_long_is_an_error() {
         let base = tempfile::tempdir().unwrap();
         fs::write(base.path().join("file"), "x").unwrap();
-        let error = size_until(base.path(), Instant::now()).unwrap_err();
+        let error = size_until(base.path(), u64::MAX, Instant::now()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -7,8 +7,12 @@ use knoc_proto::pb;
 /// The most entries that the C library's resolver uses; a kubelet leaves out any others too.
 const MAX_NAMESERVERS: usize = 3;
 const MAX_SEARCHES: usize = 32;
-/// The longest list of search domains, with the blanks between them.
+/// The longest list of search domains, with the blanks between them, and the longest one of them.
 const MAX_SEARCH_BYTES: usize = 2048;
+const MAX_DOMAIN: usize = 253;
+/// The root as a search domain. It says that there is none: without it the C library takes that of the host name. Beside others it is
+/// left out, because names are tried without a domain anyway, and older musl fails on it.
+const ROOT: &str = ".";
 
 /// The settings of a `resolv.conf`.
 #[derive(Debug, Default)]
@@ -45,8 +49,8 @@ impl ClusterDns {
                 domain.clone(),
             ]
         };
-        for search in node.searches {
-            add(&mut searches, &search);
+        for search in node.searches.iter().filter(|search| *search != ROOT) {
+            add(&mut searches, search);
         }
         Config {
             nameservers: vec![self.server.to_string()],
@@ -69,6 +73,9 @@ pub(crate) fn resolv_conf(
     };
     for server in &wanted.nameservers {
         add(&mut config.nameservers, server);
+    }
+    if !wanted.searches.is_empty() {
+        config.searches.retain(|search| search != ROOT);
     }
     for search in &wanted.searches {
         add(&mut config.searches, search);
@@ -113,9 +120,15 @@ fn parse(text: &str) -> Config {
             }
             Some("search" | "domain") => {
                 let names = words.map(|name| name.strip_suffix('.').unwrap_or(name));
+                let mut is_any = false;
                 config.searches.clear();
-                for name in names.filter(|name| !name.is_empty()) {
-                    add(&mut config.searches, name);
+                for name in names.inspect(|_| is_any = true) {
+                    if !name.is_empty() {
+                        add(&mut config.searches, name);
+                    }
+                }
+                if is_any && config.searches.is_empty() {
+                    config.searches.push(ROOT.to_owned());
                 }
             }
             Some("options") => {
@@ -135,9 +148,11 @@ fn parse(text: &str) -> Config {
 
 fn render(config: &Config) -> String {
     let mut text = String::new();
+    let first = config.searches.iter().take(MAX_SEARCHES);
     let mut searches = String::new();
-    for search in config.searches.iter().take(MAX_SEARCHES) {
-        if searches.len() + 1 + search.len() > MAX_SEARCH_BYTES {
+    for search in first.filter(|search| search.len() <= MAX_DOMAIN) {
+        // Without the first blank.
+        if searches.len() + search.len() > MAX_SEARCH_BYTES {
             break;
         }
         searches.push(' ');
@@ -273,9 +288,41 @@ mod tests {
         assert_eq!(text.matches("nameserver ").count(), MAX_NAMESERVERS);
         let search = text.lines().next().unwrap();
         assert!(
-            search.len() <= "search".len() + MAX_SEARCH_BYTES,
+            search.len() <= "search ".len() + MAX_SEARCH_BYTES,
             "{search}"
         );
         assert!(search.split(' ').count() > 15, "{search}");
+    }
+
+    #[test]
+    fn search_domains_are_left_out_as_by_a_kubelet() {
+        let searches = |searches: Vec<String>| {
+            let wanted = pb::Resolver {
+                searches,
+                ..pb::Resolver::default()
+            };
+            let text = alone("nameserver 10.0.0.1\nsearch .\n", &wanted);
+            let line = text.lines().next().unwrap().to_owned();
+            line.strip_prefix("search ").unwrap().to_owned()
+        };
+        assert_eq!(searches(Vec::new()), ".", "of the node");
+        let own = vec![".".to_owned(), "a".to_owned()];
+        assert_eq!(searches(own), ". a", "of the pod");
+        // 8 domains of 253 bytes and the blanks after them: 16 bytes are left.
+        let long = |n: usize| format!("{n}{}", "x".repeat(252));
+        let mut full: Vec<_> = (0..8).map(long).collect();
+        full.push("y".repeat(16));
+        let all = searches(full.clone());
+        assert_eq!(all.len(), MAX_SEARCH_BYTES, "{all}");
+        full[8].push('y');
+        assert_eq!(searches(full).len(), MAX_SEARCH_BYTES - 17);
+        let odd = vec!["a".to_owned(), "x".repeat(254), "b".to_owned()];
+        assert_eq!(
+            searches(odd),
+            "a b",
+            "one that is too long hides no other one"
+        );
+        let many: Vec<_> = (0..40).map(|n| format!("d{n}")).collect();
+        assert_eq!(searches(many).split(' ').count(), MAX_SEARCHES);
     }
 }

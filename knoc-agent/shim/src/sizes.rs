@@ -1,6 +1,7 @@
 //! Task: measures the `emptyDir` volumes that have a size limit, and ends the pod if one exceeds it, as a kubelet evicts it.
 //!
-//! A volume with more files than can be counted in [`DEADLINE`] is counted less often, and its limit may not be enforced.
+//! A volume with more files than can be counted in [`DEADLINE`] is counted less often, and its limit is enforced only if those that
+//! were counted exceed it.
 
 use std::time::{Duration, Instant};
 
@@ -52,7 +53,7 @@ pub(super) async fn watch(limits: Vec<Limit>, commands: mpsc::Sender<Command>) {
 
 async fn measure(limit: Limit) -> Result<u64, String> {
     let measured = tokio::task::spawn_blocking(move || {
-        tree_size::size_until(&limit.path, Instant::now() + DEADLINE)
+        tree_size::size_until(&limit.path, limit.bytes, Instant::now() + DEADLINE)
     });
     let measured = measured.await.map_err(|error| error.to_string())?;
     measured.map_err(|error| error.to_string())

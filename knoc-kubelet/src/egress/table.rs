@@ -171,10 +171,7 @@ impl Table {
     /// if nothing does.
     pub(crate) fn targets(&self, to: SocketAddr, protocol: EgressProtocol) -> Vec<Target> {
         if let Some(name) = self.addresses.get(&to.ip()) {
-            return self
-                .by_service(name, to.port(), protocol)
-                .into_iter()
-                .collect();
+            return self.by_service(name, to, protocol).into_iter().collect();
         }
         let names = self.of_address.get(&to.ip()).into_iter().flatten();
         let slices = names.filter_map(|name| self.slices.get(name));
@@ -191,27 +188,30 @@ impl Table {
         targets.collect()
     }
 
-    fn by_service(&self, name: &Name, port: u16, protocol: EgressProtocol) -> Option<Target> {
+    fn by_service(&self, name: &Name, to: SocketAddr, protocol: EgressProtocol) -> Option<Target> {
         let service = self.services.get(name)?;
         let mut ports = service.ports.iter();
-        let port = ports.find(|one| one.number == port && one.protocol == protocol)?;
+        let port = ports.find(|one| one.number == to.port() && one.protocol == protocol)?;
         Some(Target {
             service: name.clone(),
             port: port.number,
-            endpoints: self.endpoints(name, port),
+            endpoints: self.endpoints(name, port, to.is_ipv4()),
             sticky: service.sticky,
         })
     }
 
-    /// The endpoints that are ready; if there are none, those that are leaving and still serve, as kube-proxy does.
-    fn endpoints(&self, name: &Name, port: &Port) -> Vec<SocketAddr> {
+    /// The endpoints that are ready; if there are none, those that are leaving and still serve, as kube-proxy does. Like there, those
+    /// of a Service with addresses of both families have the family of the address that was dialled: each of its pods is in the
+    /// slices of both.
+    fn endpoints(&self, name: &Name, port: &Port, ipv4: bool) -> Vec<SocketAddr> {
         let (mut ready, mut leaving) = (BTreeSet::new(), BTreeSet::new());
         let names = self.of_service.get(name).into_iter().flatten();
         for slice in names.filter_map(|name| self.slices.get(name)) {
             let mut ports = slice.ports.iter();
             let joined = ports.find(|one| one.name == port.name && one.protocol == port.protocol);
             let Some(joined) = joined else { continue };
-            for endpoint in &slice.endpoints {
+            let endpoints = slice.endpoints.iter();
+            for endpoint in endpoints.filter(|one| one.address.is_ipv4() == ipv4) {
                 let address = SocketAddr::new(endpoint.address, joined.number);
                 if endpoint.ready {
                     ready.insert(address);
@@ -360,7 +360,8 @@ pub(crate) fn slice(slice: &EndpointSlice) -> Option<(Name, Slice)> {
         let address = one.addresses.first()?.parse::<IpAddr>().ok()?;
         let conditions = one.conditions.clone().unwrap_or_default();
         let ready = conditions.ready.unwrap_or(true);
-        let serving = conditions.serving.unwrap_or(ready);
+        // As in the API, what is not known counts as true.
+        let serving = conditions.serving.unwrap_or(true);
         Some(Endpoint {
             address: address.to_canonical(),
             ready,

@@ -106,6 +106,11 @@ pub(super) enum Refusal {
     )]
     Headless { service: Name },
     #[error(
+        "Service {service} does not lead to the pod: it has no {family} address, and the pod is reached at an {family} address of the \
+         kubelet, to which it cannot lead; add {family} to the Service's ipFamilies"
+    )]
+    Family { service: Name, family: &'static str },
+    #[error(
         "port {port} of Service {service} does not lead to the pod: only TCP is relayed, and it is {protocol}"
     )]
     Protocol {
@@ -205,11 +210,11 @@ fn selecting<'a>(
     Some(((namespace, label, value), selecting))
 }
 
-/// Where these Services lead.
+/// Where these Services lead. `family`: that of the kubelet's address, as Services have it.
 pub(super) fn plan<'a>(
     pods: &[PodView],
     services: impl Iterator<Item = &'a Service>,
-    allow: &AllowList,
+    (allow, family): (&AllowList, &'static str),
     policies: &Policies,
 ) -> Plan {
     let services = Services::of(services, allow);
@@ -228,7 +233,7 @@ pub(super) fn plan<'a>(
                 _ if count >= SERVICES => Refusal::TooManyServices { service: name },
                 OF_NODE.. => Refusal::NodeFull { service: name },
                 _ => {
-                    add(&mut plan, pod.view, service, pod.policy);
+                    add(&mut plan, pod.view, service, (pod.policy, family));
                     return true;
                 }
             };
@@ -276,12 +281,21 @@ fn is_reached(view: &PodView) -> bool {
     runs && !ended && !has_address
 }
 
-fn add(plan: &mut Plan, view: &PodView, service: &Selecting<'_>, policy: Option<&str>) {
+fn add(
+    plan: &mut Plan,
+    view: &PodView,
+    service: &Selecting<'_>,
+    (policy, family): (Option<&str>, &'static str),
+) {
     let name = &service.name;
     let mut refuse = |refusal| plan.refused.push((view.uid.clone(), refusal));
     if service.spec.cluster_ip.as_deref() == Some("None") {
         let service = name.clone();
         return refuse(Refusal::Headless { service });
+    }
+    if !has_family(service.spec, family) {
+        let service = name.clone();
+        return refuse(Refusal::Family { service, family });
     }
     if let Some(policy) = policy {
         let (service, policy) = (name.clone(), policy.to_owned());
@@ -309,6 +323,12 @@ fn add(plan: &mut Plan, view: &PodView, service: &Selecting<'_>, policy: Option<
             conditions: conditions(&view.pod, service.spec),
         });
     }
+}
+
+/// Whether the Service leads to endpoints of this family. An API server that does not say has only one.
+fn has_family(service: &ServiceSpec, family: &str) -> bool {
+    let families = service.ip_families.as_deref().unwrap_or_default();
+    families.is_empty() || families.iter().any(|one| one == family)
 }
 
 /// Where a port of a Service leads in the pod. Fails with the protocol, if it is not TCP.

@@ -96,7 +96,8 @@ pub(super) fn slice(
     Some((name, slice))
 }
 
-fn family(address: IpAddr) -> &'static str {
+/// The family of an address, as slices and Services have it.
+pub(super) fn family(address: IpAddr) -> &'static str {
     if address.is_ipv4() { "IPv4" } else { "IPv6" }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{self as core, Pod};
-use knoc_proto::{paths, pb};
+use knoc_proto::{paths, pb, text::is_unshown};
 
 use super::{
     Needs, Resolved, TokenRequestKey, TrustBundleKey,
@@ -307,17 +307,33 @@ fn map_lines(map: &BTreeMap<String, String>) -> String {
     lines.join("\n")
 }
 
+/// Quotes text as Go's `%q` does.
 fn quote(text: &str) -> String {
     let mut quoted = String::from("\"");
     for c in text.chars() {
-        match c {
-            '"' => quoted.push_str("\\\""),
-            '\\' => quoted.push_str("\\\\"),
-            '\n' => quoted.push_str("\\n"),
-            '\r' => quoted.push_str("\\r"),
-            '\t' => quoted.push_str("\\t"),
-            c if c.is_control() => quoted.extend(format!("\\x{:02x}", u32::from(c)).chars()),
-            c => quoted.push(c),
+        let short = match c {
+            '"' | '\\' => Some(c),
+            '\n' => Some('n'),
+            '\r' => Some('r'),
+            '\t' => Some('t'),
+            '\x07' => Some('a'),
+            '\x08' => Some('b'),
+            '\x0b' => Some('v'),
+            '\x0c' => Some('f'),
+            _ => None,
+        };
+        let code = u32::from(c);
+        let is_blank = c != ' ' && c.is_whitespace();
+        if let Some(short) = short {
+            quoted.extend(['\\', short]);
+        } else if c.is_ascii_control() {
+            quoted.extend(format!("\\x{code:02x}").chars());
+        } else if !is_blank && !is_unshown(c) {
+            quoted.push(c);
+        } else if code <= 0xffff {
+            quoted.extend(format!("\\u{code:04x}").chars());
+        } else {
+            quoted.extend(format!("\\U{code:08x}").chars());
         }
     }
     quoted.push('"');
@@ -377,6 +393,23 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn values_of_labels_and_annotations_are_quoted_as_by_go() {
+        for (text, quoted) in [
+            ("plain ü 漢 🙂 '", "plain ü 漢 🙂 '"),
+            ("a\"b\\c", "a\\\"b\\\\c"),
+            ("a\nb\r\t", "a\\nb\\r\\t"),
+            ("\0\x07\x08\x0b\x0c\x1b\x7f", "\\x00\\a\\b\\v\\f\\x1b\\x7f"),
+            (
+                "\u{85}\u{a0}\u{200b}\u{feff}",
+                "\\u0085\\u00a0\\u200b\\ufeff",
+            ),
+            ("\u{e0041}", "\\U000e0041"),
+        ] {
+            assert_eq!(quote(text), format!("\"{quoted}\""), "{text:?}");
+        }
+    }
 
     #[test]
     fn a_container_without_a_limit_has_that_of_the_pod_and_then_that_of_the_node() {

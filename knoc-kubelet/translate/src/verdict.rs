@@ -290,8 +290,8 @@ runtimes limit it to 64 MiB): its contents count against the memory of the job. 
 
 **`sizeLimit`.** An `emptyDir` in memory with a `sizeLimit` is a file system of that size (or of the job's memory, if that is less) if the
 pod has a [network of its own](networks.md): a program that fills it gets `No space left on device`. Any other `emptyDir`, on disk or in
-memory, is measured every 10 s. If it holds more than the `sizeLimit`, the pod fails with the reason `Evicted`, as on any node. Folders more
-than 64 levels down are not measured, and a volume with so many files that measuring takes more than 5 s is not measured either.
+memory, is measured every 10 s. If it holds more than the `sizeLimit`, the pod fails with the reason `Evicted`, as on any node. Of a volume
+with so many files that measuring takes more than 5 s, those count that were measured by then.
 
 **Volumes of the image.** If the root is read-only, each folder that the image declares as a volume, and in which the pod mounts nothing,
 is a writable folder on the node's disk, new for each start of the container, with a copy of what the image has there: at most 16 GiB,

@@ -2,9 +2,9 @@
 //!
 //! The formats are given explicitly, so that the columns are the same in every version. They use a
 //! delimiter, and the only columns into which users can put a delimiter come last. All times are
-//! UTC, because the commands run with `TZ=UTC`. A line of another form is skipped, because names
-//! and comments may contain line breaks; an output without any line of the expected form is an
-//! error.
+//! UTC, because the commands run with `TZ=UTC`. Names and comments may contain line breaks, so a job
+//! whose columns are not complete goes on in the next lines. Other lines are skipped; an output
+//! without any job in the expected form is an error.
 
 use std::path::{Path, PathBuf};
 
@@ -22,6 +22,8 @@ pub(super) const SQUEUE_FORMAT_DIRECTORY: &str = "%i|%T|%r|%P|%N|%V|%S|%e|%l|%j|
 pub(super) const SACCT_FORMAT: &str = "JobIDRaw,State,Reason,ExitCode,Partition,NodeList,Submit,Start,End,TimelimitRaw,JobName,Comment";
 /// The same with the working directory at the end.
 pub(super) const SACCT_FORMAT_DIRECTORY: &str = "JobIDRaw,State,Reason,ExitCode,Partition,NodeList,Submit,Start,End,TimelimitRaw,JobName,Comment,WorkDir";
+/// The most lines of one job.
+const JOB_LINES: usize = 64;
 /// How many characters are shown of output that cannot be parsed.
 const EXCERPT: usize = 120;
 
@@ -116,12 +118,38 @@ pub(super) fn sacct_with_directory(text: &str) -> Result<Vec<Row>, String> {
     rows(text, |line| with_directory(line, sacct_line))
 }
 
-fn rows(text: &str, line: impl Fn(&str) -> Option<Row>) -> Result<Vec<Row>, String> {
-    let found: Vec<Row> = text.lines().filter_map(line).collect();
+fn rows(text: &str, parse: impl Fn(&str) -> Option<Row>) -> Result<Vec<Row>, String> {
+    let mut found = Vec::new();
+    // The beginning of a job that is not complete yet, and how many lines it has.
+    let mut begun: Option<(String, usize)> = None;
+    for line in text.lines() {
+        begun = match begun.take() {
+            _ if begins_job(line) => Some((line.to_owned(), 1)),
+            Some((mut job, lines)) if lines < JOB_LINES => {
+                job.push('\n');
+                job.push_str(line);
+                Some((job, lines + 1))
+            }
+            Some(_) | None => None,
+        };
+        if let Some(row) = begun.as_ref().and_then(|(job, _)| parse(job)) {
+            found.push(row);
+            begun = None;
+        }
+    }
     match text.lines().find(|line| !line.trim().is_empty()) {
         Some(first) if found.is_empty() => Err(unexpected(first)),
         Some(_) | None => Ok(found),
     }
+}
+
+/// Whether a line has the first two columns of a job: its ID and its state.
+fn begins_job(line: &str) -> bool {
+    let mut columns = line.split('|');
+    let id = columns.next().unwrap_or_default();
+    id.starts_with(|first: char| first.is_ascii_digit())
+        && JobId::try_from(id).is_ok()
+        && columns.next().and_then(known_state).is_some()
 }
 
 /// The error for output that does not have the requested form; `line` is its beginning.
@@ -229,34 +257,64 @@ pub(super) struct Detail {
 /// `scontrol show job -o ID`: the job with this ID.
 #[must_use]
 pub(super) fn scontrol_job(text: &str, id: &JobId) -> Option<Detail> {
-    let head = format!("JobId={id} ");
-    let line = text.lines().find(|line| line.starts_with(&head))?;
-    // Values may contain blanks and further `key=value` texts. Of the keys that users can set, only
-    // JobName comes before the keys that are read here, so the last match before ` Command=` is
-    // Slurm's own.
-    let own = line.split(" Command=").next()?;
-    let field = |text: &str, key: &str| {
+    let (own, behind) = parts(scontrol_line(text, id)?);
+    let field = |key: &str| {
         let prefix = format!("{key}=");
-        let words = text.split(' ').rev();
+        let words = own.split([' ', '\n']).rev();
         let mut values = words.filter_map(|word| word.strip_prefix(prefix.as_str()));
-        values.next().map(str::to_owned)
+        values.next()
     };
-    let state = JobState::parse(&field(own, "JobState")?);
-    let exit = exit(&field(own, "ExitCode")?).filter(|_| state.phase() == JobPhase::Ended);
-    let behind = line.split_once(" WorkDir=").map(|(_, behind)| behind);
+    let state = JobState::parse(field("JobState")?);
+    let exit = exit(field("ExitCode")?).filter(|_| state.phase() == JobPhase::Ended);
+    let behind = behind.split_once(" WorkDir=").map(|(_, behind)| behind);
     let directory = behind.map(|behind| {
-        let ends = [" Comment=", " StdErr=", " AdminComment=", " SystemComment="];
+        let ends = [
+            " Comment=",
+            " StdErr=",
+            " AdminComment=",
+            " SystemComment=",
+            "\n",
+        ];
         let end = ends.iter().filter_map(|end| behind.find(end)).min();
         PathBuf::from(behind.get(..end.unwrap_or(behind.len())).unwrap_or(behind))
     });
-    let number = |key: &str| field(own, key).and_then(|n| n.parse().ok());
     Some(Detail {
         state,
         exit,
-        restarts: number("Restarts").unwrap_or(0),
+        restarts: field("Restarts").and_then(|n| n.parse().ok()).unwrap_or(0),
         directory,
-        submitted_at: field(own, "SubmitTime").and_then(|text| time(&text)),
+        submitted_at: field("SubmitTime").and_then(time),
     })
+}
+
+/// The line of a job in the output of `scontrol show job -o`, with the line breaks that its name
+/// may contain.
+fn scontrol_line<'a>(text: &'a str, id: &JobId) -> Option<&'a str> {
+    let head = format!("JobId={id} ");
+    let start = if text.starts_with(&head) {
+        0
+    } else {
+        text.find(&format!("\n{head}"))? + 1
+    };
+    let line = text.get(start..)?;
+    let end = line.find("\nJobId=").unwrap_or(line.len());
+    line.get(..end)
+}
+
+/// The line of a job, before and after Slurm's own ` Command=`; all of it twice, if there is none. Values may contain
+/// blanks and further `key=value` texts. Of the keys that users can set, only JobName comes before
+/// the state, so the last match of a key in the first part is Slurm's own; and a name with
+/// ` Command=` comes before the last key of that part.
+fn parts(line: &str) -> (&str, &str) {
+    const COMMAND: &str = " Command=";
+    let mut places = line.match_indices(COMMAND).map(|(at, _)| at);
+    let own = places.find(|at| {
+        let before = line.get(..*at).unwrap_or_default();
+        [" JobState=", " SubmitTime="]
+            .iter()
+            .all(|key| before.contains(key))
+    });
+    own.map_or((line, line), |at| line.split_at(at))
 }
 
 /// `scontrol show config`: the controller's clock in Unix seconds.

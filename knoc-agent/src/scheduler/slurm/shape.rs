@@ -224,7 +224,8 @@ fn local_disk(
 }
 
 /// The smaller one of the pod's deadline plus grace period and the time that the pod requests, else
-/// the site's default, else the partition's default, else the partition's maximum. A deadline is
+/// the site's default, else the partition's default, else the partition's maximum, of several
+/// partitions the smallest. A deadline is
 /// extended by how early Slurm's warning may come, so that the pod's own deadline comes first.
 fn time_limit(
     spec: &pb::PodSpec,
@@ -241,11 +242,16 @@ fn time_limit(
         return Some(minutes);
     }
     let name = partition(job, site);
-    let partition = partitions.iter().find(|p| match &name {
-        Some(name) => name == &p.name,
+    let named = partitions.iter().filter(|p| match &name {
+        Some(list) => list.split(',').any(|name| name == p.name),
         None => p.is_default,
     });
-    let of_partition = || partition.and_then(|p| p.default_minutes.or(p.max_minutes));
+    // Of several partitions Slurm takes the one that is free first, so the job has to fit into each.
+    let of_partition = || {
+        named
+            .filter_map(|p| p.default_minutes.or(p.max_minutes))
+            .min()
+    };
     site.default_time_minutes
         .and_then(positive)
         .or_else(of_partition)
@@ -351,6 +357,8 @@ mod tests {
         let cases = [
             (0, 0, "", None, Some(60)),
             (0, 0, "long", None, Some(20000)),
+            (0, 0, "long,main", None, Some(60)),
+            (0, 0, "long,unknown", None, Some(20000)),
             (0, 0, "nowhere", None, None),
             (0, 0, "", Some(7), Some(7)),
             (0, 90, "", Some(7), Some(90)),

@@ -112,15 +112,15 @@ fn addresses_of_nodes_need_the_services_name_and_others_are_never_dialled() {
         let endpoints = json!([{"addresses": [address]}]);
         table(&[web()], &[slice_of("one", "web", &endpoints)])
     };
+    let nodes = ["10.2.0.1", "fd00::7"];
     let try_it = |list: &str, address: &str| {
-        tcp(
-            &at_node(address),
-            &[list],
-            &["10.2.0.1", "fd00::7"],
-            "10.96.0.5:80",
-            "u",
-            0,
-        )
+        let is_ipv4 = address.contains('.');
+        let to = if is_ipv4 {
+            "10.96.0.5:80"
+        } else {
+            "[fd00::5]:80"
+        };
+        tcp(&at_node(address), &[list], &nodes, to, "u", 0)
     };
     try_it("a/web", "10.2.0.1").unwrap();
     let refused = try_it("a/*", "10.2.0.1").unwrap_err().to_string();
@@ -129,6 +129,8 @@ fn addresses_of_nodes_need_the_services_name_and_others_are_never_dialled() {
         "{refused}"
     );
     try_it("a/*", "::ffff:10.2.0.1").unwrap_err();
+    try_it("a/web", "fd00::7").unwrap();
+    try_it("a/*", "fd00::7").unwrap_err();
     for never in [
         "127.0.0.1",
         "::1",

@@ -62,11 +62,6 @@ fn an_address_of_a_service_leads_to_its_ready_endpoints() {
     );
     let expected = ["10.1.0.1:8080", "10.1.0.2:8080", "10.1.0.9:8080"];
     assert_eq!(found(&table, "10.96.0.5:80"), expected);
-    assert_eq!(
-        found(&table, "[fd00::5]:80"),
-        expected,
-        "each of its addresses"
-    );
     assert!(
         table
             .targets(at("10.96.0.5:81"), EgressProtocol::Tcp)
@@ -84,6 +79,19 @@ fn an_address_of_a_service_leads_to_its_ready_endpoints() {
             .targets(at("10.96.0.6:80"), EgressProtocol::Tcp)
             .is_empty()
     );
+}
+
+/// The controller writes a slice of each family for a Service that has both, with the same pods.
+#[test]
+fn endpoints_have_the_family_of_the_address_that_was_dialled() {
+    let mut of_ipv6 = slice_of("six", "web", &json!([{"addresses": ["fd01::1"]}]));
+    of_ipv6["addressType"] = json!("IPv6");
+    let of_ipv4 = slice_of("four", "web", &json!([{"addresses": ["10.1.0.1"]}]));
+    let both = table(&[web()], &[of_ipv4, of_ipv6.clone()]);
+    assert_eq!(found(&both, "10.96.0.5:80"), ["10.1.0.1:8080"]);
+    assert_eq!(found(&both, "[fd00::5]:80"), ["[fd01::1]:8080"]);
+    let one = table(&[web()], &[of_ipv6]);
+    assert!(found(&one, "10.96.0.5:80").is_empty());
 }
 
 #[test]
@@ -105,7 +113,7 @@ fn the_ipv4_address_of_a_service_is_taken_in_whichever_order_they_are() {
 
 #[test]
 fn endpoints_that_leave_serve_until_others_are_ready() {
-    let leaving = json!([{"addresses": ["10.1.0.4"], "conditions": {"ready": false, "serving": true, "terminating": true}},
+    let leaving = json!([{"addresses": ["10.1.0.4"], "conditions": {"ready": false, "terminating": true}},
         {"addresses": ["10.1.0.5"], "conditions": {"ready": false, "serving": false, "terminating": true}}]);
     let mut table = table(&[web()], &[slice_of("one", "web", &leaving)]);
     assert_eq!(found(&table, "10.96.0.5:80"), ["10.1.0.4:8080"]);

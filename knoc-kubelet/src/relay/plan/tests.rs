@@ -49,7 +49,7 @@ fn planned(view: &PodView, services: &[Service], policies: &Policies) -> Plan {
     plan(
         std::slice::from_ref(view),
         services.iter(),
-        &allow,
+        (&allow, "IPv4"),
         policies,
     )
 }
@@ -82,6 +82,38 @@ fn a_service_leads_to_the_ports_that_it_names() {
     assert!(plan.refused.is_empty(), "{plan:?}");
 }
 
+/// No proxy takes a slice of a family that the Service does not have.
+#[test]
+fn a_service_of_another_family_is_refused_by_name() {
+    let view = pod(&json!({"app": "web"}), unchanged);
+    let of = |families: &Value| {
+        let mut web = web();
+        let spec = web.spec.as_mut().unwrap();
+        spec.ip_families = serde_json::from_value(families.clone()).unwrap();
+        planned(&view, &[web], &Policies::default())
+    };
+    for families in [
+        json!(null),
+        json!([]),
+        json!(["IPv4"]),
+        json!(["IPv6", "IPv4"]),
+    ] {
+        let plan = of(&families);
+        assert_eq!(
+            (plan.endpoints.len(), plan.refused.len()),
+            (1, 0),
+            "{families}"
+        );
+    }
+    let plan = of(&json!(["IPv6"]));
+    assert!(plan.endpoints.is_empty(), "{plan:?}");
+    let text = plan.refused[0].1.to_string();
+    assert!(
+        text.contains("Service team/web does not lead") && text.contains("no IPv4 address"),
+        "{text}"
+    );
+}
+
 #[test]
 fn services_that_select_others_or_are_not_listed_lead_nowhere() {
     let view = pod(&json!({"app": "web"}), unchanged);
@@ -104,7 +136,12 @@ fn services_that_select_others_or_are_not_listed_lead_nowhere() {
         Plan::default()
     );
     let allow = AllowList::parse(&["other/*", "team/db"]).unwrap();
-    let not_listed = plan(&[view], [web()].iter(), &allow, &Policies::default());
+    let not_listed = plan(
+        &[view],
+        [web()].iter(),
+        (&allow, "IPv4"),
+        &Policies::default(),
+    );
     assert_eq!(not_listed, Plan::default());
 }
 
@@ -234,7 +271,12 @@ fn a_user_who_creates_many_services_does_not_fill_the_node() {
     let views = vec![view; OF_NODE];
     let allow = AllowList::parse(&["team/*"]).unwrap();
     let services = many(2);
-    let full = plan(&views, services.iter(), &allow, &Policies::default());
+    let full = plan(
+        &views,
+        services.iter(),
+        (&allow, "IPv4"),
+        &Policies::default(),
+    );
     assert_eq!(full.endpoints.len(), OF_NODE);
     let mut names = full
         .endpoints

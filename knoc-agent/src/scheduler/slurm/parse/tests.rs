@@ -143,6 +143,56 @@ fn the_working_directory_names_the_pod_too() {
     assert_eq!(rows[0].names(elsewhere), None);
 }
 
+/// `scontrol update JobName=` and `Comment=` take any text, and squeue and sacct print it as it is.
+#[test]
+fn a_job_whose_name_or_comment_has_line_breaks_is_still_seen() {
+    let pods = Path::new("/pods");
+    let uid = PodUid::try_from("u-1").unwrap();
+    let queued = |name: &str, comment: &str| {
+        format!(
+            "7|RUNNING|None|main|c1|2026-11-22T18:45:20|2026-11-22T18:45:21|N/A|1:00:00|{name}|{comment}"
+        )
+    };
+    let ended = |name: &str, comment: &str| {
+        format!(
+            "7|FAILED|None|64:0|main|c1|2026-11-22T18:45:20|2026-11-22T18:45:21|2026-11-22T18:45:22|60|{name}|{comment}"
+        )
+    };
+    let other = queued("other", "");
+    for (name, comment) in [
+        ("mine\ntoo", "x"),
+        ("\nmine", "knoc/1 c ns/p u-1 0"),
+        ("mine\n\n|\n", "x"),
+        ("knoc-u-1", "a\nb"),
+        ("a\nb", "d\n"),
+    ] {
+        for (text, read) in [
+            (queued(name, comment), squeue as fn(&str) -> _),
+            (ended(name, comment), sacct as fn(&str) -> _),
+        ] {
+            let rows: Vec<Row> = read(&text).unwrap();
+            assert_eq!(rows.len(), 1, "{text:?}");
+            assert_eq!(rows[0].id.as_str(), "7", "{text:?}");
+            assert!(rows[0].submitted_at.is_some(), "{text:?}");
+        }
+        let text = format!(
+            "{}|/pods/u-1\n{other}|/home\n",
+            queued(name, comment).replacen('7', "8", 1)
+        );
+        let rows = squeue_with_directory(&text).unwrap();
+        assert_eq!(rows.len(), 2, "{text:?}");
+        assert_eq!(rows[0].id.as_str(), "8", "{text:?}");
+        let marks = rows[0].marks(&uid, pods);
+        assert!(marks.name || marks.directory, "{text:?} {marks:?}");
+        assert_eq!(rows[1].name, "other", "{text:?}");
+    }
+    // A job that never becomes complete hides none of the others.
+    let cut = format!("8|RUNNING|None\n{}{other}\n", "x\n".repeat(2 * JOB_LINES));
+    let rows = squeue(&cut).unwrap();
+    assert_eq!(rows.len(), 1);
+    assert_eq!(rows[0].name, "other");
+}
+
 /// An exit code of 0 without the expected output is an error.
 #[test]
 fn output_of_another_form_is_an_error() {
@@ -312,6 +362,19 @@ fn exits_from_the_controller() {
         );
         let odd = scontrol_job(&odd, &id).unwrap();
         assert_eq!((odd.state, odd.exit), (JobState::Failed, exit), "{version}");
+        for name in [
+            "x Command=/y",
+            "x WorkDir=/z Command=/y",
+            "x\ny",
+            "x\nExitCode=7:0 Command=/y\n",
+        ] {
+            let odd = failed.replace("knoc-rec-failed UserId", &format!("{name} UserId"));
+            assert_eq!(
+                scontrol_job(&odd, &id).as_ref(),
+                Some(&detail),
+                "{version} {name:?}"
+            );
+        }
     }
 }
 

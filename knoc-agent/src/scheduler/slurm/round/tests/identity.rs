@@ -14,7 +14,14 @@ fn submitted(call: i64) -> JobRef {
 #[tokio::test]
 async fn a_job_is_ours_by_its_id_whatever_it_is_called() {
     let (name, comment) = ((NAME, "mine"), (COMMENT, "my comment"));
-    for changes in [vec![name], vec![comment], vec![name, comment]] {
+    let broken = [(NAME, "mine\ntoo"), (COMMENT, "my\n\ncomment")];
+    for changes in [
+        vec![name],
+        vec![comment],
+        vec![name, comment],
+        vec![broken[0]],
+        broken.to_vec(),
+    ] {
         let fake = Fake::new();
         fake.changed("squeue", "squeue-start.txt", &changes)
             .program("sacct", "exit 1");
