@@ -307,21 +307,36 @@ fn map_lines(map: &BTreeMap<String, String>) -> String {
     lines.join("\n")
 }
 
+/// As `strconv.Quote` of Go.
 fn quote(text: &str) -> String {
     let mut quoted = String::from("\"");
     for c in text.chars() {
+        let number = u32::from(c);
         match c {
             '"' => quoted.push_str("\\\""),
             '\\' => quoted.push_str("\\\\"),
             '\n' => quoted.push_str("\\n"),
             '\r' => quoted.push_str("\\r"),
             '\t' => quoted.push_str("\\t"),
-            c if c.is_control() => quoted.extend(format!("\\x{:02x}", u32::from(c)).chars()),
-            c => quoted.push(c),
+            '\x07' => quoted.push_str("\\a"),
+            '\x08' => quoted.push_str("\\b"),
+            '\x0b' => quoted.push_str("\\v"),
+            '\x0c' => quoted.push_str("\\f"),
+            c if is_printed(c) => quoted.push(c),
+            c if c.is_ascii() => quoted.extend(format!("\\x{number:02x}").chars()),
+            _ if number < 0x1_0000 => quoted.extend(format!("\\u{number:04x}").chars()),
+            _ => quoted.extend(format!("\\U{number:08x}").chars()),
         }
     }
     quoted.push('"');
     quoted
+}
+
+/// Whether Go writes the character as it is (`unicode.IsPrint`). Rust has the same rule, except for a mark that begins a text:
+/// it writes the number of any other character in braces.
+fn is_printed(c: char) -> bool {
+    let in_braces = || format!("x{c}").escape_debug().any(|one| one == '{');
+    c == '{' || c != '\0' && !in_braces()
 }
 
 /// The amount of a container's resource in units of the divisor, rounded up. A limit that is not set is the node's
@@ -377,6 +392,27 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn annotations_are_quoted_as_by_go() {
+        for (text, quoted) in [
+            ("a \"b\" \\ {'c'} $(D)", r#""a \"b\" \\ {'c'} $(D)""#),
+            ("\n\r\t\x07\x08\x0b\x0c", r#""\n\r\t\a\b\v\f""#),
+            ("\0\x01\x1b\x7f", r#""\x00\x01\x1b\x7f""#),
+            // Letters and marks of any language are printed, blanks other than the usual one and what has no shape are not.
+            (
+                "é e\u{301} \u{4f60} \u{1f600}",
+                "\"é e\u{301} \u{4f60} \u{1f600}\"",
+            ),
+            (
+                "\u{85}\u{a0}\u{ad}\u{200b}",
+                r#""\u0085\u00a0\u00ad\u200b""#,
+            ),
+            ("\u{2028}\u{feff}\u{e0001}", r#""\u2028\ufeff\U000e0001""#),
+        ] {
+            assert_eq!(quote(text), quoted, "{text:?}");
+        }
+    }
 
     #[test]
     fn a_container_without_a_limit_has_that_of_the_pod_and_then_that_of_the_node() {

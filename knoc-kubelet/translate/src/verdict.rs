@@ -293,6 +293,10 @@ pod has a [network of its own](networks.md): a program that fills it gets `No sp
 memory, is measured every 10 s. If it holds more than the `sizeLimit`, the pod fails with the reason `Evicted`, as on any node. Folders more
 than 64 levels down are not measured, and a volume with so many files that measuring takes more than 5 s is not measured either.
 
+**`limits.ephemeral-storage`** is enforced in the same way: the pod is evicted if a container has written more than its limit to the node's
+disk (its root and temporary directories), or all of them, with the `emptyDir` volumes on disk, more than their limits together. Logs do not
+count, as they do not lie on the node's disk. Of a pod of several ranks, only the volumes on the first node are measured.
+
 **Volumes of the image.** If the root is read-only, each folder that the image declares as a volume, and in which the pod mounts nothing,
 is a writable folder on the node's disk, new for each start of the container, with a copy of what the image has there: at most 1 GiB,
 100,000 files and 64 levels, else the container ends with `CreateContainerError`. With a setuid runtime it is empty at first. If the root is
