@@ -345,7 +345,8 @@ hook has ended), or could not be started.
 **Sidecars** are init containers with `restartPolicy: Always`. They start in the order of the list; what comes after one starts once it
 has started (its `startupProbe` has passed, if it has one). They are restarted whenever they end, do not keep a pod from completing, and
 are stopped one after the other in reverse order, each with what is left of the grace period, after the containers have ended. Their
-readiness counts for the pod's.
+readiness counts for the pod's. However little is left, also without a grace period, a program has two seconds between its stop signal and
+SIGKILL.
 
 **Restarts** happen in the running job, which keeps its allocation. The first restart comes at once, the next one after 10 s, then the wait
 doubles up to 5 minutes; it starts over once a container has run for 10 minutes. Meanwhile the container waits with `CrashLoopBackOff`. A
