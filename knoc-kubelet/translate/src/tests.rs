@@ -466,23 +466,6 @@ fn what_a_pod_says_about_names_reaches_its_resolver() {
 }
 
 #[test]
-fn a_pod_in_the_nodes_network_has_the_nodes_host_name() {
-    let pod = |host_network: bool| -> Pod {
-        serde_json::from_value(json!({
-            "metadata": {"name": "p", "uid": "u", "annotations": {"knoc.io/network": "host"}},
-            "spec": {
-                "hostname": "h", "hostNetwork": host_network,
-                "containers": [{"name": "main", "image": "i"}],
-            },
-        }))
-        .unwrap()
-    };
-    assert!(shape(&pod(true)).unwrap().node_hostname);
-    // Only `hostNetwork` means that on any node.
-    assert!(!shape(&pod(false)).unwrap().node_hostname);
-}
-
-#[test]
 fn a_sub_path_is_expanded_before_a_pod_is_given_to_the_agent() {
     let pod = |value: &str, template: &str| -> Pod {
         serde_json::from_value(json!({
