@@ -234,6 +234,31 @@ async fn a_volume_on_disk_that_exceeds_its_size_has_its_pod_evicted() -> anyhow:
 }
 
 #[tokio::test]
+async fn a_container_that_writes_more_than_its_ephemeral_storage_has_its_pod_evicted()
+-> anyhow::Result<()> {
+    let world = World::new("storage").await?;
+    let limit = |storage: &str| {
+        let limits = json!({"memory": "64Mi", "ephemeral-storage": storage});
+        json!({"requests": {"cpu": "100m"}, "limits": limits})
+    };
+    let pod = PodBuilder::new("writes")
+        .set("resources", limit("2Mi"))
+        .sh("dd if=/dev/urandom of=/tmp/x bs=1M count=4; exec sleep 600")
+        .container("modest")
+        .set("resources", limit("64Mi"))
+        .sh("dd if=/dev/urandom of=/tmp/x bs=1M count=4; exec sleep 600");
+    world.create(&pod).await?;
+    let ended = world.wait_phase("writes", "Failed", PULLED).await?;
+    let (reason, message) = why(&ended);
+    let expected = "Container main exceeded its local ephemeral storage limit \"2Mi\".";
+    ensure!(
+        reason == "Evicted" && message.trim_end() == expected,
+        "{reason}: {message:?}"
+    );
+    world.finish().await
+}
+
+#[tokio::test]
 async fn memory_is_mounted_at_dev_shm_and_volumes_anywhere_below_dev() -> anyhow::Result<()> {
     let world = World::new("below-dev").await?;
     config_map(&world, "map", &["k=value"]).await?;

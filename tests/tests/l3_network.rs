@@ -142,6 +142,11 @@ async fn the_host_network_is_the_nodes() -> anyhow::Result<()> {
         .spec("hostNetwork", json!(true))
         .command(["sleep", "600"]);
     let uid = world.running(&pod).await?;
+    // As with a kubelet, it has the node's name too.
+    let node = world.compute_node(&uid).await?;
+    let script = ["sh", "-c", "echo $(hostname) $HOSTNAME"];
+    let named = world.exec(&uid, "main", script).ok().await?.text();
+    ensure!(named == format!("{node} {node}"), "{named} on {node}");
     // slurmd.
     wait_for("the node's own listener is reached", SOON, async || {
         let script = ["sh", "-c", "nc -w 2 127.0.0.1 6818 </dev/null"];

@@ -355,8 +355,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let turn = turn.filter(|_| folders.image_volumes.is_empty());
     let group = complete_inside(pod, attempt, (&mut folders, &mut up), &mut spec).await?;
     let (stdio, sources) = stdio::pipes(container).map_err(PrepareError::Pipes)?;
-    let named = (spec.passwd.as_deref(), group);
-    [spec.uid, spec.gid] = ids::wanted(pod, container, &config, named);
+    [spec.uid, spec.gid] = ids::wanted(pod, container, &config, (spec.passwd.as_deref(), group));
     let kept = Kept::of(up.identity);
     let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);
     let (terminal, own_ids) = launched(&mut up.runtime, launching, &kept).await?;

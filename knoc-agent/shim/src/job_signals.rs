@@ -14,7 +14,7 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::supervisor::Command;
+use super::{plan::AFTER_TERM, supervisor::Command};
 
 /// Slurm's default of `KillWait`.
 const KILL_WAIT: Duration = Duration::from_secs(30);
@@ -22,8 +22,8 @@ const KILL_WAIT: Duration = Duration::from_secs(30);
 /// Assumed if no `slurm.conf` can be read: enough for most programs, and less than what most sites set.
 const UNKNOWN: Duration = Duration::from_secs(10);
 
-/// How much of `KillWait` is kept for killing the containers and for the final report.
-const MARGIN: Duration = Duration::from_secs(1);
+/// How much of `KillWait` is kept for containers that are told only at its end, for killing them all, and for the final report.
+const MARGIN: Duration = AFTER_TERM.saturating_add(Duration::from_secs(1));
 
 /// The signals that end a pod.
 #[derive(Debug)]

@@ -314,7 +314,7 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
     };
     let (farewell, mut linked) = link_up(service, up);
     let link_state = farewell.link.subscribe();
-    background.spawn(sizes::watch(pod.volumes.limits(), commands.clone()));
+    background.spawn(sizes::watch(sizes::bounds(&pod), commands.clone()));
     background.spawn(values_poll::watch(pod.jobdir.clone(), link_state, commands));
     Supervisor::new(
         Arc::clone(&pod),
@@ -379,7 +379,22 @@ fn begin_report(
         publisher.note("MemoryOnDisk", why, "");
     }
     tell(&mut publisher, up);
+    for message in left_out(pod) {
+        publisher.note("DNSConfigForming", message, "");
+    }
     publisher
+}
+
+/// What the containers' `/etc/resolv.conf` lacks of what the pod asks for.
+fn left_out(pod: &Pod) -> Vec<String> {
+    let cluster = pod.cluster_dns();
+    match pod.resolver(cluster.as_ref()) {
+        Some(wanted) if pod.runtime.isolates() => {
+            let node = pod.nodes_resolver().unwrap_or_default();
+            resolver::left_out(&node, wanted, cluster.as_ref())
+        }
+        Some(_) | None => Vec::new(),
+    }
 }
 
 /// Says in Events what does not work in the pod's network.

@@ -31,13 +31,14 @@
 //! Its stop goes one way, until the attempt has ended; the next attempt begins at `NotStopped` again:
 //!
 //! ```text
-//!     NotStopped ───► PreStop ───► Term ───► Kill       at the end of the grace period: Kill, from wherever it is
+//!     NotStopped ───► PreStop ───► Term ───► Kill       at the end of the grace period: Kill, but not before Term
 //!          └─── without a hook ─────▲
 //! ```
 //!
 //! A main container that is being started holds up those behind it in the list, as with a kubelet, and one with a postStart hook
 //! until the hook has ended: programs may rely on that order (the executor of Argo Workflows does). A preStop hook may
-//! take the whole grace period; its program still gets a moment between TERM and KILL.
+//! take the whole grace period, and so may the containers that a sidecar waits for; the program still gets a moment between TERM
+//! and KILL.
 //!
 //! A container is stopped because the pod is, or alone if a probe found that it is not live any more or if it has another
 //! image. In the second case it is restarted whatever its exit code, unless its restart rule is `Never`: a program that ends
@@ -61,8 +62,8 @@ use std::time::Duration;
 
 use super::role::{RestartRule, Role, SlotId};
 
-/// How long a program has between TERM and KILL at least if a preStop hook came before, as in Kubernetes.
-pub(crate) const AFTER_HOOK: Duration = Duration::from_secs(2);
+/// How long a program has between TERM and KILL at least, as in Kubernetes.
+pub(crate) const AFTER_TERM: Duration = Duration::from_secs(2);
 
 /// A point in time, as the time since the shim's start by the monotonic clock.
 pub(crate) type Time = Duration;
@@ -195,7 +196,7 @@ pub(crate) struct Container {
     pub(crate) pre_stop_pending: bool,
     /// It has a postStart hook that has not ended in this attempt.
     pub(crate) post_start_pending: bool,
-    /// KILL waits until then, whatever the grace period: TERM came late because of a preStop hook.
+    /// KILL waits until then, whatever the grace period: TERM came late, because of a preStop hook or after others.
     pub(crate) spared_until: Time,
 }
 
@@ -227,6 +228,15 @@ impl Container {
     fn restarts_all(&self) -> bool {
         let ended = self.role != Role::Ephemeral && self.phase.code().is_some();
         ended && self.restart == RestartRule::All
+    }
+
+    /// Its program may not know yet that it is to end: even without a grace period, TERM comes before KILL.
+    fn is_to_be_told(&self) -> bool {
+        match self.stop {
+            StopStage::NotStopped => self.phase == Phase::Running,
+            StopStage::PreStop => true,
+            StopStage::Term | StopStage::Kill => false,
+        }
     }
 
     /// It has ended and will never be restarted.
@@ -378,9 +388,9 @@ impl Plan {
 
     /// Takes the next step of the stop of `container`, which lives.
     fn stop(&mut self, now: Time, container: &Container, kill_at: Time) {
-        if now >= kill_at && container.stop == StopStage::PreStop {
+        if now >= kill_at && container.is_to_be_told() {
             self.actions.push(Action::Term(container.id));
-            self.wake_at(now + AFTER_HOOK);
+            self.wake_at(now + AFTER_TERM);
             return;
         }
         let kill_at = kill_at.max(container.spared_until);

@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    fs, io,
     net::{IpAddr, ToSocketAddrs as _, UdpSocket},
     path::PathBuf,
     sync::Arc,
@@ -38,6 +39,9 @@ use super::{
     volumes::Volumes,
 };
 use crate::runtime::{self, Runtime};
+
+/// The settings of the resolver, on the node and in a container.
+pub(crate) const RESOLVER: &str = "/etc/resolv.conf";
 
 const LOG_MAX_BYTES: u64 = 100 << 20;
 
@@ -198,6 +202,18 @@ impl Pod {
         })
     }
 
+    /// What the pod changes in `/etc/resolv.conf`, given the cluster's DNS; `None`: nothing.
+    pub(crate) fn resolver(&self, cluster: Option<&ClusterDns>) -> Option<&pb::Resolver> {
+        let resolver = self.spec.resolver.as_ref();
+        resolver.filter(|one| cluster.is_some() || one.has_own_settings())
+    }
+
+    /// The text of `/etc/resolv.conf` for a pod that changes nothing in it. Blocks on file work.
+    pub(crate) fn nodes_resolver(&self) -> io::Result<String> {
+        let replaced = self.network.resolv_conf();
+        replaced.map_or_else(|| fs::read_to_string(RESOLVER), |text| Ok(text.to_owned()))
+    }
+
     /// Whether the pod is to have an address of its own, for which its containers wait.
     pub(crate) fn wants_address(&self) -> bool {
         matches!(self.network, Network::Private(_)) && self.mesh.range().is_some()
@@ -297,12 +313,25 @@ fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>, isolated: bool) -> Fac
         host_ip,
     };
     Facts {
-        hostname: Hostname::of(spec),
+        hostname: hostname(spec),
         fields,
         devices: gpus::devices(|name| std::env::var(name).ok()),
         binds_libraries: isolated,
         isolated,
         api: None,
+    }
+}
+
+/// As with a kubelet, a pod that asks for the node's network has its host name, too.
+fn hostname(spec: &pb::PodSpec) -> Hostname {
+    if !spec.node_hostname {
+        return Hostname::of(spec);
+    }
+    let node = node_name();
+    Hostname {
+        short: node.clone(),
+        qualified: None,
+        kernel: node,
     }
 }
 
@@ -344,6 +373,29 @@ fn raise_open_files() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pod_in_the_nodes_network_has_the_nodes_host_name() {
+        let of = |node_hostname| {
+            let spec = pb::PodSpec {
+                name: "p".to_owned(),
+                namespace: "n".to_owned(),
+                subdomain: "s".to_owned(),
+                set_hostname_as_fqdn: true,
+                node_hostname,
+                ..pb::PodSpec::default()
+            };
+            hostname(&spec)
+        };
+        assert_eq!(of(false).kernel, "p.s.n.svc.cluster.local");
+        let Hostname {
+            short,
+            qualified,
+            kernel,
+        } = of(true);
+        assert_eq!((short, qualified), (kernel.clone(), None));
+        assert_eq!(kernel, node_name());
+    }
 
     #[test]
     fn the_kept_attempts_of_all_containers_share_the_limit_of_a_pods_logs() {

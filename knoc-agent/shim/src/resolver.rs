@@ -23,6 +23,28 @@ struct Config {
     options: Vec<(String, String)>,
 }
 
+impl Config {
+    /// As many servers as the file may have.
+    fn applied_servers(&self) -> &[String] {
+        let most = self.nameservers.len().min(MAX_NAMESERVERS);
+        self.nameservers.get(..most).unwrap_or_default()
+    }
+
+    /// As many search domains as the file may have.
+    fn applied_searches(&self) -> Vec<&str> {
+        let first = self.searches.iter().take(MAX_SEARCHES);
+        let fit = first.filter(|search| search.len() <= MAX_DOMAIN);
+        // The blanks between them count.
+        let mut bytes = 0;
+        fit.take_while(|search| {
+            bytes += search.len() + usize::from(bytes > 0);
+            bytes <= MAX_SEARCH_BYTES
+        })
+        .map(String::as_str)
+        .collect()
+    }
+}
+
 /// The DNS of the cluster, for a pod that asks it first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ClusterDns {
@@ -36,7 +58,7 @@ pub(crate) struct ClusterDns {
 impl ClusterDns {
     /// The settings, given those of the compute node: its server is not asked, since the cluster's forwards what it does
     /// not know.
-    fn instead_of(&self, node: Config) -> Config {
+    fn instead_of(&self, node: &Config) -> Config {
         let Self {
             domain, namespace, ..
         } = self;
@@ -66,9 +88,38 @@ pub(crate) fn resolv_conf(
     wanted: &pb::Resolver,
     cluster: Option<&ClusterDns>,
 ) -> String {
+    render(&configured(node, wanted, cluster))
+}
+
+/// What the file leaves out, in a kubelet's words. The arguments are those of [`resolv_conf`].
+pub(crate) fn left_out(
+    node: &str,
+    wanted: &pb::Resolver,
+    cluster: Option<&ClusterDns>,
+) -> Vec<String> {
+    let config = configured(node, wanted, cluster);
+    let (servers, searches) = (config.applied_servers(), config.applied_searches());
+    let mut said = Vec::new();
+    if servers.len() < config.nameservers.len() {
+        let servers = servers.join(" ");
+        said.push(format!(
+            "Nameserver limits were exceeded, some nameservers have been omitted, the applied nameserver line is: {servers}"
+        ));
+    }
+    if searches.len() < config.searches.len() {
+        let searches = searches.join(" ");
+        said.push(format!(
+            "Search Line limits were exceeded, some search paths have been omitted, the applied search line is: {searches}"
+        ));
+    }
+    said
+}
+
+/// All settings for the pod, more than the file may have.
+fn configured(node: &str, wanted: &pb::Resolver, cluster: Option<&ClusterDns>) -> Config {
     let mut config = match cluster {
         _ if wanted.only_own => Config::default(),
-        Some(cluster) => cluster.instead_of(parse(node)),
+        Some(cluster) => cluster.instead_of(&parse(node)),
         None => parse(node),
     };
     for server in &wanted.nameservers {
@@ -85,7 +136,7 @@ pub(crate) fn resolv_conf(
         let value = value.map(|value| format!(":{value}"));
         set(&mut config.options, &option.name, value.unwrap_or_default());
     }
-    render(&config)
+    config
 }
 
 /// The servers that a `resolv.conf` names.
@@ -148,21 +199,12 @@ fn parse(text: &str) -> Config {
 
 fn render(config: &Config) -> String {
     let mut text = String::new();
-    let first = config.searches.iter().take(MAX_SEARCHES);
-    let mut searches = String::new();
-    for search in first.filter(|search| search.len() <= MAX_DOMAIN) {
-        // Without the first blank.
-        if searches.len() + search.len() > MAX_SEARCH_BYTES {
-            break;
-        }
-        searches.push(' ');
-        searches.push_str(search);
-    }
+    let searches = config.applied_searches();
     // Writing to a string cannot fail.
     if !searches.is_empty() {
-        writeln!(text, "search{searches}").ok();
+        writeln!(text, "search {}", searches.join(" ")).ok();
     }
-    for server in config.nameservers.iter().take(MAX_NAMESERVERS) {
+    for server in config.applied_servers() {
         writeln!(text, "nameserver {server}").ok();
     }
     let options: Vec<_> = config
@@ -292,6 +334,18 @@ mod tests {
             "{search}"
         );
         assert!(search.split(' ').count() > 15, "{search}");
+        let said = left_out(NODE, &many, None);
+        let [servers, searches] = said.as_slice() else {
+            panic!("{said:?}");
+        };
+        assert!(
+            servers.ends_with("the applied nameserver line is: 10.0.0.1 10.1.1.0 10.1.1.1"),
+            "{servers}"
+        );
+        let line = search.strip_prefix("search ").unwrap();
+        assert!(searches.ends_with(line), "{searches}");
+        let nothing = Vec::<String>::new();
+        assert_eq!(left_out(NODE, &wanted(), None), nothing);
     }
 
     #[test]

@@ -150,6 +150,11 @@ impl Scratch {
         subfolder(&self.disk, name)
     }
 
+    /// The folder on disk in which [`Self::disk`] creates folders.
+    pub(crate) fn disk_folder(&self) -> &Path {
+        &self.disk
+    }
+
     /// A folder in memory that containers write to, created if it is missing.
     pub(crate) fn memory(&self, name: &str) -> Result<PathBuf, ScratchError> {
         Ok(subfolder(self.memory_folder()?, name)?)

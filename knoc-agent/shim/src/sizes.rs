@@ -1,28 +1,109 @@
-//! Task: measures the `emptyDir` volumes that have a size limit, and ends the pod if one exceeds it, as a kubelet evicts it.
+//! Task: measures what the pod may take only so much of, and ends the pod if it takes more, as a kubelet evicts it: the
+//! `emptyDir` volumes that have a size limit, and what containers with a limit of `ephemeral-storage` write to the node's disk.
 //!
-//! A volume with more files than can be counted in [`DEADLINE`] is counted less often, and its limit is enforced only if those that
+//! What has more files than can be counted in [`DEADLINE`] is counted less often, and its limit is enforced only if those that
 //! were counted exceed it.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use knoc_contract::tree_size;
-use knoc_proto::pb::EndedBy;
+use knoc_proto::pb::{self, EndedBy};
 use tokio::sync::mpsc;
 
-use super::{supervisor::Command, volumes::Limit};
+use super::{pod::Pod, role::SlotId, supervisor::Command};
 
 /// Between two measurements; a kubelet's is the same.
 const PERIOD: Duration = Duration::from_secs(10);
-/// How long the measurement of one volume may take.
+/// How long one measurement may take.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// The pause after a measurement is at least this many times as long as the measurement took.
 const REST: u32 = 20;
 /// The grace period of an eviction, as in a kubelet.
 const GRACE: Duration = Duration::from_secs(1);
 
+/// What may take so many bytes at most.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Bound {
+    who: Who,
+    /// The folder of the volume, or that of the pod on disk.
+    path: PathBuf,
+    bytes: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Who {
+    Volume(String),
+    /// All containers, with the volumes on disk.
+    Pod,
+    Container {
+        name: String,
+        id: SlotId,
+    },
+}
+
+/// What is measured, in a kubelet's order.
+pub(super) fn bounds(pod: &Pod) -> Vec<Bound> {
+    let volumes = pod.volumes.limits().into_iter().map(|limit| Bound {
+        who: Who::Volume(limit.volume),
+        path: limit.path,
+        bytes: limit.bytes,
+    });
+    let on_disk = of_containers(pod.spec(), pod.scratch.disk_folder());
+    volumes.chain(on_disk).collect()
+}
+
+/// PURE: the bounds by the containers' limits of `ephemeral-storage`. The limit of one container that is not below that of the pod
+/// cannot be exceeded alone.
+fn of_containers(spec: &pb::PodSpec, disk: &Path) -> Vec<Bound> {
+    let bound = |who, bytes| Bound {
+        who,
+        path: disk.to_owned(),
+        bytes,
+    };
+    let whole = together(spec);
+    if whole == 0 {
+        return Vec::new();
+    }
+    let mut bounds = vec![bound(Who::Pod, whole)];
+    for (index, container) in spec.containers.iter().enumerate() {
+        let own = limit(container);
+        if own > 0 && own < whole {
+            let id = SlotId::after(spec.init_containers.len() + index);
+            let name = container.name.clone();
+            bounds.push(bound(Who::Container { name, id }, own));
+        }
+    }
+    bounds
+}
+
+/// What the container may write; 0: as much as it wants.
+fn limit(container: &pb::Container) -> u64 {
+    let limits = container.limits.as_ref();
+    let bytes = limits.map_or(0, |limits| limits.ephemeral_storage_bytes);
+    u64::try_from(bytes).unwrap_or_default()
+}
+
+/// What all containers together may write, by the rule of `PodLimits` of Kubernetes; 0: as much as they want.
+fn together(spec: &pb::PodSpec) -> u64 {
+    let (mut sidecars, mut most) = (0_u64, 0_u64);
+    for container in &spec.init_containers {
+        let needs = sidecars.saturating_add(limit(container));
+        most = most.max(needs);
+        if container.is_sidecar() {
+            sidecars = needs;
+        }
+    }
+    let all = spec.containers.iter().map(limit);
+    most.max(all.fold(sidecars, u64::saturating_add))
+}
+
 /// Measures until a limit is exceeded; ends with the supervisor.
-pub(super) async fn watch(limits: Vec<Limit>, commands: mpsc::Sender<Command>) {
-    if limits.is_empty() {
+pub(super) async fn watch(bounds: Vec<Bound>, commands: mpsc::Sender<Command>) {
+    if bounds.is_empty() {
         return;
     }
     let mut warned = false;
@@ -34,15 +115,12 @@ pub(super) async fn watch(limits: Vec<Limit>, commands: mpsc::Sender<Command>) {
             () = tokio::time::sleep(pause) => {}
         }
         let began = Instant::now();
-        for limit in &limits {
-            match measure(limit.clone()).await {
-                Ok(bytes) if bytes > limit.bytes => return evict(limit, &commands).await,
+        for bound in &bounds {
+            match measure(bound.clone()).await {
+                Ok(bytes) if bytes > bound.bytes => return evict(bound, &commands).await,
                 Err(error) if !warned => {
                     warned = true;
-                    tracing::warn!(
-                        volume = limit.volume,
-                        "its size could not be measured: {error}"
-                    );
+                    tracing::warn!(what = ?bound.who, "its size could not be measured: {error}");
                 }
                 Ok(_) | Err(_) => {}
             }
@@ -51,29 +129,75 @@ pub(super) async fn watch(limits: Vec<Limit>, commands: mpsc::Sender<Command>) {
     }
 }
 
-async fn measure(limit: Limit) -> Result<u64, String> {
-    let measured = tokio::task::spawn_blocking(move || {
-        tree_size::size_until(&limit.path, limit.bytes, Instant::now() + DEADLINE)
-    });
+async fn measure(bound: Bound) -> Result<u64, String> {
+    let measured = tokio::task::spawn_blocking(move || bound.size(Instant::now() + DEADLINE));
     let measured = measured.await.map_err(|error| error.to_string())?;
     measured.map_err(|error| error.to_string())
 }
 
-async fn evict(limit: &Limit, commands: &mpsc::Sender<Command>) {
+impl Bound {
+    /// What it takes now. Blocks on file work.
+    fn size(&self, until: Instant) -> io::Result<u64> {
+        let container = match &self.who {
+            Who::Volume(_) => return tree_size::size_until(&self.path, self.bytes, until),
+            Who::Pod => None,
+            Who::Container { id, .. } => Some(*id),
+        };
+        let mut bytes = 0_u64;
+        for entry in fs::read_dir(&self.path)?.flatten() {
+            for folder in counted(&entry.file_name().to_string_lossy(), container) {
+                let left = self.bytes.saturating_sub(bytes);
+                match tree_size::size_until(&entry.path().join(folder), left, until) {
+                    Ok(size) => bytes = bytes.saturating_add(size),
+                    Err(error) if error.kind() == io::ErrorKind::TimedOut => return Err(error),
+                    // An attempt may end meanwhile, and its folders with it.
+                    Err(_) => {}
+                }
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+/// PURE: which folders below an entry of the pod's folder on disk count, for this container or for the pod as a whole: what
+/// attempts write, whose folders have a letter, the container's id and the attempt in their names, and the pod's volumes.
+fn counted(entry: &str, container: Option<SlotId>) -> &'static [&'static str] {
+    let (kind, rest) = entry.split_at_checked(1).unwrap_or_default();
+    let of = rest.split_once('-').map(|(id, _)| id);
+    let own = container.is_none_or(|id| of == Some(&*id.to_string()));
+    match kind {
+        "v" if container.is_none() => &["."],
+        "c" | "p" | "r" if own => &["."],
+        // The runtime may unpack the image beside them.
+        "w" if own => &["tmp", "var_tmp"],
+        _ => &[],
+    }
+}
+
+async fn evict(bound: &Bound, commands: &mpsc::Sender<Command>) {
     let stop = Command::Stop {
         grace: GRACE,
         by: EndedBy::Evicted,
-        reason: message(limit),
+        reason: message(bound),
     };
     // If the supervisor has ended there is nothing to evict.
     commands.send(stop).await.ok();
 }
 
 /// A kubelet's message.
-fn message(limit: &Limit) -> String {
-    let Limit { volume, bytes, .. } = limit;
-    let bytes = quantity(*bytes);
-    format!("Usage of EmptyDir volume \"{volume}\" exceeds the limit \"{bytes}\". ")
+fn message(bound: &Bound) -> String {
+    let bytes = quantity(bound.bytes);
+    match &bound.who {
+        Who::Volume(volume) => {
+            format!("Usage of EmptyDir volume \"{volume}\" exceeds the limit \"{bytes}\". ")
+        }
+        Who::Pod => format!(
+            "Pod ephemeral local storage usage exceeds the total limit of containers {bytes}. "
+        ),
+        Who::Container { name, .. } => {
+            format!("Container {name} exceeded its local ephemeral storage limit \"{bytes}\". ")
+        }
+    }
 }
 
 /// PURE: bytes in Kubernetes' binary units, if they are whole.
@@ -107,27 +231,124 @@ mod tests {
         }
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn the_volume_that_exceeds_its_limit_is_named() {
-        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-        std::fs::write(folders[1].path().join("file"), vec![1; 2 << 20]).unwrap();
-        let limit = |volume: &str, at: usize, bytes| Limit {
-            volume: volume.to_owned(),
-            path: folders[at].path().to_owned(),
-            bytes,
-        };
+    /// The bound that the watch finds exceeded, in the words of its message.
+    async fn exceeded(bounds: Vec<Bound>) -> String {
         let (commands, mut orders) = mpsc::channel(1);
-        let limits = vec![
-            limit("empty", 0, 1 << 20),
-            limit("roomy", 1, 4 << 20),
-            limit("full", 1, 1 << 20),
-        ];
-        watch(limits, commands).await;
+        watch(bounds, commands).await;
         let Some(Command::Stop { by, reason, .. }) = orders.recv().await else {
             unreachable!("it ends the pod");
         };
         assert_eq!(by, EndedBy::Evicted);
+        reason
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_volume_that_exceeds_its_limit_is_named() {
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        fs::write(folders[1].path().join("file"), vec![1; 2 << 20]).unwrap();
+        let bound = |volume: &str, at: usize, bytes| Bound {
+            who: Who::Volume(volume.to_owned()),
+            path: folders[at].path().to_owned(),
+            bytes,
+        };
+        let bounds = vec![
+            bound("empty", 0, 1 << 20),
+            bound("roomy", 1, 4 << 20),
+            bound("full", 1, 1 << 20),
+        ];
         let wanted = "Usage of EmptyDir volume \"full\" exceeds the limit \"1Mi\". ";
-        assert_eq!(reason, wanted);
+        assert_eq!(exceeded(bounds).await, wanted);
+    }
+
+    fn container(name: &str, mebibytes: i64, policy: pb::RestartPolicy) -> pb::Container {
+        pb::Container {
+            name: name.to_owned(),
+            restart_policy: policy.into(),
+            limits: Some(pb::Resources {
+                ephemeral_storage_bytes: mebibytes << 20,
+                ..pb::Resources::default()
+            }),
+            ..pb::Container::default()
+        }
+    }
+
+    fn regular(name: &str, mebibytes: i64) -> pb::Container {
+        container(name, mebibytes, pb::RestartPolicy::Unspecified)
+    }
+
+    #[test]
+    fn limits_of_ephemeral_storage_hold_for_each_container_and_for_all_together() {
+        let of = |init: Vec<pb::Container>, containers: Vec<pb::Container>| {
+            let spec = pb::PodSpec {
+                init_containers: init,
+                containers,
+                ..pb::PodSpec::default()
+            };
+            let bounds = of_containers(&spec, Path::new("/disk"));
+            let text = |bound: &Bound| message(bound).trim_end().to_owned();
+            bounds.iter().map(text).collect::<Vec<_>>()
+        };
+        let pod = |limit: &str| {
+            format!(
+                "Pod ephemeral local storage usage exceeds the total limit of containers {limit}."
+            )
+        };
+        let one = |name: &str, limit: &str| {
+            format!("Container {name} exceeded its local ephemeral storage limit \"{limit}\".")
+        };
+        assert_eq!(of(vec![], vec![regular("a", 0)]), Vec::<String>::new());
+        assert_eq!(of(vec![], vec![regular("a", 5)]), [pod("5Mi")]);
+        assert_eq!(
+            of(
+                vec![],
+                vec![regular("a", 5), regular("b", 3), regular("c", 0)]
+            ),
+            [pod("8Mi"), one("a", "5Mi"), one("b", "3Mi")]
+        );
+        let sidecar = container("s", 2, pb::RestartPolicy::Always);
+        assert_eq!(
+            of(
+                vec![sidecar.clone(), regular("i", 1)],
+                vec![regular("a", 5)]
+            ),
+            [pod("7Mi"), one("a", "5Mi")]
+        );
+        assert_eq!(
+            of(vec![sidecar, regular("i", 9)], vec![regular("a", 5)]),
+            [pod("11Mi"), one("a", "5Mi")]
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_container_writes_counts_wherever_it_lies_on_the_disk() {
+        let disk = tempfile::tempdir().unwrap();
+        let write = |folder: &str, mebibytes: usize| {
+            let folder = disk.path().join(folder);
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("file"), vec![1; mebibytes << 20]).unwrap();
+        };
+        let spec = |whole: [i64; 2]| pb::PodSpec {
+            containers: vec![regular("a", whole[0]), regular("b", whole[1])],
+            ..pb::PodSpec::default()
+        };
+        let bounds = |whole| of_containers(&spec(whole), disk.path());
+        // Of another container, of an image that was unpacked, and removed already.
+        for (folder, mebibytes) in [("r1-0/upper", 1), ("w1-0/image", 40), ("trash/x", 40)] {
+            write(folder, mebibytes);
+        }
+        write("r0-2/upper", 2);
+        write("w0-2/var_tmp", 2);
+        let until = Instant::now() + Duration::from_mins(1);
+        let sizes = bounds([30, 10]).into_iter();
+        let sizes: Vec<u64> = sizes
+            .map(|bound| bound.size(until).unwrap() >> 20)
+            .collect();
+        assert_eq!(sizes, [5, 4, 1]);
+        let told = exceeded(bounds([3, 10])).await;
+        assert!(told.starts_with("Container a exceeded"), "{told}");
+        // A volume counts for the pod alone.
+        write("v0", 9);
+        let told = exceeded(bounds([5, 5])).await;
+        assert!(told.ends_with("limit of containers 10Mi. "), "{told}");
     }
 }

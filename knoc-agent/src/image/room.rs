@@ -74,8 +74,8 @@ impl Reserved {
             }
             self.set(wanted);
             let cache = Arc::clone(&self.cache);
-            let make = move || cache.make_room((wanted, 0), limit);
-            let made = tokio::task::spawn_blocking(make).await;
+            let job = move || cache.make_room((wanted, 0), limit);
+            let made = tokio::task::spawn_blocking(job).await;
             if let Err(why) = made.map_err(|error| chain(&error)).flatten() {
                 return why;
             }

@@ -78,6 +78,7 @@ pub(super) fn same(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
         spec.cluster_domain.clear();
         spec.resolver = None;
         spec.pod_range.clear();
+        spec.node_hostname = false;
         // An older kubelet does not send them.
         spec.ephemeral_containers.clear();
         spec
@@ -201,6 +202,7 @@ mod tests {
         new.containers[0].run_as_group = Some(1);
         new.cluster_domain = "cluster.local".into();
         new.resolver = Some(pb::Resolver::default());
+        new.node_hostname = true;
         allowed(&old, &new).unwrap();
         new.containers[0].privileged = true;
         allowed(&old, &new).unwrap_err();

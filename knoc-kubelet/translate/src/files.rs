@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{self as core, Pod};
-use knoc_proto::{paths, pb, text::is_unshown};
+use knoc_proto::{paths, pb};
 
 use super::{
     Needs, Resolved, TokenRequestKey, TrustBundleKey,
@@ -307,37 +307,36 @@ fn map_lines(map: &BTreeMap<String, String>) -> String {
     lines.join("\n")
 }
 
-/// Quotes text as Go's `%q` does.
+/// As `strconv.Quote` of Go.
 fn quote(text: &str) -> String {
     let mut quoted = String::from("\"");
     for c in text.chars() {
-        let short = match c {
-            '"' | '\\' => Some(c),
-            '\n' => Some('n'),
-            '\r' => Some('r'),
-            '\t' => Some('t'),
-            '\x07' => Some('a'),
-            '\x08' => Some('b'),
-            '\x0b' => Some('v'),
-            '\x0c' => Some('f'),
-            _ => None,
-        };
-        let code = u32::from(c);
-        let is_blank = c != ' ' && c.is_whitespace();
-        if let Some(short) = short {
-            quoted.extend(['\\', short]);
-        } else if c.is_ascii_control() {
-            quoted.extend(format!("\\x{code:02x}").chars());
-        } else if !is_blank && !is_unshown(c) {
-            quoted.push(c);
-        } else if code <= 0xffff {
-            quoted.extend(format!("\\u{code:04x}").chars());
-        } else {
-            quoted.extend(format!("\\U{code:08x}").chars());
+        let number = u32::from(c);
+        match c {
+            '"' => quoted.push_str("\\\""),
+            '\\' => quoted.push_str("\\\\"),
+            '\n' => quoted.push_str("\\n"),
+            '\r' => quoted.push_str("\\r"),
+            '\t' => quoted.push_str("\\t"),
+            '\x07' => quoted.push_str("\\a"),
+            '\x08' => quoted.push_str("\\b"),
+            '\x0b' => quoted.push_str("\\v"),
+            '\x0c' => quoted.push_str("\\f"),
+            c if is_printed(c) => quoted.push(c),
+            c if c.is_ascii() => quoted.extend(format!("\\x{number:02x}").chars()),
+            _ if number < 0x1_0000 => quoted.extend(format!("\\u{number:04x}").chars()),
+            _ => quoted.extend(format!("\\U{number:08x}").chars()),
         }
     }
     quoted.push('"');
     quoted
+}
+
+/// Whether Go writes the character as it is (`unicode.IsPrint`). Rust has the same rule, except for a mark that begins a text:
+/// it writes the number of any other character in braces.
+fn is_printed(c: char) -> bool {
+    let in_braces = || format!("x{c}").escape_debug().any(|one| one == '{');
+    c == '{' || c != '\0' && !in_braces()
 }
 
 /// The amount of a container's resource in units of the divisor, rounded up. A limit that is not set is the node's
@@ -395,19 +394,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_of_labels_and_annotations_are_quoted_as_by_go() {
+    fn annotations_are_quoted_as_by_go() {
         for (text, quoted) in [
-            ("plain ü 漢 🙂 '", "plain ü 漢 🙂 '"),
-            ("a\"b\\c", "a\\\"b\\\\c"),
-            ("a\nb\r\t", "a\\nb\\r\\t"),
-            ("\0\x07\x08\x0b\x0c\x1b\x7f", "\\x00\\a\\b\\v\\f\\x1b\\x7f"),
+            ("a \"b\" \\ {'c'} $(D)", r#""a \"b\" \\ {'c'} $(D)""#),
+            ("\n\r\t\x07\x08\x0b\x0c", r#""\n\r\t\a\b\v\f""#),
+            ("\0\x01\x1b\x7f", r#""\x00\x01\x1b\x7f""#),
+            // Letters and marks of any language are printed, blanks other than the usual one and what has no shape are not.
             (
-                "\u{85}\u{a0}\u{200b}\u{feff}",
-                "\\u0085\\u00a0\\u200b\\ufeff",
+                "é e\u{301} \u{4f60} \u{1f600}",
+                "\"é e\u{301} \u{4f60} \u{1f600}\"",
             ),
-            ("\u{e0041}", "\\U000e0041"),
+            (
+                "\u{85}\u{a0}\u{ad}\u{200b}",
+                r#""\u0085\u00a0\u00ad\u200b""#,
+            ),
+            ("\u{2028}\u{feff}\u{e0001}", r#""\u2028\ufeff\U000e0001""#),
         ] {
-            assert_eq!(quote(text), format!("\"{quoted}\""), "{text:?}");
+            assert_eq!(quote(text), quoted, "{text:?}");
         }
     }
 

@@ -188,6 +188,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         resolver: resolver(spec),
         network: network.into(),
         pod_range: String::new(),
+        node_hostname: *spec.host_network == Some(true),
         name,
         volumes,
         job: Some(job),

@@ -106,6 +106,24 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_in_the_nodes_network_has_the_nodes_host_name() {
+        let of_node = |host_network: bool| {
+            let pod: Pod = serde_json::from_value(json!({
+                "metadata": {"name": "p", "uid": "u", "annotations": {ANNOTATION: "host"}},
+                "spec": {
+                    "hostname": "h", "hostNetwork": host_network,
+                    "containers": [{"name": "main", "image": "i"}],
+                },
+            }))
+            .unwrap();
+            crate::shape(&pod).unwrap().node_hostname
+        };
+        assert!(of_node(true));
+        // Only `hostNetwork` means that on any node.
+        assert!(!of_node(false));
+    }
+
+    #[test]
     fn host_ports_lead_to_a_pod_that_is_not_in_the_nodes_network() {
         let of = |host_network: bool| {
             let pod: Pod = serde_json::from_value(json!({"spec": {

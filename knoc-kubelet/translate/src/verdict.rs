@@ -293,6 +293,10 @@ pod has a [network of its own](networks.md): a program that fills it gets `No sp
 memory, is measured every 10 s. If it holds more than the `sizeLimit`, the pod fails with the reason `Evicted`, as on any node. Of a volume
 with so many files that measuring takes more than 5 s, those count that were measured by then.
 
+**`limits.ephemeral-storage`** is enforced in the same way: the pod is evicted if a container has written more than its limit to the node's
+disk (its root and temporary directories), or all of them, with the `emptyDir` volumes on disk, more than their limits together. Logs do not
+count, as they do not lie on the node's disk. Of a pod of several ranks, only the volumes on the first node are measured.
+
 **Volumes of the image.** If the root is read-only, each folder that the image declares as a volume, and in which the pod mounts nothing,
 is a writable folder on the node's disk, new for each start of the container, with a copy of what the image has there: at most 16 GiB,
 1,000,000 files and 64 levels, copied within five minutes, else the container ends with `CreateContainerError`. Pipes, sockets, devices and what
@@ -341,7 +345,8 @@ hook has ended), or could not be started.
 **Sidecars** are init containers with `restartPolicy: Always`. They start in the order of the list; what comes after one starts once it
 has started (its `startupProbe` has passed, if it has one). They are restarted whenever they end, do not keep a pod from completing, and
 are stopped one after the other in reverse order, each with what is left of the grace period, after the containers have ended. Their
-readiness counts for the pod's.
+readiness counts for the pod's. However little is left, also without a grace period, a program has two seconds between its stop signal and
+SIGKILL.
 
 **Restarts** happen in the running job, which keeps its allocation. The first restart comes at once, the next one after 10 s, then the wait
 doubles up to 5 minutes; it starts over once a container has run for 10 minutes. Meanwhile the container waits with `CrashLoopBackOff`. A

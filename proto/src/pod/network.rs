@@ -75,7 +75,7 @@ impl pb::Resolver {
 /// Checks host name, host ports and DNS configuration; adds what is wrong with them to `problems`.
 pub(super) fn check_network(spec: &pb::PodSpec, problems: &mut Vec<String>) {
     let Hostname { kernel, .. } = Hostname::of(spec);
-    if kernel.len() > MAX_HOSTNAME {
+    if kernel.len() > MAX_HOSTNAME && !spec.node_hostname {
         problems.push(format!(
             "setHostnameAsFQDN: the host name {} is too long ({MAX_HOSTNAME} characters is the max, {} characters requested)",
             quote(&kernel, SHOWN),
@@ -276,6 +276,10 @@ mod tests {
             said.contains("64 characters is the max, 90 characters"),
             "{said}"
         );
+        // A pod with the name of the node has none of its own.
+        let mut of_node = long(true);
+        of_node.node_hostname = true;
+        assert!(problems(&of_node).is_empty());
     }
 
     type Change = fn(&mut pb::Resolver);

@@ -16,7 +16,7 @@ use super::super::{
     mount_points::{self, Link},
     mounts::{Mounts, NameError},
     nofollow,
-    pod::Pod,
+    pod::{Pod, RESOLVER},
     resolver,
     role::ContainerSpec,
     scratch::{ScratchError, Trash},
@@ -32,7 +32,6 @@ const TEMPORARY: [(&str, &str); 2] = [("/tmp", "tmp"), ("/var/tmp", "var_tmp")];
 
 const PASSWD: &str = "/etc/passwd";
 const HOSTS: &str = "/etc/hosts";
-const RESOLVER: &str = "/etc/resolv.conf";
 
 /// Why an attempt could not be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -157,12 +156,9 @@ impl Folders {
             volumes.push(own_file(source, Path::new(HOSTS), false));
         }
         let replaced = pod.network.resolv_conf();
-        let node =
-            replaced.map_or_else(|| fs::read_to_string(RESOLVER), |text| Ok(text.to_owned()));
+        let node = pod.nodes_resolver();
         let cluster = pod.cluster_dns();
-        let wanted = pod.spec().resolver.as_ref();
-        let wanted = wanted.filter(|one| cluster.is_some() || one.has_own_settings());
-        let text = match wanted {
+        let text = match pod.resolver(cluster.as_ref()) {
             _ if mounts(volumes, RESOLVER) => None,
             Some(wanted) => {
                 let node = node.unwrap_or_default();

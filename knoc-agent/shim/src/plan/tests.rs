@@ -301,6 +301,23 @@ fn sidecars_are_stopped_after_the_main_containers_in_reverse_order() {
 }
 
 #[test]
+fn a_program_is_told_before_it_is_killed_however_late() {
+    let sidecar = (Role::Sidecar, Phase::Running);
+    let main = (Role::Main, Phase::Running);
+    let mut view = pod(NEVER, &[sidecar, main]);
+    view.kill_at = Some(Time::from_secs(10));
+    view.containers[1].stop = StopStage::Term;
+    view.now = Time::from_secs(10);
+    let plan = decide(&view);
+    assert_eq!(plan.actions, [Action::Term(id(0)), Action::Kill(id(1))]);
+    assert_eq!(plan.wake, Some(Time::from_secs(12)), "a moment for TERM");
+    // Without a grace period, too.
+    let mut forced = pod(NEVER, &[main]);
+    forced.kill_at = Some(forced.now);
+    assert_eq!(decide(&forced).actions, [Action::Term(id(0))]);
+}
+
+#[test]
 fn an_ephemeral_container_starts_at_once_runs_once_and_decides_nothing() {
     let ephemeral = |phase| (Role::Ephemeral, phase);
     let always = RestartPolicy::Always;

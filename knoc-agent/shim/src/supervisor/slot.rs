@@ -13,7 +13,7 @@ use super::super::{
     container::{Ended, Program},
     directory::{Entry, Log},
     health::{self, Change},
-    plan::{AFTER_HOOK, Backoff, Container, Health, Liveness, Phase, StopStage, Time},
+    plan::{AFTER_TERM, Backoff, Container, Health, Liveness, Phase, StopStage, Time},
     ranks::table::Loss,
     report::{self, History},
     role::{ContainerSpec, RestartRule, Role},
@@ -370,10 +370,10 @@ impl Slot {
 
     /// Takes a step of the stop.
     pub(super) fn stop(&mut self, stage: StopStage, now: Time) {
+        if stage == StopStage::Term {
+            self.spared_until = now + AFTER_TERM;
+        }
         if stage > StopStage::PreStop {
-            if self.stop == StopStage::PreStop {
-                self.spared_until = now + AFTER_HOOK;
-            }
             self.stopping = None;
         }
         self.stop = stage;

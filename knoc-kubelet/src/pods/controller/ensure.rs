@@ -474,7 +474,7 @@ impl Worker<'_> {
 }
 
 /// The ephemeral containers of the pod that the agent does not know.
-fn unknown_ephemeral<'a>(
+pub(super) fn unknown_ephemeral<'a>(
     pod: &'a Pod,
     observed: &'a pb::PodObserved,
 ) -> impl Iterator<Item = &'a str> {

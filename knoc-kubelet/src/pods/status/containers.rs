@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
-    ContainerStateWaiting, ContainerStatus, EphemeralContainer,
+    ContainerStateWaiting, ContainerStatus, EphemeralContainer, VolumeMount, VolumeMountStatus,
 };
 use knoc_proto::pb::{self, PodPhase, container_status::State};
 
@@ -99,7 +99,10 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
     };
     for (containers, statuses) in [(init, &mut statuses.init), (regular, &mut statuses.regular)] {
         for (container, status) in containers.iter().zip(statuses) {
-            status.resources = Some(resize::shown(input.pod, container));
+            let resources = resize::shown(input.pod, container);
+            status.allocated_resources.clone_from(&resources.requests);
+            status.resources = Some(resources);
+            status.volume_mounts = mounted(container.volume_mounts.as_deref());
         }
     }
     if input
@@ -114,6 +117,22 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
     }
     restrict_readiness(&mut statuses);
     statuses
+}
+
+/// The mounts of a container as its status shows them; None if it has none. No mount is read-only by a mode of its own.
+fn mounted(mounts: Option<&[VolumeMount]>) -> Option<Vec<VolumeMountStatus>> {
+    let status = |mount: &VolumeMount| {
+        let read_only = mount.read_only.filter(|read_only| *read_only);
+        VolumeMountStatus {
+            name: mount.name.clone(),
+            mount_path: mount.mount_path.clone(),
+            read_only,
+            recursive_read_only: read_only.map(|_| "Disabled".to_owned()),
+            ..VolumeMountStatus::default()
+        }
+    };
+    let mounts = mounts.filter(|mounts| !mounts.is_empty())?;
+    Some(mounts.iter().map(status).collect())
 }
 
 /// A container is ready only while it runs, but an init container that is no sidecar is ready once it has ended well.
@@ -147,7 +166,10 @@ fn initializing(status: &mut ContainerStatus) {
 /// The statuses of the ephemeral containers; None if there are none.
 pub(super) fn ephemeral(input: &Input<'_>) -> Option<Vec<ContainerStatus>> {
     let containers = input.pod.spec.as_ref()?.ephemeral_containers.as_deref()?;
-    let status = |container: &EphemeralContainer| ephemeral_status(input, container);
+    let status = |container: &EphemeralContainer| ContainerStatus {
+        volume_mounts: mounted(container.volume_mounts.as_deref()),
+        ..ephemeral_status(input, container)
+    };
     Some(containers.iter().map(status).collect::<Vec<_>>()).filter(|list| !list.is_empty())
 }
 

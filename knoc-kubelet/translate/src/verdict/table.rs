@@ -8,13 +8,13 @@ use super::{
     When::{self, Any, Empty, Is, Starts},
 };
 
-const LATER: &str = "not supported yet";
-const CSI: &str = "a volume of this kind cannot be mounted by an ordinary user on a compute node";
+const LATER: &str = "not supported yet; leave it out";
+const CSI: &str = "a volume of this kind cannot be mounted by an ordinary user on a compute node; use a claim or a path that the site lets pods mount (`persistentVolumeClaim`, `hostPath`)";
 const OWNER: &str = "files belong to the HPC user";
 const FS_GROUP: &str = "files belong to the HPC user; inside of the container their group is `runAsGroup`, else this one: see [users](#users)";
 const IS_HPC_USER: &str = "containers run as the HPC user of the agent";
 const IDS: &str = "inside of the container, in a user namespace of the program's own; to the node the program is the HPC user. Where that is not possible it is the HPC user inside, too, with the Event `Mapped`: see [users](#users)";
-const WINDOWS: &str = "compute nodes run Linux";
+const WINDOWS: &str = "compute nodes run Linux; leave it out";
 const FOREIGN: &str = "a probe or hook goes to the pod's own listeners only; leave it out (for a virtual host, set the header `Host`)";
 const NON_ROOT: &str = "checked against `runAsUser`, else the image's user, as on any node; a container that would be root waits with `CreateContainerConfigError`. An image that is a SIF file or a sandbox and names no user runs as the HPC user, who is never root";
 const SE_LINUX: &str = "ignored, as on any node without SELinux";
@@ -66,7 +66,7 @@ pub(super) const TABLE: &[Type] = &[
     of("ResourceFieldSelector", "`resourceFieldRef`", &[
         row("containerName divisor", Any, Honoured, ""),
         row("resource", Is(&["limits.cpu", "limits.memory", "limits.ephemeral-storage", "requests.cpu", "requests.memory", "requests.ephemeral-storage"]), Honoured, "if the limit is not set, the node's allocatable"),
-        row("resource", Any, Rejected, "only cpu, memory and ephemeral-storage are supported"),
+        row("resource", Any, Rejected, "only cpu, memory and ephemeral-storage are supported; leave it out"),
     ]),
     of("EnvFromSource", "Environment: `envFrom[]`", &[
         row("prefix", Any, Honoured, ""),
@@ -76,11 +76,11 @@ pub(super) const TABLE: &[Type] = &[
     of("ResourceRequirements", "`resources` of a container or of the pod", &[
         row("requests limits", Any, Inside("ResourceList"), ""),
         row("claims", Empty, Satisfied, ""),
-        row("claims", Any, Rejected, "dynamic resource allocation is not supported"),
+        row("claims", Any, Rejected, "dynamic resource allocation is not supported; ask for an extended resource, such as `nvidia.com/gpu`"),
     ]),
     of("ResourceList", "`resources.requests`, `resources.limits`, `spec.overhead`", &[
-        row("cpu memory ephemeral-storage", Any, Honoured, "of the job as a whole: those of the pod (`spec.resources`), or else the larger of the init containers, the sum of the others; with the `overhead`; local disk is reserved only if the site's nodes have TmpDisk. A container's `limits.cpu`, if it has no `requests.cpu`, only adds to the CPUs of the job: it is not enforced for this container alone, which may use all of them"),
-        row("hugepages-*", Any, Rejected, "huge pages cannot be requested from Slurm"),
+        row("cpu memory ephemeral-storage", Any, Honoured, "of the job as a whole: those of the pod (`spec.resources`), or else the larger of the init containers, the sum of the others; with the `overhead`; local disk is reserved only if the site's nodes have TmpDisk, and a pod that exceeds its limits of it is evicted: see [files](#files-in-a-container). A container's `limits.cpu`, if it has no `requests.cpu`, only adds to the CPUs of the job: it is not enforced for this container alone, which may use all of them"),
+        row("hugepages-*", Any, Rejected, "huge pages cannot be requested from Slurm; leave them out"),
         row("*", Any, Honoured, "extended resources: the agent's site file maps each of them to `--gres` (`[gres]`; by default `nvidia.com/gpu` is `gpu`), and one that is not mapped is rejected. If `knoc.io/gres` is more specific (`gpu:a100:1`), it replaces them. A container with `nvidia.com/gpu` or `amd.com/gpu`, and no other, sees the driver's files and devices (`--nv`, `--rocm`), `CUDA_VISIBLE_DEVICES` or `ROCR_VISIBLE_DEVICES` as Slurm set it unless it sets its own, and `/.singularity.d/libs` at the end of `LD_LIBRARY_PATH`. If the compute node lacks the driver, Apptainer only warns"),
     ]),
     of("ContainerPort", "`ports[]`", &[
@@ -141,7 +141,7 @@ pub(super) const TABLE: &[Type] = &[
         row("name mountPath readOnly subPath", Any, Honoured, "see [files](#files-in-a-container) for what a path may be"),
         row("subPathExpr", Any, Honoured, "`$(VAR)` is expanded from the container's environment when it starts; until all variables have values, and the path stays in the volume, the container waits with `CreateContainerConfigError`"),
         row("mountPropagation", Is(&["None"]), Satisfied, ""),
-        row("mountPropagation", Any, Rejected, "mounts are not propagated"),
+        row("mountPropagation", Any, Rejected, "mounts are not propagated; leave it out"),
         row("recursiveReadOnly", Is(&["Disabled", "IfPossible"]), Satisfied, ""),
         row("recursiveReadOnly", Any, Rejected, LATER),
         row("bindMountOptions", Any, Rejected, LATER),
@@ -155,7 +155,7 @@ pub(super) const TABLE: &[Type] = &[
         row("seLinuxChangePolicy", Any, Satisfied, ""),
         row("seLinuxOptions", Any, Satisfied, SE_LINUX),
         row("sysctls", Empty, Satisfied, ""),
-        row("sysctls", Any, Rejected, "kernel parameters cannot be set by an ordinary user; a pod with one that is not safe fails with `SysctlForbidden`, as on any node"),
+        row("sysctls", Any, Rejected, "kernel parameters cannot be set by an ordinary user, so leave them out; a pod with one that is not safe fails with `SysctlForbidden`, as on any node"),
         row("windowsOptions", Any, Rejected, WINDOWS),
     ]),
     of("SecurityContext", "`securityContext` of a container", &[
@@ -176,12 +176,12 @@ pub(super) const TABLE: &[Type] = &[
         row("drop", Any, Satisfied, "containers have none"),
         row("add", Empty, Satisfied, ""),
         row("add", Is(&["NET_BIND_SERVICE", "SYS_PTRACE"]), Mapped, "not granted: in a network of its own, a pod binds any port without it; a program may trace those of its own user, as far as the node allows it (`kubectl debug` asks for it)"),
-        row("add", Any, Rejected, "an ordinary user cannot grant capabilities"),
+        row("add", Any, Rejected, "an ordinary user cannot grant capabilities; leave them out"),
     ]),
     of("Profile", "`seccompProfile`, `appArmorProfile`", &[
         row("type", Is(&["RuntimeDefault", "Unconfined"]), Satisfied, ""),
-        row("type", Any, Rejected, "profiles of the compute node cannot be loaded"),
-        row("localhostProfile", Any, Rejected, "profiles of the compute node cannot be loaded"),
+        row("type", Any, Rejected, "profiles of the compute node cannot be loaded; use `RuntimeDefault`"),
+        row("localhostProfile", Any, Rejected, "profiles of the compute node cannot be loaded; use `RuntimeDefault`"),
     ]),
     of("HostAlias", "`hostAliases[]`", &[row("ip hostnames", Any, Honoured, "")]),
     of("PodDNSConfig", "`dnsConfig`", &[
@@ -284,7 +284,7 @@ const POD: &[Row] = &[
     row("volumes", Any, Inside("Volume"), ""),
     row("serviceAccountName serviceAccount automountServiceAccountToken", Any, Honoured, ""),
     row("enableServiceLinks", Any, Honoured, ""),
-    row("hostname", Any, Honoured, "in the pod's environment and files, and the container's own name; with the `process` runtime, the host name of the compute node stays"),
+    row("hostname", Any, Honoured, "in the pod's environment and files, and the container's own name; with `hostNetwork` or the `process` runtime, the host name of the compute node stays"),
     row("hostAliases", Any, Inside("HostAlias"), ""),
     row("readinessGates", Any, Inside("ReadinessGate"), ""),
     row("nodeSelector affinity tolerations", Any, Honoured, "by the scheduler; selector, required node affinity and tolerations of `NoExecute` taints also at admission (`NodeAffinity`, `TaintToleration`)"),
@@ -295,13 +295,13 @@ const POD: &[Row] = &[
     row("dnsPolicy", Is(&["ClusterFirst", "ClusterFirstWithHostNet"]), Honoured, "as by a kubelet, in a network of the pod's own (`private`) that reaches the cluster's DNS; elsewhere names resolve as on the compute node"),
     row("dnsPolicy", Is(&["Default"]), Honoured, "names resolve as on the compute node"),
     row("dnsPolicy", Is(&["None"]), Honoured, "only what `dnsConfig` has"),
-    row("dnsPolicy", Any, Rejected, "this policy is not known"),
+    row("dnsPolicy", Any, Rejected, "this policy is not known; use `ClusterFirst`, `Default` or `None`"),
     row("dnsConfig", Any, Inside("PodDNSConfig"), ""),
     row("subdomain", Any, Honoured, "in `/etc/hosts`; with the cluster domain of the kubelet's `node.clusterDomain`"),
     row("hostnameOverride setHostnameAsFQDN", Any, Honoured, "as `hostname`"),
     row("hostNetwork", Any, Honoured, "with `true` the pod is in the compute node's network; otherwise the annotation `knoc.io/network` (`private` or `host`) decides, or else the site: see [networks](networks.md)"),
     row("hostPID hostIPC", Is(&["false"]), Satisfied, ""),
-    row("hostPID hostIPC", Any, Rejected, "namespaces of the compute node are not shared with pods"),
+    row("hostPID hostIPC", Any, Rejected, "namespaces of the compute node are not shared with pods; leave it out (`shareProcessNamespace` shares those of the pod)"),
     row("hostUsers", Is(&["true"]), Satisfied, ""),
     row("hostUsers", Any, Rejected, LATER),
     row("shareProcessNamespace", Any, Honoured, "see [containers](#containers)"),
@@ -310,7 +310,7 @@ const POD: &[Row] = &[
     row("os", Any, Inside("PodOS"), ""),
     row("overhead", Any, Inside("ResourceList"), ""),
     row("resourceClaims", Empty, Satisfied, ""),
-    row("resourceClaims", Any, Rejected, "dynamic resource allocation is not supported"),
+    row("resourceClaims", Any, Rejected, "dynamic resource allocation is not supported; ask for an extended resource, such as `nvidia.com/gpu`"),
     row("resources", Any, Inside("ResourceRequirements"), ""),
     row("runtimeClassName", Is(&["knoc"]), Satisfied, ""),
     row(
@@ -337,7 +337,7 @@ const CONTAINER: &[Row] = &[
     row("resizePolicy", Any, Satisfied, "a job cannot be resized: a request to resize a pod is answered with the condition `PodResizePending`, reason `Infeasible`"),
     row("volumeMounts", Any, Inside("VolumeMount"), ""),
     row("volumeDevices", Empty, Satisfied, ""),
-    row("volumeDevices", Any, Rejected, "block devices cannot be given to a job"),
+    row("volumeDevices", Any, Rejected, "block devices cannot be given to a job; mount a file system (`volumeMounts`)"),
     row("ports", Any, Inside("ContainerPort"), ""),
     row("stdin stdinOnce tty", Any, Honoured, ""),
     row("terminationMessagePath terminationMessagePolicy", Any, Honoured, ""),
@@ -361,7 +361,7 @@ const EPHEMERAL: &[Row] = &[
     row("terminationMessagePath terminationMessagePolicy", Any, Honoured, ""),
     row("securityContext", Any, Inside("SecurityContext"), ""),
     row("resources ports volumeDevices resizePolicy restartPolicyRules", Empty, Satisfied, ""),
-    row("resources ports volumeDevices resizePolicy restartPolicy restartPolicyRules livenessProbe readinessProbe startupProbe lifecycle", Any, Rejected, "an ephemeral container has none on any node"),
+    row("resources ports volumeDevices resizePolicy restartPolicy restartPolicyRules livenessProbe readinessProbe startupProbe lifecycle", Any, Rejected, "an ephemeral container has none on any node; leave it out"),
 ];
 
 #[rustfmt::skip]
@@ -379,7 +379,7 @@ const VOLUME: &[Row] = &[
     row("image", Any, Inside("ImageVolumeSource"), ""),
     row("csi iscsi fc cephfs rbd glusterfs flexVolume", Any, Rejected, CSI),
     row("awsElasticBlockStore azureDisk azureFile cinder flocker gcePersistentDisk photonPersistentDisk portworxVolume quobyte scaleIO storageos vsphereVolume", Any, Rejected, CSI),
-    row("gitRepo", Any, Rejected, "removed from Kubernetes"),
+    row("gitRepo", Any, Rejected, "removed from Kubernetes; fetch it in an init container"),
 ];
 
 #[rustfmt::skip]

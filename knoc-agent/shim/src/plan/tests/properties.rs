@@ -142,9 +142,15 @@ fn its_gate_is_open(view: &View, started: &Container) -> bool {
     })
 }
 
+/// A program that runs and was not sent TERM yet. A hook that was begun ends with TERM, too.
+fn is_untold(container: &Container) -> bool {
+    let runs = container.stop == StopStage::NotStopped && container.phase == Phase::Running;
+    runs || container.stop == StopStage::PreStop
+}
+
 fn is_to_be_killed(view: &View, container: &Container) -> bool {
-    // Its hook, or what came of it, gives it a moment more.
-    let spared = container.stop == StopStage::PreStop || view.now < container.spared_until;
+    // TERM, or what came of it, gives it a moment more.
+    let spared = is_untold(container) || view.now < container.spared_until;
     !spared && end(view, container).is_some_and(|end| view.now >= end)
 }
 
@@ -236,12 +242,12 @@ proptest! {
                 prop_assert!(stage == StopStage::Kill && container.role != Role::Ephemeral);
                 continue;
             }
-            // A hook that took the whole grace period is followed by TERM, whoever else still runs.
+            // At the end of the grace period TERM comes, whoever else still runs.
             let ends = [view.kill_at, match container.health.live {
                 Liveness::Live => None,
                 Liveness::Failed { kill_at } => Some(kill_at),
             }];
-            let spared = container.stop == StopStage::PreStop || view.now < container.spared_until;
+            let spared = is_untold(container) || view.now < container.spared_until;
             let late = spared
                 && ends.into_iter().flatten().any(|end| view.now >= end);
             if stage < StopStage::Kill && !failed && !late {
@@ -258,9 +264,9 @@ proptest! {
             prop_assert!(restarted || !is_to_be_restarted(&view, &plan, container), "stays down");
             let Some(end) = end(&view, container).filter(|_| !killed) else { continue };
             // Something happens to it in time, even if nothing else does.
-            let told = container.stop == StopStage::PreStop && view.now >= end;
-            prop_assert!(!told || plan.actions.contains(&Action::Term(container.id)), "a hook has no end");
-            let latest = if told { view.now + AFTER_HOOK } else { end.max(container.spared_until) };
+            let told = is_untold(container) && view.now >= end;
+            prop_assert!(!told || plan.actions.contains(&Action::Term(container.id)), "nobody tells it");
+            let latest = if told { view.now + AFTER_TERM } else { end.max(container.spared_until) };
             prop_assert!(plan.wake.is_some_and(|at| at <= latest), "nobody wakes to kill it");
         }
         let lives = view.containers.iter().any(Container::lives);
@@ -394,8 +400,8 @@ impl Simulation {
             Action::Term(_) => StopStage::Term,
             Action::Kill(_) => StopStage::Kill,
         };
-        if container.stop == StopStage::PreStop {
-            container.spared_until = self.view.now + AFTER_HOOK;
+        if stage == StopStage::Term {
+            container.spared_until = self.view.now + AFTER_TERM;
         }
         container.stop = stage;
         if stage > StopStage::PreStop && !self.stopped.contains(&id) {
@@ -468,7 +474,7 @@ proptest! {
         let stopped = pod.view.kill_at.get_or_insert(pod.view.now + Time::from_secs(30));
         pod.view.now = pod.view.now.max(*stopped);
         pod.settle();
-        pod.view.now += AFTER_HOOK;
+        pod.view.now += AFTER_TERM;
         pod.settle();
         let killed = |one: &Container| one.stop == StopStage::Kill;
         prop_assert!(pod.view.living().all(killed), "outlives its grace period");

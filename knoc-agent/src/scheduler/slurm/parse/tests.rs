@@ -166,11 +166,11 @@ fn a_job_whose_name_or_comment_has_line_breaks_is_still_seen() {
         ("knoc-u-1", "a\nb"),
         ("a\nb", "d\n"),
     ] {
-        for (text, read) in [
-            (queued(name, comment), squeue as fn(&str) -> _),
-            (ended(name, comment), sacct as fn(&str) -> _),
+        let (queued_job, ended_job) = (queued(name, comment), ended(name, comment));
+        for (rows, text) in [
+            (squeue(&queued_job).unwrap(), queued_job),
+            (sacct(&ended_job).unwrap(), ended_job),
         ] {
-            let rows: Vec<Row> = read(&text).unwrap();
             assert_eq!(rows.len(), 1, "{text:?}");
             assert_eq!(rows[0].id.as_str(), "7", "{text:?}");
             assert!(rows[0].submitted_at.is_some(), "{text:?}");

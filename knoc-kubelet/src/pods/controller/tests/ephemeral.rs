@@ -103,6 +103,42 @@ async fn an_ephemeral_container_that_the_agent_could_not_take_is_sent_again() {
     kubelet.stop().await;
 }
 
+#[tokio::test]
+async fn what_is_mapped_in_a_new_ephemeral_container_is_told_once() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.running().await;
+    let traces = json!({"capabilities": {"add": ["SYS_PTRACE"]}});
+    kubelet.apply(|pod| {
+        pod["metadata"]["generation"] = 2.into();
+        pod["spec"]["ephemeralContainers"] =
+            json!([{"name": "look", "image": "ann/tools", "securityContext": traces}]);
+    });
+    let told = |kubelet: &Kubelet| {
+        let path = "spec.ephemeralContainers[look].securityContext.capabilities.add";
+        kubelet.said(&["/events", "Mapped", path])
+    };
+    kubelet
+        .wait("the Event", |kubelet| told(kubelet) == 1)
+        .await;
+    kubelet
+        .wait("the agent's container", |kubelet| {
+            let observed = kubelet.store.observed(&uid());
+            observed.is_some_and(|pod| {
+                pod.ephemeral_containers
+                    .iter()
+                    .any(|one| one.name == "look")
+            })
+        })
+        .await;
+    kubelet.apply(|pod| pod["metadata"]["generation"] = 3.into());
+    kubelet
+        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 3)
+        .await;
+    kubelet.round("Marker").await;
+    assert_eq!(told(&kubelet), 1);
+    kubelet.stop().await;
+}
+
 /// An earlier process did not send the container, and the pod refers to no object whose refresh would send it.
 #[tokio::test]
 async fn a_new_process_sends_an_ephemeral_container_that_the_agent_does_not_know() {

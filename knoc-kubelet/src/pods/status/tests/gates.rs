@@ -47,6 +47,8 @@ fn a_resize_is_infeasible_and_the_status_shows_what_the_pod_has() {
         resources.requests.unwrap()["cpu"].0.clone()
     };
     assert_eq!(cpu(&status), "2");
+    let allocated = status.container_statuses.as_ref().unwrap()[0].clone();
+    assert_eq!(allocated.allocated_resources.unwrap()["cpu"].0, "2");
 
     json["status"] = serde_json::to_value(&status).unwrap();
     json["spec"]["containers"][0]["resources"] = json!({"requests": {"cpu": "3"}});
@@ -54,4 +56,29 @@ fn a_resize_is_infeasible_and_the_status_shows_what_the_pod_has() {
     let status = compute(&pod, Some(&all));
     assert!(resizes(&status));
     assert_eq!(cpu(&status), "2");
+}
+
+#[test]
+fn the_status_shows_the_mounts_of_each_container() {
+    let mut json = serde_json::to_value(pod("Always", false, &json!({}))).unwrap();
+    let mounts = json!([
+        {"name": "token", "mountPath": "/t", "readOnly": true, "subPath": "x"},
+        {"name": "data", "mountPath": "/d", "readOnly": false},
+    ]);
+    json["spec"]["containers"][0]["volumeMounts"] = mounts.clone();
+    json["spec"]["ephemeralContainers"] =
+        json!([{"name": "e", "image": "busybox", "volumeMounts": mounts}]);
+    let pod: Pod = serde_json::from_value(json).unwrap();
+    let all = observed(PodPhase::Running, vec![container("a", running())]);
+    let status = serde_json::to_value(compute(&pod, Some(&all))).unwrap();
+    let shown = json!([
+        {"name": "token", "mountPath": "/t", "readOnly": true, "recursiveReadOnly": "Disabled"},
+        {"name": "data", "mountPath": "/d"},
+    ]);
+    assert_eq!(status["containerStatuses"][0]["volumeMounts"], shown);
+    assert_eq!(status["containerStatuses"][1]["volumeMounts"], json!(null));
+    assert_eq!(
+        status["ephemeralContainerStatuses"][0]["volumeMounts"],
+        shown
+    );
 }
