@@ -45,10 +45,12 @@ impl FromStr for Denied {
         let wrong = || InvalidDenied {
             text: text.to_owned(),
         };
-        // The order of a URI, and the order that openssl prints.
+        let text = text.trim();
+        // The order of a URI, and the order that openssl prints. Some tools print capitals.
         let part = |kind: &str| {
-            let rest = text.strip_prefix(kind)?;
-            rest.strip_prefix(['/', ':', '='])
+            let (found, rest) = text.split_at_checked(kind.len())?;
+            let rest = rest.strip_prefix(['/', ':', '='])?;
+            found.eq_ignore_ascii_case(kind).then(|| rest.trim_start())
         };
         if let Some(key) = part("sha256") {
             return key_hash(key).map(Self::Key).ok_or_else(wrong);
@@ -79,7 +81,8 @@ fn key_hash(text: &str) -> Option<String> {
 }
 
 fn serial_number(text: &str) -> Option<String> {
-    let digits = hexadecimal(text.strip_prefix("0x").unwrap_or(text))?;
+    let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+    let digits = hexadecimal(digits.unwrap_or(text))?;
     let significant = digits.trim_start_matches('0');
     (!significant.is_empty() && significant.len() <= MAX_SERIAL).then(|| significant.to_owned())
 }
@@ -168,6 +171,7 @@ mod tests {
             format!("sha256/{key}"),
             format!("sha256:{}", key.to_uppercase()),
             format!("sha256/{colons}"),
+            format!("SHA256={colons}"),
             format!("sha256//{base64}"),
         ] {
             assert_eq!(text.parse(), Ok(Denied::Key(key.clone())), "{text}");
@@ -177,6 +181,9 @@ mod tests {
             "serial/ab:12",
             "serial=0xAB12",
             "serial:ab12",
+            "serial/0Xab12",
+            "SERIAL=AB12",
+            " serial: ab12 ",
         ] {
             assert_eq!(text.parse(), Ok(Denied::Serial("ab12".into())), "{text}");
         }
