@@ -6,7 +6,7 @@
 
 use std::{fmt, str::FromStr};
 
-use base64::{Engine as _, prelude::BASE64_STANDARD};
+use base64::{Engine as _, prelude::BASE64_STANDARD_NO_PAD};
 use knoc_link::{
     Identity,
     pki::{self, CertificateInfo},
@@ -14,6 +14,8 @@ use knoc_link::{
 
 /// More digits than any serial number has (RFC 5280: at most 20 octets).
 const MAX_SERIAL: usize = 40;
+/// The length of a SHA-256 in base64, without padding.
+const KEY_BASE64: usize = 43;
 /// The prefix of every identity.
 const DOMAIN: &str = "spiffe://knoc/";
 
@@ -76,7 +78,14 @@ fn key_hash(text: &str) -> Option<String> {
     if let Some(digits) = digits.filter(|digits| digits.len() == 64) {
         return Some(digits);
     }
-    let bytes = BASE64_STANDARD.decode(text.trim_start_matches('/')).ok()?;
+    let digits = text.trim_end_matches('=');
+    // curl writes one more slash. The digits may begin with one themselves.
+    let digits = digits
+        .strip_prefix('/')
+        .filter(|rest| rest.len() == KEY_BASE64);
+    let digits = digits.unwrap_or_else(|| text.trim_end_matches('='));
+    let usual = digits.replace('-', "+").replace('_', "/");
+    let bytes = BASE64_STANDARD_NO_PAD.decode(usual).ok()?;
     (bytes.len() == 32).then(|| pki::hexadecimal(&bytes))
 }
 
@@ -135,6 +144,7 @@ pub fn matches(pattern: &str, identity: &Identity) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use base64::prelude::BASE64_STANDARD;
     use knoc_link::pki::{Ancestor, Validity};
 
     use super::*;
@@ -173,8 +183,19 @@ mod tests {
             format!("sha256/{colons}"),
             format!("SHA256={colons}"),
             format!("sha256//{base64}"),
+            format!("sha256/{base64}"),
+            format!("SHA256:{}", base64.trim_end_matches('=')),
         ] {
             assert_eq!(text.parse(), Ok(Denied::Key(key.clone())), "{text}");
+        }
+        // Its digits begin with a slash, and are those of two alphabets.
+        let slashes = BASE64_STANDARD.encode([0xff; 32]);
+        for text in [
+            format!("sha256//{slashes}"),
+            format!("sha256/{slashes}"),
+            format!("sha256/{}", slashes.replace('/', "_")),
+        ] {
+            assert_eq!(text.parse(), Ok(Denied::Key("ff".repeat(32))), "{text}");
         }
         for text in [
             "serial/00AB12",
