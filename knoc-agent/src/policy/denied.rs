@@ -78,12 +78,12 @@ fn key_hash(text: &str) -> Option<String> {
     if let Some(digits) = digits.filter(|digits| digits.len() == 64) {
         return Some(digits);
     }
-    let digits = text.trim_end_matches('=');
+    let unpadded = text.trim_end_matches('=');
     // curl writes one more slash. The digits may begin with one themselves.
-    let digits = digits
+    let of_curl = unpadded
         .strip_prefix('/')
         .filter(|rest| rest.len() == KEY_BASE64);
-    let digits = digits.unwrap_or_else(|| text.trim_end_matches('='));
+    let digits = of_curl.unwrap_or(unpadded);
     let usual = digits.replace('-', "+").replace('_', "/");
     let bytes = BASE64_STANDARD_NO_PAD.decode(usual).ok()?;
     (bytes.len() == 32).then(|| pki::hexadecimal(&bytes))
