@@ -327,8 +327,16 @@ impl pb::agent_server::Agent for Service {
     ) -> Result<Response<pb::EnsurePodResponse>, Status> {
         let peer = request.extensions().get::<Peer>().cloned();
         let request = request.into_inner();
+        let wanted = request.spec.as_ref();
+        let known = wanted.and_then(|spec| self.0.site.board.get(&spec.uid));
+        let nodes = [
+            known.as_ref().map(|pod| &pod.node_name),
+            wanted.map(|spec| &spec.node_name),
+        ];
+        // The node of a pod never changes, whatever a request says about it.
+        let node = nodes.into_iter().flatten().find(|node| !node.is_empty());
         let asks = Asks {
-            node: request.spec.as_ref().map_or("", |spec| &spec.node_name),
+            node: node.map_or("", String::as_str),
             cluster_id: &request.cluster_id,
             epoch: request.leadership_epoch,
         };
@@ -414,11 +422,11 @@ impl pb::agent_server::Agent for Service {
         let peer = request.extensions().get::<Peer>().cloned();
         let request = request.into_inner();
         let uid = uid(&request.uid)?;
+        let credentials = credentials(request.pull_credentials)?;
         let (cluster_id, epoch) = (&request.cluster_id, request.leadership_epoch);
         self.check_pod(peer.as_ref(), &uid, cluster_id, epoch)
             .await?;
         let values = request.values.unwrap_or_default();
-        let credentials = credentials(request.pull_credentials)?;
         let updated = self.0.registry.update(&uid, values, credentials).await;
         updated.map_err(status)?;
         Ok(Response::new(pb::UpdateValuesResponse {}))

@@ -109,7 +109,8 @@ impl Holder {
             });
         }
         // The epoch is at least the clock's time, so that it grows even if the file was lost.
-        let epoch = known.map_or(0, |lease| lease.epoch).max(now.as_second()) + 1;
+        let newest = known.map_or(0, |lease| lease.epoch).max(now.as_second());
+        let epoch = newest.saturating_add(1);
         let holder = Self {
             path,
             process,

@@ -288,7 +288,7 @@ async fn memory_is_mounted_at_dev_shm_and_volumes_anywhere_below_dev() -> anyhow
         .sh("cat /dev/shm/mark; dd if=/dev/zero of=/dev/shm/big bs=1M count=96 2>/dev/null; stat -c %s /dev/shm/big; \
              stat -f -c %T /dev/shm; touch /dev/hugecache/x && echo inner >/dev/hugecache/inner/y && cat /dev/shm/inner/y; \
              stat -f -c %T /dev/hugecache/inner/; echo $(cat /dev/a/b/k) $(cat /dev/one); \
-             for d in null zero random urandom tty; do [ -c /dev/$d ] || echo no $d; done; echo x >/dev/null && echo done")
+             for d in null zero random urandom tty full; do [ -c /dev/$d ] || echo no $d; done; echo x >/dev/null && echo done")
         .init_container("first")
         .set("volumeMounts", json!([shm]))
         .sh("echo from-init >/dev/shm/mark");

@@ -448,6 +448,17 @@ async fn a_log_over_the_api_servers_websocket_is_complete() -> anyhow::Result<()
         let log = log_over_websocket(&world, "teller", "long", some, protocol).await?;
         let expected = &numbered(0..30).into_bytes()[..3000];
         ensure!(log == expected, "{} of 3000 bytes", log.len());
+        for follow in [false, true] {
+            let last = LogParams {
+                follow,
+                tail_lines: Some(3),
+                ..LogParams::default()
+            };
+            let log = log_over_websocket(&world, "teller", "long", last, protocol).await?;
+            let expected = numbered(LINES - 3..LINES);
+            let got = String::from_utf8_lossy(&log);
+            ensure!(got == expected, "the last lines, followed: {follow}: {got}");
+        }
     }
     world.finish().await
 }

@@ -161,8 +161,8 @@ pub fn below(
 
 /// Follows the absolute `path`. Each component must belong to root or to this process's user, and
 /// nobody else may be able to write it. A folder on the way may be writable if it has the sticky
-/// bit, because others cannot replace files in it that are not theirs. With `shared`, anybody may
-/// own and write any component.
+/// bit, because others cannot replace files in it that are not theirs; a file in it must have no
+/// other name. With `shared`, anybody may own and write any component.
 pub fn owned(path: &Path, shared: bool) -> Result<Found, WalkError> {
     Walk::begin(Path::new("/"), Rules::Owned { shared, way: false })?.follow(path)
 }
@@ -347,6 +347,9 @@ impl<'a> Walk<'a> {
                 && stat.st_mode & WRITABLE_BY_OTHERS != 0
                 && !(kind == FileType::Directory && stat.st_mode & STICKY != 0);
             self.trust(name, &stat, writable)?;
+            if kind == FileType::RegularFile {
+                self.trust_name(name, &stat)?;
+            }
         }
         if kind == FileType::Symlink {
             let target = readlinkat(&fd, "", Vec::new()).map_err(failed)?;
@@ -367,6 +370,22 @@ impl<'a> Walk<'a> {
                 why,
             }),
         }
+    }
+
+    /// Whoever can write a folder can give a name there to a file of another folder, whoever owns the
+    /// file, unless the kernel forbids it (`fs.protected_hardlinks`).
+    fn trust_name(&self, name: &OsStr, stat: &Stat) -> Result<(), WalkError> {
+        let (_, above, _) = self.folders.last().ok_or_else(|| WalkError::Io {
+            path: self.at(name),
+            source: Errno::BADF.into(),
+        })?;
+        if stat.st_nlink < 2 || above.st_mode & WRITABLE_BY_OTHERS == 0 {
+            return Ok(());
+        }
+        Err(WalkError::Untrusted {
+            path: self.at(name),
+            why: "has another name too, and others may have given it this one".to_owned(),
+        })
     }
 
     fn open(&self, name: &OsStr) -> Result<OwnedFd, Errno> {

@@ -210,11 +210,25 @@ impl Drop for Scratch {
     }
 }
 
-/// Creates the folder `name` in `parent`, which must be a file system in memory. Otherwise returns the reason.
+/// Whether users may write to a folder and replace what others have in it.
+const WRITABLE_BY_OTHERS: u32 = 0o022;
+const STICKY: u32 = 0o1000;
+
+/// Creates the folder `name` in `parent`, which must be a file system in memory where no other user can replace the folder.
+/// Otherwise returns the reason.
 fn in_memory(parent: &Path, name: &str) -> Result<PathBuf, String> {
     let kind = statfs(parent).map_err(|errno| errno.desc().to_owned())?;
     if ![TMPFS_MAGIC, RAMFS_MAGIC].contains(&kind.filesystem_type()) {
         return Err("it is not a tmpfs".to_owned());
+    }
+    let mode = fs::metadata(parent)
+        .map_err(|error| error.to_string())?
+        .mode()
+        & 0o7777;
+    if mode & WRITABLE_BY_OTHERS != 0 && mode & STICKY == 0 {
+        return Err(format!(
+            "other users can replace what is in it (mode {mode:04o} lacks the sticky bit)"
+        ));
     }
     let folder = parent.join(name);
     let made = DirBuilder::new().mode(0o700).create(&folder);
@@ -485,6 +499,20 @@ mod tests {
             biased;
             () = clean => {}
             done = tokio::time::timeout(Duration::from_mins(2), emptied) => done.expect("not removed"),
+        }
+    }
+
+    #[test]
+    fn memory_in_which_others_could_replace_the_folder_is_not_used() {
+        let base = tempfile::tempdir().unwrap();
+        let memory = tempfile::tempdir_in(MEMORY).unwrap();
+        for (mode, usable) in [(0o777, false), (0o770, false), (0o1777, true)] {
+            fs::set_permissions(memory.path(), fs::Permissions::from_mode(mode)).unwrap();
+            let scratch = Scratch::create_at(base.path(), memory.path(), Fallback::Error).unwrap();
+            match scratch.secrets("v0") {
+                Ok(folder) => assert!(usable && folder.starts_with(memory.path()), "{mode:o}"),
+                Err(error) => assert!(!usable && error.to_string().contains("sticky"), "{error}"),
+            }
         }
     }
 

@@ -339,8 +339,13 @@ const METADATA: [Ipv4Addr; 3] = [
     Ipv4Addr::new(168, 63, 129, 16),
     Ipv4Addr::new(192, 0, 0, 192),
 ];
-/// Amazon's metadata service.
-const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
+/// The same at private addresses of IPv6: Amazon, Google, Oracle, Scaleway.
+const METADATA_V6: [Ipv6Addr; 4] = [
+    Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254),
+    Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254),
+    Ipv6Addr::new(0xfd00, 0xc1, 0, 0, 0, 0, 0xa9fe, 0xa9fe),
+    Ipv6Addr::new(0xfd00, 0x42, 0, 0, 0, 0, 0, 0x42),
+];
 
 fn forbidden_v4(ip: Ipv4Addr) -> Option<&'static str> {
     let [first, ..] = ip.octets();
@@ -367,7 +372,7 @@ fn forbidden_v6(ip: Ipv6Addr) -> Option<&'static str> {
         let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
         forbidden_v4(Ipv4Addr::new(a, b, c, d))
     };
-    if ip == METADATA_V6 {
+    if METADATA_V6.contains(&ip) {
         return Some("a metadata service");
     }
     match parts {

@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::Read as _,
     os::{fd::AsRawFd as _, unix::fs::FileExt as _},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     sync::Arc,
 };
 
@@ -56,11 +56,16 @@ pub(super) fn find(image: &str, path: &Path, roots: &Roots) -> Result<Local, Ima
     }
     // The path's text is checked first: a pod must not learn whether a file outside the roots
     // exists.
+    if path.components().any(|part| part == Component::ParentDir) {
+        return Err(invalid(
+            "the path of an image must not contain `..`".to_owned(),
+        ));
+    }
     let named: Vec<PathBuf> = roots.folders.iter().map(|root| root.join("")).collect();
     let canonical: Vec<PathBuf> = roots
         .folders
         .iter()
-        .filter_map(|root| root.canonicalize().ok())
+        .filter_map(|root| resolved(root, roots.shared))
         .collect();
     let under = |path: &Path, roots: &[PathBuf]| roots.iter().any(|root| path.starts_with(root));
     let outside = || {
@@ -95,6 +100,16 @@ pub(super) fn find(image: &str, path: &Path, roots: &Roots) -> Result<Local, Ima
         id,
         sif: Some(sif),
     })
+}
+
+/// The root without links. A root that others could make lead elsewhere leads nowhere.
+fn resolved(root: &Path, shared: bool) -> Option<PathBuf> {
+    let found = if shared {
+        walk::owned(root, true)
+    } else {
+        walk::owned_way(root)
+    };
+    found.ok().map(|found| found.path)
 }
 
 /// Why the path of an image is not followed, and what to do about it.
@@ -179,6 +194,11 @@ mod tests {
             Err(ImageErrorKind::InvalidName)
         );
         assert_eq!(find(other), Err(ImageErrorKind::InvalidName));
+        // Whether it exists, is not said.
+        assert_eq!(
+            find(root.join("../nothing")),
+            Err(ImageErrorKind::InvalidName)
+        );
         assert_eq!(find(root.join("nothing")), Err(ImageErrorKind::Pull));
         assert_eq!(find(root.join("text")), Err(ImageErrorKind::Pull));
         let none = Roots {
@@ -243,5 +263,35 @@ mod tests {
             "{message}"
         );
         assert_eq!(find(true).unwrap().path, root.join("box"));
+    }
+
+    /// A root that is a link is as safe as the folder that the link is in.
+    #[test]
+    fn a_root_that_others_can_make_lead_elsewhere_leads_to_no_image() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let (open, private) = (dir.join("open"), dir.join("private"));
+        std::fs::create_dir_all(private.join("box")).unwrap();
+        std::fs::create_dir_all(&open).unwrap();
+        std::os::unix::fs::symlink(&private, open.join("root")).unwrap();
+        let mode = std::fs::Permissions::from_mode;
+        let find = |path: PathBuf, shared| {
+            let folders = vec![open.join("root")];
+            let found = find("i", &path, &Roots { folders, shared });
+            found.map(|local| local.path).map_err(|err| err.kind)
+        };
+        std::fs::set_permissions(&open, mode(0o755)).unwrap();
+        assert_eq!(find(private.join("box"), false), Ok(private.join("box")));
+        std::fs::set_permissions(&open, mode(0o777)).unwrap();
+        assert_eq!(
+            find(private.join("box"), false),
+            Err(ImageErrorKind::InvalidName)
+        );
+        assert_eq!(
+            find(open.join("root/box"), false),
+            Err(ImageErrorKind::Pull)
+        );
+        assert_eq!(find(private.join("box"), true), Ok(private.join("box")));
     }
 }

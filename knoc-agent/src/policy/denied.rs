@@ -6,7 +6,7 @@
 
 use std::{fmt, str::FromStr};
 
-use base64::{Engine as _, prelude::BASE64_STANDARD};
+use base64::{Engine as _, prelude::BASE64_STANDARD_NO_PAD};
 use knoc_link::{
     Identity,
     pki::{self, CertificateInfo},
@@ -14,6 +14,8 @@ use knoc_link::{
 
 /// More digits than any serial number has (RFC 5280: at most 20 octets).
 const MAX_SERIAL: usize = 40;
+/// The length of a SHA-256 in base64, without padding.
+const KEY_BASE64: usize = 43;
 /// The prefix of every identity.
 const DOMAIN: &str = "spiffe://knoc/";
 
@@ -45,10 +47,12 @@ impl FromStr for Denied {
         let wrong = || InvalidDenied {
             text: text.to_owned(),
         };
-        // The order of a URI, and the order that openssl prints.
+        let text = text.trim();
+        // The order of a URI, and the order that openssl prints. Some tools print capitals.
         let part = |kind: &str| {
-            let rest = text.strip_prefix(kind)?;
-            rest.strip_prefix(['/', ':', '='])
+            let (found, rest) = text.split_at_checked(kind.len())?;
+            let rest = rest.strip_prefix(['/', ':', '='])?;
+            found.eq_ignore_ascii_case(kind).then(|| rest.trim_start())
         };
         if let Some(key) = part("sha256") {
             return key_hash(key).map(Self::Key).ok_or_else(wrong);
@@ -74,12 +78,20 @@ fn key_hash(text: &str) -> Option<String> {
     if let Some(digits) = digits.filter(|digits| digits.len() == 64) {
         return Some(digits);
     }
-    let bytes = BASE64_STANDARD.decode(text.trim_start_matches('/')).ok()?;
+    let unpadded = text.trim_end_matches('=');
+    // curl writes one more slash. The digits may begin with one themselves.
+    let of_curl = unpadded
+        .strip_prefix('/')
+        .filter(|rest| rest.len() == KEY_BASE64);
+    let digits = of_curl.unwrap_or(unpadded);
+    let usual = digits.replace('-', "+").replace('_', "/");
+    let bytes = BASE64_STANDARD_NO_PAD.decode(usual).ok()?;
     (bytes.len() == 32).then(|| pki::hexadecimal(&bytes))
 }
 
 fn serial_number(text: &str) -> Option<String> {
-    let digits = hexadecimal(text.strip_prefix("0x").unwrap_or(text))?;
+    let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+    let digits = hexadecimal(digits.unwrap_or(text))?;
     let significant = digits.trim_start_matches('0');
     (!significant.is_empty() && significant.len() <= MAX_SERIAL).then(|| significant.to_owned())
 }
@@ -132,6 +144,7 @@ pub fn matches(pattern: &str, identity: &Identity) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use base64::prelude::BASE64_STANDARD;
     use knoc_link::pki::{Ancestor, Validity};
 
     use super::*;
@@ -168,15 +181,30 @@ mod tests {
             format!("sha256/{key}"),
             format!("sha256:{}", key.to_uppercase()),
             format!("sha256/{colons}"),
+            format!("SHA256={colons}"),
             format!("sha256//{base64}"),
+            format!("sha256/{base64}"),
+            format!("SHA256:{}", base64.trim_end_matches('=')),
         ] {
             assert_eq!(text.parse(), Ok(Denied::Key(key.clone())), "{text}");
+        }
+        // Its digits begin with a slash, and are those of two alphabets.
+        let slashes = BASE64_STANDARD.encode([0xff; 32]);
+        for text in [
+            format!("sha256//{slashes}"),
+            format!("sha256/{slashes}"),
+            format!("sha256/{}", slashes.replace('/', "_")),
+        ] {
+            assert_eq!(text.parse(), Ok(Denied::Key("ff".repeat(32))), "{text}");
         }
         for text in [
             "serial/00AB12",
             "serial/ab:12",
             "serial=0xAB12",
             "serial:ab12",
+            "serial/0Xab12",
+            "SERIAL=AB12",
+            " serial: ab12 ",
         ] {
             assert_eq!(text.parse(), Ok(Denied::Serial("ab12".into())), "{text}");
         }

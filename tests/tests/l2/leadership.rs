@@ -65,7 +65,12 @@ async fn only_a_nodes_kubelet_claims_its_epochs() -> anyhow::Result<()> {
     b.ensure_pod(pod("b", "b", 3).request).await?;
     let answer = a.ensure_pod(pod("older", "a", epoch - 1).request).await;
     refused(answer, ErrorReason::StaleLeader)?;
-    // Changes of an existing pod are checked against its node.
+    // Changes of an existing pod are checked against its node, whatever the request says about it.
+    let mut of_b = pod("led", "b", now()).request;
+    if let Some(spec) = &mut of_b.spec {
+        spec.generation = 0;
+    }
+    refused(b.ensure_pod(of_b).await, ErrorReason::LeadershipDenied)?;
     let delete = pb::DeletePodRequest {
         leadership_epoch: epoch,
         cluster_id: CLUSTER.into(),

@@ -154,6 +154,15 @@ fn a_path_that_others_can_change_is_rejected_by_name() {
     owned(&file, false).unwrap();
     owned(&images, false).unwrap_err();
     owned_way(&images).unwrap();
+    // But they may give a name there to a file of ours that is in another folder.
+    let private = path.join("private.sif");
+    fs::hard_link(&file, &private).unwrap();
+    let error = owned(&file, false).unwrap_err();
+    assert!(error.to_string().contains("another name"), "{error}");
+    owned(&private, false).unwrap();
+    owned(&file, true).unwrap();
+    fs::remove_file(&private).unwrap();
+    owned(&file, false).unwrap();
     mode(&images, 0o777);
     owned_way(&images).unwrap_err();
 }

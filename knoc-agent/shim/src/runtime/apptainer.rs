@@ -18,6 +18,9 @@ use std::{
 
 use super::{Bind, INSIDE, Root, Runtime, RuntimeError, Sandbox, Work};
 
+/// A device that every container has with other runtimes, and that these two leave out of their `/dev`.
+const FULL: &str = "/dev/full";
+
 /// Which of the two programs it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Flavour {
@@ -145,6 +148,7 @@ impl Runtime for Apptainer {
         }
         // The launcher changes to the program's working directory.
         argv.extend(["--pwd".into(), "/".into()]);
+        argv.extend(["--bind".into(), FULL.into()]);
         for bind in own_binds(sandbox).iter().chain(&sandbox.binds) {
             argv.extend(bind_option(bind)?);
         }
@@ -285,7 +289,7 @@ mod tests {
         assert_eq!(
             argv(Flavour::Apptainer),
             "/usr/bin/x|--silent|exec|--containall|--no-init|--no-home|--cleanenv|--no-eval|\
-             --overlay|/tmp/knoc-1/0-root|--no-mount|tmp,/etc/localtime|--uts|--hostname|pod|--pwd|/|--bind|/tmp/knoc-1/0:/.knoc|--bind|\
+             --overlay|/tmp/knoc-1/0-root|--no-mount|tmp,/etc/localtime|--uts|--hostname|pod|--pwd|/|--bind|/dev/full|--bind|/tmp/knoc-1/0:/.knoc|--bind|\
              /opt/knoc-agent:/.knoc/agent:ro|--bind|/a b:/c:ro|/images/a.sif|/.knoc/agent|launch|\
              /.knoc/launch.sock"
         );

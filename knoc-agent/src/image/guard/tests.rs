@@ -33,6 +33,9 @@ fn addresses_of_this_host_link_and_cloud_are_refused_in_all_their_forms() {
         ("febf::1", "link-local"),
         ("ff02::1", "multicast"),
         ("fd00:ec2::254", "metadata"),
+        ("fd20:ce::254", "metadata"),
+        ("fd00:c1::a9fe:a9fe", "metadata"),
+        ("fd00:42::42", "metadata"),
     ] {
         let is = forbidden(text.parse().unwrap());
         assert!(is.is_some_and(|is| is.contains(kind)), "{text}: {is:?}");

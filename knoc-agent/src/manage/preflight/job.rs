@@ -32,6 +32,9 @@ done
 if command -v pasta >/dev/null; then say pasta yes; else say pasta no; fi
 if [ -c /dev/net/tun ] && [ -r /dev/net/tun ] && [ -w /dev/net/tun ]; then say tun yes; else say tun no; fi
 say shm "$(stat -f -c %T /dev/shm 2>/dev/null)"
+while read -r _ place _ options _; do
+    case $place:,$options, in /dev/shm:*,noexec,*) say programs no ;; esac
+done </proc/mounts
 said=$(LC_ALL=C timeout 5 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$2" "$3" 2>&1)
 case $?:$said in
 0:* | *refused*) say dial reached ;;
@@ -142,7 +145,7 @@ fn findings(output: &str, took: Duration) -> Vec<(&'static str, Found)> {
         ),
         ("job: private networks", Ok(job_pasta(said("pasta")))),
         ("job: addresses of pods", Ok(job_tun(said("tun")))),
-        ("job: memory", job_memory(said("shm"))),
+        ("job: memory", job_memory(said("shm"), said("programs"))),
         ("job: way to this host", Ok(job_dial(said("dial")))),
     ]
 }
@@ -177,8 +180,13 @@ fn job_tun(said: Option<&str>) -> String {
     .to_owned()
 }
 
-fn job_memory(said: Option<&str>) -> Found {
+fn job_memory(said: Option<&str>, programs: Option<&str>) -> Found {
     match said {
+        Some("tmpfs") if programs == Some("no") => Ok(
+            "/dev/shm is a tmpfs, so Secrets stay in memory; it is mounted with noexec, so no file of a ConfigMap or a Secret can be \
+             executed, only read by a program (`sh FILE`)"
+                .to_owned(),
+        ),
         Some("tmpfs") => Ok("/dev/shm is a tmpfs, so Secrets stay in memory".to_owned()),
         other => wrong(
             format!(
@@ -231,6 +239,10 @@ mod tests {
         ] {
             assert_eq!(bad(&GOOD.replace(line, worse)), [what]);
         }
+        let noexec = format!("{GOOD}knoc-preflight programs no\n");
+        assert!(bad(&noexec).is_empty());
+        let said = job_memory(Some("tmpfs"), Some("no"));
+        assert!(said.is_ok_and(|text| text.contains("noexec")));
         // Neither is a reason not to install.
         assert!(bad(&GOOD.replace("dial reached", "dial not")).is_empty());
         assert!(bad(&GOOD.replace("tun yes", "tun no")).is_empty());
