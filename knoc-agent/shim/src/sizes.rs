@@ -177,6 +177,7 @@ fn counted(entry: &str, container: Option<SlotId>) -> &'static [&'static str] {
 async fn evict(bound: &Bound, commands: &mpsc::Sender<Command>) {
     let stop = Command::Stop {
         grace: GRACE,
+        left: None,
         by: EndedBy::Evicted,
         reason: message(bound),
     };
