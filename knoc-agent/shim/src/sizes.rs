@@ -149,7 +149,7 @@ impl Bound {
         let (container, left_out) = match &self.who {
             Who::Volume(_) => return tree_size::size_until(&self.path, self.bytes, until),
             Who::Pod { in_memory } => (None, in_memory.as_slice()),
-            Who::Container { id, .. } => (Some(*id), Default::default()),
+            Who::Container { id, .. } => (Some(*id), &[][..]),
         };
         let mut bytes = 0_u64;
         for entry in fs::read_dir(&self.path)?.flatten() {
