@@ -7,7 +7,7 @@ use knoc_tests::{
     PodBuilder, World,
     repository::{PULLED, Repository, image},
     wait_for,
-    world::{SOON, container_reason},
+    world::{SOON, container_reason, why},
 };
 use serde_json::{Value, json};
 
@@ -437,7 +437,8 @@ async fn the_volumes_of_an_image_have_its_files_although_the_root_is_read_only()
     let folder = repository.push_one_of_its_own().await?;
     let make = format!(
         "cd {folder} && mkdir -p data/deep data/mounted && echo text >data/deep/file && chmod 640 data/deep/file && \
-         chmod 750 data && ln -s deep/file data/link && echo hidden >data/mounted/hidden && umoci insert --image oci:1 data /data && \
+         head -c 4194304 /dev/urandom >data/deep/large && chmod 750 data && ln -s deep/file data/link && \
+         echo hidden >data/mounted/hidden && umoci insert --image oci:1 data /data && \
          umoci config --image oci:1 --config.volume /data --config.volume /none"
     );
     world.on("login", ["sh", "-c", &make]).ok().await?;
@@ -471,9 +472,39 @@ async fn the_volumes_of_an_image_have_its_files_although_the_root_is_read_only()
     let wanted = "text\n/data:\ndeep\nlink\nmounted\n\n/data/mounted:\nmine\n\n/none:";
     ensure!(look.text().trim_end() == wanted, "{look}");
     world.delete("files", Some(0)).await?;
+    copies_do_not_count(&world, &repository.image()).await?;
     world.on("login", ["rm", "-r", &folder]).ok().await?;
     repository.remove().await?;
     world.finish().await
+}
+
+/// Containers are measured in their order. What was copied into the volume of the first one is more than its limit, and still it is the
+/// second one that has written too much.
+async fn copies_do_not_count(world: &World, image: &str) -> anyhow::Result<()> {
+    let limit = |storage: &str| {
+        let limits = json!({"memory": "64Mi", "ephemeral-storage": storage});
+        json!({"requests": {"cpu": "100m"}, "limits": limits})
+    };
+    let pod = PodBuilder::new("copies")
+        .image(image)
+        .set("securityContext", json!({"readOnlyRootFilesystem": true}))
+        .set("resources", limit("2Mi"))
+        .sh("exec sleep 600")
+        .container("writes")
+        .set("resources", limit("3Mi"))
+        .sh("dd if=/dev/urandom of=/tmp/x bs=1M count=6; exec sleep 600")
+        .container("modest")
+        .set("resources", limit("64Mi"))
+        .sh("exec sleep 600");
+    world.create(&pod).await?;
+    let ended = world.wait_phase("copies", "Failed", PULLED).await?;
+    let (reason, message) = why(&ended);
+    let expected = "Container writes exceeded its local ephemeral storage limit \"3Mi\".";
+    ensure!(
+        reason == "Evicted" && message.trim_end() == expected,
+        "{reason}: {message:?}"
+    );
+    Ok(())
 }
 
 #[tokio::test]

@@ -1,8 +1,8 @@
 //! Task: signals to the job begin the stop of its containers.
 //!
 //! - TERM and INT come from others: `scancel`, preemption, a time limit. Slurm kills the job `KillWait` seconds later, so
-//!   the grace period ends before that. The value is read from `slurm.conf` on the node: asking the controller would be
-//!   one request for each of many jobs that are cancelled together.
+//!   the grace period ends before that, and no program is spared until then, however late it was told. The value is read from
+//!   `slurm.conf` on the node: asking the controller would be one request for each of many jobs that are cancelled together.
 //! - USR2 is Slurm's warning ahead of the time limit (`--signal` of the batch script), early enough for the whole grace.
 //! - USR1 is the agent's own stop if the link is down (capability `stop-signal`): nobody kills the job meanwhile.
 
@@ -22,8 +22,8 @@ const KILL_WAIT: Duration = Duration::from_secs(30);
 /// Assumed if no `slurm.conf` can be read: enough for most programs, and less than what most sites set.
 const UNKNOWN: Duration = Duration::from_secs(10);
 
-/// How much of `KillWait` is kept for containers that are told only at its end, for killing them all, and for the final report.
-const MARGIN: Duration = AFTER_TERM.saturating_add(Duration::from_secs(1));
+/// How much of `KillWait` is kept for the final report.
+const REPORT: Duration = Duration::from_secs(1);
 
 /// The signals that end a pod.
 #[derive(Debug)]
@@ -59,13 +59,16 @@ impl Signals {
                 Some(()) = self.interrupt.recv() => (EndedBy::Signal, "the job was sent SIGINT"),
                 else => return,
             };
-            let longest = if by == EndedBy::Signal {
-                longest_grace()
+            let left = if by == EndedBy::Signal {
+                until_killed()
             } else {
                 None
             };
+            // Containers that are told only at the end of the grace period have a moment, too.
+            let longest = left.map(|left| left.saturating_sub(AFTER_TERM));
             let stop = Command::Stop {
                 grace: longest.map_or(grace, |longest| grace.min(longest)),
+                left,
                 by,
                 reason: reason.to_owned(),
             };
@@ -76,8 +79,8 @@ impl Signals {
     }
 }
 
-/// The longest grace period that ends before Slurm kills the job; `None` outside of Slurm.
-fn longest_grace() -> Option<Duration> {
+/// How long it is until Slurm kills the job, without the time for the final report; `None` outside of Slurm.
+fn until_killed() -> Option<Duration> {
     std::env::var_os("SLURM_JOB_ID")?;
     let named = std::env::var_os("SLURM_CONF").map(PathBuf::from);
     let usual = [
@@ -90,7 +93,7 @@ fn longest_grace() -> Option<Duration> {
         .into_iter()
         .find_map(|path| std::fs::read_to_string(path).ok());
     let wait = found.map_or(UNKNOWN, |text| kill_wait(&text).unwrap_or(KILL_WAIT));
-    Some(wait.saturating_sub(MARGIN))
+    Some(wait.saturating_sub(REPORT))
 }
 
 /// PURE: `KillWait` in the text of `slurm.conf`; the last setting counts.

@@ -254,6 +254,8 @@ pub(crate) struct View {
     pub(crate) values: bool,
     /// The end of the grace period, once a stop was ordered.
     pub(crate) kill_at: Option<Time>,
+    /// The job itself is killed soon after this time: no program is spared beyond it.
+    pub(crate) last: Option<Time>,
     pub(crate) now: Time,
 }
 
@@ -387,13 +389,14 @@ impl Plan {
     }
 
     /// Takes the next step of the stop of `container`, which lives.
-    fn stop(&mut self, now: Time, container: &Container, kill_at: Time) {
-        if now >= kill_at && container.is_to_be_told() {
+    fn stop(&mut self, (now, last): (Time, Option<Time>), container: &Container, kill_at: Time) {
+        let last = last.unwrap_or(Time::MAX);
+        if now >= kill_at && now < last && container.is_to_be_told() {
             self.actions.push(Action::Term(container.id));
-            self.wake_at(now + AFTER_TERM);
+            self.wake_at(last.min(now + AFTER_TERM));
             return;
         }
-        let kill_at = kill_at.max(container.spared_until);
+        let kill_at = kill_at.max(container.spared_until.min(last));
         if now >= kill_at {
             if container.stop < StopStage::Kill {
                 self.actions.push(Action::Kill(container.id));
@@ -441,12 +444,12 @@ fn wind_down(view: &View, kill_at: Time) -> Plan {
     for container in view.living() {
         match container.health.live {
             Liveness::Failed { kill_at: own } => {
-                plan.stop(view.now, container, own.min(kill_at));
+                plan.stop((view.now, view.last), container, own.min(kill_at));
             }
             Liveness::Live if view.now < kill_at && view.is_needed_by_others(container) => {
                 plan.wake_at(kill_at);
             }
-            Liveness::Live => plan.stop(view.now, container, kill_at),
+            Liveness::Live => plan.stop((view.now, view.last), container, kill_at),
         }
     }
     if view.living().next().is_none() {
@@ -495,7 +498,7 @@ fn go_on(view: &View) -> Plan {
     }
     for container in view.living() {
         if let Liveness::Failed { kill_at } = container.health.live {
-            plan.stop(view.now, container, kill_at);
+            plan.stop((view.now, view.last), container, kill_at);
         }
     }
     plan

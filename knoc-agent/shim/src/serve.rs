@@ -196,6 +196,7 @@ impl Shim for Service {
         let stop = Command::Stop {
             // A negative number asks for the pod's own grace.
             grace: asked.unwrap_or_else(|| self.pod.spec().grace()),
+            left: None,
             by: EndedBy::Stop,
             reason: request.reason,
         };

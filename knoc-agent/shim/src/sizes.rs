@@ -14,7 +14,7 @@ use knoc_contract::tree_size;
 use knoc_proto::pb::{self, EndedBy};
 use tokio::sync::mpsc;
 
-use super::{pod::Pod, role::SlotId, supervisor::Command};
+use super::{pod::Pod, role::SlotId, supervisor::Command, volumes};
 
 /// Between two measurements; a kubelet's is the same.
 const PERIOD: Duration = Duration::from_secs(10);
@@ -38,7 +38,10 @@ pub(super) struct Bound {
 enum Who {
     Volume(String),
     /// All containers, with the volumes on disk.
-    Pod,
+    Pod {
+        /// The folders of the volumes in memory. On a node without a file system in memory they lie beside the others.
+        in_memory: Vec<String>,
+    },
     Container {
         name: String,
         id: SlotId,
@@ -68,7 +71,12 @@ fn of_containers(spec: &pb::PodSpec, disk: &Path) -> Vec<Bound> {
     if whole == 0 {
         return Vec::new();
     }
-    let mut bounds = vec![bound(Who::Pod, whole)];
+    let all = spec.volumes.iter().enumerate();
+    let in_memory = all
+        .filter(|(_, volume)| volumes::is_in_memory(volume))
+        .map(|(index, _)| volumes::folder_name(index))
+        .collect();
+    let mut bounds = vec![bound(Who::Pod { in_memory }, whole)];
     for (index, container) in spec.containers.iter().enumerate() {
         let own = limit(container);
         if own > 0 && own < whole {
@@ -138,14 +146,18 @@ async fn measure(bound: Bound) -> Result<u64, String> {
 impl Bound {
     /// What it takes now. Blocks on file work.
     fn size(&self, until: Instant) -> io::Result<u64> {
-        let container = match &self.who {
+        let (container, left_out) = match &self.who {
             Who::Volume(_) => return tree_size::size_until(&self.path, self.bytes, until),
-            Who::Pod => None,
-            Who::Container { id, .. } => Some(*id),
+            Who::Pod { in_memory } => (None, in_memory.as_slice()),
+            Who::Container { id, .. } => (Some(*id), &[][..]),
         };
         let mut bytes = 0_u64;
         for entry in fs::read_dir(&self.path)?.flatten() {
-            for folder in counted(&entry.file_name().to_string_lossy(), container) {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if left_out.contains(&name) {
+                continue;
+            }
+            for folder in counted(&name, container) {
                 let left = self.bytes.saturating_sub(bytes);
                 match tree_size::size_until(&entry.path().join(folder), left, until) {
                     Ok(size) => bytes = bytes.saturating_add(size),
@@ -168,7 +180,7 @@ fn counted(entry: &str, container: Option<SlotId>) -> &'static [&'static str] {
     match kind {
         "v" if container.is_none() => &["."],
         "c" | "p" | "r" if own => &["."],
-        // The runtime may unpack the image beside them.
+        // Beside them lies what the image has: the runtime may unpack it, and its volumes are copies, which no kubelet counts.
         "w" if own => &["tmp", "var_tmp"],
         _ => &[],
     }
@@ -177,6 +189,7 @@ fn counted(entry: &str, container: Option<SlotId>) -> &'static [&'static str] {
 async fn evict(bound: &Bound, commands: &mpsc::Sender<Command>) {
     let stop = Command::Stop {
         grace: GRACE,
+        left: None,
         by: EndedBy::Evicted,
         reason: message(bound),
     };
@@ -191,7 +204,7 @@ fn message(bound: &Bound) -> String {
         Who::Volume(volume) => {
             format!("Usage of EmptyDir volume \"{volume}\" exceeds the limit \"{bytes}\". ")
         }
-        Who::Pod => format!(
+        Who::Pod { .. } => format!(
             "Pod ephemeral local storage usage exceeds the total limit of containers {bytes}. "
         ),
         Who::Container { name, .. } => {
@@ -333,7 +346,8 @@ mod tests {
         };
         let bounds = |whole| of_containers(&spec(whole), disk.path());
         // Of another container, of an image that was unpacked, and removed already.
-        for (folder, mebibytes) in [("r1-0/upper", 1), ("w1-0/image", 40), ("trash/x", 40)] {
+        let not_written = [("w1-0/image", 40), ("w0-2/volume-0", 40), ("trash/x", 40)];
+        for (folder, mebibytes) in [("r1-0/upper", 1)].into_iter().chain(not_written) {
             write(folder, mebibytes);
         }
         write("r0-2/upper", 2);
@@ -350,5 +364,17 @@ mod tests {
         write("v0", 9);
         let told = exceeded(bounds([5, 5])).await;
         assert!(told.ends_with("limit of containers 10Mi. "), "{told}");
+        // But not one in memory, which lies on the disk of a node that has no file system in memory.
+        let mut in_memory = spec([5, 5]);
+        let empty = pb::EmptyDir {
+            memory: true,
+            ..pb::EmptyDir::default()
+        };
+        in_memory.volumes.push(pb::Volume {
+            source: Some(pb::volume::Source::EmptyDir(empty)),
+            ..pb::Volume::default()
+        });
+        let bounds = of_containers(&in_memory, disk.path());
+        assert_eq!(bounds[0].size(until).unwrap() >> 20, 5);
     }
 }

@@ -64,6 +64,8 @@ pub(crate) enum Command {
     /// Ends the pod. Idempotent: an earlier end of the grace period counts.
     Stop {
         grace: Duration,
+        /// How long it is until the job itself is killed, without the time for the final report; `None`: nobody kills it.
+        left: Option<Duration>,
         by: EndedBy,
         reason: String,
     },
@@ -95,6 +97,8 @@ pub(crate) enum Command {
 
 struct Stop {
     kill_at: Time,
+    /// When the job is about to be killed, if it is.
+    last: Option<Time>,
     by: EndedBy,
     reason: String,
 }
@@ -255,6 +259,7 @@ impl Supervisor {
             containers: self.slots.view(),
             values: self.has_values() && !self.waits_for_address,
             kill_at: self.stop.as_ref().map(|stop| stop.kill_at),
+            last: self.stop.as_ref().and_then(|stop| stop.last),
             now: self.now(),
         }
     }
@@ -284,11 +289,20 @@ impl Supervisor {
 
     fn execute(&mut self, command: Command) {
         match command {
-            Command::Stop { grace, by, reason } => {
+            Command::Stop {
+                grace,
+                left,
+                by,
+                reason,
+            } => {
                 if by == EndedBy::Evicted && self.stop.is_none() {
                     self.publisher.note(EVICTED, reason.clone(), "");
                 }
                 self.order_stop(grace, by, reason);
+                let last = left.map(|left| self.now() + left);
+                if let Some(stop) = &mut self.stop {
+                    stop.last = stop.last.into_iter().chain(last).min();
+                }
             }
             Command::Stats(samples, answer) => {
                 // The caller may have gone away.
@@ -324,6 +338,7 @@ impl Supervisor {
         }
         self.stop = Some(Stop {
             kill_at,
+            last: None,
             by,
             reason,
         });

@@ -235,9 +235,9 @@ impl Volumes {
         for (index, volume) in volumes.iter().enumerate() {
             roots.push(Root {
                 name: volume.name.clone(),
-                place: Place::create(volume, &format!("v{index}"), scratch, host_paths, images)?,
+                place: Place::create(volume, &folder_name(index), scratch, host_paths, images)?,
                 limit: limit(volume),
-                memory: matches!(&volume.source, Some(Source::EmptyDir(empty)) if empty.memory),
+                memory: is_in_memory(volume),
             });
         }
         Ok(Self {
@@ -499,6 +499,16 @@ fn relink(folder: &Path, target: &str, name: &str) -> Result<(), FileError> {
     symlink(target, &temporary).map_err(FileError::on("link", &temporary))?;
     let name = folder.join(name);
     fs::rename(&temporary, &name).map_err(FileError::on("rename over", &name))
+}
+
+/// The name of the shim's folder for the volume at this place in the pod.
+pub(crate) fn folder_name(index: usize) -> String {
+    format!("v{index}")
+}
+
+/// Whether it is an `emptyDir` in memory.
+pub(crate) fn is_in_memory(volume: &pb::Volume) -> bool {
+    matches!(&volume.source, Some(Source::EmptyDir(empty)) if empty.memory)
 }
 
 /// The size limit of an `emptyDir`; as in Kubernetes, 0 is none.

@@ -295,7 +295,8 @@ with so many files that measuring takes more than 5 s, those count that were mea
 
 **`limits.ephemeral-storage`** is enforced in the same way: the pod is evicted if a container has written more than its limit to the node's
 disk (its root and temporary directories), or all of them, with the `emptyDir` volumes on disk, more than their limits together. Logs do not
-count, as they do not lie on the node's disk. Of a pod of several ranks, only the volumes on the first node are measured.
+count, as they do not lie on the node's disk, and neither do volumes of the image, nor `emptyDir` volumes in memory, wherever they lie. Of a pod
+of several ranks, only the volumes on the first node are measured.
 
 **Volumes of the image.** If the root is read-only, each folder that the image declares as a volume, and in which the pod mounts nothing,
 is a writable folder on the node's disk, new for each start of the container, with a copy of what the image has there: at most 16 GiB,

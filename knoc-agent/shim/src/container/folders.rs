@@ -63,7 +63,8 @@ pub(super) struct Folders {
     pub(super) shared: PathBuf,
     /// Receives what the container writes to its root.
     pub(super) root: PathBuf,
-    /// Holds `/tmp` and `/var/tmp` if what is written to the root does not go to `root`.
+    /// Holds `/tmp` and `/var/tmp` if what is written to the root does not go to `root`, and beside them what comes from the image:
+    /// the folders of its volumes, and its files if the runtime unpacks them.
     pub(super) work: PathBuf,
     /// Out of the container's reach: files that are mounted into it, and what [`Mounts`] mounts on.
     private: PathBuf,
@@ -91,7 +92,7 @@ impl Folders {
     ) -> Result<Self, PrepareError> {
         let (id, container) = (spec.id, &spec.container);
         let folder = |kind: &str| pod.scratch.disk(&format!("{kind}{id}-{number}"));
-        let private = folder("p")?;
+        let (private, work) = (folder("p")?, folder("w")?);
         let mounts = environment::mounts(container, values, &pod.facts_now())?;
         let mut volumes = pod.volumes.mounts(&mounts)?;
         let mut image_volumes = Vec::new();
@@ -99,14 +100,14 @@ impl Folders {
             volumes.extend(pod.volumes.of_site(&volumes));
             share_memory(pod, &mut volumes)?;
             volumes.extend(pmix(pod));
-            image_volumes = add_image_volumes(spec, &private, &mut volumes)?;
+            image_volumes = add_image_volumes(spec, &work, &mut volumes)?;
         }
         let targets: Vec<&Path> = volumes.iter().map(|volume| &*volume.target).collect();
         let termination = environment::termination_log(container, &targets);
         let mut folders = Self {
             shared: folder("c")?,
             root: folder("r")?,
-            work: folder("w")?,
+            work,
             mounts: Mounts::new(&spec.image, pod.agent.clone(), private.clone()),
             private,
             links: Vec::new(),
@@ -278,7 +279,7 @@ fn pmix(pod: &Pod) -> Option<Mounted> {
 /// image's own folders.
 fn add_image_volumes(
     spec: &ContainerSpec,
-    private: &Path,
+    work: &Path,
     volumes: &mut Vec<Mounted>,
 ) -> Result<Vec<(PathBuf, PathBuf)>, PrepareError> {
     let mut added = Vec::new();
@@ -295,7 +296,7 @@ fn add_image_volumes(
         {
             continue;
         }
-        let source = private.join(format!("volume-{number}"));
+        let source = work.join(format!("volume-{number}"));
         fs::create_dir(&source)
             .and_then(|()| fs::set_permissions(&source, fs::Permissions::from_mode(0o777)))
             .map_err(FileError::on("create", &source))?;
@@ -350,7 +351,10 @@ impl Drop for Folders {
 mod tests {
     use std::os::unix::fs::symlink;
 
-    use super::*;
+    use super::{
+        super::super::role::{RestartRule, Role, SlotId},
+        *,
+    };
 
     fn termination(kind: &str) -> TerminationLog {
         match kind {
@@ -364,6 +368,35 @@ mod tests {
                 rest: "dir/log".into(),
             },
         }
+    }
+
+    /// What the image has there is copied into them, and does not count as written by the container (`sizes`).
+    #[test]
+    fn the_volumes_of_an_image_lie_in_the_work_folder() {
+        let work = tempfile::tempdir().unwrap();
+        let config = pb::ImageConfig {
+            volumes: vec!["/data".to_owned(), "/mine/sub".to_owned()],
+            ..pb::ImageConfig::default()
+        };
+        let spec = ContainerSpec {
+            id: SlotId::after(0),
+            role: Role::Main,
+            restart: RestartRule::Never,
+            container: pb::Container {
+                read_only_root: true,
+                ..pb::Container::default()
+            },
+            image: pb::ResolvedImage {
+                config: Some(config),
+                ..pb::ResolvedImage::default()
+            },
+        };
+        let mut volumes = vec![own_file("/elsewhere".into(), Path::new("/mine"), false)];
+        let added = add_image_volumes(&spec, work.path(), &mut volumes).unwrap();
+        let folder = work.path().join("volume-0");
+        assert!(folder.is_dir());
+        assert_eq!(added, [(PathBuf::from("/data"), folder)]);
+        assert_eq!(volumes.len(), 2);
     }
 
     /// The container can write to `/.knoc`: a link or a pipe that it puts there as its message is not read.

@@ -46,6 +46,7 @@ fn pod(policy: RestartPolicy, containers: &[(Role, Phase)]) -> View {
             .collect(),
         values: true,
         kill_at: None,
+        last: None,
         now: Time::from_secs(5),
     }
 }
@@ -315,6 +316,23 @@ fn a_program_is_told_before_it_is_killed_however_late() {
     let mut forced = pod(NEVER, &[main]);
     forced.kill_at = Some(forced.now);
     assert_eq!(decide(&forced).actions, [Action::Term(id(0))]);
+}
+
+/// Some sites give the programs of a job less time than that (`KillWait`), and then nobody would write the report.
+#[test]
+fn no_program_is_spared_beyond_the_end_of_the_job() {
+    let main = (Role::Main, Phase::Running);
+    let mut view = pod(NEVER, &[main, main]);
+    let soon = view.now + Time::from_secs(1);
+    (view.kill_at, view.last) = (Some(view.now), Some(soon));
+    view.containers[1].stop = StopStage::Term;
+    view.containers[1].spared_until = view.now + AFTER_TERM;
+    let plan = decide(&view);
+    assert_eq!(plan.actions, [Action::Term(id(0))]);
+    assert_eq!(plan.wake, Some(soon));
+    view.now = soon;
+    let plan = decide(&view);
+    assert_eq!(plan.actions, [Action::Kill(id(0)), Action::Kill(id(1))]);
 }
 
 #[test]

@@ -127,6 +127,7 @@ mod tests {
             containers: slots.view(),
             values: true,
             kill_at: None,
+            last: None,
             now: Duration::ZERO,
         }
     }

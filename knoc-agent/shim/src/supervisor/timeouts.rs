@@ -104,6 +104,7 @@ mod tests {
             containers: vec![container],
             values,
             kill_at: None,
+            last: None,
             now,
         }
     }

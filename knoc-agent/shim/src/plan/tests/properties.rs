@@ -113,6 +113,7 @@ prop_compose! {
                 .collect(),
             values,
             kill_at: kill_at.map(Time::from_secs),
+            last: None,
             now: Time::from_secs(now),
         };
         let one = restarts_all.and_then(|at| view.containers.get_mut(at));
