@@ -103,6 +103,8 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
             status.allocated_resources.clone_from(&resources.requests);
             status.resources = Some(resources);
             status.volume_mounts = mounted(container.volume_mounts.as_deref());
+            let lifecycle = container.lifecycle.as_ref();
+            status.stop_signal = lifecycle.and_then(|lifecycle| lifecycle.stop_signal.clone());
         }
     }
     if input
@@ -414,8 +416,8 @@ fn never_ran(status: &ContainerStatus) -> bool {
     !started(status)
 }
 
-/// The pod has ended, so no container runs. One that was last seen running ended unobserved; one that never started
-/// stays waiting, unless its state is unknown.
+/// The pod has ended, so no container runs. One that was last seen running ended unobserved; one that waited for its next
+/// attempt ended as its last one did; one that never started stays waiting, unless its state is unknown.
 fn settle(input: &Input<'_>, status: &mut ContainerStatus) {
     status.started = Some(false);
     let outcome = input
@@ -423,6 +425,12 @@ fn settle(input: &Input<'_>, status: &mut ContainerStatus) {
         .and_then(|observed| observed.outcome.as_ref());
     let reason = outcome.map_or("ContainerStatusUnknown", |outcome| outcome.reason.as_str());
     let state = status.state.get_or_insert_default();
+    if state.waiting.is_some()
+        && let Some(ended) = status.last_state.take_if(|last| last.terminated.is_some())
+    {
+        *state = ended;
+        return;
+    }
     let unknown = state.waiting.is_some() && reason == "ContainerStatusUnknown";
     if state.running.is_none() && !unknown {
         return;

@@ -15,15 +15,24 @@ fn a_pod_is_ready_only_when_its_gates_are_open() {
         let status = compute(&pod, Some(&all));
         let ready = status.conditions.unwrap();
         let ready = ready.into_iter().find(|one| one.type_ == "Ready").unwrap();
-        (ready.status, ready.reason.unwrap_or_default())
+        let [reason, message] = [ready.reason, ready.message].map(Option::unwrap_or_default);
+        (ready.status, reason, message)
     };
-    let closed = ("False".to_owned(), "ReadinessGatesNotReady".to_owned());
-    assert_eq!(ready(&json), closed);
+    let closed = |message: &str| {
+        let reason = "ReadinessGatesNotReady".to_owned();
+        ("False".to_owned(), reason, message.to_owned())
+    };
+    let missing =
+        "corresponding condition of pod readiness gate \"example.com/in-the-pool\" does not exist.";
+    assert_eq!(ready(&json), closed(missing));
     let gate = |status| json!([{"type": "example.com/in-the-pool", "status": status}]);
     json["status"] = json!({"conditions": gate("False")});
-    assert_eq!(ready(&json), closed);
+    let shut =
+        "the status of pod readiness gate \"example.com/in-the-pool\" is not \"True\", but False";
+    assert_eq!(ready(&json), closed(shut));
     json["status"] = json!({"conditions": gate("True")});
-    assert_eq!(ready(&json), ("True".to_owned(), String::new()));
+    let open = ("True".to_owned(), String::new(), String::new());
+    assert_eq!(ready(&json), open);
 }
 
 #[test]

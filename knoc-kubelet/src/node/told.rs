@@ -1,0 +1,84 @@
+//! PURE: which Events the changes of the Node bring, with the reasons and messages of a kubelet. Why the Node is not Ready
+//! any more is told by the node controller, and the state of the link by [`crate::agent::report`].
+
+use k8s_openapi::api::core::v1::Node;
+
+/// Reason and message of an Event.
+pub(super) type News = (&'static str, String);
+
+/// What was told last.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    /// Whether the Node was cordoned when it was last read; None before it was read.
+    cordoned: Option<bool>,
+}
+
+impl Told {
+    /// What there is to tell about the Node as just read.
+    pub(super) fn seen(&mut self, node: &Node) -> Vec<News> {
+        let spec = node.spec.as_ref();
+        let cordoned = spec.is_some_and(|spec| spec.unschedulable == Some(true));
+        match self.cordoned.replace(cordoned) {
+            None => vec![("Starting", "Starting kubelet.".to_owned())],
+            Some(before) if before == cordoned => Vec::new(),
+            Some(_) if cordoned => vec![changed(node, "NodeNotSchedulable")],
+            Some(_) => vec![changed(node, "NodeSchedulable")],
+        }
+    }
+}
+
+/// What there is to tell once the status was written of a Node that was `before`: the kubelet always writes that it is Ready.
+pub(super) fn written(before: &Node) -> Option<News> {
+    let status = before.status.as_ref();
+    let mut conditions = status
+        .into_iter()
+        .flat_map(|status| status.conditions.iter().flatten());
+    let was_ready = conditions.any(|one| one.type_ == "Ready" && one.status == "True");
+    (!was_ready).then(|| changed(before, "NodeReady"))
+}
+
+fn changed(node: &Node, reason: &'static str) -> News {
+    let name = node.metadata.name.as_deref().unwrap_or_default();
+    (reason, format!("Node {name} status is now: {reason}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn node(unschedulable: bool, ready: Option<&str>) -> Node {
+        let ready = ready.map(|status| json!({"type": "Ready", "status": status}));
+        let conditions: Vec<_> = ready.into_iter().collect();
+        serde_json::from_value(json!({
+            "metadata": {"name": "knoc"},
+            "spec": {"unschedulable": unschedulable},
+            "status": {"conditions": conditions},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn the_start_is_told_once_and_each_cordon() {
+        let mut told = Told::default();
+        let mut reasons = |cordoned: bool| -> Vec<_> {
+            let news = told.seen(&node(cordoned, None));
+            news.into_iter().map(|(reason, _)| reason).collect()
+        };
+        assert_eq!(reasons(true), ["Starting"]);
+        assert!(reasons(true).is_empty());
+        assert_eq!(reasons(false), ["NodeSchedulable"]);
+        assert_eq!(reasons(true), ["NodeNotSchedulable"]);
+    }
+
+    #[test]
+    fn a_node_that_was_not_ready_is_told_to_be_ready() {
+        for before in [None, Some("Unknown"), Some("False")] {
+            let (reason, message) = written(&node(false, before)).unwrap();
+            assert_eq!(reason, "NodeReady");
+            assert_eq!(message, "Node knoc status is now: NodeReady");
+        }
+        assert_eq!(written(&node(false, Some("True"))), None);
+    }
+}
