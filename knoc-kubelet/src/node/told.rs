@@ -27,14 +27,29 @@ impl Told {
     }
 }
 
-/// What there is to tell once the status was written of a Node that was `before`: the kubelet always writes that it is Ready.
-pub(super) fn written(before: &Node) -> Option<News> {
-    let status = before.status.as_ref();
-    let mut conditions = status
-        .into_iter()
-        .flat_map(|status| status.conditions.iter().flatten());
-    let was_ready = conditions.any(|one| one.type_ == "Ready" && one.status == "True");
-    (!was_ready).then(|| changed(before, "NodeReady"))
+/// The conditions that the kubelet always writes, and the reason of the Event if the Node did not have them so.
+const WRITTEN: [(&str, &str, &str); 4] = [
+    ("MemoryPressure", "False", "NodeHasSufficientMemory"),
+    ("DiskPressure", "False", "NodeHasNoDiskPressure"),
+    ("PIDPressure", "False", "NodeHasSufficientPID"),
+    ("Ready", "True", "NodeReady"),
+];
+
+/// What there is to tell once the status was written of a Node that was `before`.
+pub(super) fn written(before: &Node) -> Vec<News> {
+    let conditions = before.status.iter();
+    let conditions: Vec<_> = conditions
+        .flat_map(|status| status.conditions.iter().flatten())
+        .collect();
+    let was = |kind: &str, status: &str| {
+        conditions
+            .iter()
+            .any(|one| one.type_ == kind && one.status == status)
+    };
+    let new = WRITTEN
+        .iter()
+        .filter(|(kind, status, _)| !was(kind, status));
+    new.map(|(_, _, reason)| changed(before, reason)).collect()
 }
 
 fn changed(node: &Node, reason: &'static str) -> News {
@@ -73,12 +88,18 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_was_not_ready_is_told_to_be_ready() {
+    fn a_node_is_told_to_be_what_it_was_not() {
         for before in [None, Some("Unknown"), Some("False")] {
-            let (reason, message) = written(&node(false, before)).unwrap();
-            assert_eq!(reason, "NodeReady");
-            assert_eq!(message, "Node knoc status is now: NodeReady");
+            let news = written(&node(false, before));
+            assert_eq!(news.len(), WRITTEN.len());
+            let message = "Node knoc status is now: NodeReady".to_owned();
+            assert_eq!(news.last(), Some(&("NodeReady", message)));
         }
-        assert_eq!(written(&node(false, Some("True"))), None);
+        let mut all = node(false, Some("True"));
+        assert_eq!(written(&all).len(), WRITTEN.len() - 1);
+        let ours = WRITTEN.map(|(kind, status, _)| json!({"type": kind, "status": status}));
+        let status = json!({"conditions": ours});
+        all.status = Some(serde_json::from_value(status).unwrap());
+        assert!(written(&all).is_empty());
     }
 }

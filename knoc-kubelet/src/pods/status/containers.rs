@@ -2,7 +2,8 @@
 
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
-    ContainerStateWaiting, ContainerStatus, EphemeralContainer, VolumeMount, VolumeMountStatus,
+    ContainerStateWaiting, ContainerStatus, EphemeralContainer, Pod, VolumeMount,
+    VolumeMountStatus,
 };
 use knoc_proto::pb::{self, PodPhase, container_status::State};
 
@@ -99,12 +100,7 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
     };
     for (containers, statuses) in [(init, &mut statuses.init), (regular, &mut statuses.regular)] {
         for (container, status) in containers.iter().zip(statuses) {
-            let resources = resize::shown(input.pod, container);
-            status.allocated_resources.clone_from(&resources.requests);
-            status.resources = Some(resources);
-            status.volume_mounts = mounted(container.volume_mounts.as_deref());
-            let lifecycle = container.lifecycle.as_ref();
-            status.stop_signal = lifecycle.and_then(|lifecycle| lifecycle.stop_signal.clone());
+            show_spec(input.pod, container, status);
         }
     }
     if input
@@ -119,6 +115,16 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
     }
     restrict_readiness(&mut statuses);
     statuses
+}
+
+/// Shows in the status what follows from the spec alone. A stop signal of the image is not known here.
+fn show_spec(pod: &Pod, container: &Container, status: &mut ContainerStatus) {
+    let resources = resize::shown(pod, container);
+    status.allocated_resources.clone_from(&resources.requests);
+    status.resources = Some(resources);
+    status.volume_mounts = mounted(container.volume_mounts.as_deref());
+    let lifecycle = container.lifecycle.as_ref();
+    status.stop_signal = lifecycle.and_then(|lifecycle| lifecycle.stop_signal.clone());
 }
 
 /// The mounts of a container as its status shows them; None if it has none. No mount is read-only by a mode of its own.
