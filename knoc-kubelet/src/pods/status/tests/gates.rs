@@ -68,6 +68,27 @@ fn a_resize_is_infeasible_and_the_status_shows_what_the_pod_has() {
 }
 
 #[test]
+fn a_resize_of_the_pod_as_a_whole_is_infeasible_too() {
+    let mut json = serde_json::to_value(pod("Always", false, &json!({}))).unwrap();
+    json["spec"]["resources"] = json!({"requests": {"cpu": "4"}, "limits": {"cpu": "6"}});
+    let all = observed(PodPhase::Running, vec![container("a", running())]);
+    let shown = |json: &Value| {
+        let pod: Pod = serde_json::from_value(json.clone()).unwrap();
+        serde_json::to_value(compute(&pod, Some(&all))).unwrap()
+    };
+    let first = shown(&json);
+    assert_eq!(first["resources"], json["spec"]["resources"]);
+    assert_eq!(first["allocatedResources"], json!({"cpu": "4"}));
+    json["status"] = first.clone();
+    json["spec"]["resources"] = json!({"requests": {"cpu": "5"}, "limits": {"cpu": "6"}});
+    let second = shown(&json);
+    assert_eq!(second["resources"], first["resources"]);
+    let mut conditions = second["conditions"].as_array().unwrap().iter();
+    let pending = conditions.find(|one| one["type"] == "PodResizePending");
+    assert_eq!(pending.unwrap()["reason"], "Infeasible");
+}
+
+#[test]
 fn the_status_shows_the_mounts_of_each_container() {
     let mut json = serde_json::to_value(pod("Always", false, &json!({}))).unwrap();
     let mounts = json!([
