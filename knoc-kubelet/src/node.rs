@@ -41,7 +41,7 @@ use crate::{
 use predicates::NodeAttributes;
 use release::Release;
 use status::Facts;
-use told::Told;
+use told::LastSeen;
 use unit::Unit;
 
 pub use identity::{Identity, PodIp};
@@ -116,7 +116,7 @@ struct NodeTask {
     capacity: unit::Capacity,
     orphans: watch::Receiver<usize>,
     events: Events,
-    told: Told,
+    seen: LastSeen,
     /// When this task began, which distinguishes its Events from those of an earlier process.
     began: Timestamp,
     /// The API server's release as last read, and when; None inside if the answer could not be parsed.
@@ -156,7 +156,7 @@ impl NodeTask {
             capacity: unit.capacity(),
             orphans: watched.orphans,
             events: watched.events,
-            told: Told::default(),
+            seen: LastSeen::default(),
             began: Timestamp::now(),
             unit,
             server: None,
@@ -231,7 +231,7 @@ impl NodeTask {
         };
         self.unit.set_attributes(NodeAttributes::of(&node));
         self.unit.see_range(&node);
-        let news = self.told.seen(&node);
+        let news = self.seen.news(&node);
         self.tell(news);
         self.ask_version().await;
         let link = self.link.borrow().clone();

@@ -220,13 +220,7 @@ impl Supervisor {
             None => {}
             Some(Expired::ActiveDeadline) => {
                 let reason = "Pod was active on the node longer than the specified deadline";
-                if self.stop.is_none() {
-                    self.publisher.add_note(pb::PodNote {
-                        reason: "DeadlineExceeded".to_owned(),
-                        message: reason.to_owned(),
-                        ..pb::PodNote::default()
-                    });
-                }
+                self.tell_deadline(reason);
                 self.order_stop(
                     self.pod.spec().grace(),
                     EndedBy::Deadline,

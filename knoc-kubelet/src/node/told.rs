@@ -6,16 +6,16 @@ use k8s_openapi::api::core::v1::Node;
 /// Reason and message of an Event.
 pub(super) type News = (&'static str, String);
 
-/// What was told last.
+/// The Node as it was last read.
 #[derive(Debug, Default)]
-pub(super) struct Told {
+pub(super) struct LastSeen {
     /// Whether the Node was cordoned when it was last read; None before it was read.
     cordoned: Option<bool>,
 }
 
-impl Told {
+impl LastSeen {
     /// What there is to tell about the Node as just read.
-    pub(super) fn seen(&mut self, node: &Node) -> Vec<News> {
+    pub(super) fn news(&mut self, node: &Node) -> Vec<News> {
         let spec = node.spec.as_ref();
         let cordoned = spec.is_some_and(|spec| spec.unschedulable == Some(true));
         match self.cordoned.replace(cordoned) {
@@ -76,9 +76,9 @@ mod tests {
 
     #[test]
     fn the_start_is_told_once_and_each_cordon() {
-        let mut told = Told::default();
+        let mut seen = LastSeen::default();
         let mut reasons = |cordoned: bool| -> Vec<_> {
-            let news = told.seen(&node(cordoned, None));
+            let news = seen.news(&node(cordoned, None));
             news.into_iter().map(|(reason, _)| reason).collect()
         };
         assert_eq!(reasons(true), ["Starting"]);
