@@ -7,6 +7,7 @@
 mod admission;
 mod context;
 mod ensure;
+mod ephemeral;
 mod hashes;
 mod loop_health;
 mod memory;

@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{capability, pb, reason::ErrorReason};
 use knoc_translate::{BadSecret, Lacking, Missing, Unbound};
 
-use super::{hashes::Hashes, worker::Worker};
+use super::{ephemeral, hashes::Hashes, worker::Worker};
 use crate::{
     agent::Sent,
     pods::{
@@ -152,7 +152,7 @@ impl Worker<'_> {
         let findings = self.context.pods.store.findings(self.uid);
         let findings = findings.unwrap_or_default();
         let not_sent = self.not_sent(pod, &findings.rejected);
-        unknown_ephemeral(pod, &observed).any(|name| !not_sent.has(name))
+        ephemeral::unknown(pod, &observed).any(|name| !not_sent.has(name))
     }
 
     /// The shape with the volumes of its claims; otherwise records why the pod waits or was rejected.
@@ -393,7 +393,7 @@ impl Worker<'_> {
                 if let Some(after) = Self::pull_secrets_due(view) {
                     self.refresh_later(after);
                 } else if needs != knoc_translate::Needs::default()
-                    || unknown_ephemeral(&view.pod, observed).next().is_some()
+                    || ephemeral::unknown(&view.pod, observed).next().is_some()
                 {
                     let pods = self.context.pods.store.count().try_into();
                     let most = AFTER_RESTART.saturating_mul(pods.unwrap_or(u32::MAX));
@@ -471,19 +471,6 @@ impl Worker<'_> {
             self.revisit_in(if wait.is_zero() { NOT_DONE } else { wait });
         }
     }
-}
-
-/// The ephemeral containers of the pod that the agent does not know.
-pub(super) fn unknown_ephemeral<'a>(
-    pod: &'a Pod,
-    observed: &'a pb::PodObserved,
-) -> impl Iterator<Item = &'a str> {
-    let spec = pod.spec.iter();
-    let all = spec.flat_map(|spec| spec.ephemeral_containers.iter().flatten());
-    all.map(|one| one.name.as_str()).filter(|name| {
-        let mut known = observed.ephemeral_containers.iter();
-        known.all(|status| status.name != *name)
-    })
 }
 
 fn metadata(pod: &Pod) -> u64 {

@@ -8,7 +8,7 @@ use knoc_proto::{capability, ids::PodUid, pb, reason::ErrorReason};
 use knoc_translate::Grace;
 use tokio::time::Instant;
 
-use super::{admission, context::Context, ensure::unknown_ephemeral, memory::Memory};
+use super::{admission, context::Context, ephemeral, memory::Memory};
 use crate::{
     node::{self, allocations, predicates::Mismatch},
     pods::{
@@ -210,7 +210,7 @@ impl Worker<'_> {
                 self.record_mapped(&view.pod, findings.mapped.clone(), keeps_ids);
             }
             Ok(()) if !terminal => {
-                self.record_mapped(&view.pod, mapped_of_new(view, &findings.mapped), false);
+                self.record_mapped(&view.pod, ephemeral::mapped(view, &findings.mapped), false);
             }
             Ok(()) => {}
             Err(rejection) if accepted => {
@@ -428,19 +428,6 @@ impl Worker<'_> {
             times: 1,
         });
     }
-}
-
-/// What is mapped in ephemeral containers that the agent does not know yet: they were added to a pod that was admitted before.
-fn mapped_of_new(view: &PodView, mapped: &[String]) -> Vec<String> {
-    let Some(observed) = &view.observed else {
-        return Vec::new();
-    };
-    let new = unknown_ephemeral(&view.pod, observed);
-    let paths: Vec<_> = new
-        .map(|name| format!("spec.ephemeralContainers[{name}]."))
-        .collect();
-    let about = |one: &&String| paths.iter().any(|path| one.starts_with(path));
-    mapped.iter().filter(about).cloned().collect()
 }
 
 /// The pod's phase as the agent last reported it.
