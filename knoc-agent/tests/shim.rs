@@ -348,6 +348,9 @@ async fn the_deadline_kills_what_ignores_term() {
     let report = job.report();
     assert_eq!(report.ended_by(), EndedBy::Deadline);
     assert_eq!(report.reason, "DeadlineExceeded");
+    let told = report.notes.iter();
+    let told = told.filter(|note| note.reason == "DeadlineExceeded" && !note.warning);
+    assert_eq!(told.count(), 1, "{:?}", report.notes);
     let ended = terminated(&report.containers[0]);
     assert_eq!((ended.exit_code, ended.signal), (137, 9));
 }

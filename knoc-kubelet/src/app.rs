@@ -220,6 +220,7 @@ impl App {
         let port = self.serve(tasks, shutdown, &own, backend).await?;
         let unit = Arc::new(Unit::new(self.node_identity(port), capacity));
         tasks.spawn(self.report(&link, &events, shutdown));
+        let of_node = events.clone();
         let context = Arc::new(Context {
             api: self.api_server(client.clone(), events, services.clone()),
             site: Site {
@@ -240,6 +241,7 @@ impl App {
             link_certificate: certificate,
             link,
             orphans,
+            events: of_node,
         };
         node::start(&unit, own.clients, watched, tasks, shutdown).await?;
         let (agent, store) = (self.agent.clone(), self.store.clone());

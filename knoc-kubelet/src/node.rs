@@ -17,6 +17,7 @@ mod lease;
 pub mod predicates;
 pub mod release;
 pub mod status;
+mod told;
 pub mod unit;
 
 use std::{sync::Arc, time::Duration};
@@ -35,10 +36,12 @@ use crate::{
     agent::{Link, renew::LinkCertificate},
     certs::{Health, Purpose},
     identity::Clients,
+    pods::events::{Events, Note, about_node},
 };
 use predicates::NodeAttributes;
 use release::Release;
 use status::Facts;
+use told::LastSeen;
 use unit::Unit;
 
 pub use identity::{Identity, PodIp};
@@ -93,6 +96,8 @@ pub struct Watched {
     pub link: watch::Receiver<Link>,
     /// How many jobs have no pod and wait for the operator.
     pub orphans: watch::Receiver<usize>,
+    /// Where Events of the node are recorded.
+    pub events: Events,
 }
 
 /// The health of our own certificates, each with its purpose.
@@ -110,6 +115,10 @@ struct NodeTask {
     link: watch::Receiver<Link>,
     capacity: unit::Capacity,
     orphans: watch::Receiver<usize>,
+    events: Events,
+    seen: LastSeen,
+    /// When this task began, which distinguishes its Events from those of an earlier process.
+    began: Timestamp,
     /// The API server's release as last read, and when; None inside if the answer could not be parsed.
     server: Option<(Option<Release>, Instant)>,
     sent: Option<(Value, Instant)>,
@@ -146,6 +155,9 @@ impl NodeTask {
             link: watched.link,
             capacity: unit.capacity(),
             orphans: watched.orphans,
+            events: watched.events,
+            seen: LastSeen::default(),
+            began: Timestamp::now(),
             unit,
             server: None,
             sent: None,
@@ -219,6 +231,8 @@ impl NodeTask {
         };
         self.unit.set_attributes(NodeAttributes::of(&node));
         self.unit.see_range(&node);
+        let news = self.seen.news(&node);
+        self.tell(news);
         self.ask_version().await;
         let link = self.link.borrow().clone();
         self.taint(&node, link.down_for() >= TAINT_AFTER).await?;
@@ -260,7 +274,23 @@ impl NodeTask {
         let write = self.api.patch_status(self.unit.name(), &params, &patch);
         self.within("patch the status of", write).await?;
         self.sent = Some((wanted, Instant::now()));
+        self.tell(told::written(&node));
         Ok(())
+    }
+
+    /// Records Events of the node.
+    fn tell(&self, news: impl IntoIterator<Item = told::News>) {
+        for (reason, message) in news {
+            self.events.record(Note {
+                object: about_node(self.unit.name()),
+                warning: false,
+                reason: reason.to_owned(),
+                message,
+                at: Timestamp::now(),
+                salt: self.began.as_second().unsigned_abs(),
+                times: 1,
+            });
+        }
     }
 
     /// Asks the API server for its release, if the last answer is old. If this fails the last answer stays. If several

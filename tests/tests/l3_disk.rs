@@ -79,7 +79,11 @@ async fn is_full(world: &World, agent: &SecondAgent<'_>, state: &str) -> anyhow:
     let script = "n=0; until [ -e /tmp/go ] || [ $n = 900 ]; do n=$((n+1)); sleep 0.1; done";
     let accepted = submit(agent, &before, script).await?;
     ensure!(accepted == Ok(()), "{accepted:?}");
-    phase(agent, &before, "Running").await?;
+    wait_for("its container runs", SAVED, async || {
+        let run = agent.knocctl(&format!("exec {before} -c main -- true"));
+        run.ok().await
+    })
+    .await?;
     fill(world, state).await?;
     let rejected = submit(agent, &later, "true").await?;
     ensure!(
@@ -89,7 +93,7 @@ async fn is_full(world: &World, agent: &SecondAgent<'_>, state: &str) -> anyhow:
     // What runs goes on, and its end is seen.
     phase(agent, &before, "Running").await?;
     let go = agent.knocctl(&format!("exec {before} -c main -- touch /tmp/go"));
-    go.ok().await?;
+    go.ok_or_killed().await?;
     phase(agent, &before, "Finished").await?;
     let empty = format!("rm {state}/fill");
     world.on("login", ["sh", "-c", &empty]).ok().await?;

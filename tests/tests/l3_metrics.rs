@@ -78,6 +78,15 @@ async fn the_kubelet_reports_the_use_of_each_container() -> anyhow::Result<()> {
     );
     ensure!(sample(&text, "node_cpu_usage_seconds_total")? >= whole * 0.9);
     ensure!((sample(&text, "resource_scrape_error")?).abs() < f64::EPSILON);
+    // As recording rules for kubelets select containers: by their image.
+    let text = kubelet(&world, "/metrics/cadvisor").await?;
+    let namespace = &world.namespace;
+    let main = text.lines().find(|line| {
+        let family = line.starts_with("container_memory_working_set_bytes{container=\"main\"");
+        family && line.contains(&format!("namespace=\"{namespace}\",pod=\"hot\""))
+    });
+    let main = main.with_context(|| text.clone())?;
+    ensure!(!main.contains("image=\"\""), "{main}");
     let summary = json_of(&world, "/stats/summary").await?;
     ensure!(
         summary["node"]["nodeName"] == world.node.as_str(),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::{
     batch::v1::Job,
-    core::v1::{ConfigMap, Pod},
+    core::v1::{ConfigMap, Event, Pod},
 };
 use knoc_tests::{
     PodBuilder, World, wait_for,
@@ -189,6 +189,13 @@ async fn a_pod_past_its_own_deadline_says_deadline_exceeded() -> anyhow::Result<
         .sh("sleep 600");
     let ended = world.run(&pod, "Failed").await?;
     ensure!(why(&ended).0 == "DeadlineExceeded", "{:?}", why(&ended));
+    let told = "DeadlineExceeded: Pod was active on the node longer than the specified deadline";
+    wait_for("the Event of the deadline", SOON, async || {
+        let events = world.events("late").await?;
+        ensure!(events.iter().any(|event| event == told), "{events:?}");
+        Ok(())
+    })
+    .await?;
     world.finish().await
 }
 
@@ -283,6 +290,31 @@ async fn a_container_is_restarted_and_its_previous_log_kept() -> anyhow::Result<
     ensure!(world.logs("again", "main").await? == "life 1\n");
     let previous = world.kubectl(["logs", "again", "--previous"]).ok().await?;
     ensure!(previous.text() == "life 0", "{previous}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn the_restarts_of_a_container_are_one_event_that_counts_them() -> anyhow::Result<()> {
+    let world = World::new("counted").await?;
+    let pod = PodBuilder::new("again")
+        .restart("Always")
+        .empty_dir("/m")
+        .sh("n=$(cat /m/n 2>/dev/null || echo 0); echo $((n+1)) >/m/n; [ $n = 3 ] && exec sleep 600; exit 1");
+    world.create(&pod).await?;
+    let of = ListParams::default().fields("involvedObject.name=again,reason=Started");
+    wait_for("the last attempt is counted", SOON * 2, async || {
+        let events = world.api::<Event>().list(&of).await?.items;
+        let mut counts: Vec<_> = events.iter().filter_map(|event| event.count).collect();
+        counts.sort_unstable();
+        // Of the first attempt and of the others. A busy kubelet may miss one that was short.
+        let counted = matches!(counts.as_slice(), [1, 2 | 3] | [2 | 3]);
+        let pod = world.pod("again").await?;
+        let statuses = pod.status.and_then(|status| status.container_statuses);
+        let restarts = statuses.and_then(|list| Some(list.first()?.restart_count));
+        ensure!(counted && restarts == Some(3), "{restarts:?} {events:#?}");
+        Ok(())
+    })
+    .await?;
     world.finish().await
 }
 

@@ -124,7 +124,7 @@ fn condition<'a>(pod: &'a Pod, kind: &str) -> Option<&'a PodCondition> {
 }
 
 /// Waits until the gate holds up the pod's readiness, and nothing else does.
-async fn held_up(world: &World, name: &str) -> anyhow::Result<()> {
+async fn held_up(world: &World, name: &str, expected: &str) -> anyhow::Result<()> {
     let is = |pod: &Pod| {
         let ready = condition(pod, "Ready")?;
         let gate = ready.reason.as_deref() == Some("ReadinessGatesNotReady");
@@ -134,7 +134,6 @@ async fn held_up(world: &World, name: &str) -> anyhow::Result<()> {
     let message = world
         .wait_for_state(name, "the gate is closed", SOON, is)
         .await?;
-    let expected = format!("the status of pod readiness gate \"{GATE}\" is not \"True\"");
     ensure!(message == expected, "{message}");
     Ok(())
 }
@@ -147,7 +146,9 @@ async fn a_pod_is_ready_once_its_readiness_gate_is_open_and_as_long_as_it_is() -
         .spec("readinessGates", json!([{"conditionType": GATE}]))
         .sh("sleep 600");
     world.running(&pod).await?;
-    held_up(&world, "gated").await?;
+    let missing =
+        format!("corresponding condition of pod readiness gate \"{GATE}\" does not exist.");
+    held_up(&world, "gated", &missing).await?;
     set_gate(&world, "gated", "True").await?;
     let is = |pod: &Pod| has_condition(pod, "Ready").then(|| pod.clone());
     let ready = world
@@ -156,7 +157,8 @@ async fn a_pod_is_ready_once_its_readiness_gate_is_open_and_as_long_as_it_is() -
     // The kubelet leaves the conditions of others as they are.
     ensure!(has_condition(&ready, GATE), "{:?}", ready.status);
     set_gate(&world, "gated", "False").await?;
-    held_up(&world, "gated").await?;
+    let shut = format!("the status of pod readiness gate \"{GATE}\" is not \"True\", but False");
+    held_up(&world, "gated", &shut).await?;
     world.finish().await
 }
 

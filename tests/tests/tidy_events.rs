@@ -33,7 +33,7 @@ const SENDS: [&str; 11] = [
 ];
 
 /// Words in such files that are no reasons of Events: kinds and types, reasons of containers, pods and conditions, names of calls.
-const OTHERS: [&str; 34] = [
+const OTHERS: [&str; 33] = [
     "Authority",
     "Clock",
     "Completed",
@@ -43,7 +43,6 @@ const OTHERS: [&str; 34] = [
     "CreateContainerConfigError",
     "CreateContainerError",
     "DaemonSet",
-    "DeadlineExceeded",
     "DeletePod",
     "Deleted",
     "EnsurePod",

@@ -224,6 +224,7 @@ impl Supervisor {
             None => {}
             Some(Expired::ActiveDeadline) => {
                 let reason = "Pod was active on the node longer than the specified deadline";
+                self.tell_deadline(reason);
                 self.order_stop(
                     self.pod.spec().grace(),
                     EndedBy::Deadline,

@@ -83,12 +83,11 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
         finished_at: last_end(report).unwrap_or(now),
     };
     match report.ended_by() {
-        pb::EndedBy::Unspecified | pb::EndedBy::Themselves | pb::EndedBy::NoValues => own,
-        // A kubelet sets the condition DisruptionTarget for its evictions.
-        pb::EndedBy::Evicted => Outcome {
-            disruption: true,
-            ..own
-        },
+        // As in Kubernetes, an eviction for the pod's own limits is no disruption: it would come again with the next pod.
+        pb::EndedBy::Unspecified
+        | pb::EndedBy::Themselves
+        | pb::EndedBy::NoValues
+        | pb::EndedBy::Evicted => own,
         pb::EndedBy::Stop => match evidence.cause {
             // Failed even if its containers still succeed.
             Some(cause @ Cause::Deadline) => failed(cause, own.finished_at),
@@ -305,11 +304,7 @@ fn by_state(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
 fn time_limit(evidence: &Evidence<'_>, at: Timestamp) -> Outcome {
     let view = evidence.view;
     if view.is_some_and(|view| deadline_was_the_limit(evidence, view)) {
-        return plain(
-            "DeadlineExceeded",
-            "the pod's activeDeadlineSeconds are over",
-            at,
-        );
+        return plain("DeadlineExceeded", OVERDUE, at);
     }
     let limit = view
         .and_then(|view| view.time_limit_minutes)

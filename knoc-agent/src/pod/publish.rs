@@ -314,8 +314,15 @@ fn waiting(pod: &Pod, container: &pb::Container, message: &str) -> pb::Waiting {
     }
 }
 
-/// A container of a finished pod that was last seen running: nobody knows how it ended.
+/// A container of a finished pod that was last seen running: nobody knows how it ended. One that waited for its next attempt
+/// ended as its last one did.
 pub(super) fn settle_one(status: &mut pb::ContainerStatus, outcome: &Outcome, since: Timestamp) {
+    if matches!(status.state, Some(Status::Waiting(_)))
+        && let Some(ended) = status.last_termination.take()
+    {
+        status.state = Some(Status::Terminated(ended));
+        return;
+    }
     let started_at = match &status.state {
         Some(Status::Terminated(_)) => return,
         Some(Status::Running(running)) => running.started_at,

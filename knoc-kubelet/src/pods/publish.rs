@@ -21,6 +21,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// The fields of a status that the kubelet owns. They are sent as null if they have no value but the API server has
 /// one.
 const OURS: &[&str] = &[
+    "allocatedResources",
     "containerStatuses",
     "hostIP",
     "hostIPs",
@@ -32,6 +33,7 @@ const OURS: &[&str] = &[
     "podIP",
     "podIPs",
     "reason",
+    "resources",
     "startTime",
 ];
 

@@ -1,7 +1,8 @@
 //! PURE: in-place resize, which a Slurm job does not allow: the pod goes on with the resources that it was accepted with.
 //!
-//! These are in the container statuses, where a kubelet publishes what it has actuated. A spec that asks for others (the
-//! subresource `resize`) is infeasible, which the condition `PodResizePending` says.
+//! These are in the container statuses, and those of the pod as a whole in its status, where a kubelet publishes what it
+//! has actuated. A spec that asks for others (the subresource `resize`) is infeasible, which the condition
+//! `PodResizePending` says.
 
 use std::sync::Arc;
 
@@ -48,12 +49,29 @@ pub(crate) fn shown(pod: &Pod, container: &Container) -> ResourceRequirements {
     }
 }
 
+/// The resources of the pod as a whole that its status is to show: those that it was accepted with; None if its spec has
+/// none.
+pub(crate) fn shown_whole(pod: &Pod) -> Option<ResourceRequirements> {
+    let wanted = pod.spec.as_ref()?.resources.as_ref()?;
+    let status = pod.status.as_ref();
+    let before = status.and_then(|status| status.resources.as_ref());
+    Some(ResourceRequirements {
+        claims: None,
+        ..before.unwrap_or(wanted).clone()
+    })
+}
+
 /// Does the spec ask for other resources than the pod was accepted with?
 pub(crate) fn is_asked(pod: &Pod) -> bool {
-    containers(pod).any(|container| {
-        let wanted = container.resources.clone().unwrap_or_default();
-        differ(&wanted, &shown(pod, container))
-    })
+    let whole = pod.spec.as_ref().and_then(|spec| spec.resources.as_ref());
+    let shown_whole = shown_whole(pod);
+    let mut whole = whole.into_iter().zip(&shown_whole);
+    let of_whole = whole.any(|(wanted, shown)| differ(wanted, shown));
+    of_whole
+        || containers(pod).any(|container| {
+            let wanted = container.resources.clone().unwrap_or_default();
+            differ(&wanted, &shown(pod, container))
+        })
 }
 
 /// The pod with the resources that it was accepted with.
@@ -63,6 +81,7 @@ pub(crate) fn as_accepted(pod: &Arc<Pod>) -> Arc<Pod> {
     }
     let mut accepted = Pod::clone(pod);
     if let Some(spec) = &mut accepted.spec {
+        spec.resources = shown_whole(pod);
         let init = spec.init_containers.iter_mut().flatten();
         for container in spec.containers.iter_mut().chain(init) {
             let own = container.resources.as_ref();
@@ -115,5 +134,32 @@ mod tests {
         let same = pod("1", Some("1"));
         assert!(!is_asked(&same));
         assert!(Arc::ptr_eq(&as_accepted(&same), &same));
+    }
+
+    #[test]
+    fn a_pod_goes_on_with_the_resources_of_the_whole_too() {
+        let whole = |cpu: &str| json!({"requests": {"cpu": cpu}});
+        let mut json = serde_json::to_value(&*pod("1", Some("1"))).unwrap();
+        json["spec"]["resources"] = whole("4");
+        let parse = |json: &serde_json::Value| -> Arc<Pod> {
+            Arc::new(serde_json::from_value(json.clone()).unwrap())
+        };
+        let shown = |pod: &Pod| shown_whole(pod).unwrap().requests.unwrap()["cpu"].0.clone();
+        let new = parse(&json);
+        assert!(!is_asked(&new));
+        assert_eq!(shown(&new), "4");
+        json["status"]["resources"] = whole("2");
+        let resized = parse(&json);
+        assert!(is_asked(&resized));
+        let accepted = as_accepted(&resized);
+        assert!(!is_asked(&accepted));
+        assert_eq!(
+            accepted.spec.as_ref().unwrap().resources,
+            shown_whole(&resized)
+        );
+        assert_eq!(
+            (shown(&resized), cpu(&accepted)),
+            ("2".to_owned(), "1".to_owned())
+        );
     }
 }

@@ -21,7 +21,7 @@ use knoc_proto::{
 };
 use knoc_translate::Lacking;
 
-use crate::node::PodIp;
+use crate::{node::PodIp, pods::resize};
 use phase::Phase;
 
 /// The longest message in bytes. Messages come from the agent, Slurm and registries.
@@ -127,6 +127,7 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
     // The address stays while it is not known, for example after a restart.
     let host_ip = host_ip.or_else(|| input.pod.status.as_ref()?.host_ip.clone());
     let pod_ip = pod_ip(input, host_ip.as_deref());
+    let resources = resize::shown_whole(input.pod);
     Some(sanitized(PodStatus {
         phase: Some(phase.as_str().to_owned()),
         reason,
@@ -141,6 +142,8 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
         init_container_statuses: Some(statuses.init).filter(|list| !list.is_empty()),
         container_statuses: Some(statuses.regular),
         ephemeral_container_statuses: containers::ephemeral(input),
+        allocated_resources: resources.as_ref().and_then(|own| own.requests.clone()),
+        resources,
         ..PodStatus::default()
     }))
 }

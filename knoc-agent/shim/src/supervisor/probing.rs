@@ -115,6 +115,15 @@ impl Supervisor {
         }
     }
 
+    /// The pod is about to be ended because of its deadline.
+    pub(super) fn tell_deadline(&mut self, message: &str) {
+        self.publisher.add_note(pb::PodNote {
+            reason: "DeadlineExceeded".to_owned(),
+            message: message.to_owned(),
+            ..pb::PodNote::default()
+        });
+    }
+
     fn tell_killing(&mut self, id: SlotId, message: String) {
         if let Some(slot) = self.slots.get_mut(id) {
             self.publisher.add_note(pb::PodNote {

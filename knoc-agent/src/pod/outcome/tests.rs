@@ -106,6 +106,18 @@ fn after_a_signal_the_reason_is_slurms() {
     assert_eq!(fine.reason, "");
 }
 
+/// Else a Job that ignores disruptions would create pods that exceed the same limit without end.
+#[test]
+fn an_eviction_for_the_pods_own_limits_is_no_disruption() {
+    let mut evicted = report(pb::EndedBy::Evicted, pb::OutcomeKind::Failed);
+    "Evicted".clone_into(&mut evicted.reason);
+    let outcome = judge(None, Some(&evicted), None, None);
+    assert_eq!(
+        (outcome.reason.as_str(), outcome.disruption),
+        ("Evicted", false)
+    );
+}
+
 #[test]
 fn a_rank_that_was_lost_is_slurms_doing_or_a_failure_and_a_lost_node_is_a_disruption() {
     use pb::EndedBy::{LostNode, LostRank};
@@ -245,10 +257,9 @@ fn a_time_limit_is_the_pods_deadline_only_if_that_was_the_limit() {
         (Some(7200), "SlurmTimeLimit"),
         (None, "SlurmTimeLimit"),
     ] {
-        assert_eq!(
-            judge(Some(&timeout), Some(&ended), None, deadline).reason,
-            reason
-        );
+        let outcome = judge(Some(&timeout), Some(&ended), None, deadline);
+        assert_eq!(outcome.reason, reason);
+        assert_eq!(outcome.message == OVERDUE, reason == "DeadlineExceeded");
     }
     let by_shim = report(pb::EndedBy::Deadline, pb::OutcomeKind::Failed);
     assert_eq!(

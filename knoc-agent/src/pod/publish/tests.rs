@@ -199,6 +199,38 @@ fn containers_that_a_failed_init_container_kept_from_starting_still_wait() {
     }
 }
 
+/// As after a node failure during CrashLoopBackOff.
+#[test]
+fn a_container_that_waited_for_its_next_attempt_ended_as_its_last_one() {
+    let outcome = Outcome {
+        succeeded: false,
+        reason: "NodeFailed".to_owned(),
+        message: "Slurm ended the job: NODE_FAIL".to_owned(),
+        disruption: true,
+        finished_at: Timestamp::UNIX_EPOCH,
+    };
+    let ended = pb::Terminated {
+        exit_code: 3,
+        reason: "Error".to_owned(),
+        ..pb::Terminated::default()
+    };
+    for restart_count in [0, 4] {
+        let mut status = pb::ContainerStatus {
+            state: Some(Status::Waiting(pb::Waiting {
+                reason: "CrashLoopBackOff".to_owned(),
+                ..pb::Waiting::default()
+            })),
+            last_termination: Some(ended.clone()),
+            restart_count,
+            ..pb::ContainerStatus::default()
+        };
+        settle_one(&mut status, &outcome, Timestamp::UNIX_EPOCH);
+        assert_eq!(status.state, Some(Status::Terminated(ended.clone())));
+        assert_eq!(status.last_termination, None);
+        assert_eq!(status.restart_count, restart_count);
+    }
+}
+
 #[test]
 fn a_shim_cannot_claim_an_address_that_its_pod_does_not_have() {
     let shown = |given: Option<&str>, claimed: &str| {

@@ -4,7 +4,8 @@
 //! enough.
 //!
 //! Changes of containers are read from their current state: a container's id names one attempt, so `Created` and
-//! `Started` are recorded once for each attempt, however many observations were missed.
+//! `Started` are recorded once for each attempt, however many observations were missed. Those of all attempts after the
+//! first are one Event, which counts them, as with a kubelet.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -134,11 +135,12 @@ impl Worker<'_> {
         let Ok(at) = Timestamp::from_nanosecond(i128::from(started_at)) else {
             return;
         };
-        let salt = hash(&(&status.name, &status.container_id));
-        if started_at == 0 || at < since || !self.memory.events.once.insert(salt) {
+        let once = hash(&(&status.name, &status.container_id));
+        if started_at == 0 || at < since || !self.memory.events.once.insert(once) {
             return;
         }
         let name = &status.name;
+        let salt = salt_of_attempt(status.restart_count, once, self.context.process.started);
         for (reason, verb) in [("Created", "Created"), ("Started", "Started")] {
             let message = format!("{verb} container {name}");
             self.record_container(view, name, false, (reason, message), at, salt);
@@ -157,6 +159,7 @@ impl Worker<'_> {
             let last = pb::ContainerStatus {
                 container_id: last.container_id.clone(),
                 name: status.name.clone(),
+                restart_count: status.restart_count,
                 state: Some(State::Terminated(last.clone())),
                 ..pb::ContainerStatus::default()
             };
@@ -169,13 +172,15 @@ impl Worker<'_> {
             failure if FAILURES.contains(&failure) => "Failed",
             _ => return,
         };
-        let salt = hash(&(
+        let once = hash(&(
             &status.name,
             &waiting.reason,
             &waiting.message,
             status.restart_count,
         ));
-        if self.memory.events.once.insert(salt) {
+        if self.memory.events.once.insert(once) {
+            let started = self.context.process.started;
+            let salt = salt_of_attempt(status.restart_count, once, started);
             let message = match waiting.reason.as_str() {
                 "CrashLoopBackOff" => {
                     let pod = &view.pod.metadata;
@@ -186,7 +191,7 @@ impl Worker<'_> {
                         status.name
                     )
                 }
-                other => format!("Error: {other}: {}", waiting.message),
+                _ => format!("Error: {}", waiting.message),
             };
             let now = Timestamp::now();
             self.record_container(view, &status.name, true, (reason, message), now, salt);
@@ -276,6 +281,16 @@ fn since_and_salt(note: &pb::PodNote, started: Timestamp) -> (Timestamp, u64) {
     (since, hash(&(note.sequence, note.at)))
 }
 
+/// PURE: what distinguishes an Event of an attempt from others of the same text. `first`: of the first attempt, whose Event no
+/// process repeats. The Events of later attempts differ only by the process, so they are counted in one.
+fn salt_of_attempt(restart_count: i32, first: u64, started: Timestamp) -> u64 {
+    if restart_count > 0 {
+        hash(&started)
+    } else {
+        first
+    }
+}
+
 fn hash(what: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     what.hash(&mut hasher);
@@ -285,6 +300,16 @@ fn hash(what: &impl Hash) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn attempts_after_the_first_are_counted_in_one_event() {
+        let started = Timestamp::from_second(1000).unwrap();
+        let salt = |restart_count, attempt| salt_of_attempt(restart_count, attempt, started);
+        assert_eq!(salt(0, 7), 7);
+        assert_eq!(salt(1, 8), salt(2, 9));
+        let later = Timestamp::from_second(2000).unwrap();
+        assert_ne!(salt(1, 8), salt_of_attempt(1, 8, later));
+    }
 
     #[test]
     fn a_new_process_counts_in_a_new_event_and_repeats_no_other() {

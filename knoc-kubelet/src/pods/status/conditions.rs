@@ -188,20 +188,21 @@ fn gates(input: &Input<'_>) -> Why {
         .status
         .as_ref()
         .and_then(|status| status.conditions.as_deref());
-    let is_true = |kind: &str| {
-        conditions.is_some_and(|list| {
-            list.iter()
-                .any(|one| one.type_ == kind && one.status == "True")
-        })
-    };
     let closed: Vec<_> = gates
         .iter()
-        .filter(|gate| !is_true(&gate.condition_type))
-        .map(|gate| {
-            format!(
-                "the status of pod readiness gate \"{0}\" is not \"True\"",
-                gate.condition_type
-            )
+        .filter_map(|gate| {
+            let kind = &gate.condition_type;
+            let mut list = conditions.into_iter().flatten();
+            match list.find(|one| one.type_ == *kind) {
+                None => Some(format!(
+                    "corresponding condition of pod readiness gate \"{kind}\" does not exist."
+                )),
+                Some(one) if one.status == "True" => None,
+                Some(one) => Some(format!(
+                    "the status of pod readiness gate \"{kind}\" is not \"True\", but {}",
+                    one.status
+                )),
+            }
         })
         .collect();
     if closed.is_empty() {

@@ -2,7 +2,8 @@
 
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
-    ContainerStateWaiting, ContainerStatus, EphemeralContainer, VolumeMount, VolumeMountStatus,
+    ContainerStateWaiting, ContainerStatus, EphemeralContainer, Pod, VolumeMount,
+    VolumeMountStatus,
 };
 use knoc_proto::pb::{self, PodPhase, container_status::State};
 
@@ -99,10 +100,7 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
     };
     for (containers, statuses) in [(init, &mut statuses.init), (regular, &mut statuses.regular)] {
         for (container, status) in containers.iter().zip(statuses) {
-            let resources = resize::shown(input.pod, container);
-            status.allocated_resources.clone_from(&resources.requests);
-            status.resources = Some(resources);
-            status.volume_mounts = mounted(container.volume_mounts.as_deref());
+            show_spec(input.pod, container, status);
         }
     }
     if input
@@ -117,6 +115,16 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
     }
     restrict_readiness(&mut statuses);
     statuses
+}
+
+/// Shows in the status what follows from the spec alone. A stop signal of the image is not known here.
+fn show_spec(pod: &Pod, container: &Container, status: &mut ContainerStatus) {
+    let resources = resize::shown(pod, container);
+    status.allocated_resources.clone_from(&resources.requests);
+    status.resources = Some(resources);
+    status.volume_mounts = mounted(container.volume_mounts.as_deref());
+    let lifecycle = container.lifecycle.as_ref();
+    status.stop_signal = lifecycle.and_then(|lifecycle| lifecycle.stop_signal.clone());
 }
 
 /// The mounts of a container as its status shows them; None if it has none. No mount is read-only by a mode of its own.
@@ -414,8 +422,8 @@ fn never_ran(status: &ContainerStatus) -> bool {
     !started(status)
 }
 
-/// The pod has ended, so no container runs. One that was last seen running ended unobserved; one that never started
-/// stays waiting, unless its state is unknown.
+/// The pod has ended, so no container runs. One that was last seen running ended unobserved; one that waited for its next
+/// attempt ended as its last one did; one that never started stays waiting, unless its state is unknown.
 fn settle(input: &Input<'_>, status: &mut ContainerStatus) {
     status.started = Some(false);
     let outcome = input
@@ -423,6 +431,12 @@ fn settle(input: &Input<'_>, status: &mut ContainerStatus) {
         .and_then(|observed| observed.outcome.as_ref());
     let reason = outcome.map_or("ContainerStatusUnknown", |outcome| outcome.reason.as_str());
     let state = status.state.get_or_insert_default();
+    if state.waiting.is_some()
+        && let Some(ended) = status.last_state.take_if(|last| last.terminated.is_some())
+    {
+        *state = ended;
+        return;
+    }
     let unknown = state.waiting.is_some() && reason == "ContainerStatusUnknown";
     if state.running.is_none() && !unknown {
         return;

@@ -339,6 +339,35 @@ fn a_job_without_report_is_unknown() {
     }
 }
 
+/// As after a lost agent during CrashLoopBackOff: the last attempt's end is known.
+#[test]
+fn a_container_between_two_attempts_ended_as_its_last_one() {
+    let last = json!({"terminated": {"exitCode": 3, "reason": "Error"}});
+    let before = json!({"phase": "Running", "containerStatuses": [
+        {"name": "a", "image": "busybox", "imageID": "x", "ready": false, "restartCount": 2,
+         "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": last},
+    ]});
+    let observed = finished(OutcomeKind::Failed, "ContainerStatusUnknown", vec![]);
+    let status = compute(&pod("Always", false, &before), Some(&observed));
+    let shown = serde_json::to_value(&status.container_statuses.unwrap()[0]).unwrap();
+    assert_eq!(shown["state"], last);
+    assert_eq!(shown.get("lastState"), None);
+    assert_eq!(shown["restartCount"], 2);
+}
+
+#[test]
+fn a_stop_signal_of_the_pod_is_shown() {
+    let mut pod = pod("Always", false, &json!({"phase": "Pending"}));
+    let containers = &mut pod.spec.as_mut().unwrap().containers;
+    containers[0].lifecycle =
+        Some(serde_json::from_value(json!({"stopSignal": "SIGUSR1"})).unwrap());
+    let observed = observed(PodPhase::Running, vec![container("a", running())]);
+    let status = compute(&pod, Some(&observed));
+    let shown = status.container_statuses.unwrap();
+    assert_eq!(shown[0].stop_signal.as_deref(), Some("SIGUSR1"));
+    assert_eq!(shown[1].stop_signal, None);
+}
+
 #[test]
 fn a_terminal_phase_is_never_left() {
     let pod = pod("Always", false, &json!({"phase": "Failed"}));

@@ -121,6 +121,35 @@ async fn a_normal_life_costs_four_patches_and_four_events() {
     kubelet.stop().await;
 }
 
+/// A container that ends again and again costs no more Events than one that was restarted once.
+#[tokio::test]
+async fn the_restarts_of_a_container_are_counted_in_one_event() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.apply(|_| ());
+    kubelet.ensured().await;
+    for (attempt, written) in (0..4).zip([2, 4, 6, 8]) {
+        let started_at = i64::try_from(Timestamp::now().as_nanosecond()).unwrap();
+        kubelet
+            .observes(|pod| {
+                pod.phase = PodPhase::Running.into();
+                main_container(pod, State::Running(pb::Running { started_at }));
+                pod.containers[0].restart_count = attempt;
+                pod.containers[0].container_id = format!("apptainer://12.main.{attempt}");
+            })
+            .await;
+        kubelet
+            .wait("Created and Started", |kubelet| {
+                kubelet.said(&["/events"]) == written
+            })
+            .await;
+    }
+    assert_eq!(kubelet.reasons().len(), 4, "{:#?}", kubelet.api.calls());
+    for count in ["\"count\":2", "\"count\":3"] {
+        assert_eq!(kubelet.said(&["PATCH", "/events/", count]), 2, "{count}");
+    }
+    kubelet.stop().await;
+}
+
 #[tokio::test]
 async fn the_start_of_a_job_is_published_although_no_container_starts() {
     let mut kubelet = Kubelet::start().await;

@@ -15,15 +15,24 @@ fn a_pod_is_ready_only_when_its_gates_are_open() {
         let status = compute(&pod, Some(&all));
         let ready = status.conditions.unwrap();
         let ready = ready.into_iter().find(|one| one.type_ == "Ready").unwrap();
-        (ready.status, ready.reason.unwrap_or_default())
+        let [reason, message] = [ready.reason, ready.message].map(Option::unwrap_or_default);
+        (ready.status, reason, message)
     };
-    let closed = ("False".to_owned(), "ReadinessGatesNotReady".to_owned());
-    assert_eq!(ready(&json), closed);
+    let closed = |message: &str| {
+        let reason = "ReadinessGatesNotReady".to_owned();
+        ("False".to_owned(), reason, message.to_owned())
+    };
+    let missing =
+        "corresponding condition of pod readiness gate \"example.com/in-the-pool\" does not exist.";
+    assert_eq!(ready(&json), closed(missing));
     let gate = |status| json!([{"type": "example.com/in-the-pool", "status": status}]);
     json["status"] = json!({"conditions": gate("False")});
-    assert_eq!(ready(&json), closed);
+    let shut =
+        "the status of pod readiness gate \"example.com/in-the-pool\" is not \"True\", but False";
+    assert_eq!(ready(&json), closed(shut));
     json["status"] = json!({"conditions": gate("True")});
-    assert_eq!(ready(&json), ("True".to_owned(), String::new()));
+    let open = ("True".to_owned(), String::new(), String::new());
+    assert_eq!(ready(&json), open);
 }
 
 #[test]
@@ -56,6 +65,27 @@ fn a_resize_is_infeasible_and_the_status_shows_what_the_pod_has() {
     let status = compute(&pod, Some(&all));
     assert!(resizes(&status));
     assert_eq!(cpu(&status), "2");
+}
+
+#[test]
+fn a_resize_of_the_pod_as_a_whole_is_infeasible_too() {
+    let mut json = serde_json::to_value(pod("Always", false, &json!({}))).unwrap();
+    json["spec"]["resources"] = json!({"requests": {"cpu": "4"}, "limits": {"cpu": "6"}});
+    let all = observed(PodPhase::Running, vec![container("a", running())]);
+    let shown = |json: &Value| {
+        let pod: Pod = serde_json::from_value(json.clone()).unwrap();
+        serde_json::to_value(compute(&pod, Some(&all))).unwrap()
+    };
+    let first = shown(&json);
+    assert_eq!(first["resources"], json["spec"]["resources"]);
+    assert_eq!(first["allocatedResources"], json!({"cpu": "4"}));
+    json["status"] = first.clone();
+    json["spec"]["resources"] = json!({"requests": {"cpu": "5"}, "limits": {"cpu": "6"}});
+    let second = shown(&json);
+    assert_eq!(second["resources"], first["resources"]);
+    let mut conditions = second["conditions"].as_array().unwrap().iter();
+    let pending = conditions.find(|one| one["type"] == "PodResizePending");
+    assert_eq!(pending.unwrap()["reason"], "Infeasible");
 }
 
 #[test]
