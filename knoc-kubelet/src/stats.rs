@@ -3,8 +3,9 @@
 //! The endpoints call [`Stats::snapshot`]. Concurrent callers share one call to the agent, a task of [`Stats`] that
 //! goes on if its caller leaves; its answer is used for [`FRESH`], so several scrapers cost no more than one. If the
 //! agent does not answer, the last measurement is returned with its own times; while the link is down, nobody waits.
-//! [`assemble`] and the renderers [`resource`] and [`summary`] are pure.
+//! [`assemble`] and the renderers [`cadvisor`], [`resource`] and [`summary`] are pure.
 
+pub mod cadvisor;
 pub mod resource;
 pub mod summary;
 pub mod totals;

@@ -78,6 +78,15 @@ async fn the_kubelet_reports_the_use_of_each_container() -> anyhow::Result<()> {
     );
     ensure!(sample(&text, "node_cpu_usage_seconds_total")? >= whole * 0.9);
     ensure!((sample(&text, "resource_scrape_error")?).abs() < f64::EPSILON);
+    // What the dashboards of Prometheus ask for.
+    let dashboards = kubelet(&world, "/metrics/cadvisor").await?;
+    let labels = format!(
+        "container=\"main\",cpu=\"total\",image=\"{}\",namespace=\"{}\",pod=\"hot\"",
+        PodBuilder::image_name(),
+        world.namespace
+    );
+    let series = format!("container_cpu_usage_seconds_total{{{labels}}}");
+    ensure!(sample(&dashboards, &series)? >= main, "{dashboards}");
     let summary = json_of(&world, "/stats/summary").await?;
     ensure!(
         summary["node"]["nodeName"] == world.node.as_str(),

@@ -22,7 +22,7 @@ use serde_json::json;
 use super::Context;
 use crate::{
     metrics,
-    stats::{resource, summary},
+    stats::{cadvisor, resource, summary},
 };
 
 /// The routes, without the gate, which is in front of all routes.
@@ -30,6 +30,7 @@ pub(super) fn routes() -> Router<Arc<Context>> {
     Router::new()
         .route("/metrics", get(own))
         .route("/metrics/resource", get(resource_usage))
+        .route("/metrics/cadvisor", get(containers))
         .route("/metrics/probes", get(probes))
         .route("/stats/summary", get(stats_summary))
         .route("/configz", get(configz))
@@ -64,6 +65,11 @@ async fn own(State(context): State<Arc<Context>>) -> Response {
 async fn resource_usage(State(context): State<Arc<Context>>) -> Response {
     let snapshot = context.backend.stats().await;
     text(resource::render(&snapshot))
+}
+
+async fn containers(State(context): State<Arc<Context>>) -> Response {
+    let snapshot = context.backend.stats().await;
+    text(cadvisor::render(&snapshot, &context.backend.pods()))
 }
 
 async fn probes() -> Response {

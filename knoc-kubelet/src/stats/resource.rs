@@ -99,7 +99,8 @@ fn scoped(text: &mut String, scope: &str, rows: &[(String, &Measured)]) {
     }
 }
 
-fn family(
+/// Writes one family, unless it has no sample. The time of a sample is that of its measurement.
+pub(super) fn family(
     text: &mut String,
     name: &str,
     help: &str,
@@ -117,12 +118,13 @@ fn family(
     }
 }
 
-fn shows(one: &Measured) -> bool {
+/// Whether a container is shown: once it has used CPU time and memory.
+pub(super) fn shows(one: &Measured) -> bool {
     one.usage.cpu_nanoseconds > 0 && one.usage.working_set_bytes > 0
 }
 
 /// Nanoseconds as seconds with nine decimal places, without the rounding of a float.
-fn seconds(nanos: u64) -> String {
+pub(super) fn seconds(nanos: u64) -> String {
     format!("{}.{:09}", nanos / 1_000_000_000, nanos % 1_000_000_000)
 }
 

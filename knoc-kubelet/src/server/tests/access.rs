@@ -10,9 +10,10 @@ fn user(name: &str) -> User {
     }
 }
 
-const EVERY_PATH: [&str; 13] = [
+const EVERY_PATH: [&str; 14] = [
     "/metrics",
     "/metrics/resource",
+    "/metrics/cadvisor",
     "/metrics/probes",
     "/stats/summary",
     "/configz",

@@ -32,6 +32,8 @@ async fn usage_is_served_as_text_and_as_json() {
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let (_, text) = client.get("/metrics/resource").await;
     assert_eq!(text, crate::stats::resource::render(&snapshot()));
+    let (_, text) = client.get("/metrics/cadvisor").await;
+    assert_eq!(text, crate::stats::cadvisor::render(&snapshot(), &[]));
     let whole = json_of(&mut client, "/stats/summary").await;
     assert_eq!(whole["node"]["nodeName"], "virtual");
     assert!(whole["pods"][0].get("process_stats").is_some());
@@ -121,7 +123,13 @@ async fn each_path_has_its_own_right() {
     for (name, allowed) in [
         (
             "scraper",
-            ["/metrics/resource", "/metrics", "/metrics/probes"].as_slice(),
+            [
+                "/metrics/resource",
+                "/metrics/cadvisor",
+                "/metrics",
+                "/metrics/probes",
+            ]
+            .as_slice(),
         ),
         ("reader", &["/stats/summary"]),
         ("lister", &["/runningpods/"]),
@@ -129,6 +137,7 @@ async fn each_path_has_its_own_right() {
         let mut client = fixture.connect(Some(&fixture.ca.client(name, &[]))).await;
         for path in [
             "/metrics/resource",
+            "/metrics/cadvisor",
             "/metrics",
             "/metrics/probes",
             "/stats/summary",
