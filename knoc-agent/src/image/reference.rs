@@ -196,6 +196,11 @@ mod tests {
             whole(&format!("busybox@{digest}")),
             format!("docker.io/library/busybox@{digest}")
         );
+        // As webhooks that verify images write it: the digest decides, and the tag is only shown.
+        let both = format!("ghcr.io/a/b:v1@{digest}");
+        assert_eq!(whole(&both), both);
+        let version = both.parse::<Name>().map(|name| name.version());
+        assert_eq!(version.as_ref(), Ok(&digest));
         for bad in [
             "",
             " ",
