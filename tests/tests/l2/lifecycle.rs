@@ -362,3 +362,28 @@ async fn an_invalid_pod_is_refused_with_all_reasons() -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+#[tokio::test]
+async fn a_pod_leaves_nothing_in_the_home_directory() -> anyhow::Result<()> {
+    let (site, _agent, client) = Site::start(Options::default()).await?;
+    // The agent's home is the folder of the site.
+    let names = || -> anyhow::Result<Vec<std::ffi::OsString>> {
+        let entries = std::fs::read_dir(site.path("."))?;
+        let mut names = entries
+            .map(|entry| entry.map(|entry| entry.file_name()))
+            .collect::<Result<Vec<_>, _>>()?;
+        names.sort();
+        Ok(names)
+    };
+    let before = names()?;
+    let pod = Pod::new("guest", vec![shell("main", "exec sleep 600")]);
+    pod.ensure(&client).await?;
+    pod.running(&client, SOON)
+        .await
+        .with_context(|| site.log())?;
+    pod.exec(&client, "main", &["/bin/true"], b"").await?;
+    ensure!(names()? == before, "{:?}", names()?);
+    pod.remove(&client).await?;
+    ensure!(names()? == before, "{:?}", names()?);
+    Ok(())
+}

@@ -149,3 +149,27 @@ async fn a_followed_log_ends_with_a_shim_that_was_killed() -> anyhow::Result<()>
     let kept = pod.log(&client, "main").await?;
     same("what the files keep", &text, std::str::from_utf8(&kept)?)
 }
+
+#[tokio::test]
+async fn what_the_job_prints_before_its_pod_is_in_no_log_of_a_container() -> anyhow::Result<()> {
+    let prelude = "echo the modules of the site; echo and a warning >&2\n".to_owned();
+    let (site, _agent, client) = Site::start(Options {
+        prelude,
+        ..Options::default()
+    })
+    .await?;
+    let script = "echo of the program; echo and its error >&2";
+    let program = container("main", &["/bin/sh", "-c", script], &[]);
+    let pod = Pod::new("quiet", vec![program]);
+    pod.ensure(&client).await?;
+    pod.succeeded(&client, SOON)
+        .await
+        .with_context(|| site.log())?;
+    let log = pod.log(&client, "main").await?;
+    let log = String::from_utf8_lossy(&log);
+    // Both streams are in the log, in either order.
+    let mut lines: Vec<&str> = log.lines().collect();
+    lines.sort_unstable();
+    ensure!(lines == ["and its error", "of the program"], "{log}");
+    Ok(())
+}
