@@ -264,6 +264,11 @@ async fn the_same_pod_again_is_a_no_op_and_another_spec_is_a_conflict() -> anyho
             .into_inner()
             .created
     );
+    // Somebody annotates the pod, which raises no generation, before it is sent again.
+    let annotated = change(&pod, |spec| {
+        spec.annotations.insert("note".into(), "new".into());
+    });
+    client.ensure_pod(annotated.request).await?;
     let other = change(&pod, |spec| {
         spec.generation = 2;
         spec.containers.push(shell("second", "true"));
