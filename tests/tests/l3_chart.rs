@@ -271,6 +271,12 @@ async fn the_chart_installs_and_grants_the_permissions_that_it_lists() -> anyhow
     world.finish().await
 }
 
+/// What follows on the first line of a text that begins so.
+fn field<'a>(text: &'a str, start: &str) -> &'a str {
+    let found = text.lines().find_map(|line| line.strip_prefix(start));
+    found.unwrap_or_default().trim()
+}
+
 /// The kind, namespace and name of each object that the chart renders for this site, with the values that the guide asks for if there are
 /// several sites.
 async fn rendered(site: &str) -> anyhow::Result<BTreeSet<String>> {
@@ -283,10 +289,6 @@ async fn rendered(site: &str) -> anyhow::Result<BTreeSet<String>> {
         .ok()
         .await?
         .text();
-    let field = |object: &str, start: &str| {
-        let found = object.lines().find_map(|line| line.strip_prefix(start));
-        found.unwrap_or_default().trim().to_owned()
-    };
     let objects = manifest
         .split("\n---")
         .filter(|object| !field(object, "kind:").is_empty());
