@@ -1,9 +1,20 @@
-//! The Helm chart on the real control plane: which values it rejects, which permissions it grants, and the examples.
+//! The Helm chart on the real control plane: which values it rejects, which permissions it grants, and the examples; and a chart of a user, whose
+//! hooks and test run on the node.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::{batch::v1::Job, core::v1::Secret};
 use knoc_tests::{Run, World, wait_for, world::SOON};
+
+/// The time that helm waits for the pods of a release, beside those of other tests.
+const WAIT: &str = "--timeout=4m";
+/// A little more than that.
+const WAITED: Duration = Duration::from_mins(5);
 
 fn deploy() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
@@ -257,5 +268,76 @@ async fn the_chart_installs_and_grants_the_permissions_that_it_lists() -> anyhow
     helm(["uninstall", "charttest", "--namespace", namespace])
         .ok()
         .await?;
+    world.finish().await
+}
+
+/// What follows on the first line of a text that begins so.
+fn field<'a>(text: &'a str, start: &str) -> &'a str {
+    let found = text.lines().find_map(|line| line.strip_prefix(start));
+    found.unwrap_or_default().trim()
+}
+
+/// The kind, namespace and name of each object that the chart renders for this site, with the values that the guide asks for if there are
+/// several sites.
+async fn rendered(site: &str) -> anyhow::Result<BTreeSet<String>> {
+    let values = format!(
+        "agent.site={site},agent.address=a:1,runtimeClass.name=knoc-{site},agent.secret={site}-bundle,serviceAccount.name={site}"
+    );
+    let manifest = helm(["template", site, "--kube-version", "1.36.0"])
+        .args(["--namespace", "knoc-system", "--set", &values])
+        .arg(deploy().join("chart/knoc"))
+        .ok()
+        .await?
+        .text();
+    let objects = manifest
+        .split("\n---")
+        .filter(|object| !field(object, "kind:").is_empty());
+    let named = objects.map(|object| {
+        let metadata = object.split_once("\nmetadata:\n");
+        let metadata = metadata.map(|(_, rest)| rest).unwrap_or_default();
+        let (namespace, name) = (field(metadata, "  namespace:"), field(metadata, "  name:"));
+        format!("{} {namespace}/{name}", field(object, "kind:"))
+    });
+    Ok(named.collect())
+}
+
+#[tokio::test]
+async fn releases_of_two_sites_in_one_namespace_share_no_object() -> anyhow::Result<()> {
+    let (first, second) = (rendered("one").await?, rendered("two").await?);
+    ensure!(first.len() > 5, "{first:?}");
+    let shared: Vec<_> = first.intersection(&second).collect();
+    ensure!(shared.is_empty(), "{shared:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn hooks_and_the_test_of_a_chart_run_on_the_node() -> anyhow::Result<()> {
+    let world = World::new("hooks").await?;
+    let namespace = world.namespace.as_str();
+    let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("helm/hooks");
+    let helm = |command: &str| {
+        let run = helm([command, "app", "--namespace", namespace, WAIT]);
+        run.deadline(WAITED)
+    };
+    let password = async || -> anyhow::Result<Vec<u8>> {
+        let secret = world.api::<Secret>().get("app-password").await?;
+        let password = secret.data.and_then(|mut data| data.remove("password"));
+        Ok(password.context("no password")?.0)
+    };
+    let succeeded = async |job: &str| -> anyhow::Result<()> {
+        let status = world.api::<Job>().get(job).await?.status;
+        let status = status.unwrap_or_default();
+        ensure!(status.succeeded == Some(1), "{job}: {status:?}");
+        Ok(())
+    };
+    helm("install").arg("--wait").arg(&chart).ok().await?;
+    succeeded("app-prepare").await?;
+    let first = password().await?;
+    let test = helm("test").arg("--logs").ok().await?.text();
+    ensure!(test.contains("the password has 20 letters"), "{test}");
+    helm("upgrade").arg("--wait").arg(&chart).ok().await?;
+    ensure!(password().await? == first, "the upgrade made another one");
+    helm("uninstall").arg("--wait").ok().await?;
+    succeeded("app-clean").await?;
     world.finish().await
 }

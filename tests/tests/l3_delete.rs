@@ -54,7 +54,8 @@ async fn a_running_pod_has_its_grace_and_is_gone_only_after_its_job() -> anyhow:
     // The trap must be set before the signal arrives.
     world.wait_log("graceful", "main", "ready").await?;
     let began = Instant::now();
-    world.delete("graceful", Some(60)).await?;
+    // Longer than this test waits: a pod whose program has ended does not use it up.
+    world.delete("graceful", Some(600)).await?;
     let code = knoc_tests::wait_for("its exit code, or its end", SOON, async || {
         match world.api::<Pod>().get_opt("graceful").await? {
             // The object may be gone before we look.

@@ -9,13 +9,14 @@ use k8s_openapi::api::{
     core::v1::{Pod, PodCondition},
     policy::v1::PodDisruptionBudget,
 };
+use knoc_kubelet::api_client;
 use knoc_tests::{
     PodBuilder, World, wait_for,
     world::{SOON, has_condition, phase_of, why},
 };
 use kube::{
     ResourceExt as _,
-    api::{EvictParams, ListParams, Patch, PatchParams, PostParams},
+    api::{Api, EvictParams, ListParams, Patch, PatchParams, PostParams},
 };
 use serde_json::{Value, json};
 
@@ -28,9 +29,12 @@ const TOO_MANY_REQUESTS: u16 = 429;
 /// A label of the pods that a budget protects.
 const APP: (&str, &str) = ("app", "protected");
 
+/// Evicts once. The client of the other tests tries a request that is answered with 429 again, for minutes.
 async fn evict(world: &World, name: &str) -> anyhow::Result<()> {
-    let how = EvictParams::default();
-    world.api::<Pod>().evict(name, &how).await?;
+    let mut config = kube::Config::infer().await?;
+    config.default_retry = false;
+    let pods = Api::<Pod>::namespaced(api_client::connect(config)?, &world.namespace);
+    pods.evict(name, &EvictParams::default()).await?;
     Ok(())
 }
 

@@ -221,18 +221,16 @@ fn in_memory(parent: &Path, name: &str) -> Result<PathBuf, String> {
     if ![TMPFS_MAGIC, RAMFS_MAGIC].contains(&kind.filesystem_type()) {
         return Err("it is not a tmpfs".to_owned());
     }
-    let mode = fs::metadata(parent)
-        .map_err(|error| error.to_string())?
-        .mode()
-        & 0o7777;
+    let meta = fs::metadata(parent).map_err(|error| error.to_string())?;
+    let mode = meta.mode() & 0o7777;
     if mode & WRITABLE_BY_OTHERS != 0 && mode & STICKY == 0 {
         return Err(format!(
             "other users can replace what is in it (mode {mode:04o} lacks the sticky bit)"
         ));
     }
     let folder = parent.join(name);
-    let made = DirBuilder::new().mode(0o700).create(&folder);
-    made.map_err(|error| error.to_string())?;
+    let created = DirBuilder::new().mode(0o700).create(&folder);
+    created.map_err(|error| error.to_string())?;
     Ok(folder)
 }
 

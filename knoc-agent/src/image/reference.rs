@@ -164,6 +164,16 @@ mod tests {
         }
     }
 
+    /// Webhooks that verify images write both.
+    #[test]
+    fn of_a_tag_and_a_digest_the_digest_decides_and_the_tag_is_shown() {
+        let digest = format!("sha256:{}", "a".repeat(64));
+        let both = format!("ghcr.io/a/b:v1@{digest}");
+        assert_eq!(whole(&both), both);
+        let version = both.parse::<Name>().map(|name| name.version());
+        assert_eq!(version.as_ref(), Ok(&digest));
+    }
+
     #[test]
     fn names_of_pods() {
         let digest = format!("sha256:{}", "a".repeat(64));

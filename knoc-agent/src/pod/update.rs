@@ -49,8 +49,6 @@ pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String
             generation: 0,
             active_deadline_seconds: 0,
             ephemeral_containers: Vec::new(),
-            labels: std::collections::HashMap::default(),
-            annotations: std::collections::HashMap::default(),
             ..spec.clone()
         };
         let containers = spec.init_containers.iter_mut().chain(&mut spec.containers);
@@ -67,14 +65,17 @@ pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String
     }
 }
 
-/// Whether they are the same request. These make no difference: a field that older kubelets did not
-/// send although they accepted its pods, and that cannot change in Kubernetes; and what comes from
-/// the kubelet's configuration, which may change while a pod runs.
+/// Whether they are the same request. These make no difference: labels and annotations, which change
+/// without a newer generation; a field that older kubelets did not send although they accepted its
+/// pods, and that cannot change in Kubernetes; and what comes from the kubelet's configuration, which
+/// may change while a pod runs.
 pub(super) fn same(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
     let comparable = |spec: &pb::PodSpec| {
         let mut spec = spec.clone();
         let containers = spec.init_containers.iter_mut().chain(&mut spec.containers);
         containers.for_each(forget_additions);
+        spec.labels.clear();
+        spec.annotations.clear();
         spec.cluster_domain.clear();
         spec.resolver = None;
         spec.pod_range.clear();
@@ -153,6 +154,18 @@ mod tests {
         allowed(&of(None), &of(Some(1000))).unwrap();
         assert!(same(&of(None), &of(Some(1000))));
         assert!(!same(&of(None), &old));
+    }
+
+    #[test]
+    fn labels_and_annotations_of_one_generation_are_no_conflict() {
+        let old = pb::PodSpec::default();
+        let mut new = old.clone();
+        let ready = ("tekton.dev/ready".to_owned(), "READY".to_owned());
+        new.annotations.extend([ready.clone()]);
+        new.labels.extend([ready]);
+        assert!(same(&old, &new));
+        new.hostname = "x".into();
+        assert!(!same(&old, &new));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 use super::*;
 
 mod problems;
+mod rendered;
 
 fn pod() -> Pod {
     serde_json::from_value(json!({

@@ -264,6 +264,11 @@ async fn the_same_pod_again_is_a_no_op_and_another_spec_is_a_conflict() -> anyho
             .into_inner()
             .created
     );
+    // Somebody annotates the pod, which raises no generation, before it is sent again.
+    let annotated = change(&pod, |spec| {
+        spec.annotations.insert("note".into(), "new".into());
+    });
+    client.ensure_pod(annotated.request).await?;
     let other = change(&pod, |spec| {
         spec.generation = 2;
         spec.containers.push(shell("second", "true"));
@@ -360,5 +365,30 @@ async fn an_invalid_pod_is_refused_with_all_reasons() -> anyhow::Result<()> {
     for word in ["main", "nowhere", "relative"] {
         ensure!(refused.message().contains(word), "{refused}");
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_pod_leaves_nothing_in_the_home_directory() -> anyhow::Result<()> {
+    let (site, _agent, client) = Site::start(Options::default()).await?;
+    // The agent's home is the folder of the site.
+    let names = || -> anyhow::Result<Vec<std::ffi::OsString>> {
+        let entries = std::fs::read_dir(site.path("."))?;
+        let mut names = entries
+            .map(|entry| entry.map(|entry| entry.file_name()))
+            .collect::<Result<Vec<_>, _>>()?;
+        names.sort();
+        Ok(names)
+    };
+    let before = names()?;
+    let pod = Pod::new("guest", vec![shell("main", "exec sleep 600")]);
+    pod.ensure(&client).await?;
+    pod.running(&client, SOON)
+        .await
+        .with_context(|| site.log())?;
+    pod.exec(&client, "main", &["/bin/true"], b"").await?;
+    ensure!(names()? == before, "{:?}", names()?);
+    pod.remove(&client).await?;
+    ensure!(names()? == before, "{:?}", names()?);
     Ok(())
 }

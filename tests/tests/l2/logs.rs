@@ -3,7 +3,10 @@
 use std::{fmt::Write as _, time::Duration};
 
 use anyhow::{Context as _, ensure};
-use knoc_proto::pb::{self, agent_client::AgentClient};
+use knoc_proto::{
+    pb::{self, agent_client::AgentClient},
+    reason::ErrorReason,
+};
 use knoc_tests::{
     relay::Relay,
     site::{Options, Pod, Site, container, processes_naming},
@@ -148,4 +151,49 @@ async fn a_followed_log_ends_with_a_shim_that_was_killed() -> anyhow::Result<()>
     );
     let kept = pod.log(&client, "main").await?;
     same("what the files keep", &text, std::str::from_utf8(&kept)?)
+}
+
+#[tokio::test]
+async fn what_the_job_prints_before_its_pod_is_in_no_log_of_a_container() -> anyhow::Result<()> {
+    let prelude = "echo the modules of the site; echo and a warning >&2\n".to_owned();
+    let (site, _agent, client) = Site::start(Options {
+        prelude,
+        ..Options::default()
+    })
+    .await?;
+    let script = "echo of the program; echo and its error >&2";
+    let program = container("main", &["/bin/sh", "-c", script], &[]);
+    let pod = Pod::new("quiet", vec![program]);
+    pod.ensure(&client).await?;
+    pod.succeeded(&client, SOON)
+        .await
+        .with_context(|| site.log())?;
+    let log = pod.log(&client, "main").await?;
+    let log = String::from_utf8_lossy(&log);
+    // Both streams are in the log, in either order.
+    let mut lines: Vec<&str> = log.lines().collect();
+    lines.sort_unstable();
+    ensure!(lines == ["and its error", "of the program"], "{log}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_log_is_asked_for_by_its_container_and_never_by_a_path() -> anyhow::Result<()> {
+    let (site, _agent, client) = Site::start(Options::default()).await?;
+    let pod = Pod::new("plain", vec![container("main", &["/bin/true"], &[])]);
+    pod.ensure(&client).await?;
+    pod.succeeded(&client, SOON)
+        .await
+        .with_context(|| site.log())?;
+    for name in ["../../../ca.crt", "/etc/passwd", "main/../main", ""] {
+        let refused = pod.log(&client, name).await.err();
+        let refused = refused.with_context(|| format!("{name:?} was read"))?;
+        let status = refused.downcast_ref::<tonic::Status>();
+        let reason = status.and_then(ErrorReason::of);
+        ensure!(
+            reason == Some(ErrorReason::InvalidRequest),
+            "{name:?}: {refused:#}"
+        );
+    }
+    Ok(())
 }

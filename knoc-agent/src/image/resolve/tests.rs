@@ -204,6 +204,36 @@ async fn many_pods_pull_once() {
 }
 
 #[tokio::test]
+async fn the_same_name_in_two_registries_is_two_images() {
+    let other = Content::default().with("library/one", &[tar("etc/passwd", b"other:x:0:0\n")]);
+    let registry = FakeRegistry::start(move |ask| other.answer(ask)).await;
+    let mut world = World::new().await;
+    let mut settings = world.images.settings().clone();
+    settings.registries.push(Registry {
+        prefix: registry.address.clone(),
+        mirror: None,
+        insecure: true,
+        credentials: false,
+    });
+    world.images = Images::new(settings);
+    let first = "docker.io/library/one:v1".to_owned();
+    let second = format!("{}/library/one:v1", registry.address);
+    let (mut paths, mut digests) = (Vec::new(), Vec::new());
+    for name in [first, second] {
+        let image = world
+            .images
+            .resolve(&name, PullPolicy::IfNotPresent, &[])
+            .await
+            .unwrap();
+        let (_, digest) = image.image_id.split_once('@').unwrap();
+        digests.push(digest.to_owned());
+        paths.push(image.path);
+    }
+    assert_ne!(digests[0], digests[1]);
+    assert_ne!(paths[0], paths[1]);
+}
+
+#[tokio::test]
 async fn policies() {
     let mut world = World::new().await;
     let never = world

@@ -121,7 +121,13 @@ async fn each_path_has_its_own_right() {
     for (name, allowed) in [
         (
             "scraper",
-            ["/metrics/resource", "/metrics", "/metrics/probes"].as_slice(),
+            [
+                "/metrics/resource",
+                "/metrics/cadvisor",
+                "/metrics",
+                "/metrics/probes",
+            ]
+            .as_slice(),
         ),
         ("reader", &["/stats/summary"]),
         ("lister", &["/runningpods/"]),
@@ -129,6 +135,7 @@ async fn each_path_has_its_own_right() {
         let mut client = fixture.connect(Some(&fixture.ca.client(name, &[]))).await;
         for path in [
             "/metrics/resource",
+            "/metrics/cadvisor",
             "/metrics",
             "/metrics/probes",
             "/stats/summary",

@@ -10,6 +10,7 @@ use super::{
 
 const LATER: &str = "not supported yet; leave it out";
 const CSI: &str = "a volume of this kind cannot be mounted by an ordinary user on a compute node; use a claim or a path that the site lets pods mount (`persistentVolumeClaim`, `hostPath`)";
+const INLINE: &str = "an inline volume of a driver cannot be mounted by an ordinary user on a compute node; use a claim or a path that the site lets pods mount (`persistentVolumeClaim`, `hostPath`), and for the files of a secret store a Secret that it writes";
 const OWNER: &str = "files belong to the HPC user";
 const FS_GROUP: &str = "files belong to the HPC user; inside of the container their group is `runAsGroup`, else this one: see [users](#users)";
 const IS_HPC_USER: &str = "containers run as the HPC user of the agent";
@@ -154,9 +155,13 @@ pub(super) const TABLE: &[Type] = &[
         row("seccompProfile appArmorProfile", Any, Inside("Profile"), ""),
         row("seLinuxChangePolicy", Any, Satisfied, ""),
         row("seLinuxOptions", Any, Satisfied, SE_LINUX),
-        row("sysctls", Empty, Satisfied, ""),
-        row("sysctls", Any, Rejected, "kernel parameters cannot be set by an ordinary user, so leave them out; a pod with one that is not safe fails with `SysctlForbidden`, as on any node"),
+        row("sysctls", Any, Inside("Sysctl"), ""),
         row("windowsOptions", Any, Rejected, WINDOWS),
+    ]),
+    of("Sysctl", "`sysctls[]`", &[
+        row("name", Is(&["net.ipv4.ip_unprivileged_port_start", "net.ipv4.ping_group_range"]), Mapped, "not set: in a network of its own, a pod binds any port and sends pings without it"),
+        row("name", Any, Rejected, "kernel parameters cannot be set by an ordinary user, so leave them out; a pod with one that is not safe fails with `SysctlForbidden`, as on any node"),
+        row("value", Any, Satisfied, ""),
     ]),
     of("SecurityContext", "`securityContext` of a container", &[
         row("runAsUser runAsGroup", Any, Honoured, IDS),
@@ -377,7 +382,8 @@ const VOLUME: &[Row] = &[
     row("persistentVolumeClaim", Any, Inside("PersistentVolumeClaimVolumeSource"), ""),
     row("ephemeral", Any, Honoured, "a claim that Kubernetes creates for the pod; see [claims](#claims-and-nfs)"),
     row("image", Any, Inside("ImageVolumeSource"), ""),
-    row("csi iscsi fc cephfs rbd glusterfs flexVolume", Any, Rejected, CSI),
+    row("csi", Any, Rejected, INLINE),
+    row("iscsi fc cephfs rbd glusterfs flexVolume", Any, Rejected, CSI),
     row("awsElasticBlockStore azureDisk azureFile cinder flocker gcePersistentDisk photonPersistentDisk portworxVolume quobyte scaleIO storageos vsphereVolume", Any, Rejected, CSI),
     row("gitRepo", Any, Rejected, "removed from Kubernetes; fetch it in an init container"),
 ];

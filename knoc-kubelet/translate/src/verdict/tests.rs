@@ -81,6 +81,7 @@ fn every_field_of_a_pod_has_a_verdict() {
     check::<core::VolumeMount>("VolumeMount", p);
     check::<core::PodSecurityContext>("PodSecurityContext", p);
     check::<core::SecurityContext>("SecurityContext", p);
+    check::<core::Sysctl>("Sysctl", p);
     check::<core::Capabilities>("Capabilities", p);
     check::<core::SeccompProfile>("Profile", p);
     check::<core::AppArmorProfile>("Profile", p);
@@ -215,6 +216,27 @@ fn the_capability_to_bind_low_ports_is_not_granted_and_does_not_reject_a_pod() {
         let rejected = with(json!(["NET_BIND_SERVICE", add])).rejected;
         assert_eq!(rejected.len(), 1, "{rejected:?}");
     }
+}
+
+#[test]
+fn the_kernel_parameter_for_low_ports_is_not_set_and_does_not_reject_a_pod() {
+    let with = |sysctls: Value| {
+        let mut pod = ordinary();
+        pod["spec"]["securityContext"]["sysctls"] = sysctls;
+        judge(&pod)
+    };
+    // As the chart of Istio's gateway asks for it.
+    let ports = json!({"name": "net.ipv4.ip_unprivileged_port_start", "value": "0"});
+    let findings = with(json!([ports]));
+    assert_eq!(findings.rejected, Vec::<String>::new());
+    let [mapped] = findings.mapped.as_slice() else {
+        panic!("{:?}", findings.mapped);
+    };
+    assert!(mapped.contains("sysctls[net.ipv4.ip_unprivileged_port_start].name: not set"));
+    let other = json!({"name": "net.ipv4.tcp_syncookies", "value": "1"});
+    let rejected = with(json!([ports, other])).rejected;
+    assert_eq!(rejected.len(), 1, "{rejected:?}");
+    assert_eq!(with(json!([])), Findings::default());
 }
 
 #[test]

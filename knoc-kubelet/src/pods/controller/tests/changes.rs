@@ -51,6 +51,14 @@ impl Kubelet {
         self.phase("Running").await;
     }
 
+    /// Whether the pod is ready, according to its status.
+    fn ready(&self) -> Option<String> {
+        let status = self.store.by_uid(&uid())?.pod.status.clone()?;
+        let mut conditions = status.conditions?.into_iter();
+        let ready = conditions.find(|one| one.type_ == "Ready")?;
+        Some(ready.status)
+    }
+
     /// The observedGeneration of the status and of each of its conditions.
     fn observed_generations(&self) -> Vec<Option<i64>> {
         let status = self.store.by_uid(&uid()).unwrap().pod.status.clone();
@@ -201,5 +209,27 @@ async fn skipped_names_are_reported_once_for_each_set() {
         kubelet.said(&["/events", "InvalidEnvironmentVariableNames"]),
         1
     );
+    kubelet.stop().await;
+}
+
+#[tokio::test]
+async fn a_condition_of_a_pod_that_somebody_else_overwrote_is_written_again() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.running().await;
+    kubelet
+        .agent
+        .change(UID, |pod| pod.containers[0].ready = true);
+    let ready = |kubelet: &Kubelet| kubelet.ready().as_deref() == Some("True");
+    kubelet.wait("ready", ready).await;
+    // As the node controller does if the node was not heard of for a while.
+    kubelet.apply(|pod| {
+        for condition in pod["status"]["conditions"].as_array_mut().unwrap() {
+            if condition["type"] == "Ready" {
+                condition["status"] = "False".into();
+                condition["reason"] = "NodeNotReady".into();
+            }
+        }
+    });
+    kubelet.wait("ready again", ready).await;
     kubelet.stop().await;
 }
