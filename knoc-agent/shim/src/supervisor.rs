@@ -11,6 +11,7 @@ mod probing;
 mod slot;
 mod slots;
 mod stats;
+mod statuses;
 mod timeouts;
 
 use std::{collections::BTreeSet, net::Ipv4Addr, sync::Arc, time::Duration};
@@ -31,6 +32,7 @@ use tokio::{
 use self::{
     slot::Slot,
     slots::{DuplicateName, Slots},
+    statuses::container_id,
     timeouts::{Expired, Timeouts},
 };
 use super::{
@@ -38,8 +40,8 @@ use super::{
     directory::Directory,
     plan::{self, Action, Backoff, Phase, Plan, Progress, StopStage, Time, View},
     pod::Pod,
-    report::{self, Publisher, Situation, StatusContext},
-    role::{Role, SlotId},
+    report::{self, Publisher},
+    role::SlotId,
     usage::{Counters, Sample},
 };
 
@@ -470,38 +472,6 @@ impl Supervisor {
         }
     }
 
-    /// The statuses of all containers.
-    fn statuses(&self) -> Statuses {
-        let view = self.view();
-        let context = StatusContext {
-            pod: self.pod.spec(),
-            initialized: view.initialized(),
-            stopping: self.stop.is_some(),
-            starts_over: view.starts_over(),
-            missing: (!view.values).then(|| self.missing()),
-            now: view.now,
-        };
-        let mut all = Statuses::default();
-        for slot in self.slots.iter() {
-            let statuses = match slot.spec.role {
-                Role::Init | Role::Sidecar => &mut all.init,
-                Role::Main => &mut all.main,
-                Role::Ephemeral => &mut all.ephemeral,
-            };
-            let missing = self.target_of(slot.spec.id).err();
-            let situation = Situation {
-                phase: slot.phase,
-                health: slot.health,
-                history: &slot.history,
-                restart: slot.restart(),
-                target_missing: missing.as_deref(),
-            };
-            let id = container_id(&self.pod, slot);
-            statuses.push(report::status(&slot.spec, situation, &context, id));
-        }
-        all
-    }
-
     fn publish(&mut self) {
         let statuses = self.statuses();
         let waits = !self.has_values() && self.stop.is_none();
@@ -574,23 +544,6 @@ impl Supervisor {
     }
 }
 
-/// The statuses of containers, by their place in the report.
-#[derive(Default)]
-struct Statuses {
-    /// Those of init containers and sidecars.
-    init: Vec<pb::ContainerStatus>,
-    main: Vec<pb::ContainerStatus>,
-    ephemeral: Vec<pb::ContainerStatus>,
-}
-
-impl Statuses {
-    fn put_into(self, report: &mut pb::Report) {
-        report.init_containers = self.init;
-        report.containers = self.main;
-        report.ephemeral_containers = self.ephemeral;
-    }
-}
-
 /// Adds a note on how many lines of this attempt's log were lost so far, if more were lost since the last note.
 fn note_lost_lines(slot: &mut Slot, publisher: &mut Publisher, losses: &Losses) {
     if losses.lines <= slot.lost_lines {
@@ -600,13 +553,6 @@ fn note_lost_lines(slot: &mut Slot, publisher: &mut Publisher, losses: &Losses) 
     let why = losses.error.as_deref().unwrap_or("the file system hangs");
     let message = format!("{} log lines could not be written: {why}", losses.lines);
     publisher.note("LogLinesLost", message, slot.spec.name());
-}
-
-/// The id of the running attempt, or of the last one.
-fn container_id(pod: &Pod, slot: &Slot) -> String {
-    let runtime = pod.runtime.name();
-    let (job, name, attempt) = (&pod.claim.job_id, slot.spec.name(), slot.history.attempt);
-    format!("{runtime}://{job}.{name}.{attempt}")
 }
 
 fn positive(number: i64) -> Option<u64> {
