@@ -98,7 +98,7 @@ conformance_skipped=0
 conformance() {
     local code=0 counts passed failed left seconds line
     say "conformance: $conformance_list; after $conformance_minutes minutes no further test is started"
-    "$testbed/conformance/run.sh" --page "$results/conformance.md" --minutes "$conformance_minutes" --limit "${LIMIT:-300}" \
+    "$testbed/conformance/run.sh" --page "$results/conformance.md" --minutes "$conformance_minutes" --limit "${LIMIT:-600}" \
         ${SIDE:+--side "$SIDE"} "$conformance_list" 2>&1 | tee "$results/conformance" || code=$?
     counts=$(sed -n 's/^conformance: \([0-9]*\) passed, \([0-9]*\) failed, \([0-9]*\) not started, \([0-9]*\) s$/\1 \2 \3 \4/p' "$results/conformance")
     read -r passed failed left seconds <<<"${counts:-0 0 0 0}"
@@ -164,6 +164,8 @@ elif ! "$testbed/interop.sh"; then
     skip L3 "the clients of the interop suite could not be installed, see above" -p knoc-tests $others $faults
     [ "$given_stack" != full ] || total_failed=1
 else
+    # Images of packages that tests run, made once: a test has other deadlines than a download. If one fails, its test tries again and says why.
+    for name in redis dask health python; do "$testbed/$name.sh" image || say "the image of $name.sh could not be made, see above"; done
     eval "$("$testbed/env.sh")"
     if [ -n "$given_kubeconfig" ]; then
         skip L3 "KUBECONFIG was given: these want the CA of a control plane of our own" -p knoc-tests $(tests_named "$own_ca")
@@ -182,7 +184,8 @@ else
         echo "test result: FAILED. 0 passed; 1 failed; 0 ignored" >>"$results/node"
     fi
     "$testbed/kubelet.sh" down
-    "$testbed/kubelet.sh" up
+    # Whatever needs it fails; the other results are still shown.
+    "$testbed/kubelet.sh" up || { reasons+=("failed: the kubelet did not come up after the tests of its identity"); total_failed=$((total_failed + 1)); }
     if [ -n "$given_kubeconfig" ]; then
         skip_conformance "KUBECONFIG was given: it wants a control plane of our own"
     elif [ "$KUBE_VERSION" != 1.36 ]; then
@@ -196,7 +199,7 @@ else
     if [ -z "$given_kubeconfig" ]; then
         for name in ssh-only outbound-only; do profile $name full; done
         for name in proxy-only isolated two-logins; do profile $name smoke; done
-        "$testbed/up.sh"
+        "$testbed/up.sh" || { reasons+=("failed: the stack did not come up with PROFILE=$PROFILE again"); total_failed=$((total_failed + 1)); }
     else
         reasons+=("KUBECONFIG was given: the other profiles were not tested")
     fi

@@ -50,7 +50,8 @@ impl<'a> Repository<'a> {
             "mkdir {folder} && skopeo copy -q --insecure-policy oci:/images/own.oci:1 oci:{folder}/oci:1 && \
              umoci config --image {folder}/oci:1 --config.label test={label}"
         );
-        world.on("login", ["sh", "-c", &make]).ok().await?;
+        let make = world.on("login", ["sh", "-c", &make]);
+        make.deadline(PULLED).ok().await?;
         self.push(&format!("oci:{folder}/oci:1")).await?;
         Ok(folder)
     }
@@ -68,7 +69,8 @@ impl<'a> Repository<'a> {
             source,
             &target,
         ];
-        self.world.on("login", copy).ok().await?;
+        let copy = self.world.on("login", copy);
+        copy.deadline(PULLED).ok().await?;
         Ok(())
     }
 

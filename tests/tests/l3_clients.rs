@@ -12,7 +12,7 @@ const IMAGE: &str = "/images/python";
 /// The time to make the image.
 const MADE: Duration = Duration::from_mins(8);
 /// The time for Python to load the client on a busy machine, and to end.
-const RUN: Duration = Duration::from_mins(3);
+const RUN: Duration = Duration::from_mins(5);
 
 /// Lists and watches the pods of its own namespace, and tries what its token is not for.
 const PROGRAM: &str = r#"
@@ -23,7 +23,7 @@ api = client.CoreV1Api()
 own, other = sys.argv[1:]
 for pod in api.list_namespaced_pod(own).items:
     print("listed", pod.metadata.name)
-for event in watch.Watch().stream(api.list_namespaced_pod, own, timeout_seconds=30):
+for event in watch.Watch().stream(api.list_namespaced_pod, own, timeout_seconds=120):
     print("watched", event["type"], event["object"].metadata.name)
     break
 for attempt in (

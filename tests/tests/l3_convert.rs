@@ -135,8 +135,9 @@ async fn a_job_that_waits_is_cancelled_with_its_agent_or_its_last_pod() -> anyho
     let deleted = wait_for(&delete, SOON, async || {
         world.on_as_root("ctl", ["sh", "-c", &delete]).ok().await
     });
-    deleted.await?;
+    let deleted = deleted.await;
     outcome?;
+    deleted?;
     world.finish().await
 }
 

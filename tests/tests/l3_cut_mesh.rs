@@ -80,10 +80,14 @@ async fn rule(world: &World, node: &str, action: &str, to: &str) -> anyhow::Resu
 #[tokio::test]
 async fn pods_whose_nodes_do_not_reach_each_other_do_so_through_the_agent() -> anyhow::Result<()> {
     let world = World::new("cut-mesh").await?;
-    own_addresses::begin(&world).await?;
-    let checked = check(&world).await;
-    own_addresses::end(&world).await?;
+    let checked = async {
+        own_addresses::begin(&world).await?;
+        check(&world).await
+    };
+    let checked = checked.await;
+    let ended = own_addresses::end(&world).await;
     checked?;
+    ended?;
     world.finish().await
 }
 
@@ -98,14 +102,19 @@ async fn check(world: &World) -> anyhow::Result<()> {
     let before = reaches_node(world, &client.node, &server.host).await?;
     ensure!(before.code == 0, "{before}");
     let ends = [(&server.node, &client.host), (&client.node, &server.host)];
+    let reached = async {
+        for (node, to) in ends {
+            rule(world, node, "add", to).await?;
+        }
+        reached(world, &server, &client).await
+    };
+    let reached = reached.await;
+    // Both, whatever has failed.
+    let mut restored = Ok(());
     for (node, to) in ends {
-        rule(world, node, "add", to).await?;
+        restored = restored.and(rule(world, node, "del", to).await);
     }
-    let reached = reached(world, &server, &client).await;
-    for (node, to) in ends {
-        rule(world, node, "del", to).await?;
-    }
-    reached
+    reached.and(restored)
 }
 
 /// Whether a program on one node reaches the other one.

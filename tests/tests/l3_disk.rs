@@ -76,7 +76,7 @@ async fn is_full(world: &World, agent: &SecondAgent<'_>, state: &str) -> anyhow:
     let [before, later, last] =
         ["before", "later", "last"].map(|name| format!("{}-{name}", world.namespace));
     // It ends by itself if this fails.
-    let script = "n=0; until [ -e /tmp/go ] || [ $n = 900 ]; do n=$((n+1)); sleep 0.1; done";
+    let script = "n=0; until [ -e /tmp/go ] || [ $n = 3000 ]; do n=$((n+1)); sleep 0.1; done";
     let accepted = submit(agent, &before, script).await?;
     ensure!(accepted == Ok(()), "{accepted:?}");
     wait_for("its container runs", SAVED, async || {
@@ -123,7 +123,8 @@ async fn an_agent_whose_state_directory_is_full_says_so_and_loses_no_pod() -> an
     // The agent still works there.
     as_root(&world, &format!("umount -l {state}")).await?;
     let (agent, seen) = seen?;
-    agent.stop().await?;
+    let stopped = agent.stop().await;
     seen?;
+    stopped?;
     world.finish().await
 }

@@ -42,13 +42,19 @@ async fn names_of_a_stateful_set_resolve_and_many_questions_leave_the_link_usabl
     image::build(&world, &folder).await?;
     // Of a run that was interrupted.
     coredns(&world, "down").await?;
-    coredns(&world, "up").await?;
-    own_addresses::begin(&world).await?;
-    let checked = check(&world, &folder).await;
-    own_addresses::end(&world).await?;
-    coredns(&world, "down").await?;
-    world.on("login", ["rm", "-rf", &folder]).ok().await?;
+    let checked = async {
+        coredns(&world, "up").await?;
+        own_addresses::begin(&world).await?;
+        check(&world, &folder).await
+    };
+    let checked = checked.await;
+    // All of it, whatever has failed.
+    let ended = own_addresses::end(&world).await;
+    let down = coredns(&world, "down").await;
     checked?;
+    ended?;
+    down?;
+    world.on("login", ["rm", "-rf", &folder]).ok().await?;
     world.finish().await
 }
 

@@ -170,7 +170,9 @@ async fn variables_come_from_a_file_that_another_container_wrote() -> anyhow::Re
         .await?;
     world.wait_log("lacks", "late", "looks").await?;
     let write = "echo \"NONE='late'\" >>/data/config.env";
-    world.exec(&uid, "late", ["sh", "-c", write]).ok().await?;
+    // It lets the container end.
+    let write = world.exec(&uid, "late", ["sh", "-c", write]);
+    write.ok_or_killed().await?;
     // Its restart policy is Never, but it was not started before.
     world.wait_phase("lacks", "Succeeded", PULLED).await?;
     let log = world.logs("lacks", "main").await?;

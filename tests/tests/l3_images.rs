@@ -389,7 +389,8 @@ async fn an_image_of_many_layers_in_another_compression_runs() -> anyhow::Result
          for i in $(seq {LAYERS}); do cat $i; done | sha256sum",
         repository.image()
     );
-    let made = world.on("login", ["sh", "-c", &recipe]).ok().await?;
+    let made = world.on("login", ["sh", "-c", &recipe]);
+    let made = made.deadline(PULLED).ok().await?;
     let (made, sum) = (
         made.text(),
         format!("for i in $(seq {LAYERS}); do cat /layers/$i; done | sha256sum"),
@@ -441,7 +442,8 @@ async fn the_volumes_of_an_image_have_its_files_although_the_root_is_read_only()
          echo hidden >data/mounted/hidden && umoci insert --image oci:1 data /data && \
          umoci config --image oci:1 --config.volume /data --config.volume /none"
     );
-    world.on("login", ["sh", "-c", &make]).ok().await?;
+    let make = world.on("login", ["sh", "-c", &make]);
+    make.deadline(PULLED).ok().await?;
     repository.push(&format!("oci:{folder}/oci:1")).await?;
     // The first container changes its own copy.
     let script = "cat /data/link; stat -c %a /data/deep/file /data; echo more >>/data/link && cat /data/deep/file; ls /data/mounted; \
@@ -527,7 +529,7 @@ async fn another_image_is_taken_by_a_running_pod_and_by_one_whose_image_does_not
         (reason == "ErrImagePull" || reason == "ImagePullBackOff").then_some(())
     };
     world
-        .wait_for_state("wrong", "its image cannot be pulled", SOON, waits)
+        .wait_for_state("wrong", "its image cannot be pulled", PULLED, waits)
         .await?;
     set("wrong", &busybox).await?;
     set("runs", &image("own:1")).await?;

@@ -418,7 +418,8 @@ async fn a_log_over_the_api_servers_websocket_is_complete() -> anyhow::Result<()
         .sh(&print(0..100))
         .container("long")
         .sh(&print(0..LINES));
-    world.run(&pod, "Succeeded").await?;
+    world.create(&pod).await?;
+    world.wait_phase("teller", "Succeeded", MINUTES).await?;
     for protocol in ["binary.k8s.io", "base64.binary.k8s.io"] {
         for (container, expected) in [
             ("main", "short\n".to_owned()),

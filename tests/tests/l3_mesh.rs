@@ -96,12 +96,16 @@ async fn gets(world: &World, uid: &str, from: Ipv4Addr, page: &str) -> anyhow::R
 #[tokio::test]
 async fn pods_reach_each_other_at_addresses_of_their_own() -> anyhow::Result<()> {
     let world = World::new("mesh").await?;
-    own_addresses::begin(&world).await?;
-    let checked = check(&world).await;
+    let checked = async {
+        own_addresses::begin(&world).await?;
+        check(&world).await
+    };
+    let checked = checked.await;
     let policy = pod_traffic(&world, "").await;
-    own_addresses::end(&world).await?;
+    let ended = own_addresses::end(&world).await;
     checked?;
     policy?;
+    ended?;
     world.finish().await
 }
 

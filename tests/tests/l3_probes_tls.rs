@@ -73,13 +73,14 @@ async fn prepare(world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes a server of the container: readiness begins once it listens, however long that takes.
+/// Makes a server of the container: readiness begins once it listens, however long that takes. No probe fails each second: of a pod that has
+/// many Events in a row, a kubelet tells no more.
 fn server(pod: PodBuilder, kind: &str, port: u16, probe: Value) -> PodBuilder {
     let mut readiness = probe;
-    readiness["periodSeconds"] = json!(1);
+    readiness["periodSeconds"] = json!(5);
     readiness["failureThreshold"] = json!(1);
     readiness["timeoutSeconds"] = json!(60);
-    let listens = json!({"tcpSocket": {"port": port}, "periodSeconds": 1, "failureThreshold": 600});
+    let listens = json!({"tcpSocket": {"port": port}, "periodSeconds": 10, "failureThreshold": 60});
     pod.image(IMAGE)
         .memory("256Mi")
         .command(["python3", "/srv/server.py", kind])

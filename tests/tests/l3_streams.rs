@@ -53,7 +53,8 @@ async fn logs_follow_tail_and_limit() -> anyhow::Result<()> {
         .await?;
     let mut follower = Background::start(world.kubectl(["logs", "-f", "counter"]))?;
     follower.expect("line 3\n").await?;
-    world.exec(&uid, "main", ["touch", "/tmp/go"]).ok().await?;
+    let go = world.exec(&uid, "main", ["touch", "/tmp/go"]);
+    go.ok_or_killed().await?;
     let code = follower.exit_code(SOON).await?;
     let all = follower.shown();
     ensure!(

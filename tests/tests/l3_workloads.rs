@@ -20,8 +20,9 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-/// How long a pod's end takes to become that of its Job, whose controller waits between two looks.
-const JUDGED: Duration = Duration::from_mins(2);
+/// How long a pod may take on a busy machine until its end is that of its Job, or until another pod follows: the Job's controller waits between
+/// two looks, and before it creates another pod.
+const JUDGED: Duration = Duration::from_mins(5);
 
 /// The status code of an eviction that a budget forbids.
 const TOO_MANY_REQUESTS: u16 = 429;

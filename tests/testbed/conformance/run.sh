@@ -32,7 +32,16 @@ network() { # network [MODE]: the network of pods that ask for none, or that of 
 }
 egress=$(sed -n '/^egress *=/p' "$agent_home_here/.config/knoc/agent.toml") # what the site lists otherwise
 # If this script is killed, sweep.sh does the same, and the agent's script lists Services again.
-trap '"$testbed/kube/coredns.sh" down; policy ${egress:+"$egress"}; network; kubelet -u KNOC_NODE_POD_IP -u KNOC_NODE_POD_RANGE; "$testbed/conformance/nodes.sh" all' EXIT
+restore() { # all of it, whatever has failed; the code is that of the suite unless something could not be set back
+    local code=$?
+    "$testbed/kube/coredns.sh" down || code=1
+    policy ${egress:+"$egress"} || code=1
+    network || code=1
+    kubelet -u KNOC_NODE_POD_IP -u KNOC_NODE_POD_RANGE || code=1
+    "$testbed/conformance/nodes.sh" all || code=1
+    exit $code
+}
+trap restore EXIT
 policy 'privileged = "unprivileged"' 'host_paths = [{ path = "/tmp", writable = true }]' 'host_ports = ["21017"]' 'egress = ["default/kubernetes", "kube-system/kube-dns", "*/*"]'
 network "${NETWORK:-}"
 # It reads its policy now, and not some seconds after the first pods.
