@@ -164,7 +164,9 @@ elif ! "$testbed/interop.sh"; then
     skip L3 "the clients of the interop suite could not be installed, see above" -p knoc-tests $others $faults
     [ "$given_stack" != full ] || total_failed=1
 else
-    # Images of packages that tests run, made once: a test has other deadlines than a download. If one fails, its test tries again and says why.
+    # What tests start and run is built and made before them, once: a test has other deadlines than a download. If one fails, its test tries again
+    # and says why.
+    "$testbed/kube/setup.sh" metrics-server coredns || say "metrics-server or CoreDNS could not be built, see above"
     for name in redis dask health python; do "$testbed/$name.sh" image || say "the image of $name.sh could not be made, see above"; done
     eval "$("$testbed/env.sh")"
     if [ -n "$given_kubeconfig" ]; then

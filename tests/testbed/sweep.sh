@@ -83,9 +83,9 @@ kubectl delete clusterroles,clusterrolebindings,runtimeclasses,roles,rolebinding
 kubectl delete clustertrustbundles -l knoc-test --ignore-not-found >/dev/null 2>&1 || true # a given cluster may not have this kind
 end_other_agents
 [ -z "$jobs" ] || as_user scancel $jobs
-wait_for 120 "no namespaces of tests" no_namespaces
-wait_for 60 "no jobs but those of pods" no_foreign_jobs
-wait_for 60 "no limits of tests" no_limits
+wait_for 300 "no namespaces of tests" no_namespaces
+wait_for 120 "no jobs but those of pods" no_foreign_jobs
+wait_for 120 "no limits of tests" no_limits
 # Of l3_convert: a partition with the name of its namespace.
 for partition in $(as_user sinfo -h -a -o %R | grep '^t-' | sort -u || true); do
     hpc exec ctl scontrol delete "PartitionName=$partition" || say "the partition $partition could not be removed"

@@ -10,8 +10,8 @@ use anyhow::{Context as _, ensure};
 use knoc_tests::World;
 use tokio::sync::Mutex;
 
-/// How long the tests of one program may take, which start a container each, one after the other.
-const LIMIT: Duration = Duration::from_mins(3);
+/// How long the tests of one program may take, which start a container each, one after the other, on a busy machine.
+const LIMIT: Duration = Duration::from_mins(6);
 
 /// Where they run.
 const NODE: &str = "c1";

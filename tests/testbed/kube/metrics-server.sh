@@ -44,7 +44,7 @@ up() {
             --kubelet-certificate-authority="$state/ca.crt" --kubelet-preferred-address-types=InternalIP --kubelet-use-node-status-port \
             --metric-resolution=15s
     fi
-    wait_for 60 "APIService v1beta1.metrics.k8s.io" kubectl wait --for=condition=Available apiservice/v1beta1.metrics.k8s.io --timeout=1s \
+    wait_for 180 "APIService v1beta1.metrics.k8s.io" kubectl wait --for=condition=Available apiservice/v1beta1.metrics.k8s.io --timeout=1s \
         || { tail -20 "$state/log/metrics-server.log" >&2; exit 1; }
 }
 
