@@ -288,7 +288,10 @@ fn pod_rows(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
         "floor: the same by hand, apptainer exec --overlay",
         &batch.t2_apptainer,
     )?;
-    row("for comparison: by hand, with a read-only root", &batch.t2_read_only)?;
+    row(
+        "for comparison: by hand, with a read-only root",
+        &batch.t2_read_only,
+    )?;
     row("T3: last line → terminal phase seen", &batch.t3)?;
     row(
         "of it: last line → the shim saw the program end",
