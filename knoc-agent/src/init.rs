@@ -38,7 +38,8 @@ pub struct Options {
     /// The address at which kubelets reach this login node; the first one is written to the bundle [default: this host's name]
     #[arg(long, value_name = "HOST[:PORT]")]
     pub address: Vec<String>,
-    /// A namespace of the cluster whose pods can run here as this account; can be repeated [default: every namespace]
+    /// A namespace of the cluster whose pods can run here as this account (--allow-namespace of knocctl agent install); can be
+    /// repeated [default: every namespace]
     #[arg(long = "namespace", value_name = "NAMESPACE", value_parser = namespace)]
     pub namespaces: Vec<String>,
     /// The folder to write to [default: ~/.config/knoc]

@@ -185,7 +185,8 @@ struct InstallOptions {
     /// port is opened]
     #[arg(long, value_name = "HOST[:PORT]")]
     address: Vec<String>,
-    /// A namespace of the cluster whose pods can run there as this account; can be repeated [default: every namespace]
+    /// A namespace of the cluster whose pods can run there as this account (--namespace of knoc-agent init); can be repeated
+    /// [default: every namespace]
     #[arg(long = "allow-namespace", value_name = "NAMESPACE")]
     namespaces: Vec<String>,
     /// The scheduler: slurm or local [default: slurm if sbatch is in PATH there, else local]

@@ -8,11 +8,11 @@ use super::Figures;
 /// What was run, when, and on what.
 const RUN: &str = "\
 interLink 0.6.2 (commit 84a3810 of 2026-07-10) with its Slurm plugin (commit f8451d9 of 2026-07-14, after 0.6.2-pre5), Go KNoC (commit \
-e1c17e3 of 2023-02-01, its last) and KNoC 0.1.0 (commit c963b0c3) were run alternately on 2026-11-30, on the machine and the bed of the other \
-sections. The others were built with Go 1.26.8. Changed for the bed: the port of Go KNoC, and its script that makes a kubeconfig, which \
-prints a constant; interLink was told the size of its node by a script. 20 pods ran one at a time, and then 50 at once, which were \
-watched for 300 s. T1 of KNoC was not taken. The rows of the earlier run are of 2026-11-22 or before, and the version of interLink was \
-not recorded then.";
+e1c17e3 of 2023-02-01, its last) and KNoC 0.1.0 (commit c963b0c3) were run alternately on 2026-11-30, on the machine and the test bed of the \
+other sections. The others were built with Go 1.26.8. To run on the test bed, Go KNoC got another port, and a constant in place of the \
+output of its script that makes a kubeconfig; a script told interLink the size of its node.\n\n\
+20 pods ran one at a time, and then 50 at once, which were watched for 300 s. T1 of KNoC was not measured. The rows of the earlier run are \
+from 2026-11-22 or before, and the version of interLink was not recorded then.";
 
 /// The rows of the table: the figure, by hand, interLink, Go KNoC, and KNoC in the same run. Times are median / minimum / maximum in
 /// milliseconds, or a median alone. A cell that begins with a number is also shown as a multiple of the row's figure by hand.
@@ -108,10 +108,11 @@ pub(super) fn section(out: &mut String, figures: &Figures) -> anyhow::Result<()>
     writeln!(
         out,
         "## Comparison with other projects\n\n\
-         {RUN} None of it is the run of the other sections, so milliseconds are compared only with the floor of the same run: Slurm and \
-         Apptainer by hand. Each figure that has one is also given as a multiple of it. The \
-         program sleeps 1 s, as above; median / minimum / maximum in milliseconds unless the row says otherwise. Differences below \
-         300 ms are not significant, because slurmctld starts jobs once a second.\n\n\
+         {RUN}\n\n\
+         Neither run is that of the other sections, so compare milliseconds only with the floor of the same run: Slurm and Apptainer \
+         by hand. Each figure that has a floor is also given as a multiple of it. The program sleeps 1 s, as above. Figures are median / \
+         minimum / maximum in milliseconds unless the row says otherwise. Differences below 300 ms are not significant, because slurmctld \
+         starts jobs once a second.\n\n\
          | | by hand | interLink | Go KNoC | KNoC, same run |\n|---|---|---|---|---|"
     )?;
     for [what, hand, others @ ..] in ROWS {

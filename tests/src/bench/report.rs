@@ -25,11 +25,16 @@ pub(super) fn page(figures: &Figures, bed: &Bed, quick: bool) -> anyhow::Result<
     writeln!(out, "# Performance\n")?;
     writeln!(
         out,
-        "Written by `make bench`, {date}; KNoC {version}, {scheduler}, {runtime}, Kubernetes on the same machine: {machine}. \
-         Control plane, Slurm (three nodes), registry and all of KNoC share it, so there is no network delay, and figures at \
-         50 pods include 50 container starts on these cores. Figures are in milliseconds unless another unit is given. Each figure of \
-         KNoC is shown with its floor, the lower bound: Slurm and Apptainer used by hand as the same user, measured alternately in the \
-         same run. The figures of other projects, at the end, are of another run.\n",
+        "Written by `make bench` on {date}, with KNoC {version}, {scheduler} and {runtime}, on one machine: {machine}.\n\n\
+         Control plane, Slurm (three nodes), registry and all of KNoC share that machine, so there is no network delay, and figures at \
+         50 pods include 50 container starts on these cores. Figures are in milliseconds unless another unit is given.\n\n\
+         Each figure of KNoC is shown with its floor, the lower bound: Slurm and Apptainer used by hand as the same user, measured \
+         alternately in the same run. The figures of other projects, at the end, are from another run.\n\n\
+         | time | from → to |\n|---|---|\n\
+         | T1 | a watch shows the pod's `spec.nodeName` → `sbatch` has exited |\n\
+         | T2 | the pod is created → the program writes its first line |\n\
+         | T3 | the program writes its last line → a watch shows the pod's terminal phase |\n\
+         | T4 | a client that is connected already runs `true` by exec → it has the exit code |\n",
         date = jiff::Timestamp::now().strftime("%Y-%m-%d"),
         version = info.version,
         scheduler = info.scheduler_version,
@@ -97,7 +102,7 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
         if pods == 50 {
             let ratio = batch.t1_last.median() / batch.sbatch_row.median();
             bounds.push(bound(
-                "T1 of the 50th of 50 / 50 sbatch in a row",
+                "T1 of the last of 50 pods / 50 sbatch in a row",
                 ratio,
                 1.3,
                 " ×",
@@ -112,13 +117,13 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
         bounds.push(bound(&format!("{at}, p50"), t3.median(), median, " ms"));
         bounds.push(bound(&format!("{at}, p99"), t3.at(99), most, " ms"));
         let [patches, events, _] = batch.cost.for_each();
-        let at = format!("for each of {pods} pods");
+        let at = format!("for each pod, {pods} at once");
         bounds.push(bound(&format!("status patches {at}"), patches, 4.0, ""));
         bounds.push(bound(&format!("Events {at}"), events, 4.0, ""));
     }
     let beside = &figures.beside;
     bounds.push(bound(
-        "status beside a cp at full speed, p99, over that without",
+        "T3 beside a kubectl cp at full speed, p99, less that without",
         beside.copying.at(99) - beside.alone.at(99),
         20.0,
         " ms",
@@ -143,7 +148,7 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
 fn egress_bounds(figures: &Figures, bounds: &mut Vec<Bound>) {
     let egress = &figures.egress;
     bounds.push(bound(
-        "connect and first byte from a pod to the API server / over 3 plain relays, p50",
+        "connection and first byte from a pod to the API server / over 3 plain relays, p50",
         egress.first.median() / egress.first_floor.median(),
         3.0,
         " ×",
@@ -283,13 +288,16 @@ fn pod_rows(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
         "floor: the same by hand, apptainer exec --overlay",
         &batch.t2_apptainer,
     )?;
-    row("beside: by hand, a read-only root", &batch.t2_read_only)?;
+    row(
+        "for comparison: by hand, with a read-only root",
+        &batch.t2_read_only,
+    )?;
     row("T3: last line → terminal phase seen", &batch.t3)?;
     row(
         "of it: last line → the shim saw the program end",
         &batch.t3_shim,
     )?;
-    row("of it: → the agent has the report", &batch.t3_agent)?;
+    row("of it: → the agent has the shim's report", &batch.t3_agent)?;
     row("of it: → terminal phase seen", &batch.t3_kubelet)?;
     Ok(())
 }
@@ -311,7 +319,7 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
             &exec.instance,
         ),
         (
-            "beside: srun --overlap of it, from the login node",
+            "for comparison: the same by srun --overlap, from the login node",
             &exec.srun,
         ),
         (
@@ -335,7 +343,7 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
     }
     writeln!(
         out,
-        "\nBeside these pods, 1 GiB was copied completely {} times.",
+        "\nWhile these pods ran, kubectl cp copied 1 GiB completely {} times.",
         figures.beside.copies
     )?;
     streams(out, &figures.streams)?;
@@ -344,13 +352,14 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
     memory(out, figures)
 }
 
-/// What running pods take that do nothing.
+/// What idle pods take while they run.
 fn memory(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
     let load = &figures.load;
     writeln!(
         out,
-        "\nAt {} running pods: agent {:.1} MiB resident, kubelet {:.1} MiB; shim {:.1} MiB anonymous (median; largest {:.1}); \
-         {} RPCs per minute to slurmctld. After many pods at once: agent {:.1} MiB, kubelet {:.1} MiB.\n",
+        "\nAt {} running pods that do nothing, the agent has {:.1} MiB resident, the kubelet {:.1} MiB, and a shim {:.1} MiB anonymous \
+         (median; the largest {:.1}); the agent sends {} RPCs per minute to slurmctld. After many pods at once, the agent has {:.1} MiB \
+         and the kubelet {:.1} MiB.\n",
         load.pods,
         mib(load.memory.agent),
         mib(load.memory.kubelet),
@@ -371,7 +380,7 @@ pub(super) fn egress(out: &mut String, egress: &Egress) -> anyhow::Result<()> {
     )?;
     for (name, series, digits) in [
         (
-            "connect and first byte of the API server, ms",
+            "connection to the API server and its first byte, ms",
             &egress.first,
             2,
         ),
@@ -401,9 +410,9 @@ pub(super) fn egress(out: &mut String, egress: &Egress) -> anyhow::Result<()> {
     let [shim, agent, kubelet, ..] = idle.spent.map(|seconds| seconds * 1000.0);
     writeln!(
         out,
-        "\n{} idle connections of four pods: agent {:.1} MiB resident (without them {:.1}), kubelet {:.1} ({:.1}); largest shim {:.1} MiB \
-         anonymous ({:.1}). In {} s they take {agent:.0} ms of processor time of the agent, {kubelet:.0} ms of the kubelet and {shim:.0} ms of all \
-         shims.",
+        "\nWith {} idle connections of four pods the agent has {:.1} MiB resident (without them {:.1}), the kubelet {:.1} ({:.1}), and the \
+         largest shim {:.1} MiB anonymous ({:.1}). In {} s the connections take {agent:.0} ms of processor time of the agent, {kubelet:.0} ms of \
+         the kubelet and {shim:.0} ms of all shims.",
         idle.connections,
         mib(idle.with.agent),
         mib(idle.before.agent),
@@ -438,8 +447,8 @@ pub(super) fn probes(out: &mut String, probes: &Probes) -> anyhow::Result<()> {
     let execs = &probes.execs;
     writeln!(
         out,
-        "\nAn exec probe of `true` takes {:.2} ms of processor time of the shim and its children; `nsenter` of it by hand into the same \
-         container, on the compute node, takes {:.2} ms ({} of each).",
+        "\nAn exec probe of `true` takes {:.2} ms of processor time of the shim and its children; `true` by `nsenter` in the same container, by \
+         hand on the compute node, takes {:.2} ms ({} of each).",
         execs.probe, execs.by_hand, execs.count
     )?;
     Ok(())
