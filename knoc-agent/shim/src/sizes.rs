@@ -90,8 +90,11 @@ fn of_containers(spec: &pb::PodSpec, disk: &Path) -> Vec<Bound> {
 
 /// What the container may write; 0: as much as it wants.
 fn limit(container: &pb::Container) -> u64 {
-    let limits = container.limits.as_ref();
-    let bytes = limits.map_or(0, |limits| limits.ephemeral_storage_bytes);
+    on_disk(container.limits.as_ref())
+}
+
+fn on_disk(resources: Option<&pb::Resources>) -> u64 {
+    let bytes = resources.map_or(0, |list| list.ephemeral_storage_bytes);
     u64::try_from(bytes).unwrap_or_default()
 }
 
@@ -106,7 +109,10 @@ fn together(spec: &pb::PodSpec) -> u64 {
         }
     }
     let all = spec.containers.iter().map(limit);
-    most.max(all.fold(sidecars, u64::saturating_add))
+    match most.max(all.fold(sidecars, u64::saturating_add)) {
+        0 => 0,
+        bytes => bytes.saturating_add(on_disk(spec.overhead.as_ref())),
+    }
 }
 
 /// Measures until a limit is exceeded; ends with the supervisor.
@@ -330,6 +336,22 @@ mod tests {
             of(vec![sidecar, regular("i", 9)], vec![regular("a", 5)]),
             [pod("11Mi"), one("a", "5Mi")]
         );
+    }
+
+    /// The scheduler has reserved it for the pod, beside what its containers ask for.
+    #[test]
+    fn the_overhead_of_a_pod_is_added_to_its_limit() {
+        let of = |mebibytes: i64| {
+            let spec = pb::PodSpec {
+                containers: vec![regular("a", mebibytes)],
+                overhead: container("", 2, pb::RestartPolicy::Unspecified).limits,
+                ..pb::PodSpec::default()
+            };
+            let bounds = of_containers(&spec, Path::new("/disk"));
+            bounds.iter().map(|bound| bound.bytes).collect::<Vec<_>>()
+        };
+        assert_eq!(of(5), [7 << 20, 5 << 20]);
+        assert_eq!(of(0), [0_u64; 0], "there is no limit");
     }
 
     #[tokio::test(start_paused = true)]

@@ -111,6 +111,26 @@ pub fn with_job(mut patch: Value, pod: &Pod, job: &str) -> Value {
     patch
 }
 
+/// PURE: does `patch` send only what `before` has sent too? An older API server does not store all fields that we send, and what
+/// it does not store would be sent again after each change.
+#[must_use]
+pub fn repeats(before: &Value, patch: &Value) -> bool {
+    const ANNOTATIONS: &str = "/metadata/annotations";
+    let annotations = patch.pointer(ANNOTATIONS);
+    if annotations.is_some() && annotations != before.pointer(ANNOTATIONS) {
+        return false;
+    }
+    let sent = before.get("status").and_then(Value::as_object);
+    let new = patch.get("status").and_then(Value::as_object);
+    new.into_iter().flatten().all(|(field, new)| {
+        let sent = sent.and_then(|sent| sent.get(field));
+        let lists = sent.and_then(Value::as_array).zip(new.as_array());
+        let holds =
+            |(sent, new): (&Vec<Value>, &Vec<Value>)| new.iter().all(|one| sent.contains(one));
+        sent == Some(new) || (field == "conditions" && lists.is_some_and(holds))
+    })
+}
+
 fn is_there(before: &[PodCondition], condition: &PodCondition) -> bool {
     before.iter().any(|one| {
         one.type_ == condition.type_
@@ -284,6 +304,33 @@ mod tests {
                                    "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}],
         });
         assert_eq!(patch(&pod(&same), &status(same)), None);
+    }
+
+    #[test]
+    fn what_an_api_server_did_not_store_is_not_sent_again() {
+        let condition =
+            |kind: &str| json!({"type": kind, "status": "True", "observedGeneration": 1});
+        let patch = |status: Value| json!({"metadata": {"uid": "u"}, "status": status});
+        let sent = patch(json!({
+            "phase": "Running", "message": null, "resources": {"requests": {"cpu": "1"}},
+            "conditions": [condition("Initialized"), condition("Ready")],
+        }));
+        for (status, again) in [
+            (json!({"resources": {"requests": {"cpu": "1"}}}), true),
+            (json!({"resources": {"requests": {"cpu": "2"}}}), false),
+            (json!({"conditions": [condition("Ready")]}), true),
+            (json!({"conditions": [condition("Other")]}), false),
+            (json!({"message": null}), true),
+            (json!({"message": "waits"}), false),
+            (json!({"reason": null}), false),
+        ] {
+            assert_eq!(repeats(&sent, &patch(status.clone())), again, "{status}");
+        }
+        let mut with_job = sent.clone();
+        with_job["metadata"]["annotations"] = json!({"knoc.io/job-id": "12"});
+        assert!(!repeats(&sent, &with_job));
+        assert!(repeats(&with_job, &sent));
+        assert!(repeats(&with_job, &with_job));
     }
 
     #[test]

@@ -262,8 +262,9 @@ admitted. Its phase is `Failed`, its reason is `UnsupportedPodSpec`, and its mes
 that is not in the table (a field of a newer Kubernetes) is rejected too. If a field has several rows, the first row that matches
 its value applies.
 
-A running pod is not ended by an update that would be rejected: it continues unchanged and gets the Event `UnsupportedChange`. An
-ephemeral container that has a rejected field is therefore rejected alone: its own status gives the reason.
+A running pod is not ended by an update that would be rejected: it continues unchanged and gets the Event `UnsupportedChange`. So
+does a pod whose annotations of KNoC (`knoc.io/*`) are changed, because they are read when the pod is accepted. An ephemeral container that
+has a rejected field is therefore rejected alone: its own status gives the reason.
 ";
 
 const TAIL: &str = "

@@ -1,6 +1,6 @@
 //! What a worker remembers of a pod between rounds, grouped by concept. It starts empty after a restart, which is safe.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use jiff::Timestamp;
 use knoc_translate::{Grace, Lacking};
@@ -32,6 +32,8 @@ pub(super) struct Admission {
     pub(super) rejection: Option<Rejection>,
     /// The newest generation that was judged.
     pub(super) judged: i64,
+    /// The generation that was last seen, and its annotations that say how the job is submitted, with hashes of their values.
+    pub(super) options: Option<(i64, BTreeMap<String, u64>)>,
 }
 
 /// What the agent was told, and what it answered.

@@ -7,17 +7,21 @@
 //! `Started` are recorded once for each attempt, however many observations were missed. Those of all attempts after the
 //! first are one Event, which counts them, as with a kubelet.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash, Hasher},
+};
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb::{self, container_status::State};
+use knoc_translate::JOB_ID;
 use tokio::time::Instant;
 
 use super::worker::Worker;
 use crate::pods::{
     events::{Note, about_pod},
-    resize,
+    resize, status,
     store::PodView,
 };
 
@@ -26,6 +30,14 @@ const FAILURES: &[&str] = &[
     "CreateContainerConfigError",
     "CreateContainerError",
     "RunContainerError",
+];
+
+/// How the names of annotations begin that are read when a pod is accepted.
+const OPTIONS: [&str; 4] = [
+    "knoc.io/",
+    "slurm-job.knoc.io/",
+    "slurm-job.vk.io/",
+    "slurm.hpk.io/",
 ];
 
 /// Notes older than this at the start of the process were recorded by an earlier process.
@@ -229,6 +241,30 @@ impl Worker<'_> {
         }
     }
 
+    /// Somebody changed annotations that say how the job is submitted, and nothing else: that makes no newer generation, so the
+    /// agent is not sent the pod again.
+    pub(super) fn record_late_options(&mut self, pod: &Pod) {
+        let now = (pod.metadata.generation.unwrap_or(1), options(pod));
+        let before = self.memory.admission.options.replace(now.clone());
+        let Some((_, before)) = before.filter(|(generation, _)| *generation == now.0) else {
+            return;
+        };
+        if before == now.1 || status::is_terminal(pod) || !self.accepted(pod) {
+            return;
+        }
+        let names = before.keys().chain(now.1.keys());
+        let mut changed: Vec<_> = names
+            .filter(|name| before.get(*name) != now.1.get(*name))
+            .map(String::as_str)
+            .collect();
+        changed.sort_unstable();
+        changed.dedup();
+        let changed = changed.join(", ");
+        let message =
+            format!("metadata.annotations: {changed}: read only when the pod is accepted");
+        self.record_unsupported_change(pod, &message);
+    }
+
     /// An accepted pod was changed to something that does not run here. It goes on as it was accepted.
     pub(super) fn record_unsupported_change(&mut self, pod: &Pod, message: &str) {
         let message = format!("the change is not applied, the pod goes on as before: {message}");
@@ -260,6 +296,16 @@ impl Worker<'_> {
 fn observed_containers(pod: &pb::PodObserved) -> impl Iterator<Item = &pb::ContainerStatus> {
     let lasting = pod.init_containers.iter().chain(&pod.containers);
     lasting.chain(&pod.ephemeral_containers)
+}
+
+/// PURE: the annotations that are read when the pod is accepted, with hashes of their values.
+fn options(pod: &Pod) -> BTreeMap<String, u64> {
+    let all = pod.metadata.annotations.iter().flatten();
+    let read = all.filter(|(name, _)| {
+        name.as_str() != JOB_ID && OPTIONS.iter().any(|start| name.starts_with(start))
+    });
+    read.map(|(name, value)| (name.clone(), hash(value)))
+        .collect()
 }
 
 /// PURE: does one of the later notes say what this one says, and more?

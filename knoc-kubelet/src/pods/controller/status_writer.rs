@@ -38,8 +38,11 @@ impl Worker<'_> {
         let job = observed.as_ref().and_then(|observed| observed.job.as_ref());
         let patch = publish::with_job(patch, &view.pod, job.map_or("", |job| &job.id));
         let sent = (patch, view.pod.metadata.resource_version.clone());
-        if self.memory.status.sent.as_ref() == Some(&sent) {
-            // An older API server does not store all fields that we send.
+        let before = self.memory.status.sent.as_ref();
+        let repeats = before.is_some_and(|(before, version)| {
+            *version == sent.1 && publish::repeats(before, &sent.0)
+        });
+        if repeats {
             self.memory.status.differs_since = None;
             return true;
         }

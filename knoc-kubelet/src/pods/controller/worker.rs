@@ -73,6 +73,7 @@ impl Worker<'_> {
             }
             self.record_notes(view);
             self.record_resize(&view.pod);
+            self.record_late_options(&view.pod);
             self.record_containers(view);
             self.plan_refresh(view, now);
         }

@@ -34,6 +34,8 @@ struct State {
     pod: Value,
     node: Value,
     refuses: bool,
+    /// A field of a status that is not stored.
+    unknown: Option<&'static str>,
 }
 
 pub(super) struct FakeApi {
@@ -91,6 +93,11 @@ impl FakeApi {
     /// Fails all further status patches.
     pub(super) fn refuse_statuses(&self) {
         self.state.lock().unwrap().refuses = true;
+    }
+
+    /// Does not store this field of a status, as an API server that is older than the field.
+    pub(super) fn does_not_know(&self, field: &'static str) {
+        self.state.lock().unwrap().unknown = Some(field);
     }
 
     /// Removes the pod.
@@ -242,8 +249,10 @@ impl State {
 
     /// Merges field by field, and conditions by their type.
     fn merge(&mut self, patch: &Value) {
+        let unknown = self.unknown;
         let status = &mut self.pod["status"];
-        for (field, value) in patch.as_object().unwrap() {
+        let fields = patch.as_object().unwrap().iter();
+        for (field, value) in fields.filter(|(field, _)| unknown != Some(field.as_str())) {
             if value.is_null() {
                 status.as_object_mut().unwrap().remove(field);
             } else if field == "conditions" {

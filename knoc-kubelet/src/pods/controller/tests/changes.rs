@@ -135,6 +135,35 @@ async fn a_change_that_cannot_be_translated_does_not_reject_the_pod() {
 }
 
 #[tokio::test]
+async fn an_annotation_that_changes_alone_is_not_applied_and_an_event_says_so() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.apply(|pod| {
+        pod["metadata"]["annotations"] = json!({"knoc.io/time": "1h", "knoc.io/qos": "low"});
+    });
+    kubelet.running().await;
+    kubelet.apply(|pod| {
+        pod["metadata"]["annotations"]["knoc.io/job-id"] = "12".into();
+        pod["metadata"]["annotations"]["example.com/mine"] = "1".into();
+    });
+    kubelet.round("Marker").await;
+    assert_eq!(kubelet.said(&["/events", "UnsupportedChange"]), 0);
+    kubelet.apply(|pod| {
+        pod["metadata"]["annotations"]["knoc.io/time"] = "2h".into();
+        pod["metadata"]["annotations"]["knoc.io/account"] = "mine".into();
+    });
+    let parts = [
+        "/events",
+        "UnsupportedChange",
+        "metadata.annotations: knoc.io/account, knoc.io/time: read only",
+    ];
+    kubelet
+        .wait("an Event", |kubelet| kubelet.said(&parts) == 1)
+        .await;
+    assert_eq!(kubelet.called("EnsurePod"), 1);
+    kubelet.stop().await;
+}
+
+#[tokio::test]
 async fn a_pod_deleted_before_it_began_is_failed_first() {
     let mut kubelet = Kubelet::start().await;
     kubelet.delete_in_api();

@@ -121,6 +121,31 @@ async fn a_normal_life_costs_four_patches_and_four_events() {
     kubelet.stop().await;
 }
 
+/// Whichever it is. This one is awaited, so a patch of it alone would follow at once.
+#[tokio::test]
+async fn a_field_that_the_api_server_does_not_store_costs_no_patch_of_its_own() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.api.does_not_know("phase");
+    kubelet.apply(|_| ());
+    kubelet.ensured().await;
+    let started_at = i64::try_from(Timestamp::now().as_nanosecond()).unwrap();
+    kubelet
+        .observes(|pod| {
+            pod.phase = PodPhase::Running.into();
+            main_container(pod, State::Running(pb::Running { started_at }));
+        })
+        .await;
+    let running = ["PATCH", "/status ", "\"phase\":\"Running\""];
+    kubelet
+        .wait("Running", |kubelet| kubelet.said(&running) > 0)
+        .await;
+    // The round of the first one ends before that of the second one begins.
+    kubelet.round("FirstMarker").await;
+    kubelet.round("SecondMarker").await;
+    assert_eq!(kubelet.said(&running), 1, "{:#?}", kubelet.api.calls());
+    kubelet.stop().await;
+}
+
 /// A container that ends again and again costs no more Events than one that was restarted once.
 #[tokio::test]
 async fn the_restarts_of_a_container_are_counted_in_one_event() {
