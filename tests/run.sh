@@ -151,7 +151,7 @@ l2
 # make large-image make large images.
 faults=$(tests_named 'l3_faults*.rs l3_crash*.rs l3_cut*.rs')
 others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash\|l3_cut\|l3_two_logins\|l3_argo\|l3_ray\|l3_charts\|l3_large_image')
-own_ca='l3_access.rs l3_dns.rs l3_identity.rs l3_metrics.rs l3_proxy.rs'
+own_ca='l3_access.rs l3_dns.rs l3_identity.rs l3_metrics.rs l3_proxy.rs l3_trust_bundles.rs'
 if [ "$STACK" != full ]; then
     skip L3 "STACK=$STACK ($why); the real stack is STACK=full" -p knoc-tests $others $faults
 elif ! "$testbed/up.sh"; then
@@ -171,7 +171,7 @@ else
     eval "$("$testbed/env.sh")"
     if [ -n "$given_kubeconfig" ]; then
         skip L3 "KUBECONFIG was given: these want the CA of a control plane of our own" -p knoc-tests $(tests_named "$own_ca")
-        others=$(grep -v 'l3_access\|l3_dns\|l3_identity\|l3_metrics\|l3_proxy' <<<"$others")
+        others=$(grep -v 'l3_access\|l3_dns\|l3_identity\|l3_metrics\|l3_proxy\|l3_trust_bundles' <<<"$others")
     fi
     suite L3 -p knoc-tests $others -- --test-threads=8
     [ -z "$faults" ] || suite L3 -p knoc-tests $faults -- --test-threads=1

@@ -14,9 +14,10 @@ use knoc_tests::{
 /// The time until an Event says how far a pull has come.
 const TOLD: Duration = Duration::from_mins(5);
 
+/// The partition `short` has no longer jobs than those of two minutes.
 fn jobs_in(partition: &str) -> String {
     format!(
-        "convert = \"job\"\nconvert_partition = \"{partition}\"\nconvert_cpus = 1\nconvert_memory = \"512MiB\"\nconvert_time = \"5m\""
+        "convert = \"job\"\nconvert_partition = \"{partition}\"\nconvert_cpus = 1\nconvert_memory = \"512MiB\"\nconvert_time = \"2m\""
     )
 }
 
