@@ -27,10 +27,7 @@ pub fn connect(config: Config) -> kube::Result<Client> {
         // We have none of kube's proxies, and its error says so.
         return Client::try_from(config);
     }
-    let mut tcp = HttpConnector::new();
-    tcp.enforce_http(false);
-    tcp.set_nodelay(true);
-    let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(tcp)?);
+    let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(tcp())?);
     connector.set_connect_timeout(config.connect_timeout);
     connector.set_read_timeout(config.read_timeout);
     connector.set_write_timeout(config.write_timeout);
@@ -44,4 +41,26 @@ pub fn connect(config: Config) -> kube::Result<Client> {
         .map_err(BoxError::from)
         .service(legacy::Builder::new(TokioExecutor::new()).build(connector));
     Ok(Client::new(service, config.default_namespace))
+}
+
+fn tcp() -> HttpConnector {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp
+}
+
+#[cfg(test)]
+mod tests {
+    use tower::ServiceExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_sends_small_writes_at_once() {
+        let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let there = format!("http://{}", server.local_addr().unwrap());
+        let stream = tcp().oneshot(there.parse().unwrap()).await.unwrap();
+        assert!(stream.inner().nodelay().unwrap());
+    }
 }

@@ -36,7 +36,8 @@ mount_bundle() {
 }
 serving_certificate() { # signed by the cluster's CA, for the address that the Node will publish
     local ca=$KUBE_PREFIX/run/ca
-    [ ! -f "$state/serving.crt" ] || return 0
+    # One of a control plane that was removed since is signed by another CA.
+    ! openssl verify -CAfile "$ca.crt" "$state/serving.crt" >/dev/null 2>&1 || return 0
     openssl req -new -newkey rsa:2048 -nodes -keyout "$state/serving.key" -out "$state/serving.csr" -subj "/O=system:nodes/CN=system:node:$node" 2>/dev/null
     openssl x509 -req -in "$state/serving.csr" -CA "$ca.crt" -CAkey "$ca.key" -CAcreateserial -days 365 -out "$state/serving.crt" -extfile <(
         echo "keyUsage=critical,digitalSignature,keyEncipherment"

@@ -326,6 +326,12 @@ fn by_kernel(exit: Exit, by_us: bool, claim: impl FnOnce() -> bool) -> bool {
     exit.code == KILLED && !by_us && claim()
 }
 
+/// What the container used since its runtime's process had used `before`, once that has ended.
+fn used_since(pod: &Pod, before: Used, runtime: &up::Runtime) -> Counters {
+    let at_end = runtime.child.used.unwrap_or_default();
+    spent(pod.runtime.isolates(), before, at_end)
+}
+
 /// PURE: what the container used, from what its runtime's process had used before the program ran and at the end.
 fn spent(isolated: bool, before: Used, end: Used) -> Counters {
     if isolated {
@@ -395,8 +401,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let killed = by_kernel(exit, by_us, || pod.oom.claim(kills_before));
     let logs = container.termination_message_fallback_to_logs && exit.code != 0;
     let message = (up.runtime).message(message(folders, logs.then_some(live)).await);
-    let used_at_end = up.runtime.child.used.unwrap_or_default();
-    let used = spent(pod.runtime.isolates(), used_before, used_at_end);
+    let used = used_since(pod, used_before, &up.runtime);
     Ok((exit, message, losses, killed, used))
 }
 

@@ -27,6 +27,7 @@ use super::{
     download::{Download, Layout},
     file::ImageFile,
     guard, local,
+    manifest::Image,
     progress::{Progress, Step},
     reference::Source,
     registry::{Config, Found, RegistryClient, describe},
@@ -88,22 +89,8 @@ impl Puller {
         let temporary = Temporary::new(&self.cache)?;
         let folder = temporary.0.join(LAYOUT);
         let layout = blocking(move || Layout::create(folder).map_err(|err| chain(&err))).await?;
-        let download = Download {
-            registry: &self.registry,
-            source: &source,
-            layout: &layout,
-            slots: &self.pulls,
-            stall: self.settings.limits.stall,
-            progress: &self.progress,
-        };
-        // Fetched only now, so that a pull that waits for a slot holds little memory.
-        let config = if found.image.sif {
-            None
-        } else {
-            Some(self.registry.config(&source, &found.image).await?)
-        };
         let full = reserved.follow(&self.progress, size, room);
-        download.layers(&found.image, full).await?;
+        let config = self.fetch(&source, &found.image, &layout, full).await?;
         let fetched = begin.elapsed();
         self.progress.enter(Step::Checks);
         let digest = found.digest.to_string();
@@ -133,6 +120,32 @@ impl Puller {
             pushed: found.image.sif,
         };
         self.keep(temporary, reserved, digest, entry).await
+    }
+
+    /// Downloads the layers, and the config of an image that has one. `full` ends if there is no room, and says why. Both are fetched
+    /// only by a pull that has its slot, so that one that waits holds little memory.
+    async fn fetch(
+        &self,
+        source: &Source,
+        image: &Image,
+        layout: &Layout,
+        full: impl Future<Output = String>,
+    ) -> Result<Option<Config>, String> {
+        let config = if image.sif {
+            None
+        } else {
+            Some(self.registry.config(source, image).await?)
+        };
+        let download = Download {
+            registry: &self.registry,
+            source,
+            layout,
+            slots: &self.pulls,
+            stall: self.settings.limits.stall,
+            progress: &self.progress,
+        };
+        download.layers(image, full).await?;
+        Ok(config)
     }
 
     /// The size of the image by its manifest, if the site lets images have it.

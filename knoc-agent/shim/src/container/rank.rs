@@ -10,7 +10,7 @@ use super::{
     super::{attach::hub, environment, measure, pod::Pod, ranks::step, signals},
     Attempt, AttemptError, Done, Ended, Program, by_kernel,
     complete::{complete, complete_inside},
-    ended, environment_of, launch, launched, message, prepare, spent, up, with_signal,
+    ended, environment_of, launch, launched, message, prepare, up, used_since, with_signal,
 };
 use crate::launch::kept::Kept;
 
@@ -93,7 +93,6 @@ async fn try_run(
     let killed = by_kernel(exit, by_us, || pod.oom.claim(kills_before));
     let message = message(folders, None).await;
     let message = up.runtime.message(message);
-    let used_at_end = up.runtime.child.used.unwrap_or_default();
-    let used = spent(pod.runtime.isolates(), used_before, used_at_end);
+    let used = used_since(pod, used_before, &up.runtime);
     Ok((exit, message, Losses::default(), killed, used))
 }
