@@ -90,7 +90,7 @@ impl App {
         let policy = policy::watch::Watcher::new(&site.config, credentials.clone(), policy, rules);
         let gate = Gate::new(ruling);
         let told = prepare::tell_shims(&site, &shim_hop, &pair)?;
-        let pin = Arc::new(Pin::load(&site.state)?);
+        let pin = Arc::new(Pin::load(&site.state)?.under(site.lease.clone()));
         let info = node_info(&site, pod_limit, credentials.as_ref());
         let (node, watched) = watch::channel(info);
         let registry = Registry::new(Arc::clone(&site), pod_limit, actors.clone());

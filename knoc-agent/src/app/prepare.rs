@@ -353,6 +353,10 @@ pub(super) fn tell_shims(
         spki: pair.spki().to_owned(),
     };
     tracing::info!(addresses = ?told.addresses, "shims will connect to these addresses");
+    // This start may have taken longer than the lease is valid. Shims of the newer agent would look for it here.
+    if let Some(fenced) = site.lease.fenced() {
+        return Err(fenced.into());
+    }
     told.write(&site.shim_route)?;
     Ok(told)
 }
