@@ -7,10 +7,17 @@
 //! longer the newest is fenced: [`Holder::check`] reports it before each `sbatch` and before each
 //! record, and the agent changes nothing more.
 //!
-//! On a shared file system, reading the lease and writing it is not atomic: an older agent that was
-//! suspended in between may write its lease over the newer one's. That fences nobody, and the newer
-//! agent's next heartbeat replaces it. All functions block on file I/O. An agent never removes the
-//! lease of another.
+//! ```text
+//! lease of epoch E, nobody alive ──► create agent.after.E.1 ──► the lease is still of E? ──► write the lease
+//!                                      │ there already            │ no: begin again
+//!                                      ├─ its agent lives: stop
+//!                                      └─ it has died: agent.after.E.2 …
+//! ```
+//!
+//! Agents that start at the same moment read the same lease, and only one of them can create the file that names who
+//! follows it. A heartbeat is not atomic: an older agent that was suspended between reading the lease and writing it may
+//! write its own over the newer one's. That fences nobody, and the newer agent's next heartbeat replaces it. All
+//! functions block on file I/O. An agent never removes the lease of another.
 
 use std::{
     cmp::Ordering,
@@ -26,6 +33,10 @@ use knoc_contract::jobdir::{self, JobDirError, StateDir, schema::Lease};
 pub const HEARTBEAT: Duration = Duration::from_secs(15);
 /// A holder whose last heartbeat is older than this is dead.
 pub const STALE: Duration = Duration::from_mins(1);
+
+/// How many agents in a row may have died between following a lease and having it, and how often the lease may have changed
+/// meanwhile.
+const ATTEMPTS: u32 = 16;
 
 /// Why this agent may not submit.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +62,12 @@ pub enum LeaseError {
         own: i64,
         /// The present holder.
         holder: Box<Lease>,
+    },
+    /// Other agents start and die all the time.
+    #[error("{} changes all the time: stop what starts agents again and again", path.display())]
+    Unsettled {
+        /// The path of the lease file.
+        path: PathBuf,
     },
     /// The lease file cannot be read or written.
     #[error("read or write the lease file")]
@@ -95,29 +112,59 @@ pub struct Holder {
 
 impl Holder {
     /// Takes the lease of `state`, unless another live agent holds it.
-    pub fn take(state: &StateDir, process: Process, now: Timestamp) -> Result<Self, LeaseError> {
+    pub fn take(state: &StateDir, process: &Process, now: Timestamp) -> Result<Self, LeaseError> {
         let path = state.lease();
-        let known: Option<Lease> = jobdir::read_json(&path)?;
-        if let Some(holder) = &known
-            && is_alive(holder, &process, now)
-        {
-            let age = now.as_second() - holder.heartbeat;
-            return Err(LeaseError::Held {
-                path,
-                holder: Box::new(holder.clone()),
-                age,
-            });
+        for _ in 0..ATTEMPTS {
+            let known: Option<Lease> = jobdir::read_json(&path)?;
+            let known = match &known {
+                Some(lease) => dead(&path, lease, process, now)?,
+                None => 0,
+            };
+            // The epoch is at least the clock's time, so that it grows even if the file was lost.
+            let mut holder = Self {
+                path: path.clone(),
+                process: process.clone(),
+                epoch: known.max(now.as_second()),
+            };
+            let Some(n) = holder.follow(state, known, now)? else {
+                continue;
+            };
+            // One that was taken for dead and wakes up is the older one.
+            holder.epoch = holder.epoch.saturating_add(n.into());
+            let still: Option<Lease> = jobdir::read_json(&path)?;
+            if still.map_or(0, |lease| lease.epoch) == known {
+                holder.write(now)?;
+                state
+                    .sweep_followers(holder.epoch)
+                    .map_err(JobDirError::from)?;
+                return Ok(holder);
+            }
+            // Another agent has followed `known` and has the lease, and its file was swept before this one was created.
+            drop(fs::remove_file(state.follower(known, n)));
         }
-        // The epoch is at least the clock's time, so that it grows even if the file was lost.
-        let newest = known.map_or(0, |lease| lease.epoch).max(now.as_second());
-        let epoch = newest.saturating_add(1);
-        let holder = Self {
-            path,
-            process,
-            epoch,
-        };
-        holder.write(now)?;
-        Ok(holder)
+        Err(LeaseError::Unsettled { path })
+    }
+
+    /// Makes this the only agent that follows the lease of epoch `known`, and returns after how many attempts of agents
+    /// that have died. `None`: another one had it meanwhile.
+    fn follow(
+        &self,
+        state: &StateDir,
+        known: i64,
+        now: Timestamp,
+    ) -> Result<Option<u32>, LeaseError> {
+        let own = self.lease(now);
+        for n in 1..=ATTEMPTS {
+            let path = state.follower(known, n);
+            if jobdir::create_json(&path, &own)? {
+                return Ok(Some(n));
+            }
+            let Some(other) = jobdir::read_json::<Lease>(&path)? else {
+                return Ok(None);
+            };
+            dead(&path, &other, &self.process, now)?;
+        }
+        Ok(None)
     }
 
     /// This agent's epoch.
@@ -169,16 +216,32 @@ impl Holder {
     }
 
     fn write(&self, now: Timestamp) -> Result<(), LeaseError> {
-        let lease = Lease {
+        Ok(jobdir::write_json(&self.path, &self.lease(now))?)
+    }
+
+    fn lease(&self, now: Timestamp) -> Lease {
+        Lease {
             host: self.process.host.clone(),
             boot_id: self.process.boot_id.clone(),
             pid: self.process.pid,
             epoch: self.epoch,
             heartbeat: now.as_second(),
             version: Some(env!("CARGO_PKG_VERSION").to_owned()),
-        };
-        Ok(jobdir::write_json(&self.path, &lease)?)
+        }
     }
+}
+
+/// The epoch of a lease whose holder is dead.
+fn dead(path: &Path, holder: &Lease, own: &Process, now: Timestamp) -> Result<i64, LeaseError> {
+    if !is_alive(holder, own, now) {
+        return Ok(holder.epoch);
+    }
+    let age = now.as_second() - holder.heartbeat;
+    Err(LeaseError::Held {
+        path: path.to_owned(),
+        holder: Box::new(holder.clone()),
+        age,
+    })
 }
 
 fn is_alive(holder: &Lease, own: &Process, now: Timestamp) -> bool {
@@ -193,6 +256,8 @@ fn is_alive(holder: &Lease, own: &Process, now: Timestamp) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+
     use super::*;
 
     fn at(seconds: i64) -> Timestamp {
@@ -211,14 +276,14 @@ mod tests {
     fn a_second_agent_waits_for_a_stale_heartbeat_and_then_fences_the_first() {
         let folder = tempfile::tempdir().unwrap();
         let state = StateDir::new(folder.path());
-        let first = Holder::take(&state, process("login1", 10), at(0)).unwrap();
-        let error = Holder::take(&state, process("login2", 10), at(60)).unwrap_err();
+        let first = Holder::take(&state, &process("login1", 10), at(0)).unwrap();
+        let error = Holder::take(&state, &process("login2", 10), at(60)).unwrap_err();
         assert!(
             error.to_string().contains("process 10 on login1"),
             "{error}"
         );
         first.check().unwrap();
-        let second = Holder::take(&state, process("login2", 10), at(61)).unwrap();
+        let second = Holder::take(&state, &process("login2", 10), at(61)).unwrap();
         assert!(second.epoch() > first.epoch());
         assert!(matches!(
             first.heartbeat(at(62)),
@@ -233,8 +298,8 @@ mod tests {
     fn a_late_heartbeat_of_an_older_agent_fences_nobody() {
         let folder = tempfile::tempdir().unwrap();
         let state = StateDir::new(folder.path());
-        let first = Holder::take(&state, process("login1", 10), at(0)).unwrap();
-        let second = Holder::take(&state, process("login2", 10), at(61)).unwrap();
+        let first = Holder::take(&state, &process("login1", 10), at(0)).unwrap();
+        let second = Holder::take(&state, &process("login2", 10), at(61)).unwrap();
         first.write(at(1)).unwrap();
         second.check().unwrap();
         second.heartbeat(at(76)).unwrap();
@@ -247,11 +312,83 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let state = StateDir::new(folder.path());
         let dead = process("login1", u32::MAX - 1);
-        let first = Holder::take(&state, dead, at(0)).unwrap();
-        let second = Holder::take(&state, process("login1", 7), at(1)).unwrap();
+        let first = Holder::take(&state, &dead, at(0)).unwrap();
+        let second = Holder::take(&state, &process("login1", 7), at(1)).unwrap();
         assert!(second.epoch() > first.epoch());
         second.release().unwrap();
-        Holder::take(&state, process("login2", 7), at(2)).unwrap();
+        Holder::take(&state, &process("login2", 7), at(2)).unwrap();
+    }
+
+    /// The kernel lists each thread as a process would be, so threads stand for agents here.
+    #[test]
+    fn of_agents_that_start_at_once_one_has_the_lease() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::new(folder.path());
+        for round in 0..50 {
+            let (begin, end) = (Barrier::new(8), Barrier::new(8));
+            let agent = || {
+                let pid = nix::unistd::gettid().as_raw().try_into().unwrap();
+                let process = Process {
+                    pid,
+                    ..Process::own()
+                };
+                begin.wait();
+                let taken = Holder::take(&state, &process, at(round));
+                end.wait();
+                taken
+            };
+            let taken: Vec<_> = std::thread::scope(|scope| {
+                let agents: Vec<_> = (0..8).map(|_| scope.spawn(agent)).collect();
+                agents
+                    .into_iter()
+                    .map(|agent| agent.join().unwrap())
+                    .collect()
+            });
+            let (holders, others): (Vec<_>, Vec<_>) = taken.into_iter().partition(Result::is_ok);
+            assert_eq!(holders.len(), 1, "round {round}: {others:?}");
+            for other in others {
+                assert!(matches!(other, Err(LeaseError::Held { .. })), "{other:?}");
+            }
+            holders
+                .into_iter()
+                .next()
+                .unwrap()
+                .unwrap()
+                .check()
+                .unwrap();
+        }
+        let left = fs::read_dir(folder.path()).unwrap().count();
+        assert!(left <= 2, "{left} files are left");
+    }
+
+    #[test]
+    fn an_agent_that_died_while_it_took_the_lease_is_followed_and_a_live_one_is_respected() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::new(folder.path());
+        let first = Holder::take(&state, &process("login1", u32::MAX - 1), at(0)).unwrap();
+        let dying = Holder {
+            process: process("login1", u32::MAX - 2),
+            epoch: first.epoch() + 1,
+            ..first.clone()
+        };
+        dying.follow(&state, first.epoch(), at(1)).unwrap().unwrap();
+        let second = Holder::take(&state, &process("login1", 7), at(2)).unwrap();
+        assert!(second.epoch() > dying.epoch());
+        assert!(!state.follower(first.epoch(), 1).exists(), "it is swept");
+        // On another host only the heartbeat says who lives.
+        second.release().unwrap();
+        let other = Holder {
+            process: process("login2", 7),
+            epoch: second.epoch() + 1,
+            ..second.clone()
+        };
+        other
+            .follow(&state, second.epoch(), at(3))
+            .unwrap()
+            .unwrap();
+        let error = Holder::take(&state, &process("login1", 8), at(63)).unwrap_err();
+        assert!(error.to_string().contains("process 7 on login2"), "{error}");
+        Holder::take(&state, &process("login1", 8), at(64)).unwrap();
     }
 
     #[test]
@@ -259,10 +396,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let state = StateDir::new(folder.path());
         let own = Process::own();
-        Holder::take(&state, own.clone(), at(0)).unwrap();
+        Holder::take(&state, &own, at(0)).unwrap();
         let other = Process { pid: 1, ..own };
         assert!(matches!(
-            Holder::take(&state, other, at(1)),
+            Holder::take(&state, &other, at(1)),
             Err(LeaseError::Held { .. })
         ));
     }

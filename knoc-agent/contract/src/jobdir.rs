@@ -5,10 +5,11 @@
 //! ```text
 //! state_dir/                  0700
 //!   agent.lease               who may submit (schema::Lease)
+//!   agent.after.<epoch>.<n>   who follows the lease of that epoch, while it takes it (schema::Lease)
 //!   endpoint.json             where shims find the agent (schema::Endpoint)
 //!   shim-route.json           how shims are reached (schema::FoundRoute)
 //!   cluster.json              the pinned cluster id and leadership epoch (schema::Cluster)
-//!   shim-hop.crt, .key        the agent's self-signed certificate and key for shims; .lock: held while they are created
+//!   shim-hop.crt, .key        the agent's self-signed certificate and key for shims
 //!   images/<digest>.sif|.json
 //!   versions/<X.Y.Z>/knoc-agent   the binary that jobs exec; the agent removes it once no job.pb names it
 //!   pods/<uid>/               JobDir, 0700
@@ -52,6 +53,9 @@ use crate::tree;
 /// How often the newest values are looked up again if a newer revision replaces them while they are
 /// read.
 const LOOKS: u32 = 3;
+
+/// How the files that [`StateDir::follower`] names begin.
+const FOLLOWER: &str = "agent.after.";
 
 /// Why a file of the contract could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -132,6 +136,28 @@ impl StateDir {
     #[must_use]
     pub fn lease(&self) -> PathBuf {
         self.root.join("agent.lease")
+    }
+
+    /// The path of the file that names who follows the lease of `epoch`. A higher `n` follows an agent that died before
+    /// it had the lease.
+    #[must_use]
+    pub fn follower(&self, epoch: i64, n: u32) -> PathBuf {
+        self.root.join(format!("{FOLLOWER}{epoch}.{n}"))
+    }
+
+    /// Removes who followed leases of other epochs than `newest`.
+    pub fn sweep_followers(&self, newest: i64) -> Result<(), FileError> {
+        let kept = format!("{FOLLOWER}{newest}.");
+        let read = FileError::on("list", &self.root);
+        for entry in fs::read_dir(&self.root).map_err(read)?.flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with(FOLLOWER) && !name.starts_with(&kept) {
+                // One that stays costs a name in the folder, and the next agent tries again.
+                drop(fs::remove_file(entry.path()));
+            }
+        }
+        Ok(())
     }
 
     /// The path of the file that tells shims where the agent is.
@@ -441,11 +467,20 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, JobDirEr
 
 /// Replaces a JSON file; the new file has mode 0600 and is synced.
 pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), JobDirError> {
-    let bytes = serde_json::to_vec_pretty(value).map_err(|source| JobDirError::Json {
+    Ok(atomic::write(path, &to_json(path, value)?, 0o600)?)
+}
+
+/// Like [`write_json()`], if there is no such file. Returns whether this call created it; of several processes on
+/// whichever hosts, one does.
+pub fn create_json<T: Serialize>(path: &Path, value: &T) -> Result<bool, JobDirError> {
+    Ok(atomic::create_once(path, &to_json(path, value)?, 0o600)?)
+}
+
+fn to_json<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>, JobDirError> {
+    serde_json::to_vec_pretty(value).map_err(|source| JobDirError::Json {
         path: path.to_owned(),
         source,
-    })?;
-    Ok(atomic::write(path, &bytes, 0o600)?)
+    })
 }
 
 fn decode<M: prost::Message + Default>(

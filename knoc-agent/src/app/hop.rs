@@ -1,13 +1,6 @@
-//! The agent's key pair for the links of shims. It is kept, because running shims pin it.
-//!
-//! Two agents that are started at the same moment get here before the lease has told them apart. So whoever creates the pair holds a
-//! lock meanwhile, and the other one reads what was created.
+//! The agent's key pair for the links of shims. It is kept, because running shims pin it. Only the holder of the lease gets here.
 
-use std::{
-    fs::{File, TryLockError},
-    path::Path,
-    time::Duration,
-};
+use std::path::Path;
 
 use knoc_contract::jobdir::{
     StateDir,
@@ -15,12 +8,6 @@ use knoc_contract::jobdir::{
 };
 use knoc_link::{CredentialsError, pinned::KeyPair};
 use knoc_proto::error::chain;
-use tokio::time::{Instant, sleep};
-
-/// How long another agent may take to create the pair. Afterwards, as on a file system without locks, it is created without the lock.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// The pause between two attempts to take the lock: a call that waits could not be given up.
-const BETWEEN: Duration = Duration::from_millis(20);
 
 /// Why there is no pair.
 #[derive(Debug, thiserror::Error)]
@@ -31,15 +18,14 @@ pub(super) enum PairError {
     Keys(#[from] CredentialsError),
 }
 
-/// Reads the pair of this state directory, or creates it.
-pub(super) async fn pair(state: &StateDir) -> Result<KeyPair, PairError> {
+/// Reads the pair of this state directory, or creates it. Blocks on file I/O.
+pub(super) fn pair(state: &StateDir) -> Result<KeyPair, PairError> {
     let (cert, key) = state.shim_hop();
-    let _lock = lock(&key.with_extension("lock")).await;
     // A file system that fails for a moment must not look like a missing pair: running shims would know no agent any more.
     if exists(&cert)? && exists(&key)? {
         match KeyPair::from_files(&cert, &key) {
             Err(error @ CredentialsError::Unusable { .. }) => {
-                // Two agents without a lock have written one file each. No shim can have pinned that.
+                // An agent was suspended until another one had the lease, and each has written one file. No shim can have pinned that.
                 let error = chain(&error);
                 tracing::warn!(%error, "the key pair for shims is created again");
             }
@@ -56,28 +42,8 @@ fn exists(path: &Path) -> Result<bool, FileError> {
     path.try_exists().map_err(FileError::on("stat", path))
 }
 
-/// The locked file; `None` if there is no lock to be had.
-async fn lock(path: &Path) -> Option<File> {
-    let file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .ok()?;
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Some(file),
-            Err(TryLockError::WouldBlock) if Instant::now() < deadline => sleep(BETWEEN).await,
-            Err(TryLockError::WouldBlock | TryLockError::Error(_)) => return None,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use tokio::task::JoinSet;
-
     use super::*;
 
     fn state() -> (tempfile::TempDir, StateDir) {
@@ -87,45 +53,29 @@ mod tests {
         (folder, state)
     }
 
-    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-    async fn agents_that_start_at_once_have_one_pair() {
+    #[test]
+    fn a_key_of_another_certificate_is_created_again_and_an_unreadable_one_is_an_error() {
         let (_folder, state) = state();
-        let mut agents = JoinSet::new();
-        for _ in 0..8 {
-            let state = state.clone();
-            agents.spawn(async move { pair(&state).await.unwrap() });
-        }
-        let pairs = agents.join_all().await;
-        let kept = pair(&state).await.unwrap();
-        for one in pairs {
-            assert_eq!(one.cert_pem(), kept.cert_pem());
-            assert_eq!(one.key_pem(), kept.key_pem());
-        }
-    }
-
-    #[tokio::test]
-    async fn a_key_of_another_certificate_is_created_again_and_an_unreadable_one_is_an_error() {
-        let (_folder, state) = state();
-        let first = pair(&state).await.unwrap();
+        let first = pair(&state).unwrap();
         let (cert, key) = state.shim_hop();
         let other = KeyPair::generate("other").unwrap();
         atomic::write(&key, other.key_pem().as_bytes(), 0o600).unwrap();
-        let again = pair(&state).await.unwrap();
+        let again = pair(&state).unwrap();
         assert_ne!(again.cert_pem(), first.cert_pem());
-        assert_eq!(again.key_pem(), pair(&state).await.unwrap().key_pem());
+        assert_eq!(again.key_pem(), pair(&state).unwrap().key_pem());
         atomic::write(&cert, b"not a certificate", 0o600).unwrap();
-        assert!(matches!(pair(&state).await, Err(PairError::Keys(_))));
+        assert!(matches!(pair(&state), Err(PairError::Keys(_))));
     }
 
-    #[tokio::test]
-    async fn a_pair_is_not_replaced_because_nobody_can_see_whether_it_is_there() {
+    #[test]
+    fn a_pair_is_not_replaced_because_nobody_can_see_whether_it_is_there() {
         let (_folder, state) = state();
         let (cert, key) = state.shim_hop();
         // A link to itself leads to an error.
         std::os::unix::fs::symlink(&cert, &cert).unwrap();
-        assert!(matches!(pair(&state).await, Err(PairError::File(_))));
+        assert!(matches!(pair(&state), Err(PairError::File(_))));
         assert!(cert.is_symlink() && !key.exists());
         std::fs::remove_file(&cert).unwrap();
-        pair(&state).await.unwrap();
+        pair(&state).unwrap();
     }
 }

@@ -123,8 +123,8 @@ pub(super) async fn prepare(
     let state = StateDir::new(&config.state_dir);
     state.create()?;
     check_private(state.root())?;
-    let lease = Holder::take(&state, Process::own(), Timestamp::now())?;
-    let pair = hop::pair(&state).await?;
+    let lease = Holder::take(&state, &Process::own(), Timestamp::now())?;
+    let pair = hop::pair(&state)?;
     let versions = Versions::install(&state)?;
     let (publisher, live) = policy::Live::new(config.policy.clone());
     let scheduler = scheduler(&config, &state, &live);

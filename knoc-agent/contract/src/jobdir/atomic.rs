@@ -6,7 +6,7 @@
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Read as _, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -66,6 +66,36 @@ pub(crate) fn create_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), 
     file.write_all(bytes)
         .map_err(FileError::on("write", path))?;
     file.sync_all().map_err(FileError::on("sync", path))
+}
+
+/// Gives the file `own` the further name `path`, and returns whether it got it: of several processes that try,
+/// on whichever hosts of one file system, exactly one does. Link(2). The folder is synced then.
+pub(crate) fn link_once(own: &Path, path: &Path) -> Result<bool, FileError> {
+    match fs::hard_link(own, path) {
+        Ok(()) => {}
+        // An NFS client may repeat a request that has succeeded; the link count tells.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let links = fs::metadata(own)
+                .map_err(FileError::on("stat", own))?
+                .nlink();
+            if links < 2 {
+                return Ok(false);
+            }
+        }
+        Err(error) => return Err(FileError::on("link", path)(error)),
+    }
+    sync_parent(path)?;
+    Ok(true)
+}
+
+/// Creates `path` with `mode` and the contents `bytes`, complete from its first moment on. Returns whether this
+/// call did it; `false` if the file was there. Of several processes, one does.
+pub fn create_once(path: &Path, bytes: &[u8], mode: u32) -> Result<bool, FileError> {
+    let own = temporary(path);
+    let created = create_synced(&own, bytes, mode).and_then(|()| link_once(&own, path));
+    // The temporary name is no longer needed. The outcome is the same if it cannot be removed.
+    drop(fs::remove_file(&own));
+    created
 }
 
 /// Replaces `path` with a file that has the contents `bytes` and the permission bits `mode`. File

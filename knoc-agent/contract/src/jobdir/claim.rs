@@ -10,8 +10,7 @@
 //! of the directory. All functions block on file I/O.
 
 use std::{
-    fs, io,
-    os::unix::fs::MetadataExt as _,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -89,22 +88,9 @@ fn take(folder: &Path, mine: &Path, wanted: &Claim, again: bool) -> Result<u32, 
             Some((_, holder)) => return Err(ClaimError::Surplus { holder }),
         };
         let target = path(folder, n);
-        match fs::hard_link(mine, &target) {
-            Ok(()) => {}
-            // An NFS client may repeat a request that has succeeded; the link count tells.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                if fs::metadata(mine)
-                    .map_err(FileError::on("stat", mine))?
-                    .nlink()
-                    < 2
-                {
-                    continue;
-                }
-            }
-            Err(error) => return Err(FileError::on("link", &target)(error).into()),
+        if atomic::link_once(mine, &target)? {
+            return Ok(n);
         }
-        atomic::sync_parent(&target)?;
-        return Ok(n);
     }
 }
 

@@ -155,7 +155,7 @@ fn fence(fake: &Fake) {
         ..Process::own()
     };
     let later = Timestamp::now() + 2 * STALE;
-    Holder::take(&fake.site.state, other, later).unwrap();
+    Holder::take(&fake.site.state, &other, later).unwrap();
 }
 
 #[tokio::test]
