@@ -60,7 +60,7 @@ async fn a_fenced_agent_takes_no_epoch_of_the_newer_one_back() {
             pid: 10,
         };
         let at = jiff::Timestamp::from_second(at).unwrap();
-        let lease = Holder::take(&state, process, at).unwrap();
+        let lease = Holder::take(&state, &process, at).unwrap();
         Pin::load(&state).unwrap().under(lease)
     };
     let older = agent("login1", NOW);
