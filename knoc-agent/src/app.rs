@@ -64,15 +64,17 @@ pub struct App {
     /// For how long it goes on without a link; `None`: until it is stopped.
     linger: Option<Duration>,
     dial_out: Vec<knoc_link::dial_out::Target>,
+    heartbeat: Heartbeat,
 }
 
 impl App {
     /// Checks the site, acquires the lease, binds the sockets and restores the pods.
     pub async fn build(config: Config) -> Result<Self, PrepareError> {
-        let stop = CancellationToken::new();
-        let actors = CancellationToken::new();
+        let (stop, actors) = (CancellationToken::new(), CancellationToken::new());
         let (ended_by, ended) = mpsc::channel(registry::ENDED);
-        let prepared = prepare::prepare(config, ended_by).await?;
+        let taken = prepare::take(&config)?;
+        let heartbeat = Heartbeat::start(taken.1.clone(), actors.child_token());
+        let prepared = prepare::prepare(config, taken, ended_by).await?;
         let prepare::Prepared {
             site,
             pod_limit,
@@ -90,9 +92,8 @@ impl App {
         let policy = policy::watch::Watcher::new(&site.config, credentials.clone(), policy, rules);
         let gate = Gate::new(ruling);
         let told = prepare::tell_shims(&site, &shim_hop, &pair)?;
-        let pin = Arc::new(Pin::load(&site.state)?);
-        let info = node_info(&site, pod_limit, credentials.as_ref());
-        let (node, watched) = watch::channel(info);
+        let pin = Arc::new(Pin::load(&site.state)?.under(site.lease.clone()));
+        let (node, watched) = watch::channel(node_info(&site, pod_limit, credentials.as_ref()));
         let registry = Registry::new(Arc::clone(&site), pod_limit, actors.clone());
         let count = registry.recover().await?;
         tracing::info!(count, epoch = site.lease.epoch(), "pods were restored");
@@ -125,6 +126,7 @@ impl App {
             links: Links::default(),
             linger: None,
             dial_out,
+            heartbeat,
         })
     }
 
@@ -155,8 +157,9 @@ impl App {
             links,
             linger,
             dial_out,
+            heartbeat,
         } = self;
-        let mut tasks = JoinSet::new();
+        let Heartbeat { mut tasks, fenced } = heartbeat;
         let background = actors.child_token();
         shims.serve(&mut tasks, &site, &background);
         let poller = poll::Poller::new(Arc::clone(&site), Arc::clone(&registry), node.clone());
@@ -172,10 +175,9 @@ impl App {
         let (swept, until) = (Arc::clone(&registry), background.clone());
         tasks.spawn(registry::sweep(swept, ended, until));
         if let Some(linger) = linger {
-            let (links, stop) = (links.clone(), background.clone());
+            let (links, stop) = (links.clone(), background);
             tasks.spawn(links.end_without(linger, shutdown.clone(), stop));
         }
-        tasks.spawn(heartbeat(Arc::clone(&site), background, shutdown.clone()));
         let mut servers = JoinSet::new();
         for incoming in near.into_iter().chain(dialled) {
             let (links, stop) = (links.clone(), stop.child_token());
@@ -186,6 +188,7 @@ impl App {
         tokio::select! {
             biased;
             () = shutdown.cancelled() => tracing::info!("stopping; jobs are not touched"),
+            () = fenced.cancelled() => {}
             // A server ends by itself only if it failed; it has logged why.
             Some(_) = servers.join_next() => tracing::error!("a listener has ended"),
         }
@@ -194,8 +197,7 @@ impl App {
         actors.cancel();
         registry.join().await;
         while tasks.join_next().await.is_some() {}
-        let lease = site.lease.clone();
-        release(lease).await;
+        release(site.lease.clone()).await;
         tracing::info!("stopped");
     }
 }
@@ -297,25 +299,70 @@ fn watch_certificates(
     tasks.spawn(renewal.run(stop.clone()));
 }
 
+/// The task that renews the lease, from the moment it is taken: to restore thousands of pods from a slow file system may take
+/// longer than the lease is valid, and then another agent would take it.
+#[derive(Debug)]
+struct Heartbeat {
+    tasks: JoinSet<()>,
+    /// Cancelled once a newer agent has the lease.
+    fenced: CancellationToken,
+}
+
+impl Heartbeat {
+    fn start(lease: lease::Holder, stop: CancellationToken) -> Self {
+        let (mut tasks, fenced) = (JoinSet::new(), CancellationToken::new());
+        tasks.spawn(heartbeat(lease, stop, fenced.clone()));
+        Self { tasks, fenced }
+    }
+}
+
 /// Task: renews the lease. An agent that was fenced stops, because its jobs belong to the newer
 /// agent.
-async fn heartbeat(site: Arc<Site>, stop: CancellationToken, shutdown: CancellationToken) {
+async fn heartbeat(lease: lease::Holder, stop: CancellationToken, fenced: CancellationToken) {
     loop {
         tokio::select! {
             biased;
             () = stop.cancelled() => return,
             () = tokio::time::sleep(lease::HEARTBEAT) => {}
         }
-        let lease = site.lease.clone();
-        let now = jiff::Timestamp::now();
+        let (lease, now) = (lease.clone(), jiff::Timestamp::now());
         match tokio::task::spawn_blocking(move || lease.heartbeat(now)).await {
             Ok(Ok(())) => {}
             Ok(Err(error @ lease::LeaseError::Fenced { .. })) => {
                 tracing::error!(error = chain(&error), "stopping");
-                shutdown.cancel();
+                fenced.cancel();
             }
             Ok(Err(error)) => tracing::warn!(error = chain(&error), "heartbeat"),
             Err(error) => tracing::warn!(error = chain(&error), "heartbeat"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::{SignedDuration, Timestamp};
+    use knoc_contract::jobdir::{self, StateDir, schema::Lease};
+
+    use super::*;
+
+    /// Nothing else runs yet: pods are restored, or the runtime is asked for its version.
+    #[tokio::test(start_paused = true)]
+    async fn the_lease_is_renewed_from_the_moment_it_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::new(folder.path());
+        let taken = Timestamp::now() - SignedDuration::from_secs(50);
+        let lease = lease::Holder::take(&state, &lease::Process::own(), taken).unwrap();
+        let (stop, deadline) = (CancellationToken::new(), lease::HEARTBEAT * 2);
+        let _renewed = Heartbeat::start(lease, stop);
+        let renewed = async {
+            loop {
+                let known: Option<Lease> = jobdir::read_json(&state.lease()).unwrap();
+                if known.unwrap().heartbeat > taken.as_second() {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        tokio::time::timeout(deadline, renewed).await.unwrap();
     }
 }

@@ -3,13 +3,15 @@
 //!
 //! Blocking; run once, by hand. It never overwrites a file: existing files are kept and listed as
 //! kept, and missing ones are created, so that a second run completes a first one. Secret files
-//! have mode 0600 in a directory with mode 0700.
+//! have mode 0600 in a directory with mode 0700. Of two that run at once, the second waits for the first: otherwise each
+//! would sign with a CA of its own, and only one CA is kept.
 
 mod detect;
 mod text;
 
 use std::{
     fs, io,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
 
@@ -156,6 +158,7 @@ pub fn run(options: &Options, home: &Path, found: &Found) -> Result<String, Init
         kept: Vec::new(),
     };
     atomic::create_dir(&init.folder.join("tls"))?;
+    let _one = lock(&init.tls(".lock"));
     init.certificates()?;
     init.write(&path, &site_file)?;
     // A site file that existed before need not match these options.
@@ -163,6 +166,16 @@ pub fn run(options: &Options, home: &Path, found: &Found) -> Result<String, Init
         init.namespaces = config.policy.namespaces;
     }
     Ok(init.summary())
+}
+
+/// Waits until no other process holds the lock on this file, which is created if it is missing. `None` if there is no lock to be
+/// had, as on a file system without locks.
+fn lock(path: &Path) -> Option<fs::File> {
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    let file = options.open(path).ok()?;
+    file.lock().ok()?;
+    Some(file)
 }
 
 fn parse_address(address: &str) -> Result<(String, u16), InitError> {

@@ -17,7 +17,7 @@ use std::{
     ffi::OsString,
     fs::{self, File, OpenOptions},
     io::{Read as _, Seek as _, SeekFrom},
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -165,11 +165,7 @@ fn spawn(log: &Path, start: &Start) -> Result<i32, OnDemandError> {
         path: log.to_owned(),
         source,
     };
-    if fs::metadata(log).is_ok_and(|meta| meta.len() > LOG_SIZE) {
-        fs::rename(log, log.with_extension("log.1")).map_err(failed)?;
-    }
-    let mut options = OpenOptions::new();
-    let output = options.create(true).append(true).mode(0o600).open(log);
+    let output = open_log(log).map_err(failed)?;
     let program = std::env::current_exe().map_err(OnDemandError::Program)?;
     let kept = start.environment.iter().filter(|(name, _)| {
         let name = name.to_string_lossy();
@@ -182,7 +178,25 @@ fn spawn(log: &Path, start: &Start) -> Result<i32, OnDemandError> {
         .arg(&start.site_file)
         .envs(kept.map(|(name, value)| (name, value)))
         .current_dir("/");
-    Ok(command.spawn_detached(output.map_err(failed)?)?)
+    Ok(command.spawn_detached(output)?)
+}
+
+/// Opens the log. A large one is put aside before, and only by one of the processes that have found it large: the others would
+/// put aside what the first has begun instead, over the large one.
+fn open_log(log: &Path) -> std::io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.create(true).append(true).mode(0o600);
+    let large = options.open(log)?;
+    let about = large.metadata()?;
+    if about.len() <= LOG_SIZE {
+        return Ok(large);
+    }
+    // A file system without locks has none to wait for.
+    large.lock().ok();
+    if fs::metadata(log).is_ok_and(|now| (now.dev(), now.ino()) == (about.dev(), about.ino())) {
+        fs::rename(log, log.with_extension("log.1"))?;
+    }
+    options.open(log)
 }
 
 /// Whether the process has not ended; one that was not waited for has.
@@ -219,7 +233,33 @@ fn end_of(log: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
+
+    #[test]
+    fn a_large_log_is_put_aside_once_however_many_agents_are_started() {
+        const STARTS: usize = 8;
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("agent.log");
+        let start = |barrier: &std::sync::Barrier| {
+            barrier.wait();
+            open_log(&log).unwrap().write_all(b"started\n").unwrap();
+        };
+        for _ in 0..40 {
+            File::create(&log).unwrap().set_len(LOG_SIZE + 1).unwrap();
+            let barrier = std::sync::Barrier::new(STARTS);
+            std::thread::scope(|scope| {
+                for _ in 0..STARTS {
+                    scope.spawn(|| start(&barrier));
+                }
+            });
+            let aside = fs::metadata(log.with_extension("log.1")).unwrap();
+            assert_eq!(aside.len(), LOG_SIZE + 1);
+            let text = fs::read_to_string(&log).unwrap();
+            assert_eq!(text, "started\n".repeat(STARTS));
+        }
+    }
 
     #[test]
     fn this_process_runs_and_no_process_zero_does() {

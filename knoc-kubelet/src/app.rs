@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     agent::{
         Agent, Link,
-        renew::{Dialer, LinkCertificate, Renewer},
+        renew::{self, Dialer, LinkCertificate, Renewer},
         report,
         watch::AgentWatch,
     },
@@ -157,6 +157,7 @@ impl App {
             if let Err(source) = listening {
                 return RunError::Listen { source };
             }
+            self.restore_link().await;
             match self.start(&mut tasks, &inner, &deposed).await {
                 Ok(()) => std::future::pending().await,
                 Err(error) => error,
@@ -181,6 +182,14 @@ impl App {
             tracing::warn!(%error, "could not release the leadership Lease, the next kubelet waits until it expires");
         }
         ended
+    }
+
+    /// Uses the stored certificate of the link. While this kubelet waited for leadership, which may have been for months, another
+    /// one led and renewed it.
+    async fn restore_link(&self) {
+        if let Some(credentials) = &self.dialer.credentials {
+            renew::restore(credentials, &self.keep()).await;
+        }
     }
 
     /// Listens for the agent, if the agent dials. A kubelet that does not lead listens for nobody.

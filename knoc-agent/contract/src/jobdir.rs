@@ -426,8 +426,14 @@ impl JobDir {
             .map_err(|source| JobDirError::Report { path, source })
     }
 
-    /// Writes the shim's report, synced.
+    /// Writes the shim's report, synced; does nothing if a later restart of the job has the claim. Slurm requeues the job of a node
+    /// that it has lost, and the shim there may go on: what it says must not replace what the later one says.
     pub fn write_report(&self, report: &pb::Report) -> Result<(), FileError> {
+        if let Ok(Some((_, newest))) = claim::newest(&self.path)
+            && i64::from(newest.restart) > i64::from(report.restart)
+        {
+            return Ok(());
+        }
         atomic::write(&self.report_path(), &report.encode_to_vec(), 0o600)
     }
 

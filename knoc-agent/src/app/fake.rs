@@ -69,7 +69,9 @@ impl Fake {
         };
         let config = Config::parse(&text, Path::new("agent.toml"), &home).unwrap();
         let (ended_by, ended) = mpsc::channel(crate::registry::ENDED);
-        let site = prepare::prepare(config, ended_by).await.unwrap().site;
+        let taken = prepare::take(&config).unwrap();
+        let prepared = prepare::prepare(config, taken, ended_by).await;
+        let site = prepared.unwrap().site;
         let registry = Registry::new(Arc::clone(&site), 100, CancellationToken::new());
         Self {
             dir,

@@ -116,14 +116,20 @@ pub(super) struct Prepared {
     pub(super) step_requests: mpsc::Receiver<shim_steps::Request>,
 }
 
-pub(super) async fn prepare(
-    config: Config,
-    ended: mpsc::Sender<PodUid>,
-) -> Result<Prepared, PrepareError> {
+/// Creates the state directory and takes its lease.
+pub(super) fn take(config: &Config) -> Result<(StateDir, Holder), PrepareError> {
     let state = StateDir::new(&config.state_dir);
     state.create()?;
     check_private(state.root())?;
     let lease = Holder::take(&state, &Process::own(), Timestamp::now())?;
+    Ok((state, lease))
+}
+
+pub(super) async fn prepare(
+    config: Config,
+    (state, lease): (StateDir, Holder),
+    ended: mpsc::Sender<PodUid>,
+) -> Result<Prepared, PrepareError> {
     let pair = hop::pair(&state)?;
     let versions = Versions::install(&state)?;
     let (publisher, live) = policy::Live::new(config.policy.clone());
@@ -353,6 +359,10 @@ pub(super) fn tell_shims(
         spki: pair.spki().to_owned(),
     };
     tracing::info!(addresses = ?told.addresses, "shims will connect to these addresses");
+    // If this process was suspended meanwhile, the shims of a newer agent look for that one here.
+    if let Some(fenced) = site.lease.fenced() {
+        return Err(fenced.into());
+    }
     told.write(&site.shim_route)?;
     Ok(told)
 }

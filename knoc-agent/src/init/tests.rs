@@ -80,6 +80,35 @@ fn all_is_written_once_and_secret() {
 }
 
 #[test]
+fn of_many_that_run_at_once_one_makes_the_ca_and_all_it_signs() {
+    const RUNS: usize = 8;
+    for _ in 0..4 {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("knoc");
+        let (barrier, wanted) = (std::sync::Barrier::new(RUNS), options(&folder));
+        let start = || {
+            let found = found();
+            barrier.wait();
+            run(&wanted, root.path(), &found).unwrap()
+        };
+        let said: Vec<String> = std::thread::scope(|scope| {
+            let runs: Vec<_> = (0..RUNS).map(|_| scope.spawn(start)).collect();
+            let said = runs.into_iter().map(|run| run.join().unwrap());
+            said.collect()
+        });
+        let wrote = said.iter().filter(|said| said.starts_with("Written:"));
+        assert_eq!(wrote.count(), 1, "{said:?}");
+        let tls = |name: &str| folder.join("tls").join(name);
+        let text = |name: &str| fs::read_to_string(tls(name)).unwrap();
+        knoc_link::pki::Ca::from_bundle(&text("ca.crt"), &text("ca.key")).unwrap();
+        for name in ["agent", "knocctl"] {
+            let part = |end: &str| tls(&format!("{name}.{end}"));
+            Credentials::from_files(tls("ca.crt"), part("crt"), part("key")).unwrap();
+        }
+    }
+}
+
+#[test]
 fn init_says_whose_pods_the_bundle_admits_before_it_is_handed_over() {
     let root = tempfile::tempdir().unwrap();
     let folder = root.path().join("knoc");

@@ -12,7 +12,7 @@ use knoc_contract::jobdir::{self, JobDirError, StateDir, schema::Cluster};
 use knoc_proto::{error::chain, reason::ErrorReason};
 use tokio::sync::Mutex;
 
-use crate::pod::input::RequestError;
+use crate::{lease::Holder, pod::input::RequestError};
 
 /// How many seconds an epoch may be ahead of our clock; the clocks of login nodes may be off by
 /// this much.
@@ -36,6 +36,8 @@ pub struct Leader<'a> {
 pub struct Pin {
     path: PathBuf,
     known: Arc<Mutex<Cluster>>,
+    /// Once a newer agent has it, the file is that agent's. `None` in tests.
+    lease: Option<Holder>,
 }
 
 impl Pin {
@@ -44,7 +46,15 @@ impl Pin {
         let path = state.cluster();
         let known: Cluster = jobdir::read_json(&path)?.unwrap_or_default();
         let known = Arc::new(Mutex::new(known));
-        Ok(Self { path, known })
+        let lease = None;
+        Ok(Self { path, known, lease })
+    }
+
+    /// The same, which records nothing once a newer agent has this lease: that agent may know a newer epoch, or another cluster.
+    #[must_use]
+    pub fn under(self, lease: Holder) -> Self {
+        let lease = Some(lease);
+        Self { lease, ..self }
     }
 
     /// The cluster that is served, or empty if none is; `configured` is the value of the site file,
@@ -75,20 +85,22 @@ impl Pin {
         if next == *known {
             return Ok(());
         }
-        let path = self.path.clone();
+        let (path, lease) = (self.path.clone(), self.lease.clone());
         let write = tokio::task::spawn_blocking(move || {
-            jobdir::write_json(&path, &next)?;
+            if let Some(fenced) = lease.and_then(|lease| lease.fenced()) {
+                return Err(RequestError::new(ErrorReason::ShuttingDown, chain(&fenced)));
+            }
+            jobdir::write_json(&path, &next).map_err(|error| failed(&error))?;
             *known = next;
-            Ok::<_, JobDirError>(())
+            Ok(())
         });
-        let failed = |error: &(dyn std::error::Error + 'static)| {
-            RequestError::new(
-                ErrorReason::Internal,
-                format!("cannot pin the cluster: {}", chain(error)),
-            )
-        };
-        write.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
+        write.await.map_err(|error| failed(&error))?
     }
+}
+
+fn failed(error: &(dyn std::error::Error + 'static)) -> RequestError {
+    let message = format!("cannot pin the cluster: {}", chain(error));
+    RequestError::new(ErrorReason::Internal, message)
 }
 
 /// The cluster and leadership that a request claims.

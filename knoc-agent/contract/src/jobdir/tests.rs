@@ -54,6 +54,33 @@ fn values_staged_after_the_shim_took_older_ones_stay() {
 }
 
 #[test]
+fn the_report_of_a_lost_node_does_not_replace_that_of_the_later_restart() {
+    let (_root, dir) = pod();
+    let report = |restart: u32, sequence| pb::Report {
+        restart: restart.try_into().unwrap(),
+        sequence,
+        ..Default::default()
+    };
+    for restart in [0, 2] {
+        let claim = Claim {
+            job_id: "7".to_owned(),
+            restart,
+            host: "c1".to_owned(),
+        };
+        dir.claim(&claim, true).unwrap();
+        dir.write_report(&report(restart, 1)).unwrap();
+    }
+    let late = pb::Report {
+        r#final: true,
+        ..report(0, 9)
+    };
+    dir.write_report(&late).unwrap();
+    assert_eq!(dir.report().unwrap(), Some(report(2, 1)));
+    dir.write_report(&report(2, 2)).unwrap();
+    assert_eq!(dir.report().unwrap(), Some(report(2, 2)));
+}
+
+#[test]
 fn spec_and_report_come_back() {
     let (_root, dir) = pod();
     assert_eq!(dir.report().unwrap(), None);

@@ -48,6 +48,31 @@ fn a_caller_that_goes_away_leaves_file_and_memory_the_same() {
     assert_eq!(kept.cluster_id, "one");
 }
 
+/// An agent that was suspended may answer a request before it finds out that a newer one has taken over.
+#[tokio::test]
+async fn a_fenced_agent_takes_no_epoch_of_the_newer_one_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = StateDir::new(folder.path());
+    let agent = |host: &str, at: i64| {
+        let process = crate::lease::Process {
+            host: host.to_owned(),
+            boot_id: "b".to_owned(),
+            pid: 10,
+        };
+        let at = jiff::Timestamp::from_second(at).unwrap();
+        let lease = Holder::take(&state, &process, at).unwrap();
+        Pin::load(&state).unwrap().under(lease)
+    };
+    let older = agent("login1", NOW);
+    older.claim(&asked("one", "a", 3)).await.unwrap();
+    let newer = agent("login2", NOW + 61);
+    newer.claim(&asked("one", "a", 9)).await.unwrap();
+    let late = older.claim(&asked("one", "a", 4)).await;
+    assert_eq!(reason(late), ErrorReason::ShuttingDown);
+    let kept: Cluster = jobdir::read_json(&state.cluster()).unwrap().unwrap();
+    assert_eq!(kept.leaders["a"], 9);
+}
+
 #[tokio::test]
 async fn kubelets_of_several_nodes_lead_each_for_itself() {
     let folder = tempfile::tempdir().unwrap();

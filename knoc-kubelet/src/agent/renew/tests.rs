@@ -89,6 +89,22 @@ async fn a_kept_pair_counts_until_another_bundle_is_mounted() {
     assert_eq!(credentials.info().spki, now.spki);
 }
 
+/// A kubelet that waits for leadership reads the pair when it starts, and again when it leads.
+#[tokio::test]
+async fn a_pair_that_another_kubelet_has_renewed_meanwhile_is_used() {
+    let bundle = Bundle::new();
+    let keep = Keep::Folder(bundle.folder.path().to_owned());
+    let (waits, leads) = (bundle.credentials(), bundle.credentials());
+    for _ in 0..2 {
+        let pair = bundle.renewed(&leads);
+        assert!(leads.renew(&pair).unwrap());
+        keep.put_link_pair(&pair).await.unwrap();
+        assert_ne!(waits.info().spki, leads.info().spki);
+        restore(&waits, &keep).await;
+        assert_eq!(waits.info().spki, leads.info().spki);
+    }
+}
+
 #[tokio::test]
 async fn a_pair_of_another_ca_or_identity_is_not_used() {
     let (bundle, other) = (Bundle::new(), Bundle::new());

@@ -79,8 +79,9 @@ pub async fn connect(path: &Path) -> Result<(UnixStream, Peer), LinkError> {
 /// A listener on a socket in a folder of our own user. It removes the socket when it is dropped.
 #[derive(Debug)]
 pub struct Listener {
-    listener: UnixListener,
+    /// Dropped before the socket is closed: until then no other process finds it dead, and none gets its inode number.
     _file: SocketFile,
+    listener: UnixListener,
 }
 
 impl Listener {
@@ -99,6 +100,8 @@ impl Listener {
             .map_err(failed)?;
         let folder = Folder::open_parent(path)?;
         let short = folder.within(path);
+        // Otherwise one of two processes that have found a dead socket would remove the other one's, which is alive.
+        let _one = folder.lock();
         match std::os::unix::net::UnixStream::connect(&short) {
             Ok(_) => return Err(LinkError::InUse { carrier }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -115,8 +118,8 @@ impl Listener {
             _folder: folder,
         };
         Ok(Self {
-            listener,
             _file: file,
+            listener,
         })
     }
 }
@@ -210,6 +213,14 @@ impl Folder {
             });
         }
         Ok(Self(opened))
+    }
+
+    /// Waits until no other process replaces a socket in this folder. `None` if its file system has no locks for folders: on a
+    /// shared one, the lease tells agents apart before they bind.
+    fn lock(&self) -> Option<fs::File> {
+        let folder = fs::File::open(format!("/proc/self/fd/{}", self.0.as_raw_fd())).ok()?;
+        folder.lock().ok()?;
+        Some(folder)
     }
 
     /// A short path to the file with the name of `path` in this folder, valid while `self` lives.

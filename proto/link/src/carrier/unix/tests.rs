@@ -129,3 +129,35 @@ async fn a_socket_that_no_process_of_this_host_serves_is_replaced_and_refuses_cl
     ));
     connect(&path).await.unwrap();
 }
+
+/// Each of them finds the socket that a killed agent has left; only one may remove it.
+#[tokio::test]
+async fn of_many_that_replace_a_dead_socket_at_once_one_serves_it() {
+    const RACERS: usize = 8;
+    let runtime = tokio::runtime::Handle::current();
+    let root = tempfile::tempdir().unwrap();
+    mode(root.path(), 0o700);
+    let path = root.path().join(NAME);
+    for _ in 0..40 {
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let barrier = std::sync::Barrier::new(RACERS);
+        let bind = || {
+            let _inside = runtime.enter();
+            barrier.wait();
+            Listener::bind(&path)
+        };
+        let bound: Vec<_> = std::thread::scope(|scope| {
+            let racers: Vec<_> = (0..RACERS).map(|_| scope.spawn(bind)).collect();
+            let ended = racers.into_iter().map(|racer| racer.join().unwrap());
+            ended.collect()
+        });
+        let served = bound.iter().filter(|bound| bound.is_ok()).count();
+        assert_eq!(served, 1);
+        for bound in bound.iter().filter_map(|bound| bound.as_ref().err()) {
+            assert!(matches!(bound, LinkError::InUse { .. }), "{}", chain(bound));
+        }
+        connect(&path).await.unwrap();
+        drop(bound);
+        assert!(!path.exists());
+    }
+}
