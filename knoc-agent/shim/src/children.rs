@@ -61,6 +61,8 @@ pub(crate) struct Child {
     pub(crate) pid: u32,
     /// What it and the children it waited for had used; known once it has ended.
     pub(crate) used: Option<Used>,
+    /// Its exit, once somebody has waited for it.
+    pub(crate) ended: Option<Exit>,
     exit: oneshot::Receiver<Ended>,
     /// Its standard error, if that is piped.
     pub(crate) stderr: Option<std::process::ChildStderr>,
@@ -74,22 +76,26 @@ impl Child {
         let child = Self {
             pid,
             used: None,
+            ended: None,
             exit,
             stderr: None,
         };
         (child, ends)
     }
 
-    /// Waits for its end. Cancel safe; must not be called again once it has returned.
+    /// Waits for its end. Cancel safe; may be called again.
     pub(crate) async fn wait(&mut self) -> Exit {
+        if let Some(exit) = self.ended {
+            return exit;
+        }
         // The reaper holds the sender, and lives as long as the shim.
-        let Ok((exit, used)) = (&mut self.exit).await else {
-            return Exit {
-                code: -1,
-                signal: 0,
-            };
+        let lost = Exit {
+            code: -1,
+            signal: 0,
         };
+        let (exit, used) = (&mut self.exit).await.unwrap_or((lost, None));
         self.used = used;
+        self.ended = Some(exit);
         exit
     }
 }
@@ -121,6 +127,7 @@ impl Children {
         Ok(Child {
             pid: child.id(),
             used: None,
+            ended: None,
             exit,
             stderr: child.stderr.take(),
         })

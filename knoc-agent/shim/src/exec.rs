@@ -2,7 +2,9 @@
 //!
 //! `knoc-agent enter` joins the container's namespaces. The launch protocol runs over a socket pair, one end of which is
 //! the helper's standard input. Bytes go both ways with back-pressure, each direction can be closed alone, and the exit
-//! status comes last. When the client disconnects, the process gets HUP, then TERM, then KILL, and is always reaped.
+//! status comes last. When the client disconnects, the process gets HUP, then TERM, then KILL, and is always reaped. The kernel may
+//! keep a killed process in an operation that nothing interrupts: a client whose container has ended gets its answer all the same, and
+//! only this task goes on waiting.
 
 mod capture;
 
@@ -50,6 +52,13 @@ const DRAIN: Duration = Duration::from_secs(1);
 /// The time from HUP to TERM, and from TERM to KILL, for a process whose client has disconnected.
 const HANG_UP: Duration = Duration::from_secs(1);
 const TERMINATE: Duration = Duration::from_secs(5);
+
+/// How long a process may take to end that was killed because its container has ended.
+const AFTER_KILL: Duration = Duration::from_secs(5);
+
+/// The message of a process that did not end.
+const STUCK: &str = "the container has ended, but the process was killed (SIGKILL) and has not ended: the kernel keeps it in an \
+    operation that nothing interrupts (state D), as on a file system that hangs";
 
 /// How long a process may take to start: its program may lie on a file system that hangs.
 const LAUNCH: Duration = Duration::from_secs(30);
@@ -122,27 +131,41 @@ pub(crate) async fn run(session: Session, input: impl Inputs) {
     } = running;
     let stdin = streams.stdin.take();
     send(&session.output, Output::Started(true)).await;
-    let helper = child.pid;
+    let end = end_with(&session.program, pid, child.pid);
+    let driving = drive(&session.output, &streams, stdin, input, &mut child, end);
     let ended = tokio::select! {
         biased;
         () = session.output.closed() => None,
-        exit = drive(&session.output, &streams, stdin, input, &mut child) => Some(exit),
-        () = end_with(&session.program, pid, helper) => None,
+        exit = driving => Some(exit),
     };
-    if let Some(Exit { code, signal }) = ended {
-        let exit = pb::ExecExit {
-            code,
-            signal,
-            error: String::new(),
-        };
-        send(&session.output, Output::Exit(exit)).await;
-        return;
+    if let Some(exit) = ended {
+        send(&session.output, Output::Exit(answer(exit))).await;
+        if exit.is_some() {
+            return;
+        }
     }
+    // Nothing more is sent, and this ends the answer of a client that is still there.
+    drop(session);
     // Output is still read while the process handles its signals, so that it does not die of a broken pipe first.
     tokio::select! {
         biased;
         () = hang_up(&mut child, pid) => {}
         never = streams.discard() => match never {},
+    }
+}
+
+/// PURE: what a client is told of the end; `None` if the process was killed and has not ended.
+fn answer(exit: Option<Exit>) -> pb::ExecExit {
+    let error = if exit.is_none() { STUCK } else { "" };
+    let killed = Signal::KILL.as_raw();
+    let Exit { code, signal } = exit.unwrap_or(Exit {
+        code: 128 + killed,
+        signal: killed,
+    });
+    pb::ExecExit {
+        code,
+        signal,
+        error: error.to_owned(),
     }
 }
 
@@ -311,14 +334,16 @@ fn spawn(pod: &Pod, program: &Program) -> io::Result<(Child, UnixStream)> {
     Ok((child, UnixStream::from_std(ours)?))
 }
 
-/// Copies all streams until the process has ended and its output is drained.
+/// Copies all streams until the process has ended and its output is drained. Returns `None` if it has not ended when `end` has, since
+/// it should have ended before.
 async fn drive(
     output: &mpsc::Sender<Result<ExecOutput, Status>>,
     streams: &Streams,
     stdin: Option<Stream>,
     input: impl Inputs,
     child: &mut Child,
-) -> Exit {
+    end: impl Future<Output = ()>,
+) -> Option<Exit> {
     let Streams {
         stdin: _,
         stdout,
@@ -337,8 +362,8 @@ async fn drive(
         );
     };
     let feeding = feed(input, stdin, terminal.as_ref());
-    tokio::pin!(copying, feeding);
-    let (mut exit, mut copied, mut fed) = (None, false, false);
+    tokio::pin!(copying, feeding, end);
+    let (mut exit, mut copied, mut fed, mut overdue) = (None, false, false, false);
     loop {
         tokio::select! {
             biased;
@@ -347,9 +372,11 @@ async fn drive(
                 exit = Some(status);
                 ended.cancel();
             }
+            () = &mut end, if !overdue => overdue = true,
             () = &mut feeding, if !fed && exit.is_none() => fed = true,
         }
-        if let Some(exit) = exit.filter(|_| copied) {
+        // What has ended still has output.
+        if copied && exit.is_some() || overdue && exit.is_none() {
             return exit;
         }
     }
@@ -401,8 +428,8 @@ async fn feed(mut input: impl Inputs, mut stdin: Option<Stream>, terminal: Optio
     }
 }
 
-/// Kills the process when its container ends, which matters if there is no PID namespace. Never returns: the end of the
-/// process then ends its streams.
+/// Kills the process when its container ends, which matters if there is no PID namespace: the end of the process then ends its
+/// streams. Returns when it should have ended.
 async fn end_with(program: &Program, pid: Option<u32>, helper: u32) {
     let mut ended = program.hub.ended();
     // A dropped sender means that the container has ended, too.
@@ -411,11 +438,15 @@ async fn end_with(program: &Program, pid: Option<u32>, helper: u32) {
         Some(pid) => signals::to_group(pid, Signal::KILL),
         None => signals::send(helper, Signal::KILL),
     }
-    std::future::pending::<()>().await;
+    sleep(AFTER_KILL).await;
 }
 
 /// Ends a process whose client has disconnected.
 async fn hang_up(child: &mut Child, pid: Option<u32>) {
+    // Its number may be that of another process by now.
+    if child.ended.is_some() {
+        return;
+    }
     // The process leads its session. If its pid is not known, the helper is signalled, whose death kills the process.
     let helper = child.pid;
     let signal = |signal| match pid {
@@ -464,5 +495,49 @@ mod tests {
         assert!(matches!(unanswered(&output).await, ExecError::Slow));
         drop(client);
         assert!(matches!(unanswered(&output).await, ExecError::Gone));
+    }
+
+    /// A client that sends nothing.
+    struct Silent;
+
+    impl Inputs for Silent {
+        async fn next(&mut self) -> Option<pb::ExecInput> {
+            std::future::pending().await
+        }
+    }
+
+    const KILLED: Exit = Exit {
+        code: 137,
+        signal: 9,
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_is_answered_though_the_killed_process_does_not_end() {
+        let (output, _client) = mpsc::channel(1);
+        let (mut child, ends) = Child::that_stays(u32::MAX);
+        let streams = Streams::default();
+        let end = sleep(AFTER_KILL);
+        let driving = drive(&output, &streams, None, Silent, &mut child, end);
+        let driven = timeout(AFTER_KILL * 2, driving).await;
+        assert_eq!(driven.expect("the client still waits"), None);
+        let told = answer(None);
+        assert!(told.code == 137 && told.error == STUCK, "{told:?}");
+        // Its task goes on waiting, and may ask again.
+        ends.send((KILLED, None)).unwrap();
+        for _ in 0..2 {
+            assert_eq!(child.wait().await, KILLED);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_killed_process_that_has_ended_is_no_error() {
+        let (output, _client) = mpsc::channel(1);
+        let (mut child, ends) = Child::that_stays(u32::MAX);
+        ends.send((KILLED, None)).unwrap();
+        let streams = Streams::default();
+        let end = std::future::ready(());
+        let driven = drive(&output, &streams, None, Silent, &mut child, end).await;
+        assert_eq!(driven, Some(KILLED));
+        assert_eq!(answer(driven).error, "");
     }
 }

@@ -16,6 +16,7 @@
 //! with the agent: see [`ShimExit`].
 
 mod attach;
+mod budget;
 mod cgroup;
 mod children;
 mod container;

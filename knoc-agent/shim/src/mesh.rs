@@ -14,7 +14,6 @@
 //! The shim decides nothing about who may reach whom: it sends to those, and takes from those, that the agent names. What it
 //! checks is that a packet is what it should be: from the pod whose key the tunnel has, for this pod.
 
-mod budget;
 pub(crate) mod carried;
 mod inbound;
 mod interface;

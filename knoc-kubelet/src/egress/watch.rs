@@ -36,6 +36,10 @@ const RANGES_AGAIN: Duration = Duration::from_secs(15);
 /// More ranges of Services than any cluster has.
 const MOST_RANGES: u32 = 100;
 
+/// What administrators are told if nothing says which addresses Services have.
+const NO_RANGE: &str = "pods do not reach the cluster's Services: its API does not say which addresses they have (it has no ServiceCIDR, \
+    as before Kubernetes 1.33); set `egress.serviceRanges`, or set `egress.allow` to `off`";
+
 /// What is known of the cluster.
 #[derive(Debug, Default)]
 pub(super) struct State {
@@ -57,7 +61,13 @@ impl State {
                 part.permission()
             )
         });
-        denied.chain(self.table.left_out()).collect()
+        let unknown = self.knows_no_range().then(|| NO_RANGE.to_owned());
+        denied.chain(unknown).chain(self.table.left_out()).collect()
+    }
+
+    /// Whether neither the cluster nor the configuration says which addresses Services have.
+    fn knows_no_range(&self) -> bool {
+        self.read.contains(&Part::Ranges) && self.around.service_ranges.is_empty()
     }
 }
 
@@ -282,11 +292,6 @@ impl Cluster {
                 None => Some(configured.to_vec()).filter(|ranges| !known && !ranges.is_empty()),
             };
             if let Some(ranges) = ranges {
-                if ranges.is_empty() {
-                    tracing::warn!(
-                        "pods reach nothing of the cluster: its API does not say which addresses its Services have, set `egress.serviceRanges`"
-                    );
-                }
                 known = true;
                 self.change(|state| {
                     state.around.service_ranges = ranges;

@@ -289,11 +289,19 @@ impl Relayed {
             to.number
         );
         self.shared.refused.try_send((to.uid, text)).ok();
-        // They may be those of another pod and namespace.
-        drop((of_one, of_namespace));
-        let of_one = Arc::clone(&self.of_one).try_acquire_owned().ok()?;
-        let of_namespace = Arc::clone(&self.of_namespace).try_acquire_owned();
-        Some([of_one, of_all, of_namespace.ok()?])
+        // Permits of the pod itself stay, so that no other new connection takes them. Those of others are exchanged: a pod below its
+        // share has some left.
+        let own = |permit: OwnedSemaphorePermit, count: &Arc<Semaphore>| {
+            if is_of(&permit, count) {
+                return Some(permit);
+            }
+            Arc::clone(count).try_acquire_owned().ok()
+        };
+        Some([
+            own(of_one, &self.of_one)?,
+            of_all,
+            own(of_namespace, &self.of_namespace)?,
+        ])
     }
 
     /// How many connections the pod has.

@@ -68,6 +68,17 @@ struct Taken {
     permits: Permits,
 }
 
+impl Taken {
+    fn known(&self, id: u64) -> Known {
+        Known {
+            id,
+            source: self.source,
+            began: self.activity.began,
+            moved: self.activity.moved(),
+        }
+    }
+}
+
 /// The place of one connection, which is free once it is dropped.
 #[derive(Debug)]
 pub(super) struct Place {
@@ -100,20 +111,23 @@ impl Places {
         }
     }
 
-    /// Frees the place of an idle connection, of those that `may` allows; returns whose it was, and its permits.
+    /// Frees the place of an idle connection, of those that `may` allows; returns whose it was, and its permits. Bytes that come after
+    /// that are lost with the connection.
     pub(super) fn give_way(&self, may: impl Fn(&Permits) -> bool) -> Option<(PodPort, Permits)> {
         let mut state = self.state();
-        let open = state.taken.iter().filter(|(_, taken)| may(&taken.permits));
-        let known = open.map(|(id, taken)| Known {
-            id: *id,
-            source: taken.source,
-            began: taken.activity.began,
-            moved: taken.activity.moved(),
-        });
-        let id = idle::gives_way(known, Instant::now())?;
-        let taken = state.taken.remove(&id)?;
-        taken.cut.cancel();
-        Some((taken.to, taken.permits))
+        let now = Instant::now();
+        loop {
+            let open = state.taken.iter().filter(|(_, taken)| may(&taken.permits));
+            let known = open.map(|(id, taken)| taken.known(*id));
+            let id = idle::gives_way(known, now)?;
+            // A byte may have been sent since the others were looked at. Then this one is not idle any more, and another one is chosen.
+            let chosen = state.taken.get(&id).map(|taken| taken.known(id));
+            if idle::gives_way(chosen.into_iter(), now).is_some() {
+                let taken = state.taken.remove(&id)?;
+                taken.cut.cancel();
+                return Some((taken.to, taken.permits));
+            }
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -140,5 +154,47 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.places.state().taken.remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    fn taken(places: &Places, all: &Arc<Semaphore>) -> Place {
+        let to = PodPort {
+            uid: "u-1".parse().unwrap(),
+            number: 80,
+        };
+        let permit = || Arc::clone(all).try_acquire_owned().unwrap();
+        let source = Source::V4([10, 0, 0, 1].into());
+        places.take(&to, source, [permit(), permit(), permit()])
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_is_used_after_it_was_looked_at_stays() {
+        let (places, all) = (Places::default(), Arc::new(Semaphore::new(6)));
+        let both = [taken(&places, &all), taken(&places, &all)];
+        tokio::time::advance(idle::SILENT).await;
+        let asked = Cell::new(0);
+        // Whichever is looked at first is idle then, and is used while the other one is looked at.
+        let may = |_: &Permits| {
+            asked.set(asked.get() + 1);
+            if asked.get() == 2 {
+                for place in &both {
+                    place.activity().note();
+                }
+            }
+            true
+        };
+        assert!(places.give_way(may).is_none());
+        assert!(both.iter().all(|place| !place.is_given_away()));
+        tokio::time::advance(idle::IDLE).await;
+        places.give_way(|_| true).expect("both are idle again");
+        assert_eq!(both.iter().filter(|place| place.is_given_away()).count(), 1);
     }
 }

@@ -280,7 +280,9 @@ Names such as `..foo` and `a..b` are ordinary names in a `subPath`; as in Kubern
 missing in a volume is created there. Symbolic links of the image (`/var/run`) are followed inside the container, and those in the
 `subPath` of an image volume inside that image, whose root an absolute link begins at. Nothing can be mounted at `/` or in `/.knoc`,
 which KNoC uses itself; neither `workingDir` nor `terminationMessagePath` can lie there. A volume at `/dev/x` is mounted
-elsewhere, and `/dev/x` is a symbolic link to it, except at `/dev/shm` and below it. `/dev/null` and the other devices stay, unless a volume is mounted at `/dev` itself.
+elsewhere, and `/dev/x` is a symbolic link to it, except at `/dev/shm` and below it. `/dev/null` and the other devices that every container
+has (`full`, `ptmx`, `random`, `tty`, `urandom`, `zero`, and the links `fd`, `stdin`, `stdout` and `stderr`) stay: a `mountPath` there is
+rejected, unless a volume is mounted at `/dev` itself.
 
 **Temporary directories.** `/tmp` and `/var/tmp` are the image's, with the files that the image has there, and everybody can write to
 them (mode 1777); files that are written go to the node's disk. If the site's runtime has no writable root directory (Singularity, no

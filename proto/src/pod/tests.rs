@@ -128,6 +128,38 @@ fn no_mount_path_is_used_twice_or_is_the_root() {
 }
 
 #[test]
+fn nothing_is_mounted_on_a_device_that_every_container_has() {
+    for path in [
+        "/dev/null",
+        "//dev/./zero/",
+        "/dev/tty",
+        "/dev/stdout",
+        "/dev/fd/3",
+    ] {
+        let got = problems(|spec| spec.containers[0].mounts[0].path = path.into());
+        let wanted = format!("container \"main\": mountPath {path:?} is a device");
+        assert!(got.len() == 1 && got[0].starts_with(&wanted), "{got:?}");
+    }
+    for path in [
+        "/dev",
+        "/dev/nullx",
+        "/dev/shm",
+        "/dev/a/null",
+        "/x/dev/null",
+    ] {
+        let mut other = valid();
+        other.containers[0].mounts[0].path = path.into();
+        assert!(PodSpec::try_from(other).is_ok(), "{path}");
+    }
+    let mut own = valid();
+    let main = &mut own.containers[0];
+    main.mounts.push(main.mounts[0].clone());
+    main.mounts[0].path = "/dev/".into();
+    main.mounts[1].path = "/dev/null".into();
+    assert!(PodSpec::try_from(own).is_ok());
+}
+
+#[test]
 fn no_path_of_a_container_lies_in_the_folder_of_knoc() {
     for path in ["/.knoc", "//.knoc/./", "/.knoc/agent", "/.knoc/launch.sock"] {
         let got = problems(|spec| {

@@ -310,6 +310,24 @@ async fn a_kubelet_without_its_permissions_says_so_and_no_pod_waits() -> anyhow:
 }
 
 #[tokio::test]
+async fn a_cluster_that_does_not_say_the_ranges_of_services_is_one_event() -> anyhow::Result<()> {
+    let (site, _agent, _) = Site::start(Options::default()).await?;
+    let kubelet = Kubelet::prepare(&site).await?;
+    let _process = kubelet.start(&site, &[]).await?;
+    let told = told(&kubelet, "EgressUnavailable").await?;
+    ensure!(
+        told.len() == 1 && told[0].contains("`egress.serviceRanges`"),
+        "{told:?}"
+    );
+    let main = json!({"name": "main", "image": "none", "command": ["true"]});
+    kubelet.create_pod("alone", json!({"containers": [main]}))?;
+    kubelet.phase("alone", "Succeeded", SOON).await?;
+    let again = told_by_now(&kubelet, "EgressUnavailable");
+    ensure!(again.len() == 1, "{again:?}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_kubelet_that_starts_again_serves_new_connections() -> anyhow::Result<()> {
     let (port, _echo) = echo().await?;
     let (site, kubelet, [_agent, process]) = start("", port, &[]).await?;

@@ -22,13 +22,16 @@ use super::{
     dns::{self, NodeNames},
     tcp,
 };
-use crate::supervisor::Command;
+use crate::{budget::Budget, supervisor::Command};
 
 /// How many connections the containers of a pod may have open to the cluster at once.
 const CONNECTIONS: usize = 1024;
 
 /// How many flows of datagrams they may have.
 const FLOWS: usize = 1024;
+
+/// How many bytes of datagrams may wait for the link, in all flows together.
+pub(super) const WAITING: usize = 8 << 20;
 
 /// The pause after a connection or a datagram could not be taken, for example because the shim has too many files open.
 pub(super) const PAUSE: Duration = Duration::from_millis(100);
@@ -44,6 +47,8 @@ pub(crate) struct Gate {
     pub(super) egress: Arc<Egress>,
     connections: Arc<Semaphore>,
     pub(super) flows: Arc<Semaphore>,
+    /// The datagrams that may still wait.
+    pub(super) datagrams: Budget,
     /// The tasks of the connections, which outlive their listener.
     pub(super) tasks: TaskTracker,
     notes: mpsc::Sender<Command>,
@@ -59,6 +64,7 @@ impl Gate {
             egress: Arc::clone(egress),
             connections: Arc::new(Semaphore::new(CONNECTIONS)),
             flows: Arc::new(Semaphore::new(FLOWS)),
+            datagrams: Budget::new(WAITING),
             tasks: TaskTracker::new(),
             notes,
             told: Arc::default(),

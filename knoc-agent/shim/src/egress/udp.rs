@@ -32,13 +32,15 @@ use super::{
     gate::{Gate, PAUSE},
     tcp::send,
 };
-use crate::launch::network::protocol::Kind;
+use crate::{budget::Budget, launch::network::protocol::Kind};
 
 /// How many flows one port may have; beyond it, the one that was idle for the longest time ends.
 const FLOWS: usize = 512;
 
-/// How many datagrams of a flow may wait for the link.
+/// How many datagrams of a flow may wait for the link, and how many bytes: about as many as a socket takes. Those of all flows are bounded
+/// as well ([`super::gate::WAITING`]).
 const QUEUE: usize = 16;
+const WAITING: usize = 256 << 10;
 
 /// The longest datagram.
 const LONGEST: usize = 64 << 10;
@@ -57,6 +59,8 @@ const REFUSED: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 struct Flow {
     datagrams: mpsc::Sender<Bytes>,
+    /// The bytes that may still wait.
+    room: Budget,
     task: AbortHandle,
     used: Instant,
 }
@@ -84,7 +88,7 @@ pub(super) async fn serve(socket: UdpSocket, port: u16, gate: Gate) {
             received = receive(&socket, &mut buffer) => match received {
                 Ok((from, to, count)) => {
                     let data = buffer.get(..count).unwrap_or_default();
-                    port.pass_on(from, to, Bytes::copy_from_slice(data));
+                    port.pass_on(from, to, data);
                 }
                 Err(_) => tokio::time::sleep(PAUSE).await,
             },
@@ -103,7 +107,7 @@ struct Port {
 }
 
 impl Port {
-    fn pass_on(&mut self, from: SocketAddrV4, to: Ipv4Addr, data: Bytes) {
+    fn pass_on(&mut self, from: SocketAddrV4, to: Ipv4Addr, data: &[u8]) {
         if !self.gate.reaches(to) {
             return;
         }
@@ -111,27 +115,31 @@ impl Port {
         if let Some(names) = self.names.as_ref()
             && self.gate.egress.is_dns(key.1)
         {
-            return names.ask(key, data);
+            return names.ask(key, Bytes::copy_from_slice(data));
         }
-        let data = match self.flows.get_mut(&key) {
-            None => data,
-            Some(flow) => match flow.datagrams.try_send(data) {
-                Ok(()) => {
-                    flow.used = Instant::now();
-                    return;
-                }
-                // The link is slower than the container.
-                Err(mpsc::error::TrySendError::Full(_)) => return,
-                Err(mpsc::error::TrySendError::Closed(data)) => data,
-            },
-        };
+        if let Some(flow) = self.flows.get_mut(&key)
+            && !flow.datagrams.is_closed()
+        {
+            // What does not fit is lost: the link is slower than the container.
+            if let Ok(place) = flow.datagrams.try_reserve()
+                && let Some(data) = flow.room.copy(data, false)
+            {
+                place.send(data);
+                flow.used = Instant::now();
+            }
+            return;
+        }
         self.begin(key, data);
     }
 
-    fn begin(&mut self, key: Key, data: Bytes) {
+    fn begin(&mut self, key: Key, data: &[u8]) {
         if !self.gate.has_way() {
             return;
         }
+        let room = self.gate.datagrams.part(WAITING);
+        let Some(data) = room.copy(data, false) else {
+            return;
+        };
         if self.flows.len() >= FLOWS
             && let Some(oldest) = oldest(&self.flows)
             && let Some(flow) = self.flows.remove(&oldest)
@@ -158,6 +166,7 @@ impl Port {
         let task = self.tasks.spawn(exchange.run(egress));
         let flow = Flow {
             datagrams,
+            room,
             task,
             used: Instant::now(),
         };
@@ -301,7 +310,56 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::Table, *};
+    use crate::launch::network::protocol::Range;
+
+    /// A port of the cluster's Services, which are addresses of the loopback interface.
+    async fn port() -> Port {
+        let egress = Egress::default();
+        let mut table = Table::default();
+        table.ranges.insert(Range::parse("127.0.0.0/16").unwrap());
+        egress.table.send_replace(Arc::new(table));
+        Port {
+            socket: Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap()),
+            names: None,
+            gate: Gate::new(&Arc::new(egress), mpsc::channel(4).0),
+            flows: HashMap::new(),
+            tasks: JoinSet::new(),
+            number: 123,
+        }
+    }
+
+    #[tokio::test]
+    async fn datagrams_that_nobody_takes_are_bounded_in_bytes_for_each_flow_and_for_all() {
+        const SIZE: usize = 60 << 10;
+        let mut port = port().await;
+        let (to, data) = (Ipv4Addr::new(127, 0, 9, 9), vec![7; SIZE]);
+        for client in 1..200 {
+            for _ in 0..QUEUE {
+                port.pass_on(SocketAddrV4::new(to, client), to, &data);
+            }
+        }
+        let flows = port.flows.values();
+        let waiting = flows.map(|flow| QUEUE - flow.datagrams.capacity());
+        let waiting: Vec<_> = waiting.collect();
+        assert!(waiting.iter().all(|count| *count <= WAITING / SIZE));
+        assert_eq!(
+            waiting.iter().sum::<usize>(),
+            super::super::gate::WAITING / SIZE
+        );
+        // A small one still fits, and flows that have ended free their room.
+        port.pass_on(SocketAddrV4::new(to, 200), to, b"small");
+        assert_eq!(port.flows.len(), waiting.len() + 1);
+        let gate = port.gate.clone();
+        drop(port);
+        let freed = async {
+            while gate.datagrams.copy(&data, false).is_none() {
+                tokio::task::yield_now().await;
+            }
+        };
+        let freed = timeout(Duration::from_secs(20), freed).await;
+        freed.expect("the room is not freed");
+    }
 
     #[test]
     fn a_resolver_that_has_its_answers_lets_go_early() {
@@ -369,6 +427,7 @@ mod tests {
         let mut tasks = JoinSet::new();
         let mut flow = |used| Flow {
             datagrams: mpsc::channel(1).0,
+            room: Budget::new(0),
             task: tasks.spawn(std::future::pending::<()>()),
             used,
         };

@@ -33,7 +33,6 @@ use tokio::{
 
 use super::{
     Given, Mesh,
-    budget::Budget,
     carried::Tunnel,
     inbound::Inbound,
     interface::{Interface, Room},
@@ -43,6 +42,7 @@ use super::{
     unproven::Unproven,
 };
 use crate::{
+    budget::Budget,
     launch::network::protocol::Range,
     network::{Network, Private},
     pod::Pod,
@@ -62,6 +62,9 @@ const BOUNDS: Bounds = Bounds {
     handshakes: 256,
     finished: 256,
 };
+/// How many bytes wait for all other pods together. The only packet for a pod always fits, so that nobody who sends much to others keeps
+/// the pod from it.
+const WAITING: usize = 32 << 20;
 /// How many packets are read before other work is done.
 const BATCH: usize = 64;
 
@@ -285,7 +288,7 @@ impl Routes {
             up,
             notes,
             queues: HashMap::new(),
-            budget: Budget::default(),
+            budget: Budget::new(WAITING),
             newest: 0,
             lanes: JoinSet::new(),
             tunnels: JoinSet::new(),

@@ -152,6 +152,36 @@ async fn the_ranges_that_were_read_stay_while_the_api_server_does_not_answer() {
     );
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_cluster_that_does_not_say_its_ranges_is_a_trouble_until_it_does() {
+    let (service, mut requests) = mock::pair::<Request<Body>, Answer>();
+    let client = Client::new(service, "default");
+    let cluster = Cluster::new();
+    let read = async {
+        let mut seen = vec![cluster.troubles()];
+        for answer in [
+            answer(404, &json!({})),
+            listed(&[]),
+            listed(&[range("10.96.0.0/16")]),
+        ] {
+            let (_, send) = requests.next_request().await.unwrap();
+            seen.push(cluster.troubles());
+            send.send_response(answer);
+        }
+        requests.next_request().await.unwrap();
+        seen.push(cluster.troubles());
+        seen
+    };
+    let seen = tokio::select! {
+        () = cluster.ranges(Api::all(client), &[]) => unreachable!(),
+        seen = read => seen,
+    };
+    let told = vec![NO_RANGE.to_owned()];
+    // Before the first answer nothing is known, and the last one has a range.
+    assert_eq!(seen, [vec![], vec![], told.clone(), told, vec![]]);
+    assert!(NO_RANGE.contains("`egress.serviceRanges`"));
+}
+
 #[test]
 fn addresses_of_nodes_and_ranges_are_read_and_names_left_out() {
     let node = json!({"metadata": {"name": "n"}, "status": {"addresses": [{"type": "InternalIP", "address": "10.2.0.1"},

@@ -12,6 +12,8 @@ use crate::CtlError;
 
 /// The oldest minor version of Kubernetes 1 that the chart accepts.
 const OLDEST: u32 = 29;
+/// The oldest one whose API says which addresses Services have (`ServiceCIDR`).
+const WITH_RANGES: u32 = 33;
 /// The oldest version of helm that knows the chart's functions.
 const OLDEST_HELM: (u32, u32) = (3, 14);
 /// The namespace into which the chart is installed.
@@ -261,7 +263,11 @@ fn judge_versions(json: &str) -> Result<String, String> {
         of("clientVersion").unwrap_or("of an unknown version")
     );
     match version(server) {
-        Some(found) if found >= (1, OLDEST) => Ok(text),
+        Some(found) if found >= (1, WITH_RANGES) => Ok(text),
+        Some(found) if found >= (1, OLDEST) => Ok(format!(
+            "{text}; its API does not say which addresses Services have, so pods reach them only with egress.serviceRanges in the values \
+             of the chart"
+        )),
         Some(_) | None => Err(text),
     }
 }
@@ -305,7 +311,14 @@ mod tests {
             of("v1.36.0").unwrap(),
             "API server v1.36.0, kubectl v1.37.0"
         );
-        of("v1.29.4+k3s1").unwrap();
+        for (server, is_told) in [
+            ("v1.29.4+k3s1", true),
+            ("v1.32.9", true),
+            ("v1.33.0", false),
+        ] {
+            let said = of(server).unwrap();
+            assert_eq!(said.contains("egress.serviceRanges"), is_told, "{said}");
+        }
         of("v1.28.9").unwrap_err();
         judge_versions(r#"{"clientVersion": {"gitVersion": "v1.37.0"}}"#).unwrap_err();
         assert_eq!(version("v3.14.0"), Some((3, 14)));
