@@ -168,7 +168,7 @@ async fn streams_named(
     // The last one, because it starts the kubelet again, without the relay.
     if streams::is_named(pod_to_pod::NAME, name) {
         let measured = pod_to_pod::measure(bed, sizes).await;
-        all.push(measured.context(pod_to_pod::NAME)?);
+        all.extend(measured.context(pod_to_pod::NAME)?);
     }
     Ok(all)
 }

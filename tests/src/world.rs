@@ -491,6 +491,24 @@ impl World {
         Ok(rows.ok().await?.text())
     }
 
+    /// Starts no jobs on these nodes (`c1`, or `c1,c3`) while `then` runs, so that Slurm chooses others. `tests/testbed/conformance/nodes.sh`
+    /// undoes it if a test is killed meanwhile.
+    pub async fn away_from<T>(
+        &self,
+        nodes: &str,
+        then: impl AsyncFnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let nodes = format!("NodeName={nodes}");
+        let set = async |state: &str| {
+            let update = ["scontrol", "update", &nodes, state, "Reason=knoc-tests"];
+            self.on_as_root("ctl", update).ok().await
+        };
+        set("State=drain").await?;
+        let done = then().await;
+        set("State=resume").await?;
+        done
+    }
+
     /// Makes Slurm requeue a running job. The job was submitted with `--no-requeue`, which its owner can change.
     pub async fn requeue(&self, job: &str) -> anyhow::Result<()> {
         let of = format!("jobid={job}");

@@ -122,9 +122,7 @@ END
 }
 install_pip() {
     [ ! -x "$tools/charts-pip/bin/pip" ] || return 0
-    apt_install python3 python3
-    python3 -c 'import ensurepip' 2>/dev/null || apt_get python3-venv
-    python3 -m venv "$tools/charts-pip"
+    python_env "$tools/charts-pip"
 }
 
 extra_git() { mkdir -p "$1"/builds "$1"/cache; }

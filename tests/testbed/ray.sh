@@ -5,28 +5,14 @@
 . "$(dirname "$0")/lib.sh"
 . "$testbed/images.sh"
 packages=python3-click,python3-filelock,python3-jsonschema,python3-msgpack,python3-packaging,python3-protobuf,python3-requests,python3-yaml
-modules=/usr/local/lib/python3.13/dist-packages # of the image
-
-# install_wheel INTO: unpacks Ray for the image's Python, whichever this host has.
-install_wheel() {
-    local into=$1
-    apt_install python3 python3
-    # Debian's python3 has the module venv, but not the packages that it needs.
-    python3 -c 'import ensurepip' 2>/dev/null || apt_get python3-venv
-    python3 -m venv "$work/python"
-    "$work/python/bin/pip" install -q --disable-pip-version-check --no-deps --no-compile --require-hashes --only-binary=:all: \
-        --platform manylinux2014_x86_64 --implementation cp --python-version 3.13 --target "$into" -r "$testbed/ray.txt"
-    # The programs of the wheel name the Python of this host; the other folder is for Java.
-    rm -r "$into/bin" "$into/ray/jars"
-}
 
 make_image() {
     local image=$1
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     debian_image "$image" "$packages"
-    install_wheel "$image$modules"
-    chmod -R a+rX "$image$modules"
+    unpack_wheels "$image" --require-hashes -r "$testbed/ray.txt"
+    rm -r "$image$modules/ray/jars" # for Java
     # Containers cannot write into the image, and would compile Ray at each start. Its libraries for machine learning are not used.
     chroot "$image" /usr/bin/python3 -m compileall -q -x '/ray/(air|data|llm|rllib|serve|train|tune)/' "$modules" >"$log/ray.log" 2>&1 \
         || say "some modules of Ray were not compiled: $log/ray.log"

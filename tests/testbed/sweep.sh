@@ -22,7 +22,7 @@ afresh() {
         while ip -n "$netns" rule del priority 13 2>/dev/null; do :; done
     done
     unmount_all
-    # Of conformance/run.sh, argo.sh, charts.sh, l3_data and l3_mesh.
+    # Of conformance/run.sh, argo.sh, charts.sh, l3_data, and tests that drained nodes.
     sed -i '/^privileged *=/d; /^host_paths *=/d; /^host_ports *=/d; /^nfs *=/d; /^csi *=/d; /^pod_traffic *=/d; /^network *=/d; /^egress = .*"\*\/\*"/d; /^# l3_data$/,$d' \
         "$agent_home_here/.config/knoc/agent.toml"
     [ ! -e "$KUBE_PREFIX/run/coredns.pid" ] || "$testbed/kube/coredns.sh" down

@@ -64,13 +64,6 @@ impl Place {
     }
 }
 
-/// `drain` keeps new jobs off a node, `resume` ends that.
-async fn node_state(world: &World, node: &str, state: &str) -> anyhow::Result<()> {
-    let (node, state) = (format!("NodeName={node}"), format!("State={state}"));
-    let update = ["scontrol", "update", &node, &state, "Reason=l3_cut_mesh"];
-    world.on_as_root("ctl", update).ok().await.map(drop)
-}
-
 /// Has a node reject what it would send to that address (`add`), or not any more (`del`).
 async fn rule(world: &World, node: &str, action: &str, to: &str) -> anyhow::Result<()> {
     let rule = ["ip", "rule", action, "priority", "13", "to", to, "prohibit"];
@@ -94,10 +87,10 @@ async fn pods_whose_nodes_do_not_reach_each_other_do_so_through_the_agent() -> a
 async fn check(world: &World) -> anyhow::Result<()> {
     let server = Place::of(world, &server()).await?;
     // Slurm is to choose another node for the client.
-    node_state(world, &server.node, "drain").await?;
-    let client = Place::of(world, &waiting("client")).await;
-    node_state(world, &server.node, "resume").await?;
-    let client = client?;
+    let pod = waiting("client");
+    let client = world
+        .away_from(&server.node, async || Place::of(world, &pod).await)
+        .await?;
     ensure!(server.node != client.node, "both are on {}", server.node);
     let before = reaches_node(world, &client.node, &server.host).await?;
     ensure!(before.code == 0, "{before}");

@@ -33,13 +33,6 @@ async fn pod_traffic(world: &World, pairs: &str) -> anyhow::Result<()> {
     run.ok().await.map(drop)
 }
 
-/// `drain` keeps new jobs off a node, `resume` ends that.
-async fn node_state(world: &World, node: &str, state: &str) -> anyhow::Result<()> {
-    let (node, state) = (format!("NodeName={node}"), format!("State={state}"));
-    let update = ["scontrol", "update", &node, &state, "Reason=l3_mesh"];
-    world.on_as_root("ctl", update).ok().await.map(drop)
-}
-
 /// A pod in a network of its own that waits.
 fn waiting(name: &str) -> PodBuilder {
     let resources = json!({"requests": {"cpu": "100m"}, "limits": {"memory": "128Mi"}});
@@ -131,10 +124,10 @@ async fn check(world: &World) -> anyhow::Result<()> {
     let served = world.running(&server("server")).await?;
     // The partition of the server has one node; Slurm is to choose another one for the client.
     let first = world.compute_node(&served).await?;
-    node_state(world, &first, "drain").await?;
-    let client = world.running(&waiting("client")).await;
-    node_state(world, &first, "resume").await?;
-    let client = client?;
+    let pod = waiting("client");
+    let client = world
+        .away_from(&first, async || world.running(&pod).await)
+        .await?;
     let there = address(world, "server").await?;
     let here = address(world, "client").await?;
     ensure!(there != here, "{there}");

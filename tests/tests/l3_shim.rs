@@ -45,8 +45,14 @@ fn program(name: &str) -> anyhow::Result<PathBuf> {
     Ok(newest.1)
 }
 
-/// Runs these tests of the program, or all, one at a time.
-async fn under_apptainer(world: &World, name: &str, tests: &[&str]) -> anyhow::Result<()> {
+/// Runs these tests of the program, or all, one at a time. `world` is the name of their world.
+async fn under_apptainer(world: &str, name: &str, tests: &[&str]) -> anyhow::Result<()> {
+    let world = World::new(world).await?;
+    pass(&world, name, tests).await?;
+    world.finish().await
+}
+
+async fn pass(world: &World, name: &str, tests: &[&str]) -> anyhow::Result<()> {
     let folder = format!("/scratch/{}", world.namespace);
     let make = ["mkdir", "-p", &folder];
     world.on(NODE, make).ok().await?;
@@ -85,29 +91,23 @@ async fn under_apptainer(world: &World, name: &str, tests: &[&str]) -> anyhow::R
 
 #[tokio::test]
 async fn programs_of_real_containers_have_the_users_that_pods_ask_for() -> anyhow::Result<()> {
-    let world = World::new("shim-users").await?;
-    under_apptainer(&world, "shim_users", &[]).await?;
-    world.finish().await
+    under_apptainer("shim-users", "shim_users", &[]).await
 }
 
 #[tokio::test]
 async fn commands_and_volumes_are_inside_of_real_containers() -> anyhow::Result<()> {
-    let world = World::new("shim-link").await?;
     let tests = [
         "an_exec_is_where_the_container_is",
         "volumes_are_mounted_and_refreshed",
     ];
-    under_apptainer(&world, "shim_link", &tests).await?;
-    world.finish().await
+    under_apptainer("shim-link", "shim_link", &tests).await
 }
 
 #[tokio::test]
 async fn real_containers_start_again_and_leave_their_last_words() -> anyhow::Result<()> {
-    let world = World::new("shim-words").await?;
     let tests = [
         "restarts_back_off_and_the_logs_of_the_last_two_stay",
         "the_last_words_of_a_failed_container",
     ];
-    under_apptainer(&world, "shim", &tests).await?;
-    world.finish().await
+    under_apptainer("shim-words", "shim", &tests).await
 }

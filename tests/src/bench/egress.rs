@@ -130,9 +130,13 @@ pub(super) async fn inside<const N: usize>(
 }
 
 /// The same on the compute node.
-pub(super) async fn beside(bed: &Bed, words: &str) -> anyhow::Result<Vec<f64>> {
-    let run = bed.shell("c1", &format!("{FOLDER}/{DIALER} {words}"));
-    times(&run.deadline(STEP).ok().await?.text())
+async fn beside(bed: &Bed, words: &str) -> anyhow::Result<Vec<f64>> {
+    timed(bed, "c1", &format!("{FOLDER}/{DIALER} {words}")).await
+}
+
+/// Runs a command on a node that prints as the dialer does.
+pub(super) async fn timed(bed: &Bed, node: &str, command: &str) -> anyhow::Result<Vec<f64>> {
+    times(&bed.shell(node, command).deadline(STEP).ok().await?.text())
 }
 
 fn times(text: &str) -> anyhow::Result<Vec<f64>> {

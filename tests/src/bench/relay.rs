@@ -8,7 +8,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::Stdio,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -35,6 +35,10 @@ const CHUNK: usize = 64 << 10;
 /// The time limit for the start of a relay.
 const SOON: Duration = Duration::from_secs(30);
 
+/// The compute nodes of [`Location::Compute`] and [`Location::Second`].
+pub(super) const FIRST: &str = "c1";
+pub(super) const SECOND: &str = "c2";
+
 /// The port of the first relay; the others of the chain use the following ports.
 const FIRST_PORT: u16 = 19_200;
 
@@ -43,6 +47,8 @@ const FIRST_PORT: u16 = 19_200;
 pub(super) enum Location {
     /// The compute node, where the shim runs.
     Compute,
+    /// A second compute node, on which a pod sends to one of the first.
+    Second,
     /// The login node, where the agent runs.
     Login,
     /// The login node again, but its relay is a command of an SSH login: it has no port, and the next relay logs in for each connection.
@@ -52,10 +58,21 @@ pub(super) enum Location {
 }
 
 impl Location {
+    /// The name of the node of the test bed, if it is not the host.
+    fn node(self) -> Option<&'static str> {
+        match self {
+            Self::Compute => Some(FIRST),
+            Self::Second => Some(SECOND),
+            Self::Login | Self::Ssh => Some("login"),
+            Self::Host => None,
+        }
+    }
+
     /// The address at which the next relay reaches it.
     fn address(self) -> Ipv4Addr {
         match self {
             Self::Compute => Ipv4Addr::new(10, 78, 0, 11),
+            Self::Second => Ipv4Addr::new(10, 78, 0, 12),
             Self::Login | Self::Ssh => login_address(),
             Self::Host => Ipv4Addr::LOCALHOST,
         }
@@ -97,6 +114,22 @@ pub async fn pipe(to: SocketAddr, keys: &Path) -> anyhow::Result<()> {
     };
     tokio::try_join!(input, output)?;
     Ok(())
+}
+
+/// Sends that many bytes to the relay at that address and waits until it closes; returns the time. `keys` is as in [`serve`].
+pub async fn send_bytes(to: SocketAddr, bytes: u64, keys: &Path) -> anyhow::Result<Duration> {
+    let pair = KeyPair::from_files(&keys.join("pair.crt"), &keys.join("pair.key"))?;
+    let chunk = vec![0; CHUNK];
+    let mut left = usize::try_from(bytes)?;
+    let began = Instant::now();
+    let mut near = dial(to, &pair).await?;
+    while left > 0 {
+        let part = left.min(CHUNK);
+        near.write_all(&chunk[..part]).await?;
+        left -= part;
+    }
+    close(near).await?;
+    Ok(began.elapsed())
 }
 
 /// The other end of a relay.
@@ -249,6 +282,7 @@ pub(super) struct Chain {
     keys: TempDir,
     pair: KeyPair,
     nearest: SocketAddr,
+    farthest: SocketAddr,
 }
 
 impl Chain {
@@ -267,69 +301,65 @@ impl Chain {
         let mut processes = Vec::new();
         let mut role = role;
         let mut nearest = SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST_PORT));
-        for (location, port) in locations.iter().zip(FIRST_PORT..) {
+        let farthest = locations
+            .first()
+            .map_or(Ipv4Addr::LOCALHOST, |one| one.address());
+        let farthest = SocketAddr::from((farthest, FIRST_PORT));
+        let log = keys.path().join("log");
+        for (&location, port) in locations.iter().zip(FIRST_PORT..) {
             let keys_there = Path::new(FOLDER).join(name);
-            let relay = match location {
-                Location::Compute => bed.world.on_as_root("c1", [RELAY]),
-                Location::Login => bed.world.on_as_root("login", [RELAY]),
-                Location::Ssh => {
-                    let keys = keys_there.display();
-                    let next = role
-                        .strip_prefix("relay=")
-                        .context("nothing to log in for")?;
-                    role = format!("program={} {RELAY} pipe {next} {keys}", ssh()?.join(" "));
-                    continue;
-                }
-                Location::Host => Run::new(bed.here(RELAY)),
-            };
-            let keys_there = match location {
-                Location::Compute | Location::Login | Location::Ssh => keys_there,
-                Location::Host => keys.path().to_owned(),
+            if location == Location::Ssh {
+                let keys = keys_there.display();
+                let next = role
+                    .strip_prefix("relay=")
+                    .context("nothing to log in for")?;
+                role = format!("program={} {RELAY} pipe {next} {keys}", ssh()?.join(" "));
+                continue;
+            }
+            let (relay, keys_there) = match location.node() {
+                Some(node) => (bed.world.on_as_root(node, [RELAY]), keys_there),
+                None => (Run::new(bed.here(RELAY)), keys.path().to_owned()),
             };
             let relay = relay
                 .args(["relay", &port.to_string(), &role])
                 .arg(keys_there);
-            processes.push(relay.spawn(&keys.path().join("log"))?);
+            processes.push(relay.spawn(&log)?);
             nearest = SocketAddr::from((location.address(), port));
             role = format!("relay={nearest}");
-            let log = keys.path().join("log");
-            wait_for("a relay listens", SOON, async || {
-                // Probe from the machine of the next relay, because the host cannot reach the compute nodes.
-                let probe = format!("exec 3<>/dev/tcp/{}/{port}", location.address());
-                let probed = match location {
-                    Location::Compute => bed.shell("login", &probe).ok().await,
-                    Location::Login | Location::Ssh | Location::Host => {
-                        Run::new("bash").args(["-c", &probe]).ok().await
-                    }
-                };
-                probed.map_err(|error| {
-                    format!(
-                        "{error:#}; {}",
-                        std::fs::read_to_string(&log).unwrap_or_default()
-                    )
-                })
-            })
-            .await?;
+            listens(bed, location, port, &log).await?;
         }
         Ok(Self {
             processes,
             keys,
             pair,
             nearest,
+            farthest,
         })
     }
 
-    /// Starts one more relay, on the compute node, whose clients have no TLS. Returns its address, at which it listens soon.
+    /// Starts one more relay, on the second compute node, whose clients have no TLS. It passes their bytes on to the farthest relay, as if
+    /// there were no others between the two. Returns its address, at which it listens soon.
     pub(super) fn without_tls(&mut self, bed: &Bed) -> anyhow::Result<SocketAddr> {
-        let name = self.keys.path().file_name().context("no name")?;
         let port = self.nearest.port() + 1;
-        let relay = bed.world.on_as_root("c1", [RELAY]);
+        let relay = bed.world.on_as_root(SECOND, [RELAY]);
         let relay = relay
-            .args(["plain", &port.to_string(), &self.nearest.to_string()])
-            .arg(Path::new(FOLDER).join(name));
+            .args(["plain", &port.to_string(), &self.farthest.to_string()])
+            .arg(self.keys_there()?);
         self.processes
             .push(relay.spawn(&self.keys.path().join("log"))?);
-        Ok(SocketAddr::from((Location::Compute.address(), port)))
+        Ok(SocketAddr::from((Location::Second.address(), port)))
+    }
+
+    /// The command with which a node sends that many bytes through the chain, over TLS. It prints the microseconds.
+    pub(super) fn sender(&self, bytes: u64) -> anyhow::Result<String> {
+        let (to, keys) = (self.nearest, self.keys_there()?);
+        Ok(format!("{RELAY} send {to} {bytes} {}", keys.display()))
+    }
+
+    /// The folder of the keys as the nodes see it.
+    fn keys_there(&self) -> anyhow::Result<PathBuf> {
+        let name = self.keys.path().file_name().context("no name")?;
+        Ok(Path::new(FOLDER).join(name))
     }
 
     /// Reads until the end; returns the number of bytes.
@@ -343,6 +373,23 @@ impl Chain {
     pub(super) async fn run(&self, command: &[String]) -> anyhow::Result<(u64, u64)> {
         run(dial(self.nearest, &self.pair).await?, command).await
     }
+}
+
+/// Waits until the relay at that port listens. It is asked from the machine of the next relay, because the host cannot reach compute nodes.
+async fn listens(bed: &Bed, location: Location, port: u16, log: &Path) -> anyhow::Result<()> {
+    let probe = format!("exec 3<>/dev/tcp/{}/{port}", location.address());
+    wait_for("a relay listens", SOON, async || {
+        let probed = match location {
+            Location::Compute | Location::Second => bed.shell("login", &probe).ok().await,
+            Location::Login | Location::Ssh | Location::Host => {
+                Run::new("bash").args(["-c", &probe]).ok().await
+            }
+        };
+        let said = || std::fs::read_to_string(log).unwrap_or_default();
+        probed.map_err(|error| format!("{error:#}; {}", said()))
+    })
+    .await
+    .map(drop)
 }
 
 /// The keys of the relays protect nothing, and one of them runs as the agent's user.

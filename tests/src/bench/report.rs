@@ -75,7 +75,8 @@ fn bounds(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
             found <= limit
         };
         let verdict = if met { "met" } else { "**missed**" };
-        let (sign, digits) = if least { ("≥", 2) } else { ("≤", 1) };
+        // With three digits a share that is missed by little does not look like its target.
+        let (sign, digits) = if least { ("≥", 3) } else { ("≤", 1) };
         writeln!(
             out,
             "| {what} | {found:.digits$}{unit} | {sign} {limit:.1}{unit} | {verdict} |"
@@ -470,6 +471,10 @@ pub(super) fn streams(out: &mut String, streams: &[Stream]) -> anyhow::Result<()
             knoc / floor
         )?;
     }
+    out.push_str(
+        "\nHops are the relays of the floor. Its client reaches the first relay over TLS, and each relay the next one, so there are as many \
+         connections over TLS as relays. Only in the row that says so the client has no TLS, and two relays are one such connection.\n",
+    );
     spent(out, streams)
 }
 

@@ -7,9 +7,13 @@
 //! `knoc-bench [--quick] links FILE` measures what the way to the agent of the current profile costs, and adds a row to FILE;
 //! `knoc-bench links-page FILE` writes the table in docs/guide/links.md from these rows;
 //! `knoc-bench relay PORT ROLE KEYS` is one of the relays that serve as the lower bound of streams, and `knoc-bench pipe ADDRESS KEYS`
-//! connects standard input and output with one; `knoc-bench plain PORT ADDRESS KEYS` is one whose clients have no TLS.
+//! connects standard input and output with one; `knoc-bench plain PORT ADDRESS KEYS` is one whose clients have no TLS, and
+//! `knoc-bench send ADDRESS BYTES KEYS` sends bytes to one and prints the microseconds.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Context as _;
 // The allocator of KNoC's programs: otherwise a client would spend a third of its time in page faults, which the relays do not.
@@ -60,6 +64,11 @@ fn ran_as_relay(arguments: &[String]) -> anyhow::Result<bool> {
         ),
         ["plain", port, to, keys] => {
             runtime()?.block_on(relay::plain(port.parse()?, to.parse()?, Path::new(keys)))?;
+        }
+        ["send", to, bytes, keys] => {
+            let sent = relay::send_bytes(to.parse()?, bytes.parse()?, Path::new(keys));
+            let took = runtime()?.block_on(sent)?;
+            writeln!(std::io::stdout(), "{}", took.as_micros())?;
         }
         ["pipe", to, keys] => {
             runtime()?.block_on(relay::pipe(to.parse()?, Path::new(keys)))?;

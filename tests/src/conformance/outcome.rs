@@ -47,7 +47,8 @@ fn failure(output: &str) -> Option<String> {
         let words = line
             .strip_prefix("[FAILED] ")
             .or_else(|| line.strip_prefix("[TIMEDOUT] "))
-            .or_else(|| line.strip_prefix("[PANICKED] "))?;
+            .or_else(|| line.strip_prefix("[PANICKED] "))
+            .or_else(|| line.strip_prefix("[INTERRUPTED] "))?;
         let place = words.starts_with("in [") || words.starts_with("[sig-");
         let time = words.starts_with('[') && words.ends_with(" seconds]");
         (!place && !time).then(|| words.to_owned())
@@ -105,6 +106,16 @@ mod tests {
             panic!("passed");
         };
         assert_eq!(reason.chars().count(), REASON + 1);
+    }
+
+    #[test]
+    fn a_test_that_somebody_interrupted_says_so() {
+        let output = "  [INTERRUPTED] in [It] - k8s.io/kubernetes/test/e2e/a.go:1 @ 01/02/26\n  Interrupted by User\n\
+            • [INTERRUPTED] [84.0 seconds]\n[sig-network] Proxy\n\n  [INTERRUPTED] Interrupted by User\n  In [It] at: a.go:1\n";
+        assert_eq!(
+            of(1, output),
+            Outcome::Failed("Interrupted by User".to_owned())
+        );
     }
 
     #[test]

@@ -6,7 +6,7 @@
 #              The suite's pods name no memory, so a processor comes with more than the bed's default: the runtime's own processes take
 #              25 MB for each container, and some of the pods have three.
 #   exclusive  A job gets whole nodes, as many sites have it. Two pods are then on two nodes and have two addresses.
-#   all        as it was before, also after an interrupted l3_mesh or l3_cut_mesh
+#   all        as it was before, also after an interrupted test that drained nodes (World::away_from)
 . "$(dirname "$0")/../lib.sh"
 reason=conformance
 slurm() { hpc exec ctl "$@"; }
@@ -25,7 +25,7 @@ one)
 exclusive) partition oversubscribe=exclusive ;;
 all)
     partition oversubscribe=no defmempercpu=100
-    update "$(nodes | sed -n "s/|\($reason\|l3_mesh\|l3_cut_mesh\)$//p")" state=resume
+    update "$(nodes | sed -n "s/|\($reason\|knoc-tests\)$//p")" state=resume
     ;;
 *) die "usage: nodes.sh one|exclusive|all" ;;
 esac

@@ -7,7 +7,7 @@
 # one (nodes.sh). Pods have the address of their compute node as status.podIP, unless KNOC_NODE_POD_IP says otherwise, so that Services have
 # endpoints; the relay, which needs pods without an address, is then off. KNOC_NODE_POD_IP=own also needs KNOC_NODE_POD_RANGE. With
 # NETWORK=host pods are in the networks of the compute nodes. The API server does not reach them there either: the control plane of this bed
-# has no route to the compute nodes.
+# has no route to the compute nodes, and an ordinary user may not listen on the ports below 1024 there.
 . "$(dirname "$0")/../lib.sh"
 . "$testbed/stack.sh"
 [ "$STACK" = full ] || die "the conformance suite needs STACK=full (STACK=$STACK: $why)"

@@ -124,6 +124,17 @@ async fn answers(address: SocketAddr) -> anyhow::Result<()> {
     .await
 }
 
+/// A site and a kubelet as [`start`] has them, with a Service and its pod. Returns the address at which the pod answers, too.
+async fn start_with_a_pod() -> anyhow::Result<(Site, Kubelet, [Daemon; 2], SocketAddr)> {
+    let (site, kubelet, running) = start().await?;
+    service(&kubelet)?;
+    web(&kubelet, "one")?;
+    let addresses = ready(&kubelet, 1).await?;
+    let address = *addresses.first().context("no address")?;
+    answers(address).await?;
+    Ok((site, kubelet, running, address))
+}
+
 /// Waits until nothing is published, and the port refuses.
 async fn refused(kubelet: &Kubelet, address: SocketAddr) -> anyhow::Result<()> {
     wait_for("no endpoint", SOON, async || {
@@ -210,12 +221,7 @@ const OF_ONE: usize = 224;
 
 #[tokio::test]
 async fn clients_that_send_nothing_keep_nobody_out_for_good() -> anyhow::Result<()> {
-    let (_site, kubelet, _running) = start().await?;
-    service(&kubelet)?;
-    web(&kubelet, "one")?;
-    let addresses = ready(&kubelet, 1).await?;
-    let address = *addresses.first().context("no address")?;
-    answers(address).await?;
+    let (_site, kubelet, _running, address) = start_with_a_pod().await?;
     let mut silent = Vec::new();
     for _ in 0..OF_ONE {
         silent.push(TcpStream::connect(address).await?);
@@ -240,12 +246,7 @@ async fn clients_that_send_nothing_keep_nobody_out_for_good() -> anyhow::Result<
 #[tokio::test]
 async fn a_pod_that_a_network_policy_selects_is_relayed_to_no_more_and_told() -> anyhow::Result<()>
 {
-    let (_site, kubelet, _running) = start().await?;
-    service(&kubelet)?;
-    web(&kubelet, "one")?;
-    let addresses = ready(&kubelet, 1).await?;
-    let address = *addresses.first().context("no address")?;
-    answers(address).await?;
+    let (_site, kubelet, _running, address) = start_with_a_pod().await?;
     let policy = json!({"metadata": {"name": "deny"}, "spec": {"podSelector": {}, "policyTypes": ["Ingress"]}});
     let policies = ("networking.k8s.io/v1", "networkpolicies");
     kubelet
