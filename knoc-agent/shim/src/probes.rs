@@ -4,6 +4,7 @@
 //! sends what changed to the supervisor, which owns the task and ends it with the program. Nothing here needs a thread or,
 //! but for commands in the container, a process. Only what the pod itself listens on is reached.
 
+mod asked;
 mod grpc;
 mod http;
 mod known;

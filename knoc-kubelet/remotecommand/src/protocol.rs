@@ -257,7 +257,9 @@ fn size(value: &serde_json::Value) -> Option<pb::TerminalSize> {
     let field = |name: &str| {
         let mut fields = value.as_object()?.iter();
         let (_, value) = fields.find(|(own, _)| own.eq_ignore_ascii_case(name))?;
-        u32::from(u16::try_from(value.as_u64()?).ok()?).into()
+        let cells = u16::try_from(value.as_u64()?).ok();
+        // As with any runtime, a terminal does not shrink to nothing.
+        cells.filter(|cells| *cells > 0).map(u32::from)
     };
     let (width, height): (Option<u32>, Option<u32>) = (field("Width"), field("Height"));
     Some(pb::TerminalSize {
@@ -324,7 +326,7 @@ mod tests {
     #[test]
     fn sizes_are_read_in_pieces_of_any_size() {
         let wire = br#"{"Width":80,"Height":24}{"Width":100,"Height":50}
-            {"Width":70000,"Height":1}{"Width":1,"Height":2}{"height":33,"width":101}"#;
+            {"Width":70000,"Height":1}{"Width":0,"Height":0}{"Width":9,"Height":0}{"Width":1,"Height":2}{"height":33,"width":101}"#;
         let expected = [(80, 24), (100, 50), (1, 2), (101, 33)];
         for step in 1..wire.len() {
             let mut resizes = Resizes::default();

@@ -12,7 +12,7 @@ use std::net::Ipv4Addr;
 
 use jiff::Timestamp;
 use k8s_openapi::{
-    api::core::v1::{HostIP, Pod, PodIP, PodStatus},
+    api::core::v1::{ContainerStatus, HostIP, Pod, PodIP, PodStatus},
     apimachinery::pkg::apis::meta::v1::Time,
 };
 use knoc_proto::{
@@ -140,12 +140,18 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
         start_time: start_time(input),
         observed_generation: observed_generation(input, published_generation(input)),
         init_container_statuses: Some(statuses.init).filter(|list| !list.is_empty()),
-        container_statuses: Some(statuses.regular),
-        ephemeral_container_statuses: containers::ephemeral(input),
+        container_statuses: Some(by_name(statuses.regular)),
+        ephemeral_container_statuses: containers::ephemeral(input).map(by_name),
         allocated_resources: resources.as_ref().and_then(|own| own.requests.clone()),
         resources,
         ..PodStatus::default()
     }))
+}
+
+/// As in Kubernetes, init containers are in the order of the spec, and others in that of their names.
+fn by_name(mut statuses: Vec<ContainerStatus>) -> Vec<ContainerStatus> {
+    statuses.sort_by(|one, other| one.name.cmp(&other.name));
+    statuses
 }
 
 /// The address of the pod, by the policy.

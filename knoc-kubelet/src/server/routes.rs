@@ -23,6 +23,7 @@ pub(super) fn router(context: Arc<Context>) -> Router {
         .route("/healthz/log", get(ok))
         .route("/healthz/syncloop", get(syncloop))
         .route("/pods", get(pods))
+        .route("/pods/", get(pods))
         .route(
             "/containerLogs/{namespace}/{pod}/{container}",
             get(logs::container_logs),

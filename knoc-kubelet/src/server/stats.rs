@@ -1,4 +1,4 @@
-//! Resource usage and running pods: `/metrics*`, `/stats/summary`, `/configz`, `/runningpods/`; `/checkpoint` is
+//! Resource usage, health and running pods: `/metrics*`, `/stats/summary`, `/configz`, `/runningpods/`; `/checkpoint` is
 //! rejected.
 
 use std::sync::Arc;
@@ -32,8 +32,10 @@ pub(super) fn routes() -> Router<Arc<Context>> {
         .route("/metrics/resource", get(resource_usage))
         .route("/metrics/cadvisor", get(cadvisor_usage))
         .route("/metrics/probes", get(probes))
+        .route("/metrics/slis", get(health))
         .route("/stats/summary", get(stats_summary))
         .route("/configz", get(configz))
+        .route("/runningpods", get(running_pods))
         .route("/runningpods/", get(running_pods))
         .route(
             "/checkpoint/{namespace}/{pod}/{container}",
@@ -74,6 +76,25 @@ async fn cadvisor_usage(State(context): State<Arc<Context>>) -> Response {
 
 async fn probes() -> Response {
     text(metrics::render_probes())
+}
+
+/// The checks of `/healthz` as a metric. They are made for each request, so there is no count of earlier ones.
+async fn health(State(context): State<Arc<Context>>) -> Response {
+    const NAME: &str = "kubernetes_healthcheck";
+    let turns = context.backend.sync_loop().is_ok();
+    let mut page = String::new();
+    resource::head(
+        &mut page,
+        NAME,
+        "The result of a check, 1 if it passes",
+        "gauge",
+    );
+    for (check, passes) in [("log", true), ("ping", true), ("syncloop", turns)] {
+        let labels = resource::braces(&[("name", check), ("type", "healthz")]);
+        let value = if passes { "1" } else { "0" };
+        resource::line(&mut page, NAME, &labels, value, None);
+    }
+    text(page)
 }
 
 fn text(text: String) -> Response {

@@ -369,7 +369,9 @@ pub(super) fn resource(
     let of_pod = whole.and_then(|quantity| quantity::millis(quantity).ok());
     let of_pod = of_pod.filter(|millis| *millis > 0);
     let set = list(of).and_then(|list| list.get(resource));
-    let millis = match set.and_then(|quantity| quantity::millis(quantity).ok()) {
+    let set = set.and_then(|quantity| quantity::millis(quantity).ok());
+    // As in Kubernetes, a limit of 0 is none.
+    let millis = match set.filter(|millis| *millis > 0) {
         Some(millis) => millis,
         None if of == "requests" => 0,
         None => match resource {
@@ -420,6 +422,7 @@ mod tests {
             "containers": [
                 {"name": "own", "resources": {"limits": {"memory": "1Mi"}}},
                 {"name": "none"},
+                {"name": "zero", "resources": {"limits": {"cpu": "0", "ephemeral-storage": "0"}}},
             ],
             "resources": {"limits": {"cpu": "1500m", "memory": "4Mi"}},
         }}))
@@ -441,5 +444,7 @@ mod tests {
         assert_eq!(of("none", "limits.cpu"), "2");
         assert_eq!(of("none", "limits.ephemeral-storage"), "7");
         assert_eq!(of("none", "requests.cpu"), "0");
+        assert_eq!(of("zero", "limits.cpu"), "2");
+        assert_eq!(of("zero", "limits.ephemeral-storage"), "7");
     }
 }

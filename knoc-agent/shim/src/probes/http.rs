@@ -14,7 +14,7 @@ use knoc_proto::{error::chain, pb};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::{LOCALHOST, known::Known, tls};
+use super::{LOCALHOST, asked::Asked, known::Known, tls};
 use crate::health::Outcome;
 
 /// As Kubernetes' own kubelet calls itself.
@@ -123,7 +123,8 @@ fn target(path: &str) -> String {
     format!("{slash}{}", utf8_percent_encode(path, ESCAPED))
 }
 
-/// The headers of the request. `Host` may be one of them.
+/// The headers of the request. `Host` may be one of them. As in Kubernetes, the pod cannot say how long the body is, and of several
+/// hosts and agents the first one counts.
 fn headers(get: &pb::HttpGetAction, agent: &'static str) -> Result<HeaderMap, String> {
     let mut headers = HeaderMap::new();
     for header in &get.headers {
@@ -133,7 +134,17 @@ fn headers(get: &pb::HttpGetAction, agent: &'static str) -> Result<HeaderMap, St
         let (Ok(name), Ok(value)) = (name, value) else {
             return Err(format!("the header {:?} cannot be sent", header.name));
         };
-        headers.append(name, value);
+        let skipped = match name.as_str() {
+            "content-length" | "transfer-encoding" | "trailer" => true,
+            "host" | "user-agent" => headers.contains_key(&name),
+            _ => false,
+        };
+        if !skipped {
+            headers.append(name, value);
+        }
+    }
+    if headers.get(HOST).is_some_and(HeaderValue::is_empty) {
+        headers.remove(HOST);
     }
     // As in Kubernetes: an empty value leaves the header out.
     for (name, default) in [(USER_AGENT, agent), (ACCEPT, "*/*")] {
@@ -238,7 +249,10 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let text = |error: hyper::Error| chain(&error);
-    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
+    let mut client = hyper::client::conn::http1::Builder::new();
+    // As Go writes them: a simple server may know no other spelling.
+    client.title_case_headers(true);
+    let handshake = client.handshake(TokioIo::new(Asked::new(stream)));
     let (mut sender, connection) = handshake.await.map_err(text)?;
     let request = request(url, headers)?;
     let answering = async {
@@ -373,6 +387,26 @@ mod tests {
         assert_eq!(own.get(USER_AGENT), None);
         assert_eq!(own[ACCEPT], "text/plain");
         assert_eq!(own.get_all("x-a").iter().count(), 2);
+        let host = of(&[
+            header("Host", "one.example"),
+            header("host", "two.example"),
+            header("User-Agent", "mine"),
+            header("User-Agent", "other"),
+            header("Content-Length", "7"),
+            header("Transfer-Encoding", "chunked"),
+        ])
+        .unwrap();
+        assert_eq!(
+            host.get_all(HOST).iter().collect::<Vec<_>>(),
+            ["one.example"]
+        );
+        assert_eq!(
+            host.get_all(USER_AGENT).iter().collect::<Vec<_>>(),
+            ["mine"]
+        );
+        assert_eq!(host.get("content-length"), None);
+        assert_eq!(host.get("transfer-encoding"), None);
+        assert_eq!(of(&[header("Host", "")]).unwrap().get(HOST), None);
         let error = of(&[header("X-A", "secret\n")]).unwrap_err();
         assert!(
             error.contains("X-A") && !error.contains("secret"),
@@ -413,12 +447,30 @@ mod tests {
             request.starts_with("GET /live?x=1 HTTP/1.1\r\n"),
             "{request}"
         );
-        for line in ["host: 127.0.0.1:8080", "connection: close", "accept: */*"] {
+        for line in ["Host: 127.0.0.1:8080", "Connection: close", "Accept: */*"] {
             assert!(
                 request.contains(&format!("\r\n{line}\r\n")),
                 "{line}: {request}"
             );
         }
+    }
+
+    #[tokio::test]
+    async fn a_server_may_answer_before_it_is_asked() {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 16);
+        // As `echo` and `nc` do, which write no carriage returns either.
+        theirs.write_all(b"HTTP/1.1 200 OK\n\nok").await.unwrap();
+        theirs.shutdown().await.unwrap();
+        let get = pb::HttpGetAction {
+            port: 8080,
+            ..pb::HttpGetAction::default()
+        };
+        let url = Url::of(&get).unwrap();
+        let answer = exchange(ours, &url, &HeaderMap::new()).await.unwrap();
+        assert_eq!(
+            (answer.status, &answer.body[..]),
+            (StatusCode::OK, &b"ok"[..])
+        );
     }
 
     #[tokio::test]

@@ -113,6 +113,32 @@ fn the_first_status_names_every_container() {
 }
 
 #[test]
+fn init_statuses_are_in_the_order_of_the_spec_and_others_in_that_of_their_names() {
+    let mut json = serde_json::to_value(pod("Always", false, &json!({}))).unwrap();
+    let named = |name: &str| json!({"name": name, "image": "busybox"});
+    json["spec"]["containers"] = json!([named("web"), named("app")]);
+    json["spec"]["initContainers"] = json!([named("second"), named("first")]);
+    json["spec"]["ephemeralContainers"] = json!([named("look"), named("debug")]);
+    let status = compute(&serde_json::from_value(json).unwrap(), None);
+    let names = |list: Option<Vec<ContainerStatus>>| {
+        let names = list.unwrap().into_iter().map(|one| one.name);
+        names.collect::<Vec<_>>()
+    };
+    assert_eq!(names(status.container_statuses), ["app", "web"]);
+    assert_eq!(names(status.init_container_statuses), ["second", "first"]);
+    assert_eq!(
+        names(status.ephemeral_container_statuses),
+        ["debug", "look"]
+    );
+    let mut conditions = status.conditions.into_iter().flatten();
+    let ready = conditions
+        .find(|one| one.type_ == "ContainersReady")
+        .unwrap();
+    let text = "containers with unready status: [web app]";
+    assert_eq!(ready.message.as_deref(), Some(text));
+}
+
+#[test]
 fn pending_says_why_and_until_when() {
     let observed = observed(PodPhase::Queued, vec![]);
     let status = compute(

@@ -171,6 +171,14 @@ async fn health_says_when_the_loop_is_stuck() {
     let (status, text) = client.get("/healthz/syncloop").await;
     assert_eq!(status, 500);
     assert!(text.contains("took longer than expected"), "{text}");
+    let (status, text) = client.get("/metrics/slis").await;
+    assert_eq!(status, 200);
+    for line in [
+        "kubernetes_healthcheck{name=\"ping\",type=\"healthz\"} 1",
+        "kubernetes_healthcheck{name=\"syncloop\",type=\"healthz\"} 0",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{text}");
+    }
 }
 
 #[tokio::test]

@@ -126,11 +126,12 @@ async fn each_path_has_its_own_right() {
                 "/metrics/cadvisor",
                 "/metrics",
                 "/metrics/probes",
+                "/metrics/slis",
             ]
             .as_slice(),
         ),
         ("reader", &["/stats/summary"]),
-        ("lister", &["/runningpods/"]),
+        ("lister", &["/runningpods", "/runningpods/", "/pods/"]),
     ] {
         let mut client = fixture.connect(Some(&fixture.ca.client(name, &[]))).await;
         for path in [
@@ -138,8 +139,11 @@ async fn each_path_has_its_own_right() {
             "/metrics/cadvisor",
             "/metrics",
             "/metrics/probes",
+            "/metrics/slis",
             "/stats/summary",
+            "/runningpods",
             "/runningpods/",
+            "/pods/",
             "/configz",
             "/checkpoint/a/b/c",
         ] {

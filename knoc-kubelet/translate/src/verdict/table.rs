@@ -81,6 +81,7 @@ pub(super) const TABLE: &[Type] = &[
     ]),
     of("ResourceList", "`resources.requests`, `resources.limits`, `spec.overhead`", &[
         row("cpu memory ephemeral-storage", Any, Honoured, "of the job as a whole: those of the pod (`spec.resources`), or else the larger of the init containers, the sum of the others; with the `overhead`; local disk is reserved only if the site's nodes have TmpDisk, and a pod that exceeds its limits of it is evicted: see [files](#files-in-a-container). A container's `limits.cpu`, if it has no `requests.cpu`, only adds to the CPUs of the job: it is not enforced for this container alone, which may use all of them"),
+        row("hugepages-*", Is(&["0"]), Satisfied, ""),
         row("hugepages-*", Any, Rejected, "huge pages cannot be requested from Slurm; leave them out"),
         row("*", Any, Honoured, "extended resources: the agent's site file maps each of them to `--gres` (`[gres]`; by default `nvidia.com/gpu` is `gpu`), and one that is not mapped is rejected. If `knoc.io/gres` is more specific (`gpu:a100:1`), it replaces them. A container with `nvidia.com/gpu` or `amd.com/gpu`, and no other, sees the driver's files and devices (`--nv`, `--rocm`), `CUDA_VISIBLE_DEVICES` or `ROCR_VISIBLE_DEVICES` as Slurm set it unless it sets its own, and `/.singularity.d/libs` at the end of `LD_LIBRARY_PATH`. If the compute node lacks the driver, Apptainer only warns"),
     ]),

@@ -258,5 +258,9 @@ fn fields_that_request_nothing_special_are_admitted() {
         json!({"nameservers": ["1.1.1.1"], "options": [{"name": "ndots", "value": "2"}]});
     pod["spec"]["containers"][0]["volumeMounts"][0]["subPathExpr"] = json!("$(A)");
     pod["metadata"]["annotations"]["knoc.io/partition"] = json!("gpu");
+    let resources = &mut pod["spec"]["containers"][0]["resources"];
+    resources["limits"] = json!({"hugepages-2Mi": "0", "nvidia.com/gpu": "0"});
     assert_eq!(judge(&pod), Findings::default());
+    pod["spec"]["containers"][0]["resources"]["limits"] = json!({"hugepages-2Mi": "4Mi"});
+    assert_eq!(judge(&pod).rejected.len(), 1);
 }
