@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 #[derive(Debug)]
 pub(super) struct Asked<S> {
     stream: S,
-    asked: bool,
+    has_written: bool,
     /// Who waits for the answer meanwhile.
     reader: Option<Waker>,
 }
@@ -24,7 +24,7 @@ impl<S> Asked<S> {
     pub(super) fn new(stream: S) -> Self {
         Self {
             stream,
-            asked: false,
+            has_written: false,
             reader: None,
         }
     }
@@ -36,7 +36,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Asked<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if !self.asked {
+        if !self.has_written {
             self.reader = Some(context.waker().clone());
             return Poll::Pending;
         }
@@ -51,7 +51,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Asked<S> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = ready!(Pin::new(&mut self.stream).poll_write(context, bytes));
-        self.asked = true;
+        self.has_written = true;
         if let Some(reader) = self.reader.take() {
             reader.wake();
         }

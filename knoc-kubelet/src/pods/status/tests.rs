@@ -114,20 +114,20 @@ fn the_first_status_names_every_container() {
 
 #[test]
 fn init_statuses_are_in_the_order_of_the_spec_and_others_in_that_of_their_names() {
-    let mut json = serde_json::to_value(pod("Always", false, &json!({}))).unwrap();
+    let mut given = serde_json::to_value(pod("Always", false, &json!({}))).unwrap();
     let named = |name: &str| json!({"name": name, "image": "busybox"});
-    json["spec"]["containers"] = json!([named("web"), named("app")]);
-    json["spec"]["initContainers"] = json!([named("second"), named("first")]);
-    json["spec"]["ephemeralContainers"] = json!([named("look"), named("debug")]);
-    let status = compute(&serde_json::from_value(json).unwrap(), None);
-    let names = |list: Option<Vec<ContainerStatus>>| {
-        let names = list.unwrap().into_iter().map(|one| one.name);
-        names.collect::<Vec<_>>()
+    given["spec"]["containers"] = json!([named("web"), named("app")]);
+    given["spec"]["initContainers"] = json!([named("second"), named("first")]);
+    given["spec"]["ephemeralContainers"] = json!([named("look"), named("debug")]);
+    let status = compute(&serde_json::from_value(given).unwrap(), None);
+    let order = |list: Option<Vec<ContainerStatus>>| {
+        let all = list.unwrap().into_iter().map(|one| one.name);
+        all.collect::<Vec<_>>()
     };
-    assert_eq!(names(status.container_statuses), ["app", "web"]);
-    assert_eq!(names(status.init_container_statuses), ["second", "first"]);
+    assert_eq!(order(status.container_statuses), ["app", "web"]);
+    assert_eq!(order(status.init_container_statuses), ["second", "first"]);
     assert_eq!(
-        names(status.ephemeral_container_statuses),
+        order(status.ephemeral_container_statuses),
         ["debug", "look"]
     );
     let mut conditions = status.conditions.into_iter().flatten();
