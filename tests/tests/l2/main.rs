@@ -28,6 +28,7 @@ mod link;
 mod links;
 mod logs;
 mod mesh;
+mod moments;
 mod network;
 mod old_kernel;
 mod packages;

@@ -108,8 +108,10 @@ impl Actor {
                 self.cancels.push(self.effects.spawn(work));
             }
             Effect::Stop { job, grace } => {
+                // Rounded up: nothing is killed before its grace period is over.
+                let whole = u64::from(grace.subsec_nanos() > 0).saturating_add(grace.as_secs());
                 let request = pb::StopRequest {
-                    grace_seconds: grace.as_secs().try_into().unwrap_or(i64::MAX),
+                    grace_seconds: whole.try_into().unwrap_or(i64::MAX),
                     reason: why_stopped(pod),
                 };
                 let signal = stop_signal(pod.report.as_ref());

@@ -91,26 +91,48 @@ pub(super) fn obey_deletion(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
 }
 
 /// The link to the shim of a job that is being ended is up: the shim may never have heard of it, because a signal did not arrive. The
-/// grace still counts from when the containers were to be told first.
+/// containers have what is left of their grace period.
 pub(super) fn tell_again(pod: &Pod, now: Timestamp) -> Option<Effect> {
-    let Some(JobStage::Stopping {
-        how: Ending::Told | Ending::Cancelled,
-        ..
-    }) = pod.stage()
-    else {
-        return None;
+    let grace = match pod.stage()? {
+        JobStage::Stopping {
+            how: Ending::Told,
+            deadline,
+            ..
+        } => {
+            let left = Duration::try_from(deadline.duration_since(now));
+            let slack = pod.facts.timeouts.stop_slack;
+            left.unwrap_or_default().saturating_sub(slack)
+        }
+        JobStage::Stopping {
+            how: Ending::Cancelled,
+            ..
+        } => Duration::ZERO,
+        JobStage::Stopping {
+            how: Ending::Dequeued,
+            ..
+        }
+        | JobStage::Queued { .. }
+        | JobStage::Running
+        | JobStage::Lost { .. }
+        | JobStage::Settling { .. } => return None,
     };
-    let left = (pod.since + grace(pod)).duration_since(now);
-    Some(Effect::Stop {
-        job: pod.job()?,
-        grace: Duration::try_from(left).unwrap_or_default(),
-    })
+    let job = pod.job()?;
+    Some(Effect::Stop { job, grace })
 }
 
-/// How long the containers have once they are told to end.
-fn grace(pod: &Pod) -> Duration {
-    let deletion = pod.deletion.as_ref();
-    deletion.map_or(pod.facts.grace, |deletion| deletion.grace)
+/// The agent was restarted while the job is being ended: the last measure is repeated, because it may not have been carried out. Only
+/// the shim knows how far the stop has come, and no grace period begins anew.
+pub(super) fn resume(pod: &mut Pod, now: Timestamp) -> Option<Effect> {
+    if let Some(JobStage::Stopping {
+        how: Ending::Dequeued | Ending::Cancelled,
+        deadline,
+        ..
+    }) = pod.stage_mut()
+    {
+        *deadline = now;
+        return None;
+    }
+    tell_again(pod, now)
 }
 
 /// Takes a queued job out of the queue. If it has started meanwhile, [`still_there`] tells its containers.
@@ -152,19 +174,28 @@ fn stop(pod: &mut Pod, cause: Cause, grace: Duration, now: Timestamp) -> Vec<Eff
     let (Some(job), Some(stage)) = (pod.job(), pod.stage()) else {
         return Vec::new();
     };
-    // The grace counts from when the containers were told first, also after a restart; leaving the queue told nobody.
-    let told = matches!(
-        stage,
+    let deadline = now + grace.saturating_add(pod.facts.timeouts.stop_slack);
+    let (since, deadline) = match stage {
+        // The containers were told before, and nobody extends their grace period.
         JobStage::Stopping {
             how: Ending::Told,
+            deadline: known,
+            ..
+        } => (pod.since, deadline.min(*known)),
+        // Leaving the queue told nobody.
+        JobStage::Stopping {
+            how: Ending::Dequeued | Ending::Cancelled,
             ..
         }
-    );
-    let since = if told { pod.since } else { now };
+        | JobStage::Queued { .. }
+        | JobStage::Running
+        | JobStage::Lost { .. }
+        | JobStage::Settling { .. } => (now, deadline),
+    };
     let stage = JobStage::Stopping {
         cause,
         how: Ending::Told,
-        deadline: now + grace.saturating_add(pod.facts.timeouts.stop_slack),
+        deadline,
     };
     pod.enter_stage(stage, since);
     vec![
@@ -211,8 +242,7 @@ pub(super) fn escalate(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let Some(job) = pod.job() else {
         return Vec::new();
     };
-    let (grace, linked) = (grace(pod), pod.link);
-    let end_of_grace = pod.since + grace.saturating_add(pod.facts.timeouts.stop_slack);
+    let linked = pod.link;
     let Some(JobStage::Stopping { how, deadline, .. }) = pod.stage_mut() else {
         return Vec::new();
     };
@@ -221,11 +251,6 @@ pub(super) fn escalate(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
             *deadline = now + CANCEL_AGAIN;
             let how = Cancel::Queued;
             vec![Effect::Cancel { job, how }, Effect::PollSoon]
-        }
-        // After a restart of the agent only the shim knows how far the stop has come.
-        Ending::Told if now < end_of_grace => {
-            *deadline = end_of_grace;
-            vec![Effect::Stop { job, grace }, Effect::PollSoon]
         }
         Ending::Told | Ending::Cancelled => {
             *how = Ending::Cancelled;

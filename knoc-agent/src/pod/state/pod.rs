@@ -347,7 +347,7 @@ impl Pod {
         });
     }
 
-    /// Adds a note about one container that is counted if it is there already.
+    /// Adds a note about one container, which takes the place of the one before of this text. Its Event counts both.
     pub(super) fn note_again(
         &mut self,
         container: &str,
@@ -356,25 +356,25 @@ impl Pod {
         message: impl Into<String>,
         now: Timestamp,
     ) {
-        let message = message.into();
-        let same = |one: &&pb::PodNote| {
-            (one.container.as_str(), one.reason.as_str()) == (container, reason)
-                && one.message == message
-        };
-        let times = self.notes.iter().find(same).map_or(0, |one| one.count);
         self.push_note(pb::PodNote {
             container: container.to_owned(),
             warning,
             reason: reason.to_owned(),
-            count: times.saturating_add(1),
-            message,
+            count: 1,
+            message: message.into(),
             at: nanos(now),
             ..pb::PodNote::default()
         });
     }
 
     pub(in crate::pod) fn push_note(&mut self, mut note: pb::PodNote) {
-        note.sequence = self.notes.last().map_or(1, |last| last.sequence + 1);
+        // A restart of the agent loses the notes since the last record, and the kubelet may have read them: what comes later must
+        // be newer all the same.
+        let next = self
+            .notes
+            .last()
+            .map(|last| last.sequence.saturating_add(1));
+        note.sequence = note.at.max(next.unwrap_or(1));
         if note.count > 0 {
             // What repeats itself takes one place.
             let same = |one: &pb::PodNote| {

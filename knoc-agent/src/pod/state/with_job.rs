@@ -23,10 +23,9 @@ const CLOCKS_APART: i64 = 2;
 
 /// After a restart of the agent the files may tell more than the record.
 pub(super) fn begin(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
-    if let Some(JobStage::Stopping { deadline, .. }) = pod.stage_mut() {
-        *deadline = now;
-    }
-    vec![Effect::ReadFiles, Effect::PollSoon]
+    let mut effects = vec![Effect::ReadFiles, Effect::PollSoon];
+    effects.extend(ending::resume(pod, now));
+    effects
 }
 
 pub(super) fn round(
@@ -106,14 +105,14 @@ fn seen_alive(
     let runs = phase == JobPhase::Running;
     match stage {
         JobStage::Queued { .. } | JobStage::Lost { .. } if runs => started(pod, now),
+        // A note that is not in the record would be made again after a restart of the agent.
         JobStage::Queued { .. } => {
-            pending(pod, before, now);
-            let first = before.is_none();
-            first.then_some(Effect::Persist).into_iter().collect()
+            let news = pending(pod, before, now) || before.is_none();
+            news.then_some(Effect::Persist).into_iter().collect()
         }
         JobStage::Running => {
-            running(pod, before, now);
-            Vec::new()
+            let news = running(pod, before, now);
+            news.then_some(Effect::Persist).into_iter().collect()
         }
         // The job is known again. A job that had ended may also have been requeued by hand.
         JobStage::Lost { .. } => {
@@ -180,31 +179,42 @@ fn end_requeued(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     effects
 }
 
-/// Notes why a queued job waits, and since when it has waited for a reason that never ends.
-fn pending(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) {
-    let Some(view) = pod.view.clone() else { return };
+/// Notes why a queued job waits, and since when it has waited for a reason that never ends. Returns whether there is a new note.
+fn pending(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) -> bool {
+    let Some(view) = pod.view.clone() else {
+        return false;
+    };
     let never_starts = view.never_starts();
-    if before.is_none_or(|before| before.reason != view.reason) && !view.reason.is_empty() {
-        let text = format!("job {} waits: {}", view.id, view.reason);
+    let text = format!("job {} waits: {}", view.id, view.reason);
+    let noted = pod.notes.iter().find(|note| note.message == text);
+    let noted = noted.map(|note| note.at);
+    let goes_on = before.is_some_and(|before| before.reason == view.reason);
+    // Reasons come and go; each one gets one Event.
+    let news = !goes_on && !view.reason.is_empty() && noted.is_none();
+    if news {
         let reason = if never_starts {
             "SlurmJobNeverStarts"
         } else {
             "SlurmJobPending"
         };
-        // Reasons come and go; each one gets one Event.
-        if !pod.notes.iter().any(|note| note.message == text) {
-            pod.note(never_starts, reason, text, now);
-        }
+        pod.note(never_starts, reason, text, now);
     }
     if let Some(JobStage::Queued { never }) = pod.stage_mut() {
-        *never = never_starts.then(|| never.unwrap_or(now));
+        // After a restart of the agent the note says since when.
+        let since = noted.filter(|_| goes_on);
+        let since = since.and_then(|at| Timestamp::from_nanosecond(at.into()).ok());
+        *never = never_starts.then(|| never.or(since).unwrap_or(now));
     }
+    news
 }
 
-fn running(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) {
-    let Some(view) = pod.view.clone() else { return };
+/// Notes that a job was suspended, resumed or requeued. Returns whether there is a new note.
+fn running(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) -> bool {
+    let Some(view) = pod.view.clone() else {
+        return false;
+    };
     if before.is_some_and(|before| before.state == view.state) {
-        return;
+        return false;
     }
     let was_suspended = before.is_some_and(|before| before.state == JobState::Suspended);
     let (warning, reason) = if matches!(view.state, JobState::Suspended | JobState::Stopped) {
@@ -214,10 +224,11 @@ fn running(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) {
     } else if is_in_queue(&view) && view.state != JobState::Configuring {
         (true, "SlurmJobRequeued")
     } else {
-        return;
+        return false;
     };
     let text = format!("job {} is {}", view.id, view.state);
     pod.note(warning, reason, text, now);
+    true
 }
 
 /// The job has ended. The report says how, but may take a while to appear.

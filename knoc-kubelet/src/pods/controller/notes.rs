@@ -13,7 +13,7 @@ use std::{
 };
 
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 use knoc_proto::pb::{self, container_status::State};
 use knoc_translate::JOB_ID;
 use tokio::time::Instant;
@@ -151,6 +151,11 @@ impl Worker<'_> {
         if started_at == 0 || at < since || !self.memory.events.once.insert(once) {
             return;
         }
+        let earlier = at < self.context.process.started && is_published(&view.pod, status);
+        if earlier && status.restart_count > 0 {
+            // An earlier process has counted it.
+            return;
+        }
         let name = &status.name;
         let salt = salt_of_attempt(status.restart_count, once, self.context.process.started);
         for (reason, verb) in [("Created", "Created"), ("Started", "Started")] {
@@ -190,19 +195,12 @@ impl Worker<'_> {
             &waiting.message,
             status.restart_count,
         ));
-        if self.memory.events.once.insert(once) {
-            let started = self.context.process.started;
+        let started = self.context.process.started;
+        let counted = status.restart_count > 0 && waited_before(&view.pod, status, started);
+        if self.memory.events.once.insert(once) && !counted {
             let salt = salt_of_attempt(status.restart_count, once, started);
             let message = match waiting.reason.as_str() {
-                "CrashLoopBackOff" => {
-                    let pod = &view.pod.metadata;
-                    let [name, namespace, uid] = [&pod.name, &pod.namespace, &pod.uid]
-                        .map(|part| part.as_deref().unwrap_or_default());
-                    format!(
-                        "Back-off restarting failed container {} in pod {name}_{namespace}({uid})",
-                        status.name
-                    )
-                }
+                "CrashLoopBackOff" => back_off(&view.pod, &status.name),
                 _ => format!("Error: {}", waiting.message),
             };
             let now = Timestamp::now();
@@ -292,6 +290,56 @@ impl Worker<'_> {
     }
 }
 
+/// PURE: the message about a container that waits for its next attempt.
+fn back_off(pod: &Pod, container: &str) -> String {
+    let pod = &pod.metadata;
+    let [name, namespace, uid] =
+        [&pod.name, &pod.namespace, &pod.uid].map(|part| part.as_deref().unwrap_or_default());
+    format!("Back-off restarting failed container {container} in pod {name}_{namespace}({uid})")
+}
+
+/// PURE: the published status of a container, of whatever kind.
+fn published<'a>(pod: &'a Pod, container: &str) -> Option<&'a ContainerStatus> {
+    let status = pod.status.as_ref()?;
+    let lists = [
+        &status.init_container_statuses,
+        &status.container_statuses,
+        &status.ephemeral_container_statuses,
+    ];
+    let mut all = lists.into_iter().flatten().flatten();
+    all.find(|one| one.name == container)
+}
+
+/// PURE: does the published status say of this attempt of a container that it runs, or has ended?
+fn is_published(pod: &Pod, attempt: &pb::ContainerStatus) -> bool {
+    let Some(known) = published(pod, &attempt.name) else {
+        return false;
+    };
+    let is_it = |id: Option<&String>| id.is_some_and(|id| *id == attempt.container_id);
+    let began = known
+        .state
+        .as_ref()
+        .is_some_and(|state| state.waiting.is_none());
+    let last = known.last_state.as_ref();
+    let last = last.and_then(|last| last.terminated.as_ref());
+    (began && is_it(known.container_id.as_ref()))
+        || is_it(last.and_then(|last| last.container_id.as_ref()))
+}
+
+/// PURE: has the container waited as it does now since before a process that started at `started`, and is that published?
+fn waited_before(pod: &Pod, status: &pb::ContainerStatus, started: Timestamp) -> bool {
+    let (Some(known), Some(last)) = (published(pod, &status.name), &status.last_termination) else {
+        return false;
+    };
+    let ended = Timestamp::from_nanosecond(i128::from(last.finished_at));
+    let reason = known
+        .state
+        .as_ref()
+        .and_then(|state| state.waiting.as_ref()?.reason.as_deref());
+    let same = matches!(&status.state, Some(State::Waiting(now)) if reason == Some(&*now.reason));
+    same && known.restart_count == status.restart_count && ended.is_ok_and(|ended| ended < started)
+}
+
 /// PURE: the statuses of all containers, of whatever kind.
 fn observed_containers(pod: &pb::PodObserved) -> impl Iterator<Item = &pb::ContainerStatus> {
     let lasting = pod.init_containers.iter().chain(&pod.containers);
@@ -324,7 +372,8 @@ fn since_and_salt(note: &pb::PodNote, started: Timestamp) -> (Timestamp, u64) {
         return (started, hash(&started));
     }
     let since = started.checked_sub(EARLIER).unwrap_or(Timestamp::MIN);
-    (since, hash(&(note.sequence, note.at)))
+    // Not by its sequence: an agent that was restarted may number the notes of a shim anew.
+    (since, hash(&note.at))
 }
 
 /// PURE: what distinguishes an Event of an attempt from others of the same text. `first`: of the first attempt, whose Event no

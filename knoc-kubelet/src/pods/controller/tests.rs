@@ -10,6 +10,7 @@ mod extended;
 mod live;
 mod predicates;
 mod pull_secrets;
+mod restarted;
 mod vanish;
 
 use std::{collections::BTreeMap, time::Duration};

@@ -264,10 +264,71 @@ fn status(
     seen: Option<&pb::ContainerStatus>,
 ) -> ContainerStatus {
     match (seen, before) {
+        (Some(seen), Some(before)) if progress(seen) < published(before, seen) => before.clone(),
         (Some(seen), before) => of(container, seen, before),
         // Nothing new is known, so the published status stays.
         (None, Some(before)) if started(before) || nothing_known(input) => before.clone(),
         (None, _) => waiting(input, container),
+    }
+}
+
+/// How far an attempt of a container has come. It never goes back: an agent that was restarted may have an older report on disk than the
+/// one that came over the link before.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum Progress {
+    Unknown,
+    Runs,
+    /// It has ended, and nobody knows how.
+    Lost,
+    Ended,
+}
+
+impl Progress {
+    /// That of an attempt which has ended for this reason.
+    fn ended(reason: &str) -> Self {
+        if reason == "ContainerStatusUnknown" {
+            Self::Lost
+        } else {
+            Self::Ended
+        }
+    }
+}
+
+/// The attempt as the agent reports it.
+fn progress(seen: &pb::ContainerStatus) -> Progress {
+    let last = seen.last_termination.as_ref();
+    let ended = match &seen.state {
+        Some(State::Running(_)) => return Progress::Runs,
+        Some(State::Terminated(ended)) => Some(ended),
+        Some(State::Waiting(_)) | None => {
+            last.filter(|last| last.container_id == seen.container_id)
+        }
+    };
+    ended.map_or(Progress::Unknown, |ended| Progress::ended(&ended.reason))
+}
+
+/// The same attempt as it was published.
+fn published(before: &ContainerStatus, seen: &pb::ContainerStatus) -> Progress {
+    let id = seen.container_id.as_str();
+    if id.is_empty() || before.container_id.as_deref() != Some(id) {
+        return Progress::Unknown;
+    }
+    let (state, last) = (before.state.as_ref(), before.last_state.as_ref());
+    if state.is_some_and(|state| state.running.is_some()) {
+        return Progress::Runs;
+    }
+    let last = last.and_then(|last| last.terminated.as_ref());
+    let last = last.filter(|last| last.container_id.as_deref() == Some(id));
+    let ended = state.and_then(|state| state.terminated.as_ref()).or(last);
+    match (ended, &seen.state) {
+        // A job that runs again may give the same id.
+        (Some(ended), Some(State::Running(running)))
+            if ended.started_at != nanoseconds(running.started_at) =>
+        {
+            Progress::Unknown
+        }
+        (Some(ended), _) => Progress::ended(ended.reason.as_deref().unwrap_or_default()),
+        (None, _) => Progress::Unknown,
     }
 }
 

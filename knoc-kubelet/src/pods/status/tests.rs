@@ -3,6 +3,7 @@ use serde_json::{Value, json};
 use super::*;
 
 mod address;
+mod behind;
 mod ephemeral;
 mod gates;
 mod restarts;

@@ -43,10 +43,10 @@ fn a_failed_pull_is_shown_then_backed_off_then_tried_again() {
     assert!((at(9)..=at(11)).contains(&due), "{due}");
     let (pod, effects) = step(pod, Event::Tick, due);
     assert_eq!(effects, [Effect::Stage]);
-    // The same failure is counted, and other credentials end the pause.
+    // The same failure takes the place of the one before, and other credentials end the pause.
     let (pod, _) = step(pod, failed, due);
     let counts = pod.notes.iter().map(|note| note.count);
-    assert_eq!(counts.collect::<Vec<_>>(), [1, 1, 2, 2]);
+    assert_eq!(counts.collect::<Vec<_>>(), [1, 1, 1, 1]);
     let (pod, effects) = step(pod, Event::LookAgain, due);
     assert_eq!(effects, [Effect::Stage]);
     assert_eq!(pod.trouble(), None);

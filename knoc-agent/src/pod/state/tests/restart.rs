@@ -1,7 +1,15 @@
 //! Tests of what a restarted agent does with the state that it finds.
 
 use super::{deadline::lowered, *};
-use crate::pod::outcome::Cause;
+use crate::pod::{outcome::Cause, record::Record};
+
+/// The pod as the next agent reads it from the disk.
+fn restored(pod: &Pod) -> Pod {
+    let record = Record::of(pod, "c", 3);
+    let json = serde_json::to_string(&record).unwrap();
+    let back: Record = serde_json::from_str(&json).unwrap();
+    back.restore(pod.facts.clone(), pod.report.clone())
+}
 
 #[test]
 fn a_final_report_that_was_written_meanwhile_finishes_after_the_restart() {
@@ -39,7 +47,6 @@ fn the_values_of_a_finished_pod_are_removed_after_a_restart_too() {
 
 #[test]
 fn a_record_restores_the_pod() {
-    use crate::pod::record::Record;
     let (overdue, _) = step(lowered(60), Event::Tick, at(100));
     let (settling, _) = step(overdue.clone(), seen("1", JobState::Completed), at(101));
     for pod in [
@@ -56,10 +63,7 @@ fn a_record_restores_the_pod() {
     .chain([overdue.clone(), settling, lost(feed(running()).0, 4)])
     {
         let mut pod = pod;
-        let record = Record::of(&pod, "c", 3);
-        let json = serde_json::to_string(&record).unwrap();
-        let back: Record = serde_json::from_str(&json).unwrap();
-        let back = back.restore(pod.facts.clone(), pod.report.clone());
+        let back = restored(&pod);
         // The times of the next file reads, trouble and the link are not kept.
         let since = pod.since;
         match pod.stage_mut() {
@@ -206,4 +210,103 @@ fn a_deleted_pod_whose_job_runs_after_all_is_ended() {
         let stops = |effect: &Effect| matches!(effect, Effect::Stop { .. });
         assert!(effects.iter().any(stops), "{effects:?}");
     }
+}
+
+/// How long the containers have by the effects, if these tell them to end.
+fn grace_in(effects: &[Effect]) -> Option<Duration> {
+    effects.iter().find_map(|effect| {
+        if let Effect::Stop { grace, .. } = effect {
+            Some(*grace)
+        } else {
+            None
+        }
+    })
+}
+
+/// Neither does it begin anew, nor is one cut that was shortened while it counted down.
+#[test]
+fn a_grace_period_goes_on_after_a_restart() {
+    let after_restart = |pod: &Pod, now: i64| {
+        let (pod, effects) = step(restored(pod), Event::Begin, at(now));
+        (pod.wake(), grace_in(&effects))
+    };
+    let seconds = |seconds| Some(Duration::from_secs(seconds));
+    let (pod, _) = feed(and(running(), [delete()]));
+    assert_eq!(
+        after_restart(&pod, 14),
+        (Some(at(4 + 30 + 15)), seconds(20))
+    );
+    let shorter = Event::Delete {
+        grace: seconds(5),
+        reason: String::new(),
+    };
+    let (shorter, _) = step(pod, shorter, at(20));
+    let cancelled_at = at(20 + 5 + 15);
+    assert_eq!(
+        after_restart(&shorter, 22),
+        (Some(cancelled_at), seconds(3))
+    );
+    assert_eq!(
+        after_restart(&shorter, 30),
+        (Some(cancelled_at), seconds(0))
+    );
+    // The agent was away for the rest of it.
+    let (late, _) = step(restored(&shorter), Event::Begin, at(60));
+    let (_, effects) = step(late, Event::Tick, at(60));
+    assert!(cancels(&effects, "1", Cancel::Kill), "{effects:?}");
+    // A job in the queue is cancelled again at once; nobody is told anything.
+    let (dequeued, _) = feed(and(queued(), [delete()]));
+    assert_eq!(after_restart(&dequeued, 9), (Some(at(9)), None));
+}
+
+/// The record has the notes of the time when it was written. A kubelet that goes on running takes those after the newest one that it
+/// has read.
+#[test]
+fn a_note_after_a_restart_is_newer_than_all_before() {
+    let warns = Event::Note(Note {
+        warning: true,
+        reason: "SlurmCancelFailed",
+        message: "again".to_owned(),
+        container: String::new(),
+    });
+    let newest = |pod: &Pod| pod.notes.last().map(|note| note.sequence);
+    // While its images are pulled, and while it runs.
+    for recorded in [vec![Event::Begin], running()] {
+        let (recorded, _) = feed(recorded);
+        let mut pod = recorded.clone();
+        for now in 4..9 {
+            (pod, _) = step(pod, warns.clone(), at(now));
+        }
+        let (after, _) = step(restored(&recorded), warns.clone(), at(9));
+        assert!(newest(&after) > newest(&pod), "{after:?}");
+    }
+}
+
+/// Each has one Event, and a job that never starts is given up in its time.
+#[test]
+fn what_the_scheduler_said_of_the_job_is_noted_once_whoever_restarts() {
+    let mut waits = view("1", JobState::Pending);
+    waits.reason = "PartitionTimeLimit".to_owned();
+    let waits = Event::Round {
+        jobs: vec![waits],
+        missing: false,
+    };
+    let noted = |pod: &Pod, reason: &str| {
+        let such = pod.notes.iter().filter(|note| note.reason == reason);
+        such.count()
+    };
+    let shown = seen("1", JobState::Pending);
+    let (pod, effects) = feed(and(queued(), [shown, waits.clone()]));
+    assert_eq!(effects, [Effect::Persist]);
+    let (pod, _) = step(restored(&pod), Event::Begin, at(300));
+    let (pod, effects) = step(pod, waits, at(301));
+    assert_eq!((effects, noted(&pod, "SlurmJobNeverStarts")), (vec![], 1));
+    assert_eq!(pod.wake(), Some(at(4 + 600)));
+
+    let suspended = seen("1", JobState::Suspended);
+    let (pod, effects) = feed(and(running(), [suspended.clone()]));
+    assert_eq!(effects, [Effect::Persist]);
+    let (pod, _) = step(restored(&pod), Event::Begin, at(300));
+    let (pod, _) = step(pod, suspended, at(301));
+    assert_eq!(noted(&pod, "SlurmJobSuspended"), 1);
 }
