@@ -95,14 +95,13 @@ async fn a_pair_that_another_kubelet_has_renewed_meanwhile_is_used() {
     let bundle = Bundle::new();
     let keep = Keep::Folder(bundle.folder.path().to_owned());
     let (waits, leads) = (bundle.credentials(), bundle.credentials());
-    for _ in 0..2 {
-        let pair = bundle.renewed(&leads);
-        assert!(leads.renew(&pair).unwrap());
-        keep.put_link_pair(&pair).await.unwrap();
-        assert_ne!(waits.info().spki, leads.info().spki);
-        restore(&waits, &keep).await;
-        assert_eq!(waits.info().spki, leads.info().spki);
-    }
+    restore(&waits, &keep).await;
+    let pair = bundle.renewed(&leads);
+    assert!(leads.renew(&pair).unwrap());
+    keep.put_link_pair(&pair).await.unwrap();
+    assert_ne!(waits.info().spki, leads.info().spki);
+    restore(&waits, &keep).await;
+    assert_eq!(waits.info().spki, leads.info().spki);
 }
 
 #[tokio::test]

@@ -160,7 +160,7 @@ async fn a_cluster_that_does_not_say_its_ranges_is_a_trouble_until_it_does() {
     let read = async {
         let mut seen = vec![cluster.troubles()];
         for answer in [
-            answer(404, &json!({})),
+            answer(404, &json!({"kind": "Status", "code": 404})),
             listed(&[]),
             listed(&[range("10.96.0.0/16")]),
         ] {

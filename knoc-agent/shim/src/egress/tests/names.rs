@@ -273,9 +273,15 @@ async fn what_is_no_question_is_dropped_and_what_is_not_read_is_passed_on() {
 
 /// A resolver of the node, which answers every question of datagrams and streams.
 async fn resolver(tasks: &mut JoinSet<()>) -> SocketAddr {
-    let datagrams = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    // A port that is free for datagrams may be taken for streams.
+    let (datagrams, listener) = loop {
+        let datagrams = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = datagrams.local_addr().unwrap();
+        if let Ok(listener) = TcpListener::bind(address).await {
+            break (datagrams, listener);
+        }
+    };
     let address = datagrams.local_addr().unwrap();
-    let listener = TcpListener::bind(address).await.unwrap();
     tasks.spawn(async move {
         let mut buffer = [0; 512];
         while let Ok((count, from)) = datagrams.recv_from(&mut buffer).await {
