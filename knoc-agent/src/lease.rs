@@ -131,18 +131,33 @@ impl Holder {
             };
             // One that was taken for dead and wakes up is the older one.
             holder.epoch = holder.epoch.saturating_add(n.into());
-            let still: Option<Lease> = jobdir::read_json(&path)?;
-            if still.map_or(0, |lease| lease.epoch) == known {
-                holder.write(now)?;
+            if holder.settle(&state.follower(known, n), known, now)? {
                 state
                     .sweep_followers(holder.epoch)
                     .map_err(JobDirError::from)?;
                 return Ok(holder);
             }
-            // Another agent has followed `known` and has the lease, and its file was swept before this one was created.
-            drop(fs::remove_file(state.follower(known, n)));
         }
         Err(LeaseError::Unsettled { path })
+    }
+
+    /// Writes the lease, if it is still that of epoch `known`. It is not if another agent has followed `known` and has the lease, and
+    /// its file was swept before `own` was created, this agent's.
+    fn settle(&self, own: &Path, known: i64, now: Timestamp) -> Result<bool, LeaseError> {
+        let write = || -> Result<bool, LeaseError> {
+            let still: Option<Lease> = jobdir::read_json(&self.path)?;
+            let is_known = still.map_or(0, |lease| lease.epoch) == known;
+            if is_known {
+                self.write(now)?;
+            }
+            Ok(is_known)
+        };
+        let written = write();
+        if !matches!(written, Ok(true)) {
+            // It would count as that of an agent that has died, of which there may be a limited number.
+            drop(fs::remove_file(own));
+        }
+        written
     }
 
     /// Makes this the only agent that follows the lease of epoch `known`, and returns after how many attempts of agents
@@ -325,6 +340,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let state = StateDir::new(folder.path());
         for round in 0..50 {
+            // The kernel may list a thread for a moment after it was joined, so that only its heartbeat says that it is dead.
+            let now = at(round * 61);
             let (begin, end) = (Barrier::new(8), Barrier::new(8));
             let agent = || {
                 let pid = nix::unistd::gettid().as_raw().try_into().unwrap();
@@ -333,7 +350,7 @@ mod tests {
                     ..Process::own()
                 };
                 begin.wait();
-                let taken = Holder::take(&state, &process, at(round));
+                let taken = Holder::take(&state, &process, now);
                 end.wait();
                 taken
             };
@@ -389,6 +406,27 @@ mod tests {
         let error = Holder::take(&state, &process("login1", 8), at(63)).unwrap_err();
         assert!(error.to_string().contains("process 7 on login2"), "{error}");
         Holder::take(&state, &process("login1", 8), at(64)).unwrap();
+    }
+
+    /// A disk may be full for as long as a service is started again and again.
+    #[test]
+    fn an_agent_that_cannot_write_the_lease_follows_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::new(folder.path());
+        let agent = Holder {
+            path: folder.path().join("missing").join("agent.lease"),
+            process: process("login1", 7),
+            epoch: 1,
+        };
+        for _ in 0..2 {
+            assert_eq!(agent.follow(&state, 0, at(0)).unwrap(), Some(1));
+            let own = state.follower(0, 1);
+            assert!(matches!(
+                agent.settle(&own, 0, at(0)),
+                Err(LeaseError::File(_))
+            ));
+            assert!(!own.exists());
+        }
     }
 
     #[test]

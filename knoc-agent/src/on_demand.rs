@@ -206,13 +206,23 @@ fn runs(pid: i32) -> bool {
     state.is_some_and(|rest| !rest.starts_with(['Z', 'X']))
 }
 
-/// Whether an agent of this host holds the lease and lives: it is starting, too.
+/// Whether an agent of this host holds the lease and lives: it is starting, too. One that follows the lease has it in a moment, and its
+/// file is removed after that.
 fn somebody_holds(state: &StateDir, own: &Process) -> Result<bool, JobDirError> {
-    let lease: Option<Lease> = jobdir::read_json(&state.lease())?;
-    Ok(lease.is_some_and(|lease| {
+    let read = |path: PathBuf| jobdir::read_json::<Lease>(&path);
+    let lives = |lease: &Lease| {
         let pid = i32::try_from(lease.pid).unwrap_or_default();
         lease.host == own.host && lease.boot_id == own.boot_id && lease.heartbeat > 0 && runs(pid)
-    }))
+    };
+    let epoch = read(state.lease())?.map_or(0, |lease| lease.epoch);
+    let mut n = 1;
+    while let Some(next) = read(state.follower(epoch, n))? {
+        if lives(&next) {
+            return Ok(true);
+        }
+        n += 1;
+    }
+    Ok(read(state.lease())?.is_some_and(|lease| lives(&lease)))
 }
 
 /// The end of a log, on one line.
@@ -259,6 +269,29 @@ mod tests {
             let text = fs::read_to_string(&log).unwrap();
             assert_eq!(text, "started\n".repeat(STARTS));
         }
+    }
+
+    #[test]
+    fn an_agent_that_is_about_to_have_the_lease_holds_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::new(folder.path());
+        let own = Process::own();
+        let holds = || somebody_holds(&state, &own).unwrap();
+        assert!(!holds());
+        let lease = |pid: u32, epoch: i64, heartbeat: i64| Lease {
+            host: own.host.clone(),
+            boot_id: own.boot_id.clone(),
+            pid,
+            epoch,
+            heartbeat,
+            version: None,
+        };
+        jobdir::write_json(&state.follower(0, 1), &lease(u32::MAX, 1, 1)).unwrap();
+        assert!(!holds(), "it has died");
+        jobdir::write_json(&state.follower(0, 2), &lease(own.pid, 2, 1)).unwrap();
+        assert!(holds());
+        jobdir::write_json(&state.lease(), &lease(own.pid, 2, 0)).unwrap();
+        assert!(!holds(), "it has released the lease");
     }
 
     #[test]

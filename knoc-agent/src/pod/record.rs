@@ -63,6 +63,9 @@ pub struct Record {
     notes: Vec<RecordedNote>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     address: Option<Ipv4Addr>,
+    /// Since when the queued job has waited for a reason that never ends; older agents count anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    never: Option<Timestamp>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -203,6 +206,7 @@ impl Record {
             batch_tail: pod.batch_tail.clone(),
             notes: pod.notes.iter().map(note).collect(),
             address: pod.address,
+            never: never(&pod.state),
         }
     }
 
@@ -214,6 +218,13 @@ impl Record {
         let mut state = state(self.phase, placement, self.since);
         if self.overdue {
             make_overdue(&mut state);
+        }
+        if let State::WithJob {
+            stage: JobStage::Queued { never },
+            ..
+        } = &mut state
+        {
+            *never = self.never;
         }
         let mut pod = Pod::new(facts, self.since);
         pod.view = self.view.map(|view| unview(view, &pod.facts.uid));
@@ -252,6 +263,18 @@ fn placement(placement: &Placement) -> RecordedPlacement {
 fn unplacement(placement: RecordedPlacement) -> Placement {
     match placement {
         RecordedPlacement::OwnJob { job } => Placement::OwnJob { job },
+    }
+}
+
+fn never(state: &State) -> Option<Timestamp> {
+    if let State::WithJob {
+        stage: JobStage::Queued { never },
+        ..
+    } = state
+    {
+        *never
+    } else {
+        None
     }
 }
 

@@ -179,18 +179,17 @@ fn end_requeued(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     effects
 }
 
-/// Notes why a queued job waits, and since when it has waited for a reason that never ends. Returns whether there is a new note.
+/// Notes why a queued job waits, and since when it has waited for a reason that never ends. Returns whether one of both is new.
 fn pending(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) -> bool {
     let Some(view) = pod.view.clone() else {
         return false;
     };
     let never_starts = view.never_starts();
     let text = format!("job {} waits: {}", view.id, view.reason);
-    let noted = pod.notes.iter().find(|note| note.message == text);
-    let noted = noted.map(|note| note.at);
     let goes_on = before.is_some_and(|before| before.reason == view.reason);
     // Reasons come and go; each one gets one Event.
-    let news = !goes_on && !view.reason.is_empty() && noted.is_none();
+    let noted = pod.notes.iter().any(|note| note.message == text);
+    let mut news = !goes_on && !view.reason.is_empty() && !noted;
     if news {
         let reason = if never_starts {
             "SlurmJobNeverStarts"
@@ -200,10 +199,9 @@ fn pending(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) -> bool {
         pod.note(never_starts, reason, text, now);
     }
     if let Some(JobStage::Queued { never }) = pod.stage_mut() {
-        // After a restart of the agent the note says since when.
-        let since = noted.filter(|_| goes_on);
-        let since = since.and_then(|at| Timestamp::from_nanosecond(at.into()).ok());
-        *never = never_starts.then(|| never.or(since).unwrap_or(now));
+        let since = never_starts.then(|| never.unwrap_or(now));
+        news |= since != *never;
+        *never = since;
     }
     news
 }

@@ -310,3 +310,30 @@ fn what_the_scheduler_said_of_the_job_is_noted_once_whoever_restarts() {
     let (pod, _) = step(pod, suspended, at(301));
     assert_eq!(noted(&pod, "SlurmJobSuspended"), 1);
 }
+
+/// Only the time since the reason has come back counts.
+#[test]
+fn a_reason_that_never_ends_and_comes_back_counts_anew_whoever_restarts() {
+    let waits = |reason: &str| {
+        let mut job = view("1", JobState::Pending);
+        job.reason = reason.to_owned();
+        Event::Round {
+            jobs: vec![job],
+            missing: false,
+        }
+    };
+    let (mut pod, _) = feed(queued());
+    for (reason, now) in [
+        ("Priority", 10),
+        ("PartitionTimeLimit", 20),
+        ("Priority", 100),
+        ("PartitionTimeLimit", 200),
+    ] {
+        let (next, effects) = step(pod, waits(reason), at(now));
+        assert_eq!(effects, [Effect::Persist], "{reason} at {now}");
+        pod = next;
+    }
+    let (pod, _) = step(restored(&pod), Event::Begin, at(300));
+    let (pod, effects) = step(pod, waits("PartitionTimeLimit"), at(301));
+    assert_eq!((effects, pod.wake()), (vec![], Some(at(200 + 600))));
+}
