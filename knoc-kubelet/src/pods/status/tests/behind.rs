@@ -10,7 +10,9 @@ fn runs(status: pb::ContainerStatus) -> pb::PodObserved {
 /// What is shown of the container if the agent reported `before`, which was published, and now reports `now`.
 fn shown(before: pb::ContainerStatus, now: pb::ContainerStatus) -> ContainerStatus {
     let mut pod = pod("Always", false, &json!({"phase": "Pending"}));
-    pod.status = Some(compute(&pod, Some(&runs(before))));
+    // As the API server gives it back, which keeps whole seconds.
+    let published = serde_json::to_value(compute(&pod, Some(&runs(before)))).unwrap();
+    pod.status = serde_json::from_value(published).unwrap();
     let mut statuses = compute(&pod, Some(&runs(now))).container_statuses.unwrap();
     statuses.remove(0)
 }
@@ -63,4 +65,27 @@ fn the_next_attempt_is_shown_and_so_is_the_pause_before_it() {
     let stays = shown(pause, container("a", running()));
     let waiting = stays.state.unwrap().waiting.unwrap();
     assert_eq!(waiting.reason.as_deref(), Some("CrashLoopBackOff"));
+}
+
+/// A job that was requeued has the same id. Its attempts have further numbers, unless the report of its first run was lost.
+#[test]
+fn a_job_that_runs_again_is_shown_even_if_its_attempt_has_the_same_id() {
+    let starts = |started_at| State::Running(pb::Running { started_at });
+    let end = || {
+        State::Terminated(pb::Terminated {
+            exit_code: 3,
+            started_at: 5_700_000_000,
+            finished_at: 6_200_000_000,
+            ..pb::Terminated::default()
+        })
+    };
+    let of = |before: State, now: State| shown(container("a", before), container("a", now));
+    let again = of(end(), starts(9_500_000_000));
+    assert!(again.state.unwrap().running.is_some());
+    assert_eq!(code(&of(end(), starts(5_700_000_000))), Some(3));
+    // Nothing of the next run has begun.
+    let mut idle = container("a", waiting("ContainerCreating"));
+    idle.container_id = String::new();
+    let idle = shown(container("a", starts(5_700_000_000)), idle);
+    assert!(idle.state.unwrap().waiting.is_some());
 }
