@@ -3,6 +3,7 @@
 //!
 //! The suite is one program, so that all its tests run in parallel.
 
+mod ageing_tokens;
 mod argv;
 mod backpressure;
 mod carried;
@@ -45,4 +46,3 @@ mod ssh;
 mod state;
 mod stats;
 mod streams;
-mod tokens;

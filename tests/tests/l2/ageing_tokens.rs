@@ -1,5 +1,7 @@
 //! Level 2: tokens of service accounts that live for seconds, from the fake API server to the file that programs read. Without a
 //! container runtime nothing is mounted, so the programs read the volume where the shim has it.
+//!
+//! These tests wait for longest. Tests begin in the order of their names, and the others fill the time of these.
 
 use anyhow::{Context as _, ensure};
 use jiff::Timestamp;
