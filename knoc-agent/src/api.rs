@@ -257,6 +257,28 @@ fn credentials(wire: Option<pb::PullCredentials>) -> Result<Option<Credentials>,
     checked.map_err(|error| ErrorReason::InvalidRequest.status(error.to_string()))
 }
 
+/// The checked shape of a pod. A known pod may go on with what was accepted by an earlier version, which checked less.
+async fn shape(site: &Site, spec: pb::PodSpec, known: bool) -> Result<PodSpec, Status> {
+    let sent = known.then(|| spec.clone());
+    let error = match PodSpec::try_from(spec) {
+        Ok(spec) => return Ok(spec),
+        Err(error) => error,
+    };
+    if let Some(sent) = sent {
+        let uid = uid(&sent.uid)?;
+        let dir = site.state.pod(&uid);
+        let stored = tokio::task::spawn_blocking(move || dir.spec()).await;
+        if let Ok(Ok(pb::JobFile {
+            spec: Some(stored), ..
+        })) = stored
+            && error.is_known_of(stored)
+        {
+            return Ok(PodSpec::accepted_before(uid, sent));
+        }
+    }
+    Err(invalid(&error))
+}
+
 fn invalid(error: &InvalidPod) -> Status {
     ErrorReason::InvalidSpec.status(error.to_string())
 }
@@ -344,7 +366,7 @@ impl pb::agent_server::Agent for Service {
         let spec = request
             .spec
             .ok_or_else(|| ErrorReason::InvalidRequest.status("no spec"))?;
-        let spec = PodSpec::try_from(spec).map_err(|error| invalid(&error))?;
+        let spec = shape(&self.0.site, spec, known.is_some()).await?;
         let values = request.values.unwrap_or_default();
         let values = PodValues::check(values, &spec).map_err(|error| invalid(&error))?;
         let credentials = credentials(request.pull_credentials)?;
@@ -571,3 +593,6 @@ fn submit_request(site: &Site, spec: &PodSpec, cluster_id: &str) -> SubmitReques
         shim: site.shim.clone(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,8 +2,10 @@
 //! and a commented site file.
 //!
 //! Blocking; run once, by hand. It never overwrites a file: existing files are kept and listed as
-//! kept, and missing ones are created, so that a second run completes a first one. Secret files
-//! have mode 0600 in a directory with mode 0700. Of two that run at once, the second waits for the first: otherwise each
+//! kept, and missing ones are created, so that a second run completes a first one. Of a pair, the
+//! key is written last: a certificate that a killed run has left without its key is of no use and is
+//! made again, and a key without its certificate is an error. Secret files have mode 0600 in a
+//! directory with mode 0700. Of two that run at once, the second waits for the first: otherwise each
 //! would sign with a CA of its own, and only one CA is kept.
 
 mod detect;
@@ -107,6 +109,19 @@ pub enum InitError {
         key: PathBuf,
         /// The directory of the certificates.
         folder: PathBuf,
+    },
+    /// A key is there without its certificate, and another certificate would not match it.
+    #[error(
+        "{} is there without {}, which belongs to it: put the certificate back, or move {} away and run init again",
+        key.display(), cert.display(), away.display()
+    )]
+    NoCertificate {
+        /// The key.
+        key: PathBuf,
+        /// The expected path of the certificate.
+        cert: PathBuf,
+        /// What keeps init from making a new pair.
+        away: PathBuf,
     },
     /// An address cannot be parsed.
     #[error("{address:?} is not HOST or HOST:PORT")]
@@ -245,9 +260,13 @@ impl Init<'_> {
                 None => Ok(None),
             };
         }
+        if !self.is_missing(&key)? {
+            let away = self.folder.join("tls");
+            return Err(InitError::NoCertificate { key, cert, away });
+        }
         let ca = Ca::generate(&format!("KNoC {}", self.options.site))?;
-        self.write(&key, &ca.key_pem())?;
-        self.write(&cert, ca.cert_pem())?;
+        self.create(&cert, ca.cert_pem())?;
+        self.create(&key, &ca.key_pem())?;
         Ok(Some(ca))
     }
 
@@ -262,15 +281,19 @@ impl Init<'_> {
             self.tls(&format!("{name}.crt")),
             self.tls(&format!("{name}.key")),
         );
-        // Both or neither: a certificate without its key is useless.
-        let missing = self.is_missing(&cert)?;
-        if !missing && !self.is_missing(&key)? {
-            return Ok(());
+        // A certificate without its key is useless.
+        let no_cert = self.is_missing(&cert)?;
+        if !self.is_missing(&key)? {
+            if !no_cert {
+                return Ok(());
+            }
+            let away = key.clone();
+            return Err(InitError::NoCertificate { key, cert, away });
         }
         let CertifiedKey { cert_pem, key_pem } =
             ca.ok_or_else(|| self.no_key())?.issue(identity, names)?;
-        self.write(&key, &key_pem)?;
-        self.write(&cert, &cert_pem)
+        self.create(&cert, &cert_pem)?;
+        self.create(&key, &key_pem)
     }
 
     fn no_key(&self) -> InitError {
@@ -301,9 +324,15 @@ impl Init<'_> {
 
     fn write(&mut self, path: &Path, text: &str) -> Result<(), InitError> {
         if self.is_missing(path)? {
-            atomic::write(path, text.as_bytes(), 0o600)?;
-            self.written.push(path.to_owned());
+            self.create(path, text)?;
         }
+        Ok(())
+    }
+
+    fn create(&mut self, path: &Path, text: &str) -> Result<(), InitError> {
+        atomic::write(path, text.as_bytes(), 0o600)?;
+        self.kept.retain(|known| known != path);
+        self.written.push(path.to_owned());
         Ok(())
     }
 
@@ -318,7 +347,7 @@ impl Init<'_> {
             }
         };
         let written = list("Written", &self.written);
-        let kept = "Already there and left unchanged (to recreate a file, move it away and run init again)";
+        let kept = "Already there and left unchanged (to recreate a file, move it away, a certificate with its key, and run init again)";
         let kept = list(kept, &self.kept);
         let folder = self.folder.display();
         let (host, port) = &self.addresses[0];

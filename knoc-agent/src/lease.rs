@@ -28,6 +28,7 @@ use std::{
 
 use jiff::Timestamp;
 use knoc_contract::jobdir::{self, JobDirError, StateDir, schema::Lease};
+use knoc_proto::error::chain;
 
 /// The interval between two heartbeats.
 pub const HEARTBEAT: Duration = Duration::from_secs(15);
@@ -132,9 +133,13 @@ impl Holder {
             // One that was taken for dead and wakes up is the older one.
             holder.epoch = holder.epoch.saturating_add(n.into());
             if holder.settle(&state.follower(known, n), known, now)? {
-                state
-                    .sweep_followers(holder.epoch)
-                    .map_err(JobDirError::from)?;
+                if let Err(error) = state.sweep_followers(holder.epoch) {
+                    // The next agent tries again.
+                    tracing::warn!(
+                        error = chain(&error),
+                        "the names of agents that followed older leases stay"
+                    );
+                }
                 return Ok(holder);
             }
         }

@@ -302,6 +302,25 @@ async fn only_a_signal_from_outside_cuts_the_grace() {
     }
 }
 
+/// A deletion has a grace period of its own, and an agent without a link leaves it in the job directory.
+#[tokio::test]
+async fn the_agents_signal_has_the_grace_of_the_deletion() {
+    for (asked, code) in [(Some(60), 42), (None, 137)] {
+        let script = "trap 'sleep 6; exit 42' TERM; echo up; while :; do sleep 0.05; done";
+        let mut job = Job::new(vec![sh("a", script)]);
+        job.spec().termination_grace_period_seconds = 1;
+        job.start();
+        wait_for_log(&job, "a", "up\n").await;
+        if let Some(seconds) = asked {
+            job.dir.write_stop_grace(seconds).unwrap();
+        }
+        job.signal(Signal::SIGUSR1);
+        assert_eq!(job.code().await, 64, "{asked:?}");
+        let ended = terminated(&job.report().containers[0]).exit_code;
+        assert_eq!(ended, code, "{asked:?}");
+    }
+}
+
 #[tokio::test]
 async fn values_that_expire_while_a_pod_runs_do_not_keep_it_from_restarting() {
     let mut job = Job::new(vec![sh("a", "sleep 0.5; exit 1")]);

@@ -53,6 +53,15 @@ impl fmt::Display for InvalidPod {
 
 impl std::error::Error for InvalidPod {}
 
+impl InvalidPod {
+    /// Whether the shape `accepted`, which an earlier version has accepted, has all these problems too.
+    #[must_use]
+    pub fn is_known_of(&self, accepted: pb::PodSpec) -> bool {
+        let known = PodSpec::try_from(accepted).map_or_else(|error| error.problems, |_| Vec::new());
+        self.problems.iter().all(|problem| known.contains(problem))
+    }
+}
+
 /// The shape of a pod, which has passed all checks.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PodSpec {

@@ -16,6 +16,7 @@
 //!     record.json             the agent's intent and state
 //!     job.pb                  JobFile: what the shim runs
 //!     values/<revision>       PodValues, 0600
+//!     stop                    the grace period of a stop that a signal tells, in seconds
 //!     link.crt, link.key      the shim's pinned certificate and key
 //!     claim.<n>               which job may run the containers (claim)
 //!     report.pb               Report, written by the shim
@@ -37,6 +38,7 @@ pub mod schema;
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use knoc_proto::{ids::PodUid, pb};
@@ -435,6 +437,24 @@ impl JobDir {
             return Ok(());
         }
         atomic::write(&self.report_path(), &report.encode_to_vec(), 0o600)
+    }
+
+    fn stop_path(&self) -> PathBuf {
+        self.path.join("stop")
+    }
+
+    /// Writes the grace period of a stop, of which a signal is about to tell the shim.
+    pub fn write_stop_grace(&self, seconds: i64) -> Result<(), FileError> {
+        atomic::write(&self.stop_path(), seconds.to_string().as_bytes(), 0o600)
+    }
+
+    /// The grace period of a stop of which a signal tells; `None` if an older agent sends it, or if it cannot be read.
+    #[must_use]
+    pub fn stop_grace(&self) -> Option<Duration> {
+        // As for the report: another one may have been written since.
+        drop(fs::read_dir(&self.path).map(Iterator::count));
+        let text = fs::read_to_string(self.stop_path()).ok()?;
+        knoc_proto::pod::duration(text.parse().ok()?)
     }
 
     /// The path of the file with the output of the batch script and the shim's own log.

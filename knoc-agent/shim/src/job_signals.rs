@@ -4,10 +4,12 @@
 //!   the grace period ends before that, and no program is spared until then, however late it was told. The value is read from
 //!   `slurm.conf` on the node: asking the controller would be one request for each of many jobs that are cancelled together.
 //! - USR2 is Slurm's warning ahead of the time limit (`--signal` of the batch script), early enough for the whole grace.
-//! - USR1 is the agent's own stop if the link is down (capability `stop-signal`): nobody kills the job meanwhile.
+//! - USR1 is the agent's own stop if the link is down (capability `stop-signal`): nobody kills the job meanwhile. Its grace period
+//!   is in the job directory.
 
 use std::{io, path::PathBuf, time::Duration};
 
+use knoc_contract::jobdir::JobDir;
 use knoc_proto::pb::EndedBy;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -21,6 +23,9 @@ const KILL_WAIT: Duration = Duration::from_secs(30);
 
 /// Assumed if no `slurm.conf` can be read: enough for most programs, and less than what most sites set.
 const UNKNOWN: Duration = Duration::from_secs(10);
+
+/// A healthy file system never takes this long to read the grace period of the agent's stop.
+const READ: Duration = Duration::from_secs(5);
 
 /// How much of `KillWait` is kept for the final report.
 const REPORT: Duration = Duration::from_secs(1);
@@ -46,7 +51,12 @@ impl Signals {
     }
 
     /// Task: turns each signal into a stop. Ends with the supervisor.
-    pub(crate) async fn obey(mut self, grace: Duration, commands: mpsc::Sender<Command>) {
+    pub(crate) async fn obey(
+        mut self,
+        own: Duration,
+        jobdir: JobDir,
+        commands: mpsc::Sender<Command>,
+    ) {
         loop {
             // If several come at once, the one that says most about the reason is taken first.
             let (by, reason) = tokio::select! {
@@ -59,11 +69,16 @@ impl Signals {
                 Some(()) = self.interrupt.recv() => (EndedBy::Signal, "the job was sent SIGINT"),
                 else => return,
             };
-            let left = if by == EndedBy::Signal {
-                until_killed()
-            } else {
-                None
-            };
+            let (mut grace, mut left) = (own, None);
+            if by == EndedBy::Signal {
+                left = until_killed();
+            } else if by == EndedBy::Stop {
+                let dir = jobdir.clone();
+                let read = tokio::task::spawn_blocking(move || dir.stop_grace());
+                let read = tokio::time::timeout(READ, read).await;
+                let asked = read.ok().and_then(Result::ok).flatten();
+                grace = asked.unwrap_or(own);
+            }
             // Containers that are told only at the end of the grace period have a moment, too.
             let longest = left.map(|left| left.saturating_sub(AFTER_TERM));
             let stop = Command::Stop {

@@ -234,9 +234,41 @@ fn without_the_ca_key_nothing_new_is_signed() {
     run(&options(&folder), root.path(), &found()).unwrap();
     fs::remove_file(folder.join("tls/ca.key")).unwrap();
     run(&options(&folder), root.path(), &found()).unwrap();
-    fs::remove_file(folder.join("tls/agent.crt")).unwrap();
+    fs::remove_file(folder.join("tls/agent.key")).unwrap();
     let error = run(&options(&folder), root.path(), &found()).unwrap_err();
     assert!(matches!(error, InitError::NoCaKey { .. }), "{error}");
+}
+
+/// What a killed run has left, or somebody has moved away.
+#[test]
+fn half_a_pair_is_made_again_or_named_and_never_completed_by_another_half() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path().join("knoc");
+    let tls = |name: &str| folder.join("tls").join(name);
+    let again = || run(&options(&folder), root.path(), &found());
+    again().unwrap();
+    fs::remove_file(tls("agent.key")).unwrap();
+    let said = again().unwrap();
+    let (written, kept) = said.split_once("Already there").unwrap();
+    assert!(
+        written.contains("agent.crt") && written.contains("agent.key"),
+        "{said}"
+    );
+    assert!(!kept.contains("agent.crt"), "{said}");
+    Credentials::from_files(tls("ca.crt"), tls("agent.crt"), tls("agent.key")).unwrap();
+    for (half, away) in [("knocctl", tls("knocctl.key")), ("ca", folder.join("tls"))] {
+        let (cert, key) = (format!("{half}.crt"), format!("{half}.key"));
+        let before = fs::read(tls(&key)).unwrap();
+        let hidden = root.path().join(&cert);
+        fs::rename(tls(&cert), &hidden).unwrap();
+        let error = again().unwrap_err().to_string();
+        let cure = format!("move {} away and run init again", away.display());
+        assert!(error.contains(&cure), "{error}");
+        assert!(!tls(&cert).exists());
+        assert_eq!(fs::read(tls(&key)).unwrap(), before);
+        fs::rename(&hidden, tls(&cert)).unwrap();
+        again().unwrap();
+    }
 }
 
 #[test]

@@ -19,7 +19,14 @@ use std::{cmp::Ordering, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use knoc_contract::jobdir::{JobDir, JobDirError};
-use knoc_proto::{crash, error::chain, ids::PodUid, pb, pod::PodSpec, reason::ErrorReason};
+use knoc_proto::{
+    crash,
+    error::chain,
+    ids::PodUid,
+    pb,
+    pod::{PodSpec, PodValues},
+    reason::ErrorReason,
+};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::{AbortHandle, JoinSet},
@@ -273,7 +280,7 @@ impl Actor {
                 cluster_id,
                 reply,
             } => {
-                let (pod, answer) = self.ensure_again(pod, *spec, &cluster_id).await;
+                let (pod, answer) = self.ensure_again(pod, *spec, &values, &cluster_id).await;
                 let answer = match answer {
                     Ok(()) => self.update_values(&pod, *values).await,
                     Err(error) => Err(error),
@@ -353,6 +360,7 @@ impl Actor {
         &mut self,
         pod: Pod,
         spec: PodSpec,
+        values: &PodValues,
         cluster_id: &str,
     ) -> (Pod, Result<(), RequestError>) {
         if cluster_id != self.cluster_id {
@@ -377,6 +385,12 @@ impl Actor {
                 pod,
                 Err(RequestError::new(ErrorReason::SpecConflict, message)),
             );
+        }
+        // A container that is added finds its variables, even if this process ends right after the shape was written.
+        if super::update::adds(&self.spec, &spec)
+            && let Err(error) = self.update_values(&pod, values.clone()).await
+        {
+            return (pod, Err(error));
         }
         let spec = Arc::new(super::update::merged(&self.spec, spec));
         if let Err(error) = self.rewrite_spec(Arc::clone(&spec)).await {

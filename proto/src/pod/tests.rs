@@ -160,6 +160,23 @@ fn nothing_is_mounted_on_a_device_that_every_container_has() {
 }
 
 #[test]
+fn what_was_accepted_once_is_told_from_what_is_new() {
+    let with = |path: &str, image: &str| {
+        let mut spec = valid();
+        spec.containers[0].mounts[0].path = path.into();
+        spec.containers[0].image = image.into();
+        spec
+    };
+    let accepted = with("/dev/null", "a");
+    let error = |spec: pb::PodSpec| PodSpec::try_from(spec).unwrap_err();
+    assert!(error(accepted.clone()).is_known_of(accepted.clone()));
+    assert!(error(with("/dev/null", "b")).is_known_of(accepted.clone()));
+    assert!(!error(with("/dev/zero", "a")).is_known_of(accepted.clone()));
+    assert!(!error(with("/dev/null", "")).is_known_of(accepted));
+    assert!(!error(with("/dev/null", "a")).is_known_of(valid()));
+}
+
+#[test]
 fn no_path_of_a_container_lies_in_the_folder_of_knoc() {
     for path in ["/.knoc", "//.knoc/./", "/.knoc/agent", "/.knoc/launch.sock"] {
         let got = problems(|spec| {

@@ -83,8 +83,12 @@ impl World {
         };
         set("State=drain").await?;
         let done = then().await;
-        set("State=resume").await?;
-        done
+        let resumed = set("State=resume").await;
+        match (done, resumed) {
+            (Err(error), Err(also)) => Err(error.context(format!("{nodes}: resume: {also:#}"))),
+            (done, Ok(_)) => done,
+            (Ok(_), Err(error)) => Err(error.context(format!("{nodes}: resume"))),
+        }
     }
 
     /// Makes Slurm requeue a running job. The job was submitted with `--no-requeue`, which its owner can change.

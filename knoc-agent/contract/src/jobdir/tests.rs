@@ -28,6 +28,19 @@ fn the_newest_values_are_read_and_all_are_removed() {
     assert_eq!(dir.values().unwrap(), None);
 }
 
+#[test]
+fn a_stop_has_the_newest_grace_period_that_was_written() {
+    let (_root, dir) = pod();
+    assert_eq!(dir.stop_grace(), None);
+    for seconds in [300, 7] {
+        dir.write_stop_grace(seconds).unwrap();
+        let grace = dir.stop_grace().map(|grace| grace.as_secs());
+        assert_eq!(grace.map(i64::try_from), Some(Ok(seconds)));
+    }
+    atomic::write(&dir.stop_path(), b"x", 0o600).unwrap();
+    assert_eq!(dir.stop_grace(), None);
+}
+
 /// Values that a killed agent has half written are as secret as the others.
 #[test]
 fn half_written_values_are_removed_with_the_others() {

@@ -327,6 +327,7 @@ async fn cancel(site: Arc<Site>, job: JobRef, how: Cancel) -> Event {
 /// Tells the containers to stop through the shim's link or, without a link, with a signal to the
 /// batch script.
 async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Cancel) -> Event {
+    let grace = request.grace_seconds;
     let _used = link_for_stop(&site, &job).await;
     if let Some(mut client) = site.shim_links.client(&job.uid) {
         let mut request = Request::new(request);
@@ -338,11 +339,18 @@ async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Ca
             }
         }
     }
+    // Without it, the shim takes the pod's own.
+    let dir = site.state.pod(&job.uid);
+    match tokio::task::spawn_blocking(move || dir.write_stop_grace(grace)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(uid = %job.uid, error = chain(&error), "grace period"),
+        Err(error) => tracing::warn!(uid = %job.uid, error = chain(&error), "grace period"),
+    }
     cancel(site, job, signal).await
 }
 
 /// If compute nodes cannot reach the agent, a job step carries the link; the signal is slower and
-/// cannot carry the grace period of a deletion. If the step takes long, the signal has to do.
+/// cannot carry the reason of the stop. If the step takes long, the signal has to do.
 async fn link_for_stop(site: &Site, job: &JobRef) -> Option<Use> {
     if site.shim_links.client(&job.uid).is_some() {
         return site.shim_steps.held(&job.uid);

@@ -12,7 +12,7 @@ use knoc_contract::{capability::STOP_SIGNAL, jobdir::atomic};
 use knoc_proto::{
     ids::PodUid,
     pb::{self, PodPhase},
-    pod::PodSpec,
+    pod::{PodSpec, PodValues},
     reason::ErrorReason,
 };
 use tokio_util::sync::CancellationToken;
@@ -198,6 +198,7 @@ async fn what_a_failed_write_held_back_is_done_once_it_succeeds() {
     assert_eq!(calls(&fake, "scancel", ""), 0);
     std::fs::remove_dir(&record).unwrap();
     called(&fake, "scancel", "--signal=USR1").await;
+    assert_eq!(fake.site.state.pod(&pod).stop_grace(), grace);
     let deleted = fake.registry.delete(&pod, grace, String::new()).await;
     assert!(deleted.unwrap().deleting);
 }
@@ -408,6 +409,32 @@ async fn a_newer_shape_that_cannot_be_written_is_not_taken_for_written() {
     fake.ensure_as(newer(&pod)).await.unwrap();
     assert_eq!(dir.spec().unwrap().spec.unwrap(), newer(&pod));
     assert_eq!(fake.site.board.get("a").unwrap().spec_generation, 2);
+}
+
+/// The agent may end right after it wrote the shape, and the next one gives the shim the container.
+#[tokio::test]
+async fn the_variables_of_a_container_that_is_added_are_there_before_it_is() {
+    let fake = slurm(100.0).await;
+    let pod = uid("a");
+    fake.ensure(&pod).await;
+    fake.seen(&pod, |seen| seen.phase() == PodPhase::Queued)
+        .await;
+    let mut debugged = newer(&pod);
+    debugged.ephemeral_containers = vec![pb::Container {
+        name: "debug".to_owned(),
+        ..debugged.containers[0].clone()
+    }];
+    let debugged = PodSpec::try_from(debugged).unwrap();
+    let second = pb::PodValues {
+        revision: 2,
+        ..values()
+    };
+    let second = PodValues::check(second, &debugged).unwrap();
+    let dir = fake.site.state.pod(&pod);
+    block(&dir.spec_path());
+    let ensured = fake.registry.ensure(debugged, second, None, String::new());
+    assert_eq!(ensured.await.unwrap_err().reason, ErrorReason::Internal);
+    assert_eq!(dir.values().unwrap().unwrap().revision, 2);
 }
 
 /// A pod that is staged again runs this agent's version, so no job directory names the older one

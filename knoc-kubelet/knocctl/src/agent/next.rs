@@ -15,34 +15,47 @@ use super::ManageError;
 /// The kubelet's image in a registry.
 const IMAGE: &str = "knoc-kubelet";
 
-/// Writes the bundle with mode 0600. A file with the same contents is kept; one with others is never replaced.
+/// Writes the bundle with mode 0600. A file with the same contents is kept, one with the first part of them is what a killed
+/// command has left, and one with others is never replaced.
 pub(super) fn write_bundle(path: &Path, bundle: &str) -> Result<String, ManageError> {
     let failed = |source| ManageError::Bundle {
         path: path.to_owned(),
         source,
     };
-    let mut options = OpenOptions::new();
-    match options.write(true).create_new(true).mode(0o600).open(path) {
-        Ok(mut file) => {
-            let written = file
-                .write_all(bundle.as_bytes())
-                .and_then(|()| file.sync_all());
-            written.map_err(failed)?;
-            Ok(format!(
-                "{} has the kubelet's certificate and its private key: keep it secret",
-                path.display()
-            ))
-        }
+    match create(path, bundle) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            if fs::read(path).map_err(failed)? != bundle.as_bytes() {
+            let present = fs::read(path).map_err(failed)?;
+            if present == bundle.as_bytes() {
+                return Ok(format!("{} is there already", path.display()));
+            }
+            // Not through a link, and no device.
+            let is_file = fs::symlink_metadata(path).map_err(failed)?.is_file();
+            if !is_file || !bundle.as_bytes().starts_with(&present) {
                 return Err(ManageError::OtherBundle {
                     path: path.to_owned(),
                 });
             }
-            Ok(format!("{} is there already", path.display()))
+            fs::remove_file(path).map_err(failed)?;
+            create(path, bundle).map_err(failed)?;
         }
-        Err(error) => Err(failed(error)),
+        written => written.map_err(failed)?,
     }
+    Ok(format!(
+        "{} has the kubelet's certificate and its private key: keep it secret",
+        path.display()
+    ))
+}
+
+/// Fails if the file exists.
+fn create(path: &Path, bundle: &str) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    let mut file = options
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(bundle.as_bytes())?;
+    file.sync_all()
 }
 
 /// PURE: the commands that follow. `address` is where kubelets reach the login node over TCP, if they do.

@@ -35,6 +35,21 @@ fn the_bundle_is_secret_and_replaces_nothing() {
 }
 
 #[test]
+fn half_a_bundle_of_a_killed_command_is_replaced_and_nothing_through_a_link() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bundle.yaml");
+    next::write_bundle(&path, "a k").unwrap();
+    let done = next::write_bundle(&path, "a key").unwrap();
+    assert!(done.contains("keep it secret"), "{done}");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "a key");
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    let error = next::write_bundle(&link, "a key and more").unwrap_err();
+    assert!(matches!(error, ManageError::OtherBundle { .. }), "{error}");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "a key");
+}
+
+#[test]
 fn the_commands_that_follow_name_the_way_and_not_the_key() {
     let installed = |run_mode| Installed {
         bundle: "SECRET".into(),
