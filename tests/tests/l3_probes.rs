@@ -6,7 +6,7 @@ use knoc_tests::{
     PodBuilder, World,
     ports::some_port,
     wait_for,
-    world::{SOON, why},
+    world::{SOON, container_reason, phase_of, why},
 };
 use kube::api::ListParams;
 use serde_json::json;
@@ -127,7 +127,9 @@ async fn hooks_run_in_the_container_and_their_failures_are_events() -> anyhow::R
         .set(
             "lifecycle",
             json!({
-                "postStart": {"exec": {"command": ["sh", "-c", "sleep 2; touch /tmp/started"]}},
+                "postStart": {"exec": {"command": [
+                    "sh", "-c", "until test -e /tmp/go; do sleep 0.1; done; touch /tmp/started",
+                ]}},
                 "preStop": {"exec": {"command": ["sh", "-c", "exit 3"]}},
             }),
         )
@@ -135,7 +137,17 @@ async fn hooks_run_in_the_container_and_their_failures_are_events() -> anyhow::R
             "readinessProbe",
             json!({"exec": {"command": ["test", "-e", "/tmp/started"]}, "periodSeconds": 600, "timeoutSeconds": 60}),
         );
-    world.create(&pod).await?;
+    let uid = world.create(&pod).await?;
+    wait_event(&world, "hooked", "Started", "main").await?;
+    let waits = |pod: &Pod| {
+        let (reason, _) = container_reason(pod, "main")?;
+        (reason == "ContainerCreating" && phase_of(pod) == "Pending").then_some(())
+    };
+    world
+        .wait_for_state("hooked", "it is shown as waiting", SOON, waits)
+        .await?;
+    // Exec does not ask what is shown.
+    world.exec(&uid, "main", ["touch", "/tmp/go"]).ok().await?;
     // It is tried once only: it comes after the hook.
     wait_ready(&world, "hooked", "True", "").await?;
     world.delete("hooked", Some(20)).await?;

@@ -81,6 +81,8 @@ pub(crate) struct Situation<'a> {
     pub(crate) restart: RestartRule,
     /// Why an ephemeral container does not start yet: its target does not run.
     pub(crate) target_missing: Option<&'a str>,
+    /// Whether its program runs, and its postStart hook has not succeeded.
+    pub(crate) in_post_start: bool,
 }
 
 /// Why containers wait that have everything else.
@@ -204,6 +206,7 @@ pub(crate) fn status(
         history,
         restart: _,
         target_missing: _,
+        in_post_start,
     } = now;
     let state = state(spec, now, context);
     let over = matches!(state, State::Terminated(_));
@@ -235,6 +238,8 @@ pub(crate) fn status(
         image: ran.image,
         image_id: ran.image_id,
         container_id: shown_id(phase, history, container_id),
+        // The stop of the pod has ended the hook.
+        in_post_start: in_post_start && !context.stopping,
     }
 }
 

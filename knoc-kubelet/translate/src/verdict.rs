@@ -408,7 +408,9 @@ grace periods and Events. What is particular here:
 - They reach only what the pod itself listens on: at the loopback address or, if nothing listens there, at the address where the pod
   does. If another pod or the node listens on the port, the probe fails and says so, and nothing is sent there.
 - A port that is given by its name must be among the `ports` of the same container.
-- A container is not ready while its `postStart` hook runs, and the containers behind it in the list wait for the hook.
+- While its `postStart` hook runs, a container is shown as on any node: waiting, with the reason `ContainerCreating` or `PodInitializing`,
+  and a pod that has not run before is Pending. The containers behind it in the list wait for the hook. `kubectl exec` and
+  `kubectl logs` work already. If the pod is deleted meanwhile, the hook is ended.
 - Once a container is being stopped, only its readiness probe goes on, until its program has ended.
 - Redirects are followed on the same host only, at most ten. Of a response or an output, 10 KiB are read.
 - A probe that fails again and again gives one Event whose count grows, every 30 seconds at most.

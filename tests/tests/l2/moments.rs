@@ -54,7 +54,12 @@ static MOMENTS: [Moment; 9] = [
             json!({"containers": [main]})
         },
         deleted: false,
-        is: |pod| runs(main(pod)) && main(pod)["ready"] == false,
+        // It is shown as before its program ran.
+        is: |pod| {
+            reason(main(pod)) == "ContainerCreating"
+                && pod["status"]["phase"] == "Pending"
+                && main(pod)["containerID"].is_string()
+        },
         said: ["hook", "hook hooked"],
         events: STARTED,
         end: Some(ready),

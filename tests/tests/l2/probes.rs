@@ -360,8 +360,17 @@ async fn a_container_has_started_when_its_post_start_hook_has_ended() -> anyhow:
     let state = pod.state(&client).await?;
     let waits = |status: &pb::ContainerStatus| matches!(status.state, Some(State::Waiting(_)));
     ensure!(status(&state, "second").is_some_and(waits), "{state:?}");
-    site.put("go", "")?;
+    let in_hook = |status: &pb::ContainerStatus| status.in_post_start;
+    ensure!(status(&state, "main").is_some_and(in_hook), "{state:?}");
+    let open = format!(": > {}", go.display());
+    let (_, code) = pod
+        .exec(&client, "main", &["/bin/sh", "-c", &open], b"")
+        .await?;
+    ensure!(code == 0, "exec during the hook: {code}");
     wait_for_health(&pod, &client, (true, true)).await?;
+    let state = pod.state(&client).await?;
+    let hooked = |status: &pb::ContainerStatus| !in_hook(status);
+    ensure!(status(&state, "main").is_some_and(hooked), "{state:?}");
     let all_run = knoc_tests::site::containers_run;
     pod.wait_for_state(&client, "both run", SOON, all_run)
         .await?;

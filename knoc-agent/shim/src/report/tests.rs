@@ -58,6 +58,7 @@ fn ready_and_started_are_what_the_probes_say_and_not_that_the_program_runs() {
             history: &history,
             restart: RestartRule::Always,
             target_missing: None,
+            in_post_start: false,
         };
         let status = status(&spec(role), situation, &context, String::new());
         (status.started, status.ready)
@@ -110,6 +111,7 @@ fn a_container_that_waits_says_so_as_a_kubelet_does() {
             history: &history,
             restart: RestartRule::Always,
             target_missing: None,
+            in_post_start: false,
         };
         let context = StatusContext {
             pod: &pod,
@@ -151,6 +153,7 @@ fn containers_that_all_begin_anew_say_so_until_their_turn_comes() {
             history: &history,
             restart: RestartRule::Never,
             target_missing: None,
+            in_post_start: false,
         };
         let context = StatusContext {
             pod: &pod,
@@ -208,6 +211,7 @@ fn a_container_that_cannot_be_configured_says_why_until_it_is_created() {
             history: &history,
             restart: RestartRule::Always,
             target_missing: None,
+            in_post_start: false,
         };
         let context = StatusContext {
             pod: &pod,
@@ -316,6 +320,7 @@ fn a_pod_that_waits_for_its_address_is_being_created_and_has_not_failed() {
             history: &history,
             restart: RestartRule::Always,
             target_missing: None,
+            in_post_start: false,
         };
         match state(&spec(Role::Main), situation, &context) {
             State::Waiting(waiting) => waiting.reason,
@@ -324,4 +329,32 @@ fn a_pod_that_waits_for_its_address_is_being_created_and_has_not_failed() {
     };
     assert_eq!(reason(Missing::Address), "ContainerCreating");
     assert_eq!(reason(Missing::Values("they expired")), UNCONFIGURED);
+}
+
+#[test]
+fn a_program_in_its_post_start_hook_runs_and_the_stop_of_the_pod_ends_the_hook() {
+    let pod = pb::PodSpec::default();
+    let history = History::default();
+    let shown = |stopping| {
+        let situation = Situation {
+            phase: Phase::Running,
+            health: Health::down(),
+            history: &history,
+            restart: RestartRule::Always,
+            target_missing: None,
+            in_post_start: true,
+        };
+        let context = StatusContext {
+            pod: &pod,
+            initialized: true,
+            stopping,
+            starts_over: false,
+            missing: None,
+            now: Duration::ZERO,
+        };
+        let status = status(&spec(Role::Main), situation, &context, String::new());
+        assert!(matches!(status.state, Some(State::Running(_))));
+        status.in_post_start
+    };
+    assert_eq!((shown(false), shown(true)), (true, false));
 }

@@ -70,6 +70,8 @@ pub(super) struct Slot {
 #[derive(Debug)]
 struct PendingHooks {
     post_start: bool,
+    /// The postStart hook has not succeeded. If it has failed, that stays so.
+    post_start_success: bool,
     pre_stop: bool,
 }
 
@@ -78,6 +80,7 @@ impl PendingHooks {
     fn of(container: &pb::Container) -> Self {
         Self {
             post_start: container.post_start.is_some(),
+            post_start_success: container.post_start.is_some(),
             pre_stop: container.pre_stop.is_some(),
         }
     }
@@ -356,11 +359,17 @@ impl Slot {
         }
         self.pending.post_start = false;
         if succeeded {
+            self.pending.post_start_success = false;
             self.health = health::at_start(&self.spec.container);
         } else {
             self.health.live = failed;
         }
         true
+    }
+
+    /// Whether its program runs, and its postStart hook has not succeeded. Kubernetes does not show it as running yet.
+    pub(super) fn in_post_start(&self) -> bool {
+        self.phase == Phase::Running && self.pending.post_start_success
     }
 
     /// The preStop hook has ended, so the plan sends TERM.

@@ -55,6 +55,7 @@ impl Supervisor {
                 history: &slot.history,
                 restart: slot.restart(),
                 target_missing: missing.as_deref(),
+                in_post_start: slot.in_post_start(),
             };
             let id = container_id(&self.pod, slot);
             statuses.push(report::status(&slot.spec, situation, &context, id));

@@ -316,10 +316,12 @@ fn is_published(pod: &Pod, attempt: &pb::ContainerStatus) -> bool {
         return false;
     };
     let is_it = |id: Option<&String>| id.is_some_and(|id| *id == attempt.container_id);
-    let began = known
-        .state
-        .as_ref()
-        .is_some_and(|state| state.waiting.is_none());
+    // An attempt whose postStart hook runs is published as one that waits.
+    let began = attempt.in_post_start
+        || known
+            .state
+            .as_ref()
+            .is_some_and(|state| state.waiting.is_none());
     let last = known.last_state.as_ref();
     let last = last.and_then(|last| last.terminated.as_ref());
     (began && is_it(known.container_id.as_ref()))

@@ -436,7 +436,8 @@ fn observed_phase(view: &PodView) -> Option<pb::PodPhase> {
     view.observed.as_ref().map(|observed| observed.phase())
 }
 
-/// Does the status in the API server say that a container ran?
+/// Does the status in the API server say that a container ran? One with an id may have: while its postStart hook runs, it
+/// is shown as waiting.
 pub(super) fn ran(pod: &Pod) -> bool {
     let Some(status) = &pod.status else {
         return false;
@@ -446,8 +447,32 @@ pub(super) fn ran(pod: &Pod) -> bool {
     }
     let lists = [&status.init_container_statuses, &status.container_statuses];
     lists.into_iter().flatten().flatten().any(|one| {
-        one.state
-            .as_ref()
-            .is_some_and(|state| state.running.is_some() || state.terminated.is_some())
+        let state = one.state.as_ref();
+        let id = one.container_id.as_deref().unwrap_or_default();
+        !id.is_empty()
+            || state.is_some_and(|state| state.running.is_some() || state.terminated.is_some())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn a_container_that_waits_may_have_run_if_it_has_an_id() {
+        let of = |id: &str, state: Value| {
+            let container = json!({
+                "name": "main", "image": "busybox", "imageID": "", "ready": false, "restartCount": 0,
+                "containerID": id, "state": state,
+            });
+            let status = json!({"phase": "Pending", "containerStatuses": [container]});
+            ran(&serde_json::from_value(json!({"metadata": {}, "status": status})).unwrap())
+        };
+        let waits = || json!({"waiting": {"reason": "ContainerCreating"}});
+        assert!(!of("", waits()));
+        assert!(of("apptainer://12.main.0", waits()));
+        assert!(of("", json!({"running": {}})));
+    }
 }

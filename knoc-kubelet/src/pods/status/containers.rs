@@ -263,6 +263,8 @@ fn status(
     before: Option<&ContainerStatus>,
     seen: Option<&pb::ContainerStatus>,
 ) -> ContainerStatus {
+    let starting = seen.and_then(|seen| before_hook(input, seen));
+    let seen = starting.as_ref().or(seen);
     match (seen, before) {
         (Some(seen), Some(before)) if progress(seen) < published(before, seen) => before.clone(),
         (Some(seen), before) => of(container, seen, before),
@@ -270,6 +272,21 @@ fn status(
         (None, Some(before)) if started(before) || nothing_known(input) => before.clone(),
         (None, _) => waiting(input, container),
     }
+}
+
+/// As in Kubernetes, a container whose postStart hook runs is shown as it was before its program ran; None for any other. If
+/// the pod has ended, it is known to have run.
+fn before_hook(input: &Input<'_>, seen: &pb::ContainerStatus) -> Option<pb::ContainerStatus> {
+    let over = input.observed?.phase() == PodPhase::Finished;
+    (seen.in_post_start && !over).then(|| pb::ContainerStatus {
+        state: Some(State::Waiting(pb::Waiting {
+            reason: "ContainerCreating".to_owned(),
+            message: String::new(),
+        })),
+        // A restart counts once it is shown.
+        restart_count: seen.restart_count.saturating_sub(1).max(0),
+        ..seen.clone()
+    })
 }
 
 /// How far an attempt of a container has come. It never goes back: an agent that was restarted may have an older report on disk than the

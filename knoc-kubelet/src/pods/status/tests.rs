@@ -6,6 +6,7 @@ mod address;
 mod behind;
 mod ephemeral;
 mod gates;
+mod hooks;
 mod restarts;
 mod sidecars;
 

@@ -107,6 +107,7 @@ fn whenever_somebody_looks_the_number_of_restarts_belongs_to_the_times_beside_it
             history: &slot.history,
             restart: slot.restart(),
             target_missing: None,
+            in_post_start: slot.in_post_start(),
         };
         let context = report::StatusContext {
             pod: &pod,
@@ -350,4 +351,27 @@ fn an_attempt_that_could_not_be_configured_does_not_count() {
     drop(slot.begin());
     assert_eq!(slot.history.attempt, 1);
     assert_eq!(slot.entry().previous, Some(0));
+}
+
+#[test]
+fn a_container_is_in_its_post_start_hook_until_that_has_succeeded() {
+    let mut slot = main(RestartRule::Always, "a");
+    drop(slot.begin());
+    slot.phase = Phase::Running;
+    assert!(!slot.in_post_start(), "it has no hook");
+    slot.end(&failed(), String::new(), Duration::ZERO);
+    Arc::make_mut(&mut slot.spec).container.post_start = Some(pb::Hook::default());
+    for succeeded in [false, true] {
+        drop(slot.begin());
+        assert!(!slot.in_post_start(), "no program runs yet");
+        slot.phase = Phase::Running;
+        let tokens = slot.begin_probing();
+        assert!(slot.in_post_start());
+        let kill_at = Duration::from_secs(30);
+        assert!(slot.post_started(succeeded, Liveness::Failed { kill_at }));
+        assert_eq!(slot.in_post_start(), !succeeded);
+        drop(tokens);
+        slot.end(&failed(), String::new(), Duration::ZERO);
+        assert!(!slot.in_post_start());
+    }
 }

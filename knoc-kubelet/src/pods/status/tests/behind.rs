@@ -48,6 +48,22 @@ fn no_attempt_goes_back_and_no_exit_code_is_lost() {
 }
 
 #[test]
+fn a_container_that_was_shown_as_running_does_not_go_back_to_its_post_start_hook() {
+    let hooked = || pb::ContainerStatus {
+        in_post_start: true,
+        ready: false,
+        ..container("a", running())
+    };
+    let stays = shown(container("a", running()), hooked());
+    assert!(stays.state.unwrap().running.is_some() && stays.ready);
+    assert_eq!(code(&shown(container("a", ended(3)), hooked())), Some(3));
+    let goes_on = shown(hooked(), container("a", running()));
+    assert!(goes_on.state.unwrap().running.is_some());
+    // The hook has failed.
+    assert_eq!(code(&shown(hooked(), container("a", ended(3)))), Some(3));
+}
+
+#[test]
 fn the_next_attempt_is_shown_and_so_is_the_pause_before_it() {
     let mut next = container("a", waiting("ContainerCreating"));
     next.container_id = "apptainer://12.a.1".to_owned();

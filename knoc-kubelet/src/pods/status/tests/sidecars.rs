@@ -39,11 +39,15 @@ fn a_pod_is_initialized_when_its_sidecar_has_started_and_stays_so() {
     let mut proxy = container("proxy", running());
     proxy.started = false;
     proxy.ready = false;
-    let status = compute(&pod, Some(&seen(proxy, [wait(), wait()])));
-    assert_eq!(status.phase.as_deref(), Some("Pending"));
     let message = "containers with incomplete status: [proxy]".to_owned();
     let no = ("False".to_owned(), message);
-    assert_eq!(condition(&status, "Initialized"), no);
+    let mut hooked = proxy.clone();
+    hooked.in_post_start = true;
+    for proxy in [proxy, hooked] {
+        let status = compute(&pod, Some(&seen(proxy, [wait(), wait()])));
+        assert_eq!(status.phase.as_deref(), Some("Pending"));
+        assert_eq!(condition(&status, "Initialized"), no);
+    }
 
     let started = container("proxy", running());
     let status = compute(&pod, Some(&seen(started.clone(), [wait(), wait()])));
