@@ -173,7 +173,7 @@ fn certificate(site: &Site) -> Finding {
     let cure = match key {
         Ok(_) => "the agent's log says why it was not renewed",
         Err(_) => {
-            "put ca.key back beside the CA and run `knoc-agent init --site SITE` after moving agent.crt away, or create a new CA: see \
+            "put ca.key back beside the CA and run `knoc-agent init --site SITE` after moving agent.crt and agent.key away, or create a new CA: see \
              \"Certificates\" in the guide"
         }
     };

@@ -56,6 +56,9 @@ use crate::tree;
 /// read.
 const LOOKS: u32 = 3;
 
+/// No number of seconds has more digits.
+const MAX_STOP: usize = 19;
+
 /// How the files that [`StateDir::follower`] names begin.
 const FOLLOWER: &str = "agent.after.";
 
@@ -453,7 +456,9 @@ impl JobDir {
     pub fn stop_grace(&self) -> Option<Duration> {
         // As for the report: another one may have been written since.
         drop(fs::read_dir(&self.path).map(Iterator::count));
-        let text = fs::read_to_string(self.stop_path()).ok()?;
+        let bytes = atomic::read_bounded(&self.stop_path(), MAX_STOP).ok()??;
+        let text = std::str::from_utf8(&bytes).ok();
+        let text = text.filter(|text| text.len() <= MAX_STOP)?;
         knoc_proto::pod::duration(text.parse().ok()?)
     }
 

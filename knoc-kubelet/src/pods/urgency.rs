@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  at once   the phase, the pod's reason, Ready and the conditions like it, a container that starts, ends, turns
-//!            ready or fails, a newer observedGeneration
+//!            ready or fails, the first id of a container with a postStart hook, a newer observedGeneration
 //!  1–4 s     the first status of a pod
 //!  1–8 s     the end of the last container of a pod that was published as Running, which the terminal phase follows
 //!  3–20 s    the start of the job (hostIP, startTime, PodReadyToStartContainers) and ids of containers, which the
@@ -66,7 +66,7 @@ pub(super) fn delay(pod: &Pod, wanted: &PodStatus, patience: Patience) -> Durati
     let none = PodStatus::default();
     let have = pod.status.as_ref().unwrap_or(&none);
     let first = have.container_statuses.is_none();
-    if awaited(have, wanted) {
+    if awaited(have, wanted) || hook_begins(pod, have, wanted) {
         if !first && has_ended(pod, have, wanted) {
             patience.ending
         } else {
@@ -104,6 +104,28 @@ fn awaited(have: &PodStatus, wanted: &PodStatus) -> bool {
             have.ephemeral_container_statuses.as_deref(),
             wanted.ephemeral_container_statuses.as_deref(),
         )
+}
+
+/// Has a container with a postStart hook an id for the first time? While the hook runs, only the id says that the pod may have
+/// run, which decides whether it may run again.
+fn hook_begins(pod: &Pod, have: &PodStatus, wanted: &PodStatus) -> bool {
+    let all = pod.spec.iter().flat_map(|spec| {
+        let init = spec.init_containers.iter().flatten();
+        init.chain(&spec.containers)
+    });
+    let mut hooked = all.filter(|one| {
+        let lifecycle = one.lifecycle.as_ref();
+        lifecycle.is_some_and(|lifecycle| lifecycle.post_start.is_some())
+    });
+    phase(have) == "Pending"
+        && hooked.any(|one| !has_id(have, &one.name) && has_id(wanted, &one.name))
+}
+
+/// Has the container of this name an id?
+fn has_id(status: &PodStatus, container: &str) -> bool {
+    let lists = [&status.init_container_statuses, &status.container_statuses];
+    let mut all = lists.into_iter().flatten().flatten();
+    all.any(|one| one.name == container && one.container_id.is_some())
 }
 
 /// The API server gives each new pod the phase Pending.
@@ -310,6 +332,29 @@ mod tests {
         let mut allocated = queued("");
         allocated["conditions"] = json!([{"type": "PodReadyToStartContainers", "status": "True"}]);
         assert_eq!(between("Never", &queued(""), &allocated), 3);
+    }
+
+    #[test]
+    fn that_a_container_with_a_hook_has_begun_is_on_record_at_once() {
+        let queued = status("Pending", &waits("ContainerCreating", ""), &json!({}));
+        let mut begun = queued.clone();
+        begun["containerStatuses"][0]["containerID"] = "apptainer://12.a.0".into();
+        assert_eq!(between("Never", &queued, &begun), 3, "it has no hook");
+        let seconds = |have: &Value, wanted: &Value| {
+            let mut pod = pod("Never", have);
+            let hook = json!({"exec": {"command": ["true"]}});
+            let a = json!({"name": "a", "lifecycle": {"postStart": hook}});
+            pod.spec = serde_json::from_value(json!({"containers": [a]})).unwrap();
+            let wanted = serde_json::from_value(wanted.clone()).unwrap();
+            delay(&pod, &wanted, Patience::with(1)).as_secs()
+        };
+        assert_eq!(seconds(&queued, &begun), 0);
+        let mut host = queued.clone();
+        host["hostIP"] = "10.0.0.1".into();
+        assert_eq!(seconds(&queued, &host), 3);
+        host = begun.clone();
+        host["hostIP"] = "10.0.0.1".into();
+        assert_eq!(seconds(&begun, &host), 3, "that it has begun is on record");
     }
 
     #[test]

@@ -37,8 +37,12 @@ fn a_stop_has_the_newest_grace_period_that_was_written() {
         let grace = dir.stop_grace().map(|grace| grace.as_secs());
         assert_eq!(grace.map(i64::try_from), Some(Ok(seconds)));
     }
-    atomic::write(&dir.stop_path(), b"x", 0o600).unwrap();
-    assert_eq!(dir.stop_grace(), None);
+    dir.write_stop_grace(i64::MAX).unwrap();
+    assert_eq!(dir.stop_grace(), Some(knoc_proto::pod::LONGEST));
+    for text in ["", "x", "-1", "00000000000000000000000007"] {
+        atomic::write(&dir.stop_path(), text.as_bytes(), 0o600).unwrap();
+        assert_eq!(dir.stop_grace(), None, "{text:?}");
+    }
 }
 
 /// Values that a killed agent has half written are as secret as the others.

@@ -341,10 +341,10 @@ async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Ca
     }
     // Without it, the shim takes the pod's own.
     let dir = site.state.pod(&job.uid);
-    match tokio::task::spawn_blocking(move || dir.write_stop_grace(grace)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(uid = %job.uid, error = chain(&error), "grace period"),
-        Err(error) => tracing::warn!(uid = %job.uid, error = chain(&error), "grace period"),
+    let write = move || dir.write_stop_grace(grace).map_err(|error| chain(&error));
+    let written = tokio::task::spawn_blocking(write).await;
+    if let Err(error) = written.unwrap_or_else(|error| Err(chain(&error))) {
+        tracing::warn!(uid = %job.uid, error, "the job is not told the grace period of this stop");
     }
     cancel(site, job, signal).await
 }

@@ -270,7 +270,11 @@ fn status(
         (Some(seen), before) => of(container, seen, before),
         // Nothing new is known, so the published status stays.
         (None, Some(before)) if started(before) || nothing_known(input) => before.clone(),
-        (None, _) => waiting(input, container),
+        // Its id says that it may have run.
+        (None, before) => ContainerStatus {
+            container_id: before.and_then(|before| before.container_id.clone()),
+            ..waiting(input, container)
+        },
     }
 }
 

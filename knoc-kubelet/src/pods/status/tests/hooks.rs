@@ -91,3 +91,21 @@ fn a_pod_that_ends_during_the_hook_has_run() {
         "apptainer://12.a.0"
     );
 }
+
+/// The agent does not know the pod any more. What is known of it may have been published by an earlier process.
+#[test]
+fn a_pod_that_is_lost_during_the_hook_keeps_the_id() {
+    let mut pod = pod("Never", false, &json!({"phase": "Pending"}));
+    pod.status = Some(compute(&pod, Some(&seen(hooked(0)))));
+    // The report was not read yet.
+    let unread = observed(PodPhase::Running, Vec::new());
+    let a = first(&compute(&pod, Some(&unread)));
+    assert_eq!(a["state"]["waiting"]["reason"], "ContainerCreating");
+    assert_eq!(a["containerID"], "apptainer://12.a.0");
+    let lost = finished(OutcomeKind::Failed, "ContainerStatusUnknown", Vec::new());
+    let a = first(&compute(&pod, Some(&lost)));
+    assert_eq!(
+        a["state"]["terminated"]["containerID"],
+        "apptainer://12.a.0"
+    );
+}
