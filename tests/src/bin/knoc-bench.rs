@@ -16,8 +16,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-// The allocator of KNoC's programs: otherwise a client would spend a third of its time in page faults, which the relays do not.
-use knoc_memory as _;
 use knoc_tests::bench::{self, relay};
 use tokio::runtime::Runtime;
 
