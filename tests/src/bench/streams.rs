@@ -14,6 +14,9 @@ use crate::{PodBuilder, wait_for};
 /// The time limit for the pod that writes the bytes.
 const WRITTEN: Duration = Duration::from_mins(5);
 
+/// The nodes other than that of [`Location::Compute`].
+const OTHERS: &str = "c2,c3";
+
 /// The ports at which the pod serves the small and the large file. No other process of the node uses them.
 const PORT: u16 = 19_099;
 const LARGE_PORT: u16 = 19_098;
@@ -227,8 +230,13 @@ async fn talker(bed: &Bed, sizes: Sizes) -> anyhow::Result<String> {
         .empty_dir("/data")
         .spec("hostNetwork", true.into())
         .sh(&script);
-    let uid = bed.world.create(&pod).await?;
-    bed.world.wait_phase("stream", "Running", WRITTEN).await?;
+    let placed = async || {
+        let uid = bed.world.create(&pod).await?;
+        bed.world.wait_phase("stream", "Running", WRITTEN).await?;
+        anyhow::Ok(uid)
+    };
+    // The farthest relay is on the first node, whatever still runs there.
+    let uid = bed.world.away_from(OTHERS, placed).await?;
     let whole = || exec::run(bed, &uid, "main", &["true"]);
     wait_for("exec works", WRITTEN, async || {
         whole().await.map_err(|error| format!("{error:#}"))
