@@ -288,8 +288,7 @@ async fn run(pod: Arc<Pod>, begun: Begun) -> anyhow::Result<ExitCode> {
         mut background,
     } = begun;
     let (commands, orders) = mpsc::channel(COMMANDS);
-    let (grace, jobdir) = (pod.spec().grace(), pod.jobdir.clone());
-    background.spawn(signals.obey(grace, jobdir, commands.clone()));
+    background.spawn(signals.obey(pod.spec().grace(), pod.jobdir.clone(), commands.clone()));
     let listener = carried::Listener::bind(&pod);
     let route = route_to(listener.as_ref());
     let publisher = begin_report(&pod, previous.as_ref(), &route, &brought_up);

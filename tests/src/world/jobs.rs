@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 
 use super::{SOON, World};
 use crate::wait_for;
@@ -47,13 +47,9 @@ impl World {
 
     /// Waits until the pod has a job; returns its id.
     pub async fn wait_job(&self, uid: &str) -> anyhow::Result<String> {
-        let name = format!("knoc-{uid}");
-        wait_for(&format!("a job {name}"), SOON, async || {
-            let rows = self
-                .on("login", ["squeue", "-h", "-o", "%i", "--name", &name])
-                .ok()
-                .await?;
-            rows.text()
+        wait_for(&format!("a job of pod {uid}"), SOON, async || {
+            self.live_jobs(uid, "%i")
+                .await?
                 .lines()
                 .next()
                 .map(str::to_owned)
@@ -103,18 +99,18 @@ impl World {
 
     /// Waits until Slurm has no live job of the pod.
     pub async fn wait_no_job(&self, uid: &str, limit: Duration) -> anyhow::Result<()> {
-        let name = format!("knoc-{uid}");
-        wait_for(&format!("no job {name}"), limit, async || {
-            let rows = self
-                .on("login", ["squeue", "-h", "-o", "%i %T %R", "--name", &name])
-                .ok()
-                .await?;
-            if rows.stdout.is_empty() {
-                Ok(())
-            } else {
-                Err(anyhow::anyhow!(rows.text()))
-            }
+        wait_for(&format!("no job of pod {uid}"), limit, async || {
+            let rows = self.live_jobs(uid, "%i %T %R").await?;
+            ensure!(rows.is_empty(), rows);
+            Ok(())
         })
         .await
+    }
+
+    /// What squeue prints of the pod's jobs in this format, a line for each.
+    async fn live_jobs(&self, uid: &str, format: &str) -> anyhow::Result<String> {
+        let name = format!("knoc-{uid}");
+        let rows = self.on("login", ["squeue", "-h", "-o", format, "--name", &name]);
+        Ok(rows.ok().await?.text())
     }
 }

@@ -195,6 +195,18 @@ fn containers_that_all_begin_anew_say_so_until_their_turn_comes() {
     }
 }
 
+/// A pod whose init containers have succeeded.
+fn initialized(pod: &pb::PodSpec, stopping: bool) -> StatusContext<'_> {
+    StatusContext {
+        pod,
+        initialized: true,
+        stopping,
+        starts_over: false,
+        missing: None,
+        now: Duration::ZERO,
+    }
+}
+
 #[test]
 fn a_container_that_cannot_be_configured_says_why_until_it_is_created() {
     let pod = pb::PodSpec::default();
@@ -213,14 +225,7 @@ fn a_container_that_cannot_be_configured_says_why_until_it_is_created() {
             target_missing: None,
             in_post_start: false,
         };
-        let context = StatusContext {
-            pod: &pod,
-            initialized: true,
-            stopping,
-            starts_over: false,
-            missing: None,
-            now: Duration::ZERO,
-        };
+        let context = initialized(&pod, stopping);
         status(&spec(Role::Main), situation, &context, "x://new".to_owned())
     };
     let lacks = Phase::Unconfigured {
@@ -344,14 +349,7 @@ fn a_program_in_its_post_start_hook_runs_and_the_stop_of_the_pod_ends_the_hook()
             target_missing: None,
             in_post_start: true,
         };
-        let context = StatusContext {
-            pod: &pod,
-            initialized: true,
-            stopping,
-            starts_over: false,
-            missing: None,
-            now: Duration::ZERO,
-        };
+        let context = initialized(&pod, stopping);
         let status = status(&spec(Role::Main), situation, &context, String::new());
         assert!(matches!(status.state, Some(State::Running(_))));
         status.in_post_start

@@ -43,11 +43,13 @@ impl Kubelet {
                 kubelet.store.observed(&uid()).is_some()
             })
             .await;
+        // The attempt that is over: the same if it waits, an earlier one if it runs.
+        let last = if waits { id } else { "apptainer://11.main.0" };
         kubelet.apply(|pod| {
             pod["status"] = json!({"phase": "Running", "containerStatuses": [{
                 "name": "main", "image": "busybox", "imageID": "x", "ready": false, "restartCount": 1,
                 "containerID": id, "state": published,
-                "lastState": {"terminated": {"exitCode": 3, "containerID": id}},
+                "lastState": {"terminated": {"exitCode": 3, "containerID": last}},
             }]});
         });
         // Notes come before containers in a round, so that the second round follows what the first one recorded.
