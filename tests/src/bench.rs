@@ -197,6 +197,16 @@ pub async fn probes(quick: bool) -> anyhow::Result<()> {
     bed.close().await
 }
 
+/// Measures only T3 beside a copy; prints the table to standard output and does not change the page.
+pub async fn beside(quick: bool) -> anyhow::Result<()> {
+    let bed = Bed::open().await?;
+    let measured = beside::measure(&bed, if quick { 3 } else { BESIDE }).await?;
+    let mut table = String::new();
+    report::beside(&mut table, &measured)?;
+    print(&table)?;
+    bed.close().await
+}
+
 /// How long pods with probes are watched.
 fn watched(quick: bool) -> Duration {
     Duration::from_secs(if quick { 20 } else { 60 })

@@ -8,7 +8,6 @@ use anyhow::Context as _;
 use super::bed::Bed;
 use super::kubernetes;
 use super::pods::Batch;
-use super::stats::Series;
 use crate::{PodBuilder, wait_for};
 
 /// The time limit for the pod from which is copied.
@@ -23,8 +22,8 @@ const BYTES: u64 = 1 << 30;
 /// T3 of pods, without and beside a copy.
 #[derive(Debug, Default)]
 pub(super) struct Beside {
-    pub(super) alone: Series,
-    pub(super) copying: Series,
+    pub(super) alone: Batch,
+    pub(super) copying: Batch,
     /// Files that were copied completely during the rounds.
     pub(super) copies: usize,
 }
@@ -74,8 +73,8 @@ pub(super) async fn measure(bed: &Bed, rounds: usize) -> anyhow::Result<Beside> 
     bed.world.delete("beside", Some(0)).await?;
     bed.world.wait_gone("beside", READY).await?;
     Ok(Beside {
-        alone: alone.t3,
-        copying: copying.t3,
+        alone,
+        copying,
         copies,
     })
 }

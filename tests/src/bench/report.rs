@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::bed::Bed;
+use super::beside::Beside;
 use super::egress::{Egress, WATCHED};
 use super::pods::Batch;
 use super::probes::Probes;
@@ -125,7 +126,7 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
     let beside = &figures.beside;
     bounds.push(bound(
         "T3 beside a kubectl cp at full speed, p99, less that without",
-        beside.copying.at(99) - beside.alone.at(99),
+        beside.copying.t3.at(99) - beside.alone.t3.at(99),
         20.0,
         " ms",
     ));
@@ -304,6 +305,44 @@ fn pod_rows(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn row(out: &mut String, name: &str, series: &Series) -> std::fmt::Result {
+    let (median, most) = (series.median(), series.at(99));
+    writeln!(
+        out,
+        "| {name} | {median:.1} | {most:.1} | {} |",
+        series.count()
+    )
+}
+
+/// T3 beside a copy and without it, in parts.
+pub(super) fn beside(out: &mut String, beside: &Beside) -> std::fmt::Result {
+    for (name, batch) in [
+        (
+            "T3 beside a kubectl cp at full speed, 4 pods at once",
+            &beside.copying,
+        ),
+        ("the same without the cp", &beside.alone),
+    ] {
+        row(out, name, &batch.t3)?;
+        row(
+            out,
+            "of it: last line → the shim saw the program end",
+            &batch.t3_shim,
+        )?;
+        row(
+            out,
+            "of it: → the agent has the shim's report",
+            &batch.t3_agent,
+        )?;
+        row(out, "of it: → terminal phase seen", &batch.t3_kubelet)?;
+    }
+    writeln!(
+        out,
+        "\nWhile these pods ran, kubectl cp copied 1 GiB completely {} times.",
+        beside.copies
+    )
+}
+
 fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
     let exec = &figures.exec;
     writeln!(
@@ -328,26 +367,11 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
             "logs -f: line written → seen by a client of the API server",
             &figures.follow,
         ),
-        (
-            "T3 beside a kubectl cp at full speed, 4 pods at once",
-            &figures.beside.copying,
-        ),
-        ("the same without the cp", &figures.beside.alone),
         ("floor of T3: a watch's own delay", &figures.watch_delay),
     ] {
-        writeln!(
-            out,
-            "| {name} | {:.1} | {:.1} | {} |",
-            series.median(),
-            series.at(99),
-            series.count()
-        )?;
+        row(out, name, series)?;
     }
-    writeln!(
-        out,
-        "\nWhile these pods ran, kubectl cp copied 1 GiB completely {} times.",
-        figures.beside.copies
-    )?;
+    beside(out, &figures.beside)?;
     streams(out, &figures.streams)?;
     egress(out, &figures.egress)?;
     probes(out, &figures.probes)?;

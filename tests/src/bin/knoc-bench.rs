@@ -3,6 +3,7 @@
 //! prints the results;
 //! `knoc-bench [--quick] egress` measures only what pods open to the cluster, and prints the results;
 //! `knoc-bench [--quick] probes` measures only what probes cost, and prints the results;
+//! `knoc-bench [--quick] beside` measures only T3 beside a copy, and prints the results;
 //! `knoc-bench pods COUNT [ROUNDS]` measures T1 to T3 of that many pods at once, and prints the results;
 //! `knoc-bench [--quick] links FILE` measures what the way to the agent of the current profile costs, and adds a row to FILE;
 //! `knoc-bench links-page FILE` writes the table in docs/guide/links.md from these rows;
@@ -79,6 +80,7 @@ fn ran_as_relay(arguments: &[String]) -> anyhow::Result<bool> {
 /// Measures the section that the first argument names, or everything if it names none.
 fn measure(runtime: &Runtime, arguments: &[String], quick: bool) -> anyhow::Result<()> {
     match arguments.first().map_or("", String::as_str) {
+        "beside" => runtime.block_on(bench::beside(quick)),
         "egress" => runtime.block_on(bench::egress(quick)),
         "probes" => runtime.block_on(bench::probes(quick)),
         "pods" => {
