@@ -1,7 +1,12 @@
 //! `knoc-agent`: command line, tracing, runtime, signals and exit code. Everything else is in the
 //! library.
 
-use std::{ffi::OsStr, io::Write as _, path::PathBuf, process::ExitCode};
+use std::{
+    ffi::{OsStr, OsString},
+    io::Write as _,
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -57,21 +62,6 @@ enum Command {
     },
     /// Prints the version.
     Version,
-    /// Starts a container's program (inside the container).
-    #[command(hide = true)]
-    Launch {
-        /// The launch socket.
-        socket: PathBuf,
-    },
-    /// Mounts the volumes of a container and then executes the container runtime.
-    #[command(hide = true)]
-    Contain,
-    /// Creates and holds the network namespace of a pod.
-    #[command(hide = true)]
-    Network,
-    /// Holds the PID namespace that the containers of a pod share.
-    #[command(hide = true)]
-    Hold,
     /// Runs one rank of an MPI program; srun starts it on the node of the rank.
     #[command(hide = true)]
     Rank {
@@ -82,13 +72,6 @@ enum Command {
         /// Where the shim listens.
         #[arg(required = true)]
         addresses: Vec<String>,
-    },
-    /// Starts a process in the namespaces of a running container.
-    #[command(hide = true)]
-    Enter {
-        /// The arguments that the shim passes.
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<String>,
     },
 }
 
@@ -157,18 +140,17 @@ fn main() -> ExitCode {
         ));
         return ExitCode::FAILURE;
     }
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if let Some(code) = knoc_shim::launch::helper(&arguments) {
+        return code;
+    }
     let result = match Cli::parse().command {
         Command::Shim { jobdir } => return knoc_shim::main(&jobdir),
-        Command::Launch { socket } => return knoc_shim::launch::main(&socket),
-        Command::Contain => return knoc_shim::launch::contain::main(),
-        Command::Network => return knoc_shim::launch::network::main(),
-        Command::Hold => return knoc_shim::launch::hold::main(),
         Command::Rank {
             jobdir,
             attempt,
             addresses,
         } => return knoc_shim::rank::main(&jobdir, attempt, &addresses),
-        Command::Enter { arguments } => return knoc_shim::launch::enter::main(&arguments),
         Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Init(options) => {
             let found = init::Found::look(init::Environment::own());

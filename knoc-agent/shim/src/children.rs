@@ -115,12 +115,23 @@ impl Children {
 
     /// Starts `command`, which dies with the shim, in a process group of its own if `group` is set.
     pub(crate) fn spawn(&self, command: &mut Command, group: bool) -> io::Result<Child> {
-        // Locked during the start: the reaper must not see a child that is not in the map yet.
-        let mut waiting = self.waiting();
         die_with_shim(command);
         if group {
             command.process_group(0);
         }
+        self.start(command)
+    }
+
+    /// Starts `command`, a helper that asks to die with the shim itself, and does nothing before the shim has told it what to do. So
+    /// nothing needs to run between fork and exec, and the kernel copies no memory of the shim (`posix_spawn(3)`). The helper
+    /// is in a process group of its own; the command must not choose its directory.
+    pub(crate) fn spawn_helper(&self, command: &mut Command) -> io::Result<Child> {
+        self.start(command.process_group(0))
+    }
+
+    fn start(&self, command: &mut Command) -> io::Result<Child> {
+        // Locked during the start: the reaper must not see a child that is not in the map yet.
+        let mut waiting = self.waiting();
         let mut child = command.spawn()?;
         let (sender, exit) = oneshot::channel();
         waiting.insert(child.id(), sender);

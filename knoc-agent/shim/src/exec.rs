@@ -324,11 +324,10 @@ fn spawn(pod: &Pod, program: &Program) -> io::Result<(Child, UnixStream)> {
         .arg("enter")
         .args(enter::arguments(program.identity, program.beside))
         .env_clear()
-        .current_dir("/")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    let child = pod.children.spawn(&mut command, true)?;
+    let child = pod.children.spawn_helper(&mut command)?;
     // The command still holds the helper's end of the socket, and the shim would never see the end of file.
     drop(command);
     Ok((child, UnixStream::from_std(ours)?))

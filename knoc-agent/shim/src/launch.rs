@@ -10,21 +10,22 @@
 
 pub(crate) mod account;
 pub(crate) mod beside;
-pub mod contain;
-pub mod enter;
+pub(crate) mod contain;
+pub(crate) mod enter;
 pub(crate) mod fds;
 mod folder;
-pub mod hold;
+pub(crate) mod hold;
 pub(crate) mod ids;
 pub(crate) mod kept;
 mod limits;
-pub mod network;
+pub(crate) mod network;
 mod program;
 mod pty;
 mod sys;
 mod volume;
 
 use std::{
+    ffi::OsString,
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::Path,
     process::ExitCode,
@@ -35,9 +36,28 @@ use knoc_contract::launch::Window;
 /// The launcher's exit code if it could not connect to the shim.
 const NO_SHIM: u8 = 125;
 
-/// Entry point of `knoc-agent launch SOCKET`. Returns only if the program could not be started.
+/// Runs the hidden subcommand that the arguments of `knoc-agent` name: the helper that a shim starts for a container, its network, its
+/// processes or an exec. `None` if they name none.
+///
+/// The parser of the command line does not know them, and so does not cost each exec a tenth of a millisecond.
 #[must_use]
-pub fn main(socket: &Path) -> ExitCode {
+pub fn helper(arguments: &[OsString]) -> Option<ExitCode> {
+    let (name, rest) = arguments.split_first()?;
+    Some(match (name.to_str()?, rest) {
+        ("launch", [socket]) => main(Path::new(socket)),
+        ("contain", []) => contain::main(),
+        ("network", []) => network::main(),
+        ("hold", []) => hold::main(),
+        ("enter", rest) => {
+            let words = rest.iter().map(|word| word.to_string_lossy().into_owned());
+            enter::main(&words.collect::<Vec<_>>())
+        }
+        _ => return None,
+    })
+}
+
+/// Entry point of `knoc-agent launch SOCKET`. Returns only if the program could not be started.
+fn main(socket: &Path) -> ExitCode {
     die_with_parent();
     match UnixStream::connect(socket) {
         Ok(stream) => program::run(&stream),

@@ -108,8 +108,7 @@ impl ContainError {
 }
 
 /// Entry point of the hidden subcommand. Returns only if the runtime was not executed.
-#[must_use]
-pub fn main() -> ExitCode {
+pub(super) fn main() -> ExitCode {
     super::die_with_parent();
     let shim = match super::shim_at_stdin("contain") {
         Ok(shim) => shim,

@@ -113,9 +113,10 @@ pub(crate) fn arguments(container: Identity, beside: Option<Beside>) -> Vec<Stri
 }
 
 /// Entry point of the hidden subcommand.
-#[must_use]
-pub fn main(arguments: &[String]) -> ExitCode {
+pub(super) fn main(arguments: &[String]) -> ExitCode {
     super::die_with_parent();
+    // The program must not keep open the folder in which the shim was started.
+    std::env::set_current_dir("/").ok();
     if let [container @ .., mode] = arguments {
         match mode.as_str() {
             PASSWD | GROUP => return read_own(container, mode),

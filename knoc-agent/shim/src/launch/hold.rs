@@ -24,8 +24,7 @@ use super::{
 };
 
 /// Entry point of the hidden subcommand.
-#[must_use]
-pub fn main() -> ExitCode {
+pub(super) fn main() -> ExitCode {
     super::die_with_parent();
     let shim = match super::shim_at_stdin("hold") {
         Ok(shim) => shim,

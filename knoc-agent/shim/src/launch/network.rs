@@ -94,8 +94,7 @@ impl NetworkError {
 }
 
 /// Entry point of the hidden subcommand.
-#[must_use]
-pub fn main() -> ExitCode {
+pub(super) fn main() -> ExitCode {
     super::die_with_parent();
     let shim = match super::shim_at_stdin("network") {
         Ok(shim) => shim,
