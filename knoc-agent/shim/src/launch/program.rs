@@ -132,6 +132,8 @@ fn start(
     let path = CString::new(program.into_os_string().into_vec())
         .map_err(|_| failure("NUL byte in the path"))?;
     sys::close_on_exec();
+    // The runtime's short turns are not for the program.
+    sys::run_for(0).ok();
     if let Some(passed) = &passed {
         rustix::io::fcntl_setfd(&passed.fd, rustix::io::FdFlags::empty())
             .map_err(|errno| Failure::on("keep a descriptor open")(errno.into()))?;
