@@ -176,8 +176,7 @@ fn probe_bounds(probes: &Probes, bounds: &mut Vec<Bound>) {
     bounds.push(bound(
         "CPU of the shim and its children for an exec probe / nsenter by hand",
         probes.execs.probe / probes.execs.by_hand,
-        // As for T4: a probe is an exec by the shim.
-        1.5,
+        1.2,
         " ×",
     ));
 }
