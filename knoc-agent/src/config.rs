@@ -392,7 +392,7 @@ pub struct JobDefaults {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum UserIds {
-    /// As those that the pod asks for, or the image by number, where the compute node can do it.
+    /// As those that the pod asks for, or else the image unless it is root, where the compute node can do it.
     #[default]
     Requested,
     /// As the HPC user.

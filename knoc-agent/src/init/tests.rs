@@ -1,7 +1,7 @@
 //! Tests that the programs accept what `init` writes, and that existing files are never
 //! overwritten.
 
-use std::os::unix::fs::PermissionsExt as _;
+use std::{collections::BTreeMap, os::unix::fs::PermissionsExt as _};
 
 use knoc_link::Credentials;
 
@@ -351,4 +351,54 @@ fn every_setting_is_explained() {
             assert!(explained.contains(&key), "{key} is not in the template");
         }
     }
+}
+
+/// The settings of the template, as `table.name`, each with its default if the line shows it. Tables whose names the site chooses are
+/// left out.
+fn settings(template: &str) -> BTreeMap<String, Option<&str>> {
+    let mut table = "";
+    let mut found = BTreeMap::new();
+    for line in template.lines() {
+        let line = line.strip_prefix("# ").unwrap_or(line);
+        if line.starts_with('[') {
+            table = line.trim_matches(['[', ']']);
+        }
+        let Some((name, value)) = line.split_once(" = ") else {
+            continue;
+        };
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        if name.chars().all(plain) && !["tools", "env"].contains(&table) {
+            let name = format!("{table}.{name}");
+            let default = value.strip_suffix("  # default");
+            found.insert(name.trim_start_matches('.').to_owned(), default);
+        }
+    }
+    found
+}
+
+#[test]
+fn the_guide_has_every_setting_of_the_site_file_with_its_default() {
+    let template =
+        super::text::site_file(&options(Path::new("/x")), Path::new("/x"), &[], &found());
+    let guide = include_str!("../../../docs/guide/configuration.md");
+    let (_, section) = guide.split_once("\n## knoc-agent\n").unwrap();
+    let (section, _) = section.split_once("\n## knocctl\n").unwrap();
+    let row = |line: &'static str| line.strip_prefix("| `")?.split_once("` | ");
+    let rows = section.lines().filter_map(row);
+    // The rows of the first table are about tables.
+    let rows: BTreeMap<&str, &str> = rows.filter(|(name, _)| !name.starts_with('[')).collect();
+    let settings = settings(&template);
+    assert!(settings.len() > 80, "{settings:?}");
+    for (name, default) in &settings {
+        let row = rows.get(name.as_str());
+        let row = row.unwrap_or_else(|| panic!("the guide has no row for {name}"));
+        if let Some(default) = default {
+            assert!(row.starts_with(&format!("`{default}` | ")), "{name}: {row}");
+        }
+    }
+    let unknown: Vec<_> = rows
+        .keys()
+        .filter(|name| !settings.contains_key(**name))
+        .collect();
+    assert!(unknown.is_empty(), "no such settings: {unknown:?}");
 }

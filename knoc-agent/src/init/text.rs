@@ -325,6 +325,7 @@ registries = []
 # threads = 1  # default
 
 [logs]
+# The size in bytes at which a log goes on in another file, and how many files are kept of each attempt of a container.
 # max_bytes = 104857600  # default
 # max_files = 20  # default
 # The limit for all logs of one pod, shared equally by the current and the previous attempt of each container;
@@ -332,6 +333,7 @@ registries = []
 # max_pod_bytes = 4294967296  # default
 
 [backoff]
+# The first pause before a container is restarted again, or a failed pull or submission is tried again, and the longest one.
 # initial = "10s"  # default
 # max = "5m"  # default
 
