@@ -71,6 +71,8 @@ pub enum Reply {
     },
     /// The node gives the program no user namespace of its own, so it keeps the ids that it has.
     OwnIds,
+    /// The user, the group and the further groups of the program, by the numbers that it sees.
+    Ids(Vec<u32>),
     /// `contain` cannot create its namespaces on this node.
     NoNamespaces {
         /// The errno of the failed call.
@@ -170,6 +172,7 @@ impl Reply {
             Self::Pid(pid) => (b'P', pid.to_be_bytes().to_vec()),
             Self::Master => (b'M', Vec::new()),
             Self::OwnIds => (b'I', Vec::new()),
+            Self::Ids(ids) => (b'U', ids.iter().flat_map(|id| id.to_be_bytes()).collect()),
             Self::Failed { errno, what } => (b'E', put_failure(*errno, what)),
             Self::NoNamespaces { errno, what } => (b'N', put_failure(*errno, what)),
         };
@@ -199,6 +202,11 @@ impl Reply {
             b'P' => Self::Pid(u32::from_be_bytes(cursor.array()?)),
             b'M' => Self::Master,
             b'I' => Self::OwnIds,
+            b'U' => {
+                let (ids, rest) = cursor.0.as_chunks::<4>();
+                cursor.0 = rest;
+                Self::Ids(ids.iter().map(|id| u32::from_be_bytes(*id)).collect())
+            }
             b'E' | b'N' => {
                 let errno = i32::from_be_bytes(cursor.array()?);
                 let what = String::from_utf8_lossy(std::mem::take(&mut cursor.0)).into_owned();
@@ -370,6 +378,7 @@ mod tests {
             Reply::Pid(77),
             Reply::Master,
             Reply::OwnIds,
+            Reply::Ids(vec![1000, 0, u32::MAX]),
             failed,
             refused,
         ];

@@ -341,7 +341,9 @@ program makes for itself (`unshare`) is not theirs.
 
 The program is the HPC user inside, too, if the site wants it (`user_ids = \"own\"`), with several ranks, with a setuid runtime, without
 a runtime (`process`), on compute nodes that allow no further user namespace, and with an agent of an older version. If the pod asks for
-another user, the Event `Mapped` says so.
+another user, the Event `Mapped` says so. `status.containerStatuses[].user.linux` has the numbers that the first process began with, as it sees
+them, from Kubernetes 1.33 on; the pod's `supplementalGroups` and groups without a number inside are not among them. Containers of several
+ranks have none.
 
 ## Containers
 

@@ -132,6 +132,8 @@ fn start(
     let env = c_strings(&env).ok_or_else(|| failure("NUL byte in the environment"))?;
     let path = CString::new(program.into_os_string().into_vec())
         .map_err(|_| failure("NUL byte in the path"))?;
+    // If the shim has ended, this process ends as well.
+    fds::send(shim, &Reply::Ids(ids::seen()).encode(), &[]).ok();
     sys::close_on_exec();
     if let Some(passed) = &passed {
         rustix::io::fcntl_setfd(&passed.fd, rustix::io::FdFlags::empty())
