@@ -9,6 +9,9 @@
 pub const MAX_SPEC: usize = 16 << 20;
 const MAX_REPLY: usize = 64 << 10;
 
+/// Where the volumes are mounted that the pod mounts below `/dev`: here, mount points can be created.
+pub const VOLUMES: &str = "/.knoc/dev";
+
 /// The size of a terminal window, in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
@@ -32,7 +35,7 @@ pub struct LaunchSpec {
     /// Run the program on a terminal of this size instead of pipes, and send its master back.
     pub tty: Option<Window>,
     /// Symbolic links to create, as alternating names and targets. They are needed below `/dev`,
-    /// where nothing can be mounted.
+    /// where nothing can be mounted. Only those to [`VOLUMES`] must be made.
     pub links: Vec<Vec<u8>>,
     /// Folders of the image that everybody may write to; they are created if they do not exist.
     pub temporary: Vec<Vec<u8>>,

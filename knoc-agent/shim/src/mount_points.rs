@@ -6,6 +6,8 @@
 
 use std::path::{Path, PathBuf};
 
+use knoc_contract::launch::VOLUMES;
+
 use super::volumes::Mounted;
 use crate::launch::contain::spec::{Point, PointBase, Source};
 
@@ -13,8 +15,6 @@ use crate::launch::contain::spec::{Point, PointBase, Source};
 const DEVICES: &str = "/dev";
 /// Memory shared by the containers of a pod.
 pub(crate) const SHARED_MEMORY: &str = "/dev/shm";
-/// Where volumes below `/dev` are mounted, in a folder in which mount points can be created.
-pub(crate) const MOVED: &str = "/.knoc/dev";
 /// Folders of the runtime's `/dev` on which a volume can be mounted, and then below them too.
 const FOLDERS: [&str; 2] = ["/dev/mqueue", "/dev/pts"];
 
@@ -43,7 +43,7 @@ pub(crate) fn order(binds: &mut Vec<Mounted>) {
     binds.sort_by_key(|bind| bind.target.components().count());
 }
 
-/// Moves what is to be mounted below `/dev` into [`MOVED`] and returns the links
+/// Moves what is to be mounted below `/dev` into [`VOLUMES`] and returns the links
 /// that lead there. `binds` are in the order of mounting.
 pub(crate) fn leave_devices(binds: &mut [Mounted]) -> Vec<Link> {
     // If the pod mounts its own `/dev`, mount points can be created in it.
@@ -64,7 +64,7 @@ pub(crate) fn leave_devices(binds: &mut [Mounted]) -> Vec<Link> {
             .iter()
             .find_map(|link| Some(link.target.join(target.strip_prefix(&link.name).ok()?)));
         bind.target = parent.unwrap_or_else(|| {
-            let target = Path::new(MOVED).join(links.len().to_string());
+            let target = Path::new(VOLUMES).join(links.len().to_string());
             links.push(Link {
                 name: bind.target.clone(),
                 target: target.clone(),

@@ -17,7 +17,7 @@ use std::{
     process::ExitCode,
 };
 
-use knoc_contract::launch::{LaunchSpec, MAX_SPEC, Reply};
+use knoc_contract::launch::{LaunchSpec, MAX_SPEC, Reply, VOLUMES};
 use rustix::{
     io::Errno,
     process::{ioctl_tiocsctty, setsid, umask},
@@ -25,7 +25,6 @@ use rustix::{
 };
 
 use super::{account, fds, ids, limits, pty, sys};
-use crate::mount_points::MOVED;
 
 /// Exit codes as a shell uses them: the program cannot be executed, or was not found.
 const CANNOT_EXECUTE: u8 = 126;
@@ -239,7 +238,7 @@ fn prepare_files(spec: &LaunchSpec, ids: Option<[u32; 2]>) -> Result<(), Failure
     for [name, target] in spec.links.as_chunks::<2>().0 {
         let linked = link(path_from(name), path_from(target));
         // Only the termination message may go without its link.
-        if path_from(target).starts_with(MOVED) {
+        if path_from(target).starts_with(VOLUMES) {
             let what = format!(
                 "mount a volume at {}, which the container runtime does not allow (choose another mountPath)",
                 quote(name)
