@@ -5,8 +5,8 @@
 //! kept, and missing ones are created, so that a second run completes a first one. Of a pair, the
 //! key is written last: a certificate that a killed run has left without its key is of no use and is
 //! made again, and a key without its certificate is an error. Secret files have mode 0600 in a
-//! directory with mode 0700. Of two that run at once, the second waits for the first: otherwise each
-//! would sign with a CA of its own, and only one CA is kept.
+//! directory with mode 0700. Of two that run at once, the second waits for the first, at most for half
+//! a minute: otherwise each would sign with a CA of its own, and only one CA is kept.
 
 mod detect;
 mod text;
@@ -20,7 +20,7 @@ use std::{
 pub use detect::{Environment, Found};
 use knoc_contract::jobdir::atomic::{self, FileError};
 use knoc_link::{
-    Identity,
+    Identity, file_lock,
     pki::{Ca, CertifiedKey, PkiError},
 };
 use knoc_proto::{
@@ -173,7 +173,7 @@ pub fn run(options: &Options, home: &Path, found: &Found) -> Result<String, Init
         kept: Vec::new(),
     };
     atomic::create_dir(&init.folder.join("tls"))?;
-    let _one = lock(&init.tls(".lock"));
+    let _one = lock(&init.tls(".lock"))?;
     init.certificates()?;
     init.write(&path, &site_file)?;
     // A site file that existed before need not match these options.
@@ -183,14 +183,16 @@ pub fn run(options: &Options, home: &Path, found: &Found) -> Result<String, Init
     Ok(init.summary())
 }
 
-/// Waits until no other process holds the lock on this file, which is created if it is missing. `None` if there is no lock to be
-/// had, as on a file system without locks.
-fn lock(path: &Path) -> Option<fs::File> {
+/// Waits until no other process holds the lock on this file, which is created if it is missing, but not for ever. `None` if there is
+/// no lock to be had, as on a file system without locks.
+fn lock(path: &Path) -> Result<Option<fs::File>, FileError> {
     let mut options = fs::OpenOptions::new();
     options.write(true).create(true).truncate(false).mode(0o600);
-    let file = options.open(path).ok()?;
-    file.lock().ok()?;
-    Some(file)
+    let Ok(file) = options.open(path) else {
+        return Ok(None);
+    };
+    let locked = file_lock::wait(path, &|| file.try_lock()).map_err(FileError::on("lock", path))?;
+    Ok(locked.then_some(file))
 }
 
 fn parse_address(address: &str) -> Result<(String, u16), InitError> {

@@ -24,7 +24,7 @@ use std::{
 
 use jiff::Timestamp;
 use knoc_contract::jobdir::{self, JobDirError, StateDir, atomic::FileError, schema::Lease};
-use knoc_link::{carrier::exec::marker::Speaks, socket::SocketLocations};
+use knoc_link::{carrier::exec::marker::Speaks, file_lock, socket::SocketLocations};
 use tokio::time::Instant;
 
 use crate::{
@@ -192,7 +192,7 @@ fn open_log(log: &Path) -> std::io::Result<File> {
         return Ok(large);
     }
     // A file system without locks has none to wait for.
-    large.lock().ok();
+    file_lock::wait(log, &|| large.try_lock())?;
     if fs::metadata(log).is_ok_and(|now| (now.dev(), now.ino()) == (about.dev(), about.ino())) {
         fs::rename(log, log.with_extension("log.1"))?;
     }

@@ -11,6 +11,7 @@ use crate::{
     text::quote,
 };
 
+mod devices;
 mod ephemeral;
 mod mpi;
 mod network;
@@ -20,6 +21,7 @@ mod restart;
 mod stop;
 mod volume;
 
+pub use devices::{AMD, NVIDIA, requests};
 pub use ephemeral::MAX_EPHEMERAL;
 pub use mpi::{MAX_RANKS, Ranks};
 pub use network::{Hostname, MAX_HOSTNAME};
@@ -29,11 +31,6 @@ pub use stop::REAL_TIME;
 
 /// The folder in a container that holds KNoC's launcher and its socket.
 pub const KNOC_FOLDER: &str = "/.knoc";
-
-/// The files of a container's `/dev` that its runtime makes: devices, and links to them.
-const DEVICES: [&str; 11] = [
-    "fd", "full", "null", "ptmx", "random", "stderr", "stdin", "stdout", "tty", "urandom", "zero",
-];
 
 /// How many bytes of an invalid name an error shows.
 const SHOWN: usize = 80;
@@ -346,19 +343,6 @@ fn is_ours(path: &str) -> bool {
     Path::new(path).starts_with(KNOC_FOLDER)
 }
 
-/// Whether a path in a container is a device that its runtime makes, or lies below one.
-fn is_device(path: &str) -> bool {
-    let below = path.strip_prefix("/dev/").unwrap_or_default();
-    let first = below.split('/').next().unwrap_or_default();
-    DEVICES.contains(&first)
-}
-
-/// Whether the container has a `/dev` of the pod's own, in which the runtime makes nothing.
-fn has_own_devices(container: &pb::Container) -> bool {
-    let is_dev = |mount: &pb::Mount| paths::in_container(&mount.path).is_ok_and(|at| at == "/dev");
-    container.mounts.iter().any(is_dev)
-}
-
 fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Vec<String>) {
     let name = &container.name;
     let known = |volume: &str| spec.volumes.iter().any(|known| known.name == volume);
@@ -383,15 +367,15 @@ fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Ve
             Ok(place) if is_ours(&place) => problems.push(format!(
                 "container {name:?}: mountPath {path:?} lies in {KNOC_FOLDER}, which KNoC needs itself; mount the volume elsewhere"
             )),
-            Ok(place) if is_device(&place) && !has_own_devices(container) => problems.push(format!(
-                "container {name:?}: mountPath {path:?} is a device that every container has, where nothing can be mounted; leave the mount out"
-            )),
             // Compared literally, as by the API server; if two paths differ only in form, the later mount covers the
             // earlier one.
             Ok(_) if !places.insert(path) => problems.push(format!(
                 "container {name:?} mounts twice at mountPath {path:?}"
             )),
-            Ok(_) => {}
+            Ok(place) => problems.extend(
+                devices::problem(container, &place)
+                    .map(|why| format!("container {name:?}: mountPath {path:?} {why}")),
+            ),
         }
         if !sub_path.is_empty()
             && let Err(error) = paths::in_volume(sub_path)

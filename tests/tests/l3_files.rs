@@ -273,6 +273,7 @@ async fn memory_is_mounted_at_dev_shm_and_volumes_anywhere_below_dev() -> anyhow
                 {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "128Mi"}},
                 {"name": "huge", "emptyDir": {}},
                 {"name": "inner", "emptyDir": {"medium": "Memory"}},
+                {"name": "queue", "emptyDir": {}},
                 {"name": "map", "configMap": {"name": "map"}},
             ]),
         )
@@ -284,19 +285,21 @@ async fn memory_is_mounted_at_dev_shm_and_volumes_anywhere_below_dev() -> anyhow
                 {"name": "map", "mountPath": "/dev/a/b"},
                 {"name": "map", "mountPath": "/dev/one", "subPath": "k"},
                 {"name": "inner", "mountPath": "/dev/shm/inner"},
+                {"name": "map", "mountPath": "/dev/mqueue/map"},
+                {"name": "queue", "mountPath": "/dev/mqueue"},
                 {"name": "huge", "mountPath": "/dev/hugecache"},
                 shm,
             ]),
         )
         .sh("cat /dev/shm/mark; dd if=/dev/zero of=/dev/shm/big bs=1M count=96 2>/dev/null; stat -c %s /dev/shm/big; \
              stat -f -c %T /dev/shm; touch /dev/hugecache/x && echo inner >/dev/hugecache/inner/y && cat /dev/shm/inner/y; \
-             stat -f -c %T /dev/hugecache/inner/; echo $(cat /dev/a/b/k) $(cat /dev/one); \
+             stat -f -c %T /dev/hugecache/inner/; echo $(cat /dev/a/b/k) $(cat /dev/one) $(cat /dev/mqueue/map/k); \
              for d in null zero random urandom tty full; do [ -c /dev/$d ] || echo no $d; done; echo x >/dev/null && echo done")
         .init_container("first")
         .set("volumeMounts", json!([shm]))
         .sh("echo from-init >/dev/shm/mark");
     let log = log_of(&world, &pod).await?;
-    let wanted = "from-init\n100663296\ntmpfs\ninner\ntmpfs\nvalue value\ndone\n";
+    let wanted = "from-init\n100663296\ntmpfs\ninner\ntmpfs\nvalue value value\ndone\n";
     same("below /dev", &log, wanted)?;
     world.finish().await
 }

@@ -26,6 +26,14 @@ fn who(uid: &str, gid: &str) -> String {
     format!("{uid}\n{gid}\n0000000000000000\n")
 }
 
+/// The user of a container as its status has it.
+fn user_of(pod: &Pod, container: &str) -> anyhow::Result<Value> {
+    let status = serde_json::to_value(&pod.status)?;
+    let all = status["containerStatuses"].as_array();
+    let one = all.and_then(|all| all.iter().find(|one| one["name"] == container));
+    Ok(one.context("no status")?["user"]["linux"].clone())
+}
+
 /// The image with accounts of its own, for the user that the tag selects.
 fn places(tag: &str) -> String {
     PodBuilder::image_name().replace("busybox:latest", &format!("places:{tag}"))
@@ -48,7 +56,7 @@ async fn a_program_sees_itself_as_the_user_that_the_pod_or_the_image_asks_for() 
     let pod = pod.container("of-passwd").image(&places("root"));
     let pod = context(pod, json!({"runAsUser": 1000}));
     world.create(&pod).await?;
-    world.wait_phase("users", "Succeeded", PULLED).await?;
+    let ended = world.wait_phase("users", "Succeeded", PULLED).await?;
     for (container, uid, gid) in [
         ("main", "65534", "0"),
         ("root", "0", "0"),
@@ -62,6 +70,10 @@ async fn a_program_sees_itself_as_the_user_that_the_pod_or_the_image_asks_for() 
     ] {
         let log = world.logs("users", container).await?;
         ensure!(log == who(uid, gid), "{container}: {log}");
+        let shown = user_of(&ended, container)?;
+        let (uid, gid) = (uid.parse::<i64>()?, gid.parse::<i64>()?);
+        let wanted = json!({"uid": uid, "gid": gid, "supplementalGroups": [gid]});
+        ensure!(shown == wanted, "{container}: {shown}");
     }
     let events = world.events("users").await?;
     let mapped = events.iter().any(|event| event.starts_with("Mapped"));

@@ -9,6 +9,9 @@
 pub const MAX_SPEC: usize = 16 << 20;
 const MAX_REPLY: usize = 64 << 10;
 
+/// Where the volumes are mounted that the pod mounts below `/dev`: here, mount points can be created.
+pub const VOLUMES: &str = "/.knoc/dev";
+
 /// The size of a terminal window, in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
@@ -32,7 +35,7 @@ pub struct LaunchSpec {
     /// Run the program on a terminal of this size instead of pipes, and send its master back.
     pub tty: Option<Window>,
     /// Symbolic links to create, as alternating names and targets. They are needed below `/dev`,
-    /// where nothing can be mounted.
+    /// where nothing can be mounted. Only those to [`VOLUMES`] must be made.
     pub links: Vec<Vec<u8>>,
     /// Folders of the image that everybody may write to; they are created if they do not exist.
     pub temporary: Vec<Vec<u8>>,
@@ -71,6 +74,8 @@ pub enum Reply {
     },
     /// The node gives the program no user namespace of its own, so it keeps the ids that it has.
     OwnIds,
+    /// The user, the group and the further groups of the program, by the numbers that it sees.
+    Ids(Vec<u32>),
     /// `contain` cannot create its namespaces on this node.
     NoNamespaces {
         /// The errno of the failed call.
@@ -170,6 +175,7 @@ impl Reply {
             Self::Pid(pid) => (b'P', pid.to_be_bytes().to_vec()),
             Self::Master => (b'M', Vec::new()),
             Self::OwnIds => (b'I', Vec::new()),
+            Self::Ids(ids) => (b'U', ids.iter().flat_map(|id| id.to_be_bytes()).collect()),
             Self::Failed { errno, what } => (b'E', put_failure(*errno, what)),
             Self::NoNamespaces { errno, what } => (b'N', put_failure(*errno, what)),
         };
@@ -199,6 +205,11 @@ impl Reply {
             b'P' => Self::Pid(u32::from_be_bytes(cursor.array()?)),
             b'M' => Self::Master,
             b'I' => Self::OwnIds,
+            b'U' => {
+                let (ids, rest) = cursor.0.as_chunks::<4>();
+                cursor.0 = rest;
+                Self::Ids(ids.iter().map(|id| u32::from_be_bytes(*id)).collect())
+            }
             b'E' | b'N' => {
                 let errno = i32::from_be_bytes(cursor.array()?);
                 let what = String::from_utf8_lossy(std::mem::take(&mut cursor.0)).into_owned();
@@ -370,6 +381,7 @@ mod tests {
             Reply::Pid(77),
             Reply::Master,
             Reply::OwnIds,
+            Reply::Ids(vec![1000, 0, u32::MAX]),
             failed,
             refused,
         ];

@@ -86,6 +86,8 @@ pub(crate) struct Program {
     pub(crate) beside: Option<Beside>,
     /// The namespaces of its container.
     pub(crate) kept: Kept,
+    /// The user, the group and the further groups that it began with, by the numbers that it sees; empty if they are not known.
+    pub(crate) ids: Vec<u32>,
     /// Whether it sees itself as another user, in a user namespace that it was given below that of the container.
     pub(crate) shown: bool,
     /// Whether its PID namespace ends with it, and has no other programs.
@@ -364,7 +366,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     [spec.uid, spec.gid] = ids::wanted(pod, container, &config, (spec.passwd.as_deref(), group));
     let kept = Kept::of(up.identity);
     let launching = launch(up.socket, &spec, stdio.theirs, &attempt.abort);
-    let (terminal, own_ids) = launched(&mut up.runtime, launching, &kept).await?;
+    let (terminal, told) = launched(&mut up.runtime, launching, &kept).await?;
     drop(turn);
     let sources = stdio::from_terminal(terminal.as_ref()).unwrap_or(sources);
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
@@ -373,7 +375,8 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
         identity: up.identity,
         beside: up.beside,
         kept,
-        shown: !own_ids && (spec.uid.is_some() || spec.gid.is_some()),
+        ids: told.ids,
+        shown: !told.own_ids && (spec.uid.is_some() || spec.gid.is_some()),
         isolated: pod.runtime.isolates() && up.beside.is_none(),
         spec,
         hub: keeper.hub(),
@@ -462,13 +465,13 @@ async fn turn_of(attempt: &Attempt) -> Result<Option<Turn>, AttemptError> {
 }
 
 /// Waits until the program runs, and ends the runtime if it does not, which would wait for whoever keeps its namespaces. Returns the
-/// terminal of the program, if it has one, and whether it was to see itself as another user and does not.
+/// terminal of the program, if it has one, and what the launcher has told besides.
 async fn launched(
     runtime: &mut Runtime,
     launching: impl Future<Output = Result<Launched, AttemptError>>,
     kept: &Kept,
-) -> Result<(Option<Arc<Stream>>, bool), AttemptError> {
-    let launched = match launching.await {
+) -> Result<(Option<Arc<Stream>>, Launched), AttemptError> {
+    let mut launched = match launching.await {
         Ok(launched) => launched,
         Err(error) => {
             kept.release();
@@ -476,9 +479,9 @@ async fn launched(
             return Err(error);
         }
     };
-    let terminal = launched.master.map(Stream::new).transpose();
+    let terminal = launched.master.take().map(Stream::new).transpose();
     let terminal = terminal.map_err(PrepareError::Pipes)?.map(Arc::new);
-    Ok((terminal, launched.own_ids))
+    Ok((terminal, launched))
 }
 
 /// Starts the program. It may lie on a file system that hangs, so `abort` ends the wait.

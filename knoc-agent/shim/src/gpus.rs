@@ -4,7 +4,7 @@
 //! `--rocm`) and sets the library search path for its own child. The program gets its environment by the launch protocol,
 //! so the search path and Slurm's choice of devices are added here. Variables that the pod sets take precedence.
 
-use knoc_proto::{expand::Variable, pb};
+use knoc_proto::{expand::Variable, pb, pod};
 
 use crate::runtime::Gpus;
 
@@ -26,15 +26,9 @@ pub(crate) fn devices(var: impl Fn(&str) -> Option<String>) -> Vec<(String, Stri
 
 /// The GPUs that the container asks for.
 pub(crate) fn asked(container: &pb::Container) -> Gpus {
-    let asks = |resource: &str| {
-        [&container.limits, &container.requests]
-            .into_iter()
-            .flatten()
-            .any(|resources| resources.extended.get(resource).is_some_and(|n| *n > 0))
-    };
     Gpus {
-        nvidia: asks("nvidia.com/gpu"),
-        amd: asks("amd.com/gpu"),
+        nvidia: pod::requests(container, pod::NVIDIA),
+        amd: pod::requests(container, pod::AMD),
     }
 }
 

@@ -43,6 +43,8 @@ pub(crate) struct Launched {
     pub(crate) master: Option<OwnedFd>,
     /// The program was to see itself as another user, and does not.
     pub(crate) own_ids: bool,
+    /// The user, the group and the further groups that the program began with.
+    pub(crate) ids: Vec<u32>,
 }
 
 /// Sends `spec` and `stdio`; returns once the program runs.
@@ -119,6 +121,7 @@ async fn replies(socket: &UnixStream) -> Result<Launched, HandshakeError> {
                 Reply::Pid(pid) => launched.pid = Some(pid),
                 Reply::Master => launched.master = descriptors.pop(),
                 Reply::OwnIds => launched.own_ids = true,
+                Reply::Ids(ids) => launched.ids = ids,
                 Reply::Failed { errno, what } => {
                     return Err(HandshakeError::Failed { errno, what });
                 }

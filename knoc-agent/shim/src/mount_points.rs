@@ -6,17 +6,16 @@
 
 use std::path::{Path, PathBuf};
 
+use knoc_contract::launch::VOLUMES;
+
 use super::volumes::Mounted;
-use crate::{
-    launch::contain::spec::{Point, PointBase, Source},
-    runtime::INSIDE,
-};
+use crate::launch::contain::spec::{Point, PointBase, Source};
 
 /// The runtime mounts a file system of its own here.
 const DEVICES: &str = "/dev";
 /// Memory shared by the containers of a pod.
 pub(crate) const SHARED_MEMORY: &str = "/dev/shm";
-/// Folders of the runtime's `/dev` on which a volume can be mounted.
+/// Folders of the runtime's `/dev` on which a volume can be mounted, and then below them too.
 const FOLDERS: [&str; 2] = ["/dev/mqueue", "/dev/pts"];
 
 /// A symbolic link in the container.
@@ -44,7 +43,7 @@ pub(crate) fn order(binds: &mut Vec<Mounted>) {
     binds.sort_by_key(|bind| bind.target.components().count());
 }
 
-/// Moves what is to be mounted below `/dev` into [`INSIDE`], in which mount points can be created, and returns the links
+/// Moves what is to be mounted below `/dev` into [`VOLUMES`] and returns the links
 /// that lead there. `binds` are in the order of mounting.
 pub(crate) fn leave_devices(binds: &mut [Mounted]) -> Vec<Link> {
     // If the pod mounts its own `/dev`, mount points can be created in it.
@@ -52,10 +51,12 @@ pub(crate) fn leave_devices(binds: &mut [Mounted]) -> Vec<Link> {
         return Vec::new();
     }
     let mut links: Vec<Link> = Vec::new();
+    let mut folders = vec![Path::new(SHARED_MEMORY)];
     for bind in binds {
         let target = bind.target.as_path();
-        let possible = target.starts_with(SHARED_MEMORY)
-            || FOLDERS.iter().any(|folder| target == Path::new(folder));
+        let own = FOLDERS.map(Path::new).into_iter();
+        folders.extend(own.filter(|folder| target == *folder));
+        let possible = folders.iter().any(|folder| target.starts_with(folder));
         if possible || !target.starts_with(DEVICES) {
             continue;
         }
@@ -63,7 +64,7 @@ pub(crate) fn leave_devices(binds: &mut [Mounted]) -> Vec<Link> {
             .iter()
             .find_map(|link| Some(link.target.join(target.strip_prefix(&link.name).ok()?)));
         bind.target = parent.unwrap_or_else(|| {
-            let target = Path::new(INSIDE).join("dev").join(links.len().to_string());
+            let target = Path::new(VOLUMES).join(links.len().to_string());
             links.push(Link {
                 name: bind.target.clone(),
                 target: target.clone(),
@@ -193,6 +194,16 @@ mod tests {
                 link("/dev/hugecache", "/.knoc/dev/0"),
                 link("/dev/a/b", "/.knoc/dev/1"),
             ]
+        );
+        let mut all = binds(&["/dev/pts", "/dev/pts/x", "/dev/mqueue/y"]);
+        assert_eq!(
+            leave_devices(&mut all),
+            [link("/dev/mqueue/y", "/.knoc/dev/0")]
+        );
+        assert_eq!(
+            targets(&all),
+            ["/dev/pts", "/dev/pts/x", "/.knoc/dev/0"],
+            "a volume takes mount points, the kernel's file system takes none"
         );
         let mut all = binds(&["/dev", "/dev/hugecache"]);
         assert_eq!(leave_devices(&mut all), []);

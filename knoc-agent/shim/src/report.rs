@@ -44,6 +44,8 @@ pub(crate) struct History {
     /// The number of the running attempt, or of the last one.
     pub(crate) attempt: u32,
     pub(crate) started_at: Option<Timestamp>,
+    /// The user, the group and the further groups that the last program began with.
+    pub(crate) user: Vec<u32>,
     /// The back-off between the last attempt and the next one.
     pub(crate) pause: Duration,
     /// How the last attempt ended, and the one before.
@@ -240,6 +242,7 @@ pub(crate) fn status(
         container_id: shown_id(phase, history, container_id),
         // The stop of the pod has ended the hook.
         in_post_start: in_post_start && !context.stopping,
+        user: history.user.clone(),
     }
 }
 

@@ -282,7 +282,9 @@ missing in a volume is created there. Symbolic links of the image (`/var/run`) a
 which KNoC uses itself; neither `workingDir` nor `terminationMessagePath` can lie there. A volume at `/dev/x` is mounted
 elsewhere, and `/dev/x` is a symbolic link to it, except at `/dev/shm` and below it. `/dev/null` and the other devices that every container
 has (`full`, `ptmx`, `random`, `tty`, `urandom`, `zero`, and the links `fd`, `stdin`, `stdout` and `stderr`) stay: a `mountPath` there is
-rejected, unless a volume is mounted at `/dev` itself.
+rejected. So is one on a device of the GPUs that the container requests (`nvidia*` with `nvidia.com/gpu`, `dri` and `kfd` with
+`amd.com/gpu`), and one below `/dev/pts` or `/dev/mqueue`, unless a volume is mounted at that directory. If a volume is mounted at `/dev`
+itself, all of this is possible. If the compute node has something else at `/dev/x`, the container ends with `StartError`.
 
 **Temporary directories.** `/tmp` and `/var/tmp` are the image's, with the files that the image has there, and everybody can write to
 them (mode 1777); files that are written go to the node's disk. If the site's runtime has no writable root directory (Singularity, no
@@ -339,7 +341,9 @@ program makes for itself (`unshare`) is not theirs.
 
 The program is the HPC user inside, too, if the site wants it (`user_ids = \"own\"`), with several ranks, with a setuid runtime, without
 a runtime (`process`), on compute nodes that allow no further user namespace, and with an agent of an older version. If the pod asks for
-another user, the Event `Mapped` says so.
+another user, the Event `Mapped` says so. `status.containerStatuses[].user.linux` has the numbers that the first process began with, as it sees
+them, from Kubernetes 1.33 on; the pod's `supplementalGroups` and groups without a number inside are not among them. Containers of several
+ranks have none.
 
 ## Containers
 

@@ -34,6 +34,7 @@ mod cut;
 mod dial;
 pub mod dial_in;
 pub mod dial_out;
+pub mod file_lock;
 mod finished;
 mod greeting;
 mod identity;

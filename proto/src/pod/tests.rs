@@ -151,12 +151,57 @@ fn nothing_is_mounted_on_a_device_that_every_container_has() {
         other.containers[0].mounts[0].path = path.into();
         assert!(PodSpec::try_from(other).is_ok(), "{path}");
     }
-    let mut own = valid();
-    let main = &mut own.containers[0];
-    main.mounts.push(main.mounts[0].clone());
-    main.mounts[0].path = "/dev/".into();
-    main.mounts[1].path = "/dev/null".into();
-    assert!(PodSpec::try_from(own).is_ok());
+    assert!(PodSpec::try_from(mounting(&["/dev/", "/dev/null"])).is_ok());
+}
+
+/// A pod whose container mounts a volume at each of these paths.
+fn mounting(paths: &[&str]) -> pb::PodSpec {
+    let mut spec = valid();
+    let main = &mut spec.containers[0];
+    let mount = main.mounts[0].clone();
+    let at = |path: &&str| pb::Mount {
+        path: (*path).into(),
+        ..mount.clone()
+    };
+    main.mounts = paths.iter().map(at).collect();
+    spec
+}
+
+#[test]
+fn nothing_is_mounted_below_dev_where_it_would_get_lost() {
+    let requesting = |paths: &[&str], resource: &str| {
+        let mut spec = mounting(paths);
+        spec.containers[0].limits = Some(pb::Resources {
+            extended: [(resource.to_owned(), 1)].into(),
+            ..Default::default()
+        });
+        PodSpec::try_from(spec).map_or_else(|error| error.problems, |_| Vec::new())
+    };
+    let wanted = |path: &str, why: &str| format!("container \"main\": mountPath {path:?} {why}");
+    for path in ["/dev/pts/x", "/dev//mqueue/a/b"] {
+        let got = PodSpec::try_from(mounting(&[path])).unwrap_err().problems;
+        let wanted = wanted(path, "lies in a file system of the kernel");
+        assert!(got.len() == 1 && got[0].starts_with(&wanted), "{got:?}");
+    }
+    for (resource, path) in [
+        (NVIDIA, "/dev/nvidia0"),
+        (NVIDIA, "/dev/nvidia-caps/x"),
+        (AMD, "/dev/kfd"),
+        (AMD, "/dev/dri/by-path"),
+    ] {
+        let got = requesting(&[path], resource);
+        let wanted = wanted(path, "is a device of the GPUs");
+        assert!(got.len() == 1 && got[0].starts_with(&wanted), "{got:?}");
+        assert_eq!(requesting(&["/dev", path], resource), [""; 0], "{path}");
+        assert_eq!(requesting(&[path], "example.com/fpga"), [""; 0], "{path}");
+    }
+    for paths in [
+        ["/dev/pts", "/dev/pts/x"],
+        ["/dev/mqueue", "/dev/mqueue/a/b"],
+        ["/dev/ptsx/y", "/dev/a/pts/x"],
+    ] {
+        assert!(PodSpec::try_from(mounting(&paths)).is_ok(), "{paths:?}");
+    }
 }
 
 #[test]

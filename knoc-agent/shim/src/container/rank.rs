@@ -75,6 +75,7 @@ async fn try_run(
         beside: up.beside,
         // Its output is srun's, so nobody would notice when to let go of them.
         kept: Kept::default(),
+        ids: Vec::new(),
         shown: false,
         isolated,
         spec,

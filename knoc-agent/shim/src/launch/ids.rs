@@ -26,7 +26,7 @@ use nix::{
     unistd::ForkResult,
 };
 use rustix::{
-    process::{getgid, getuid},
+    process::{Gid, getgid, getgroups, getuid},
     thread::{
         CapabilitySet, CapabilitySets, remove_capability_from_bounding_set, set_capabilities,
     },
@@ -46,6 +46,12 @@ const OF_ROOT: CloneFlags = CloneFlags::CLONE_NEWUSER.union(CloneFlags::CLONE_NE
 
 /// How many bytes of a file are read at most.
 const MAX_FILE: u64 = 4 << 20;
+
+/// What the kernel shows instead of an id that is not mapped into a user namespace (`/proc/sys/kernel/overflowgid`).
+const NO_NUMBER: u32 = 65_534;
+
+/// How many numbers of a process are told at most.
+const MAX_SEEN: usize = 66;
 
 /// Folders in which the tools are looked for after those of `PATH`.
 const FOLDERS: &str = "/usr/bin:/bin:/usr/sbin:/usr/local/bin";
@@ -290,6 +296,16 @@ pub(super) fn show([uid, gid]: [u32; 2]) -> io::Result<()> {
         write("self", "gid_map", &one(gid, own.1))
     })
     .flatten()
+}
+
+/// The user, the group and the further groups of this process, by the numbers that it sees. A group without a number here is left out.
+pub(super) fn seen() -> Vec<u32> {
+    let gid = getgid().as_raw();
+    let further = getgroups().unwrap_or_default().into_iter();
+    let further = further.map(Gid::as_raw);
+    let further = further.filter(|group| ![gid, NO_NUMBER].contains(group));
+    let own = [getuid().as_raw(), gid].into_iter();
+    own.chain(further).take(MAX_SEEN).collect()
 }
 
 /// PURE: the map of one id.

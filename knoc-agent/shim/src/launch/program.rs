@@ -17,7 +17,7 @@ use std::{
     process::ExitCode,
 };
 
-use knoc_contract::launch::{LaunchSpec, MAX_SPEC, Reply};
+use knoc_contract::launch::{LaunchSpec, MAX_SPEC, Reply, VOLUMES};
 use rustix::{
     io::Errno,
     process::{ioctl_tiocsctty, setsid, umask},
@@ -107,7 +107,7 @@ fn start(
     umask(rustix::fs::Mode::from_raw_mode(0o022));
     limits::set();
     let shown = shown_ids(shim, spec);
-    prepare_files(spec, shown);
+    prepare_files(spec, shown)?;
     let mut env = with_home(spec);
     if let Some(shown) = shown {
         ids::show(shown)
@@ -131,6 +131,8 @@ fn start(
     let env = c_strings(&env).ok_or_else(|| failure("NUL byte in the environment"))?;
     let path = CString::new(program.into_os_string().into_vec())
         .map_err(|_| failure("NUL byte in the path"))?;
+    // If the shim has ended, this process ends as well.
+    fds::send(shim, &Reply::Ids(ids::seen()).encode(), &[]).ok();
     sys::close_on_exec();
     // The runtime's short turns are not for the program.
     sys::run_for(0).ok();
@@ -230,21 +232,36 @@ fn path_of(env: &[Vec<u8>]) -> &[u8] {
 }
 
 /// Creates what a container has besides the image's files. Best effort: if something cannot be created, the program runs
-/// without it.
-fn prepare_files(spec: &LaunchSpec, ids: Option<[u32; 2]>) {
+/// without it, unless it is a volume.
+fn prepare_files(spec: &LaunchSpec, ids: Option<[u32; 2]>) -> Result<(), Failure> {
     for folder in &spec.temporary {
         open_to_all(path_from(folder));
     }
     for [name, target] in spec.links.as_chunks::<2>().0 {
-        let name = path_from(name);
-        if let Some(parent) = name.parent() {
-            make_folders(parent, 0o755);
+        let linked = link(path_from(name), path_from(target));
+        // Only the termination message may go without its link.
+        if path_from(target).starts_with(VOLUMES) {
+            let what = format!(
+                "mount a volume at {}, which the container runtime does not allow (choose another mountPath)",
+                quote(name)
+            );
+            linked.map_err(Failure::on(what))?;
         }
-        // If the file exists already, it stays.
-        drop(std::os::unix::fs::symlink(path_from(target), name));
     }
     if let Some(user) = spec.user.as_ref().filter(|_| spec.settle) {
         account::settle(user, spec.passwd.as_deref(), ids);
+    }
+    Ok(())
+}
+
+/// Creates a link. A file that exists already stays.
+fn link(name: &Path, target: &Path) -> io::Result<()> {
+    if let Some(parent) = name.parent() {
+        make_folders(parent, 0o755);
+    }
+    match std::os::unix::fs::symlink(target, name) {
+        Err(_) if fs::read_link(name).is_ok_and(|found| found == target) => Ok(()),
+        linked => linked,
     }
 }
 
@@ -382,6 +399,33 @@ mod tests {
             "exec: \"/no/such\": stat /no/such: no such file or directory"
         );
         assert_eq!(resolve(b"/bin", &path).unwrap_err().errno, 21);
+    }
+
+    #[test]
+    fn a_volume_without_its_link_is_an_error_and_a_termination_message_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let device = folder.path().join("device");
+        fs::File::create(&device).unwrap();
+        let prepare = |name: &Path, target: &[u8]| {
+            let spec = LaunchSpec {
+                links: vec![name.as_os_str().as_bytes().to_vec(), target.to_vec()],
+                ..LaunchSpec::default()
+            };
+            prepare_files(&spec, None)
+        };
+        let failure = prepare(&device, b"/.knoc/dev/0").unwrap_err();
+        let quoted = quote(device.as_os_str().as_bytes());
+        let wanted = format!("mount a volume at {quoted}, ");
+        assert!(failure.what.starts_with(&wanted), "{failure:?}");
+        assert!(failure.what.contains("File exists"), "{failure:?}");
+        let failure = prepare(&device.join("below"), b"/.knoc/dev/0").unwrap_err();
+        assert!(failure.what.contains("Not a directory"), "{failure:?}");
+        prepare(&device, b"/.knoc/termination-log").unwrap();
+        let free = folder.path().join("a/b");
+        for _ in 0..2 {
+            prepare(&free, b"/.knoc/dev/1").unwrap();
+        }
+        assert_eq!(fs::read_link(&free).unwrap(), Path::new("/.knoc/dev/1"));
     }
 
     #[test]

@@ -12,12 +12,9 @@
 //! All functions block on file work.
 
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, DirBuilder, File, TryLockError},
     io::{self, Read as _},
-    os::{
-        fd::OwnedFd,
-        unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _},
-    },
+    os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -27,6 +24,7 @@ use std::{
 };
 
 use knoc_contract::tree;
+use knoc_link::file_lock;
 use rustix::{
     fs::{FlockOperation, Mode, OFlags, Stat, flock, fstat, open},
     io::{Errno, retry_on_intr},
@@ -55,13 +53,13 @@ pub(crate) struct Shared {
 #[derive(Debug)]
 pub(crate) struct NodeFolder {
     path: PathBuf,
-    lock: OwnedFd,
+    lock: File,
     /// Whether the process that holds the PID namespace is a child of this one.
     holds: AtomicBool,
 }
 
 impl NodeFolder {
-    fn new(path: PathBuf, lock: OwnedFd) -> Self {
+    fn new(path: PathBuf, lock: File) -> Self {
         Self {
             path,
             lock,
@@ -81,7 +79,7 @@ impl NodeFolder {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 other => other?,
             };
-            flock(&lock, FlockOperation::LockShared)?;
+            take(&path, &|| lock.try_lock_shared())?;
             if is_at(&path, &fstat(&lock)?) {
                 return Ok(Self::new(path, lock));
             }
@@ -106,8 +104,9 @@ impl NodeFolder {
     pub(crate) fn holder(&self) -> io::Result<(File, Option<Identity>)> {
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false);
-        let file = options.open(self.path.join("holder"))?;
-        retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))?;
+        let path = self.path.join("holder");
+        let file = options.open(&path)?;
+        take(&path, &|| file.try_lock())?;
         let mut name = String::new();
         (&file).take(NAME).read_to_string(&mut name)?;
         Ok((file, identity(&name)))
@@ -145,6 +144,17 @@ impl NodeFolder {
     }
 }
 
+/// Takes a lock that another rank holds only for a moment, unless it hangs.
+fn take(path: &Path, attempt: &dyn Fn() -> Result<(), TryLockError>) -> io::Result<()> {
+    if file_lock::wait(path, attempt)? {
+        return Ok(());
+    }
+    Err(io::Error::other(format!(
+        "{} cannot be locked",
+        path.display()
+    )))
+}
+
 /// Removes the folder at `path` if no rank uses it.
 pub(crate) fn remove_unused(path: &Path, until: Instant) -> io::Result<()> {
     let lock = open_own(path)?;
@@ -161,7 +171,7 @@ fn identity(name: &str) -> Option<Identity> {
 }
 
 /// Opens the folder, which must belong to this user alone.
-fn open_own(path: &Path) -> io::Result<OwnedFd> {
+fn open_own(path: &Path) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let folder = open(path, flags, Mode::empty())?;
     let stat = fstat(&folder)?;
@@ -172,7 +182,7 @@ fn open_own(path: &Path) -> io::Result<OwnedFd> {
             path.display()
         )));
     }
-    Ok(folder)
+    Ok(folder.into())
 }
 
 /// Whether the folder that was opened is still the one at `path`.

@@ -300,6 +300,7 @@ impl Slot {
             self.health = health::at_start(&self.spec.container);
         }
         self.history.started_at = Some(started_at);
+        self.history.user.clone_from(&program.ids);
         // A stop may have come before there was a program to send TERM to. The next plan sends it again.
         if self.stop == StopStage::Term {
             self.stop = StopStage::NotStopped;

@@ -2,8 +2,8 @@
 
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
-    ContainerStateWaiting, ContainerStatus, EphemeralContainer, Pod, VolumeMount,
-    VolumeMountStatus,
+    ContainerStateWaiting, ContainerStatus, ContainerUser, EphemeralContainer, LinuxContainerUser,
+    Pod, VolumeMount, VolumeMountStatus,
 };
 use knoc_proto::pb::{self, PodPhase, container_status::State};
 
@@ -289,6 +289,7 @@ fn before_hook(input: &Input<'_>, seen: &pb::ContainerStatus) -> Option<pb::Cont
         })),
         // A restart counts once it is shown.
         restart_count: seen.restart_count.saturating_sub(1).max(0),
+        user: Vec::new(),
         ..seen.clone()
     })
 }
@@ -408,8 +409,24 @@ fn of(
         container_id: text(&seen.container_id),
         last_state: seen.last_termination.as_ref().map(terminated_state),
         state: Some(state),
+        // The one before stays until the next program is shown.
+        user: user(&seen.user).or_else(|| before.and_then(|before| before.user.clone())),
         ..ContainerStatus::default()
     }
+}
+
+/// The user, the group and the groups of a program; None if they are not known, or the API server would reject them.
+fn user(ids: &[u32]) -> Option<ContainerUser> {
+    let [uid, groups @ ..] = ids else {
+        return None;
+    };
+    let valid = |id: &u32| i32::try_from(*id).ok().map(i64::from);
+    let linux = LinuxContainerUser {
+        uid: valid(uid)?,
+        gid: groups.first().and_then(valid)?,
+        supplemental_groups: Some(groups.iter().filter_map(valid).collect()),
+    };
+    Some(ContainerUser { linux: Some(linux) })
 }
 
 fn terminated_state(terminated: &pb::Terminated) -> ContainerState {

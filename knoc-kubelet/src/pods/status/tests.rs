@@ -9,6 +9,7 @@ mod gates;
 mod hooks;
 mod restarts;
 mod sidecars;
+mod users;
 
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).unwrap()

@@ -24,7 +24,7 @@ use rustix::fs::{FileType, Mode, OFlags};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::{Carrier, Dial, InvalidCarrier, Unverified};
-use crate::{LinkError, Peer, origin::Origin, own_uid};
+use crate::{LinkError, Peer, file_lock, origin::Origin, own_uid};
 
 /// Parses `/PATH`.
 pub(super) fn parse(path: &str) -> Result<Carrier, InvalidCarrier> {
@@ -101,7 +101,7 @@ impl Listener {
         let folder = Folder::open_parent(path)?;
         let short = folder.within(path);
         // Otherwise one of two processes that have found a dead socket would remove the other one's, which is alive.
-        let _one = folder.lock();
+        let _one = folder.lock(parent(path)).map_err(failed)?;
         match std::os::unix::net::UnixStream::connect(&short) {
             Ok(_) => return Err(LinkError::InUse { carrier }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -215,12 +215,14 @@ impl Folder {
         Ok(Self(opened))
     }
 
-    /// Waits until no other process replaces a socket in this folder. `None` if its file system has no locks for folders: on a
-    /// shared one, the lease tells agents apart before they bind.
-    fn lock(&self) -> Option<fs::File> {
-        let folder = fs::File::open(format!("/proc/self/fd/{}", self.0.as_raw_fd())).ok()?;
-        folder.lock().ok()?;
-        Some(folder)
+    /// Waits until no other process replaces a socket in this folder, whose path is `named`, but not for ever. `None` if it has no
+    /// locks for folders, as some file systems do not: on a shared one, the lease tells agents apart before they bind.
+    fn lock(&self, named: &Path) -> io::Result<Option<fs::File>> {
+        let Ok(folder) = fs::File::open(format!("/proc/self/fd/{}", self.0.as_raw_fd())) else {
+            return Ok(None);
+        };
+        let locked = file_lock::wait(named, &|| folder.try_lock())?;
+        Ok(locked.then_some(folder))
     }
 
     /// A short path to the file with the name of `path` in this folder, valid while `self` lives.

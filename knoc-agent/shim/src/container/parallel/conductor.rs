@@ -409,6 +409,7 @@ impl<'a> Conductor<'a> {
             identity,
             beside: None,
             kept: Kept::default(),
+            ids: Vec::new(),
             shown: false,
             isolated: self.isolated && !rank.shares_processes,
             spec,
