@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{Pod, Service};
 use knoc_proto::{
-    expand::{self, RuntimeFields},
+    expand::{self, Known, RuntimeFields},
     names,
     pb::{self, env_var::Value},
 };
@@ -91,8 +91,9 @@ pub(super) fn bad_sub_paths(container: Container<'_>, vars: &[pb::EnvVar]) -> Ve
         }
     }
     let env = expand::pod_environment(&vars, &unknown);
+    let known = Known::of(&env);
     templates
-        .filter_map(|template| expand::sub_path(template, &env).err())
+        .filter_map(|template| expand::sub_path(template, &known).err())
         .map(|error| knoc_proto::error::chain(&error))
         .collect()
 }
