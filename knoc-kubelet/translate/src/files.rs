@@ -390,9 +390,7 @@ pub(super) fn resource(
             "cpu" | "memory" if of_pod.is_some() => of_pod.unwrap_or_default(),
             "cpu" => allocatable.cpu_millis,
             "memory" => allocatable.memory_bytes.saturating_mul(1000),
-            "ephemeral-storage" => allocatable.ephemeral_storage_bytes.saturating_mul(1000),
-            // As in Kubernetes, no huge pages are the default.
-            _ => 0,
+            _ => allocatable.ephemeral_storage_bytes.saturating_mul(1000),
         },
     };
     let divisor = selector
@@ -460,6 +458,5 @@ mod tests {
         assert_eq!(of("none", "requests.cpu"), "0");
         assert_eq!(of("zero", "limits.cpu"), "2");
         assert_eq!(of("zero", "limits.ephemeral-storage"), "7");
-        assert_eq!(of("none", "limits.hugepages-2Mi"), "0");
     }
 }
