@@ -5,6 +5,9 @@
 //! `$$(NAME)` becomes `$(NAME)`; a reference without `)` and a `$` before any other character stay as they are. The
 //! inserted value is not expanded again. A variable can refer only to the pod's variables before it, never to the
 //! image's own environment, as on a real node.
+//!
+//! What is inserted is bounded, because a few variables that each refer twice to the one before would fill any memory: a
+//! reference whose value has no room stays as it is. No program starts with as much as that.
 use std::{
     cell::RefCell,
     collections::{BTreeSet, HashMap},
@@ -13,7 +16,18 @@ use std::{
 use crate::{
     paths::{self, PathError},
     pb::{self, RuntimeField, env_var},
+    text,
 };
+
+/// How many bytes the references in all variables of a container, or in one command, are replaced by. Linux starts no program
+/// whose arguments and variables together have more than 6 MiB.
+const MOST_INSERTED: usize = 8 << 20;
+
+/// The same in a path, which must be shorter than this.
+const MOST_IN_PATH: usize = 4096;
+
+/// How much of a template is shown whose path is too long.
+const SHOWN: usize = 200;
 
 /// The name and value of a variable.
 pub type Variable = (Vec<u8>, Vec<u8>);
@@ -60,10 +74,13 @@ pub fn environment(
 #[must_use]
 pub fn pod_environment(vars: &[pb::EnvVar], runtime: &RuntimeFields) -> Vec<Variable> {
     let mut known = Ordered::default();
+    let mut room = MOST_INSERTED;
     for var in vars {
         let value = match &var.value {
             Some(env_var::Value::Literal(bytes)) => bytes.to_vec(),
-            Some(env_var::Value::Template(text)) => expand(text.as_bytes(), |name| known.get(name)),
+            Some(env_var::Value::Template(text)) => {
+                expand(text.as_bytes(), &mut room, |name| known.get(name))
+            }
             Some(env_var::Value::Runtime(field)) => {
                 let field = RuntimeField::try_from(*field).unwrap_or(RuntimeField::Unspecified);
                 runtime.get(field).as_bytes().to_vec()
@@ -80,15 +97,33 @@ pub fn pod_environment(vars: &[pb::EnvVar], runtime: &RuntimeFields) -> Vec<Vari
 /// Expands the references in `command` or `args`. `env` is the result of [`pod_environment`].
 #[must_use]
 pub fn argv(templates: &[String], env: &[Variable]) -> Vec<Vec<u8>> {
-    // The last variable of a name wins.
-    let known: HashMap<&[u8], &[u8]> = env
-        .iter()
-        .map(|(name, value)| (name.as_slice(), value.as_slice()))
-        .collect();
-    templates
-        .iter()
-        .map(|template| expand(template.as_bytes(), |name| known.get(name).copied()))
-        .collect()
+    let known = Known::of(env);
+    let mut room = MOST_INSERTED;
+    let one = |template: &String| expand(template.as_bytes(), &mut room, |name| known.get(name));
+    templates.iter().map(one).collect()
+}
+
+/// The variables of a container by name, for [`sub_path`].
+pub struct Known<'e>(HashMap<&'e [u8], &'e [u8]>);
+
+/// Values may be secret.
+impl std::fmt::Debug for Known<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Known").finish_non_exhaustive()
+    }
+}
+
+impl<'e> Known<'e> {
+    /// Those of a [`pod_environment`]. The last variable of a name wins.
+    #[must_use]
+    pub fn of(env: &'e [Variable]) -> Self {
+        let pairs = env.iter();
+        Self(pairs.map(|(name, value)| (&name[..], &value[..])).collect())
+    }
+
+    fn get(&self, name: &[u8]) -> Option<&'e [u8]> {
+        self.0.get(name).copied()
+    }
 }
 
 /// Why a `subPathExpr` does not expand to a path in a volume.
@@ -111,14 +146,12 @@ pub enum SubPathError {
     },
 }
 
-/// Expands a `subPathExpr` to a clean path in a volume, as `ExpandContainerVolumeMounts` of the kubelet does. `env` is the
-/// result of [`pod_environment`].
-pub fn sub_path(template: &str, env: &[Variable]) -> Result<String, SubPathError> {
+/// Expands a `subPathExpr` to a clean path in a volume, as `ExpandContainerVolumeMounts` of the kubelet does.
+pub fn sub_path(template: &str, known: &Known<'_>) -> Result<String, SubPathError> {
     let missing = RefCell::new(BTreeSet::new());
-    let expanded = expand(template.as_bytes(), |name| {
-        let known = env.iter().rev().find(|(known, _)| known == name);
-        let value = known.map(|(_, value)| value.as_slice());
-        let value = value.filter(|value| !value.is_empty());
+    let mut room = MOST_IN_PATH;
+    let expanded = expand(template.as_bytes(), &mut room, |name| {
+        let value = known.get(name).filter(|value| !value.is_empty());
         if value.is_none() {
             let name = String::from_utf8_lossy(name).into_owned();
             missing.borrow_mut().insert(name);
@@ -129,14 +162,26 @@ pub fn sub_path(template: &str, env: &[Variable]) -> Result<String, SubPathError
     if !missing.is_empty() {
         return Err(SubPathError::Missing(missing.join(", ")));
     }
+    if room == 0 {
+        return Err(SubPathError::Path {
+            path: text::shorten(template, SHOWN).into_owned(),
+            source: PathError::TooLong,
+        });
+    }
     let path = String::from_utf8(expanded).map_err(|_| SubPathError::Encoding)?;
     paths::in_volume(&path).map_err(|source| SubPathError::Path { path, source })
 }
 
-/// Expands the references in one string.
-fn expand<'v>(input: &[u8], value_of: impl Fn(&[u8]) -> Option<&'v [u8]>) -> Vec<u8> {
+/// Expands the references in one string. `room` is for the values; once one of them does not fit, there is none left.
+fn expand<'v>(
+    input: &[u8],
+    room: &mut usize,
+    value_of: impl Fn(&[u8]) -> Option<&'v [u8]>,
+) -> Vec<u8> {
     let mut output = Vec::with_capacity(input.len());
     let mut rest = input;
+    // Whether there may be a `)` in `rest`.
+    let mut closes = true;
     while let Some(dollar) = rest.iter().position(|byte| *byte == b'$') {
         output.extend_from_slice(&rest[..dollar]);
         let after = &rest[dollar + 1..];
@@ -146,8 +191,14 @@ fn expand<'v>(input: &[u8], value_of: impl Fn(&[u8]) -> Option<&'v [u8]>) -> Vec
                 &after[1..]
             }
             Some(b'(') => {
-                if let Some(close) = after.iter().position(|byte| *byte == b')') {
-                    match value_of(&after[1..close]) {
+                let close = Some(after).filter(|_| closes);
+                let close = close.and_then(|after| after.iter().position(|byte| *byte == b')'));
+                closes = close.is_some();
+                if let Some(close) = close {
+                    let value = value_of(&after[1..close]);
+                    let left = value.map_or(Some(*room), |value| room.checked_sub(value.len()));
+                    *room = left.unwrap_or_default();
+                    match value.filter(|_| left.is_some()) {
                         Some(value) => output.extend_from_slice(value),
                         None => output.extend_from_slice(&rest[dollar..=dollar + 1 + close]),
                     }

@@ -9,7 +9,7 @@ use std::{
 
 use knoc_contract::launch::{LaunchSpec, Window};
 use knoc_proto::{
-    expand::{self, RuntimeFields, SubPathError},
+    expand::{self, Known, RuntimeFields, SubPathError},
     paths, pb,
     pod::Hostname,
 };
@@ -139,11 +139,12 @@ pub(crate) fn mounts(
     facts: &Facts,
 ) -> Result<Vec<pb::Mount>, SubPathError> {
     let env = expand::pod_environment(&variables(container, values, facts), &facts.fields);
+    let known = Known::of(&env);
     let expanded = |mount: &pb::Mount| {
         let mut mount = mount.clone();
         let template = std::mem::take(&mut mount.sub_path_expr);
         if !template.is_empty() {
-            mount.sub_path = expand::sub_path(&template, &env)?;
+            mount.sub_path = expand::sub_path(&template, &known)?;
         }
         Ok(mount)
     };

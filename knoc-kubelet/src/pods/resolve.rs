@@ -1,7 +1,7 @@
 //! Fetches what a pod refers to: ConfigMaps, Secrets, service account tokens, service variables and claims with their volumes.
 //!
-//! Sends one GET per object, all at once, each with a deadline: the kubelet needs only the right to `get`, and the
-//! start of a pod costs one round trip. A missing object is simply absent from the result; [`knoc_translate::values`]
+//! Sends one GET per object, up to [`AT_ONCE`] of a kind at once, each with a deadline: the kubelet needs only the right to `get`, and the
+//! start of a usual pod costs one round trip. A missing object is simply absent from the result; [`knoc_translate::values`]
 //! decides whether that matters. Secrets are not kept; tokens are, until they are due to be renewed.
 
 mod trust;
@@ -31,6 +31,9 @@ use super::{
 
 /// The deadline of each request to the API server.
 const DEADLINE: Duration = Duration::from_secs(10);
+
+/// How many objects of one kind are fetched at once: a pod may name thousands, whether they exist or not.
+const AT_ONCE: usize = 64;
 
 /// The share of a token's lifetime after which it is renewed.
 const TOKEN_LIFE: f64 = 0.8;
@@ -112,7 +115,7 @@ pub(crate) async fn resolve(
             get_all::<Secret>(client, "secret", namespace, &needs.secrets),
             async { Ok(services.variables(namespace, links).await) },
         ),
-        issue_all(client, pod, due, now),
+        issue_all(client, pod, &due, now),
         trust::get_all(client, &needs.trust_bundles),
     )
     .await?;
@@ -147,15 +150,19 @@ where
         + std::fmt::Debug,
 {
     let api: Api<K> = Api::namespaced(client.clone(), namespace);
-    let gets = names.iter().map(|name| {
-        let api = api.clone();
-        async move {
-            let found = get(&api, kind, name).await?;
-            Ok(found.map(|object| (name.clone(), object)))
-        }
-    });
-    let found: Result<Vec<_>, _> = join_all(gets).await.into_iter().collect();
-    Ok(found?.into_iter().flatten().collect())
+    let mut all = BTreeMap::new();
+    for some in names.chunks(AT_ONCE) {
+        let gets = some.iter().map(|name| {
+            let api = api.clone();
+            async move {
+                let found = get(&api, kind, name).await?;
+                Ok(found.map(|object| (name.clone(), object)))
+            }
+        });
+        let found: Result<Vec<_>, ResolveError> = join_all(gets).await.into_iter().collect();
+        all.extend(found?.into_iter().flatten());
+    }
+    Ok(all)
 }
 
 async fn get<K>(api: &Api<K>, kind: &'static str, name: &str) -> Result<Option<K>, ResolveError>
@@ -205,14 +212,19 @@ pub(crate) async fn claims(
 async fn issue_all(
     client: &Client,
     pod: &Pod,
-    asks: Vec<TokenRequestKey>,
+    asks: &[TokenRequestKey],
     now: Timestamp,
 ) -> Result<Vec<(TokenRequestKey, CachedToken)>, ResolveError> {
-    let issues = asks.into_iter().map(|ask| async {
-        let kept = issue(client, pod, &ask, now).await?;
-        Ok((ask, kept))
-    });
-    join_all(issues).await.into_iter().collect()
+    let mut all = Vec::new();
+    for some in asks.chunks(AT_ONCE) {
+        let issues = some.iter().map(|ask| async move {
+            let kept = issue(client, pod, ask, now).await?;
+            Ok((ask.clone(), kept))
+        });
+        let issued: Result<Vec<_>, ResolveError> = join_all(issues).await.into_iter().collect();
+        all.extend(issued?);
+    }
+    Ok(all)
 }
 
 async fn issue(
@@ -337,8 +349,11 @@ pub(crate) fn versions(
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+    use http::{Request, Response};
     use jiff::SignedDuration;
     use knoc_translate::TrustBundleKey;
+    use kube::client::Body;
 
     use super::*;
 
@@ -425,6 +440,38 @@ mod tests {
         assert_eq!(due(&needs, &tokens, at(9)), [ask(3)]);
         assert_eq!(due(&needs, &tokens, at(10)), [ask(1), ask(3)]);
         assert_eq!(due(&needs, &tokens, at(20)), needs.tokens);
+    }
+
+    /// Answers each request that there is no such object, once all of its group have come.
+    async fn deny(
+        server: &mut tower_test::mock::Handle<Request<Body>, Response<Body>>,
+        mut left: usize,
+    ) {
+        let status = serde_json::json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404,
+            "reason": "NotFound", "message": "m", "metadata": {}});
+        while left > 0 {
+            let mut group = Vec::new();
+            for _ in 0..left.min(AT_ONCE) {
+                let (_, send) = server.next_request().await.unwrap();
+                group.push(send);
+            }
+            assert!(server.next_request().now_or_never().is_none());
+            left -= group.len();
+            for send in group {
+                let body = Body::from(serde_json::to_vec(&status).unwrap());
+                send.send_response(Response::builder().status(404).body(body).unwrap());
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn very_many_objects_are_fetched_in_groups() {
+        let (service, mut server) = tower_test::mock::pair::<Request<Body>, Response<Body>>();
+        let client = Client::new(service, "default");
+        let names: Vec<String> = (0..150).map(|n| format!("m{n}")).collect();
+        let found = get_all::<ConfigMap>(&client, "configmap", "ns", &names);
+        let (found, ()) = tokio::join!(found, deny(&mut server, names.len()));
+        assert!(found.unwrap().is_empty());
     }
 
     #[test]

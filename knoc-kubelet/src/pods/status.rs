@@ -26,6 +26,8 @@ use phase::Phase;
 
 /// The longest message in bytes. Messages come from the agent, Slurm and registries.
 const MESSAGE: usize = 8 << 10;
+/// How much the messages with which containers have ended take in all, in bytes, as in Kubernetes.
+const TERMINATION_MESSAGES: usize = 12 << 10;
 
 /// What a status is computed from.
 #[derive(Clone, Copy, Debug)]
@@ -128,7 +130,7 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
     let host_ip = host_ip.or_else(|| input.pod.status.as_ref()?.host_ip.clone());
     let pod_ip = pod_ip(input, host_ip.as_deref());
     let resources = resize::shown_whole(input.pod);
-    Some(sanitized(PodStatus {
+    let mut status = sanitized(PodStatus {
         phase: Some(phase.as_str().to_owned()),
         reason,
         message,
@@ -145,7 +147,9 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
         allocated_resources: resources.as_ref().and_then(|own| own.requests.clone()),
         resources,
         ..PodStatus::default()
-    }))
+    });
+    share_messages(&mut status);
+    Some(status)
 }
 
 /// As in Kubernetes, init containers are in the order of the spec, and others in that of their names.
@@ -196,6 +200,27 @@ fn sanitized(mut status: PodStatus) -> PodStatus {
         *message = text::message(message, MESSAGE);
     }
     status
+}
+
+/// Cuts the messages with which containers have ended. As in Kubernetes, each container of the pod has the same part of what
+/// they may take, whether it has a message or not.
+fn share_messages(status: &mut PodStatus) {
+    let lists = [
+        &mut status.init_container_statuses,
+        &mut status.container_statuses,
+        &mut status.ephemeral_container_statuses,
+    ];
+    let all: Vec<&mut ContainerStatus> = lists.into_iter().flatten().flatten().collect();
+    let share = TERMINATION_MESSAGES / all.len().max(1);
+    for one in all {
+        let states = [&mut one.state, &mut one.last_state];
+        let ended = states.into_iter().flatten();
+        let ended = ended.filter_map(|state| state.terminated.as_mut());
+        for message in ended.filter_map(|ended| ended.message.as_mut()) {
+            let end = message.floor_char_boundary(share);
+            message.truncate(end);
+        }
+    }
 }
 
 fn rejected(input: &Input<'_>, rejection: &Rejection) -> PodStatus {

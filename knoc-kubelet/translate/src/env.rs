@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{Pod, Service};
 use knoc_proto::{
-    expand::{self, RuntimeFields},
+    expand::{self, Known, RuntimeFields},
     names,
     pb::{self, env_var::Value},
 };
@@ -13,7 +13,7 @@ use super::carried::{
     ConfigMapEnv, ConfigMapKey, Container, EnvFieldRef, EnvFromSource, EnvVar, EnvVarSource,
     FileKey, ResourceFieldSelector, SecretEnv, SecretKey, VolumeMount,
 };
-use super::{Needs, Resolved, files};
+use super::{Needs, Resolved, Size, files};
 
 /// Adds the objects to which a container's variables refer.
 pub(super) fn needs(container: Container<'_>, needs: &mut Needs) {
@@ -43,17 +43,24 @@ pub(super) fn variables(
     resolved: &Resolved,
     skipped: &mut Vec<String>,
     missing: &mut Vec<String>,
+    size: &mut Size,
 ) -> Vec<pb::EnvVar> {
     let mut vars = Vec::new();
     for (name, value) in &resolved.services {
+        if !size.add(name, value.as_bytes()) {
+            return vars;
+        }
         push(&mut vars, name, Value::Literal(value.clone().into()));
     }
     for from in env_from_sources(container) {
         let prefix = from.prefix.as_deref().unwrap_or_default();
         for (key, data) in env_from(from, resolved, missing) {
             let name = format!("{prefix}{key}");
+            if !size.add(&name, data) {
+                return vars;
+            }
             if names::environment_variable(&name).is_ok() && !data.contains(&0) {
-                push(&mut vars, &name, Value::Literal(data.into()));
+                push(&mut vars, &name, Value::Literal(data.to_vec().into()));
             } else {
                 skipped.push(name);
             }
@@ -64,6 +71,11 @@ pub(super) fn variables(
             None => Some(Value::Template(var.value.clone().unwrap_or_default())),
             Some(source) => from_source(pod, container, source.into(), resolved, missing),
         };
+        if let Some(Value::Literal(contents)) = &value
+            && !size.add(var.name, contents)
+        {
+            return vars;
+        }
         if let Some(value) = value {
             push(&mut vars, var.name, value);
         }
@@ -91,8 +103,9 @@ pub(super) fn bad_sub_paths(container: Container<'_>, vars: &[pb::EnvVar]) -> Ve
         }
     }
     let env = expand::pod_environment(&vars, &unknown);
+    let known = Known::of(&env);
     templates
-        .filter_map(|template| expand::sub_path(template, &env).err())
+        .filter_map(|template| expand::sub_path(template, &known).err())
         .map(|error| knoc_proto::error::chain(&error))
         .collect()
 }
@@ -104,11 +117,11 @@ fn push(vars: &mut Vec<pb::EnvVar>, name: &str, value: Value) {
     });
 }
 
-fn env_from(
+fn env_from<'r>(
     from: EnvFromSource<'_>,
-    resolved: &Resolved,
+    resolved: &'r Resolved,
     missing: &mut Vec<String>,
-) -> Vec<(String, Vec<u8>)> {
+) -> Vec<(&'r str, &'r [u8])> {
     let mut found = Vec::new();
     if let Some(reference) = from.config_map_ref.as_ref().map(ConfigMapEnv::from) {
         match resolved.config_maps.get(reference.name) {
@@ -117,7 +130,7 @@ fn env_from(
                 map.data
                     .iter()
                     .flatten()
-                    .map(|(key, value)| (key.clone(), value.clone().into())),
+                    .map(|(key, value)| (key.as_str(), value.as_bytes())),
             ),
             None if *reference.optional == Some(true) => {}
             None => missing.push(format!("configmap \"{}\" not found", reference.name)),
@@ -130,7 +143,7 @@ fn env_from(
                     .data
                     .iter()
                     .flatten()
-                    .map(|(key, value)| (key.clone(), value.0.clone())),
+                    .map(|(key, value)| (key.as_str(), value.0.as_slice())),
             ),
             None if *reference.optional == Some(true) => {}
             None => missing.push(format!("secret \"{}\" not found", reference.name)),
@@ -148,11 +161,11 @@ fn from_source(
 ) -> Option<Value> {
     if let Some(key) = source.config_map_key_ref.as_ref().map(ConfigMapKey::from) {
         let map = resolved.config_maps.get(key.name);
-        let data = map.and_then(|map| map.data.as_ref()?.get(key.key)).cloned();
+        let data = map.and_then(|map| map.data.as_ref()?.get(key.key));
         return key_value(
             ("configmap", key.name, key.key),
             map.is_some(),
-            data.map(Into::into),
+            data.map(String::as_bytes),
             *key.optional,
             missing,
         );
@@ -163,7 +176,7 @@ fn from_source(
         return key_value(
             ("secret", key.name, key.key),
             secret.is_some(),
-            data.map(|data| data.0.clone()),
+            data.map(|data| data.0.as_slice()),
             *key.optional,
             missing,
         );
@@ -191,7 +204,7 @@ fn from_source(
 fn key_value(
     (kind, name, key): (&str, &str, &str),
     object_found: bool,
-    data: Option<Vec<u8>>,
+    data: Option<&[u8]>,
     optional: Option<bool>,
     missing: &mut Vec<String>,
 ) -> Option<Value> {
@@ -209,7 +222,7 @@ fn key_value(
         ));
         return None;
     }
-    Some(Value::Literal(data.into()))
+    Some(Value::Literal(data.to_vec().into()))
 }
 
 /// The environment variables of Services: those of the pod's namespace (if `links`), and always `KUBERNETES_*` of

@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::{self as core, Pod};
 use knoc_proto::{paths, pb};
 
 use super::{
-    Needs, Resolved, TokenRequestKey, TrustBundleKey,
+    Needs, Resolved, Size, TokenRequestKey, TrustBundleKey,
     carried::{
         ConfigMapProjection, DownwardApiFile, DownwardApiProjection, FileFieldRef, KeyToPath,
         PodSpec, ResourceFieldSelector, ResourceRequirements, SecretProjection, TokenProjection,
@@ -64,6 +64,7 @@ pub(super) fn files(
     source: FilesSource<'_>,
     resolved: &Resolved,
     missing: &mut Vec<String>,
+    size: &mut Size,
 ) -> Vec<pb::VolumeFile> {
     let mode = match source {
         FilesSource::ConfigMap(map) => map.default_mode,
@@ -75,6 +76,7 @@ pub(super) fn files(
         pod,
         resolved,
         missing,
+        size,
         mode: mode.unwrap_or(DEFAULT_MODE),
         by_path: BTreeMap::new(),
     };
@@ -101,6 +103,7 @@ struct Files<'a> {
     pod: &'a Pod,
     resolved: &'a Resolved,
     missing: &'a mut Vec<String>,
+    size: &'a mut Size,
     mode: i32,
     /// The files by path: if sources of a projected volume have the same path, the last one wins.
     by_path: BTreeMap<String, pb::VolumeFile>,
@@ -127,7 +130,7 @@ impl Files<'_> {
             .map(TokenProjection::from)
         {
             match self.resolved.tokens.get(&token_request(token)) {
-                Some(found) => self.put(token.path, found.token.clone().into_bytes(), None),
+                Some(found) => self.put(token.path, found.token.as_bytes(), None),
                 None => self
                     .missing
                     .push("the service account token was not issued".to_owned()),
@@ -142,12 +145,13 @@ impl Files<'_> {
     /// As on any node, an optional bundle that does not exist is an empty file.
     fn trust_bundle(&mut self, trust: TrustBundleProjection<'_>) {
         let key = TrustBundleKey::of(trust);
-        let found = self.resolved.trust_bundles.get(&key);
+        let resolved = self.resolved;
+        let found = resolved.trust_bundles.get(&key);
         if found.is_none() && *trust.optional != Some(true) {
             return self.missing.push(format!("{key} not found"));
         }
-        let certificates = found.cloned().unwrap_or_default();
-        self.put(trust.path, certificates.into_bytes(), None);
+        let certificates = found.map_or(&[][..], String::as_bytes);
+        self.put(trust.path, certificates, None);
     }
 
     fn config_map(
@@ -156,20 +160,22 @@ impl Files<'_> {
         items: Option<&[core::KeyToPath]>,
         optional: Option<bool>,
     ) {
-        let data = self.resolved.config_maps.get(name).map(|map| {
+        let resolved = self.resolved;
+        let data = resolved.config_maps.get(name).map(|map| {
             let text = map.data.iter().flatten();
-            let text = text.map(|(key, value)| (key.clone(), value.clone().into_bytes()));
+            let text = text.map(|(key, value)| (key.as_str(), value.as_bytes()));
             let binary = map.binary_data.iter().flatten();
-            text.chain(binary.map(|(key, value)| (key.clone(), value.0.clone())))
+            text.chain(binary.map(|(key, value)| (key.as_str(), value.0.as_slice())))
                 .collect()
         });
         self.keys("configmap", name, data, items, optional);
     }
 
     fn secret(&mut self, name: &str, items: Option<&[core::KeyToPath]>, optional: Option<bool>) {
-        let data = self.resolved.secrets.get(name).map(|secret| {
+        let resolved = self.resolved;
+        let data = resolved.secrets.get(name).map(|secret| {
             let data = secret.data.iter().flatten();
-            data.map(|(key, value)| (key.clone(), value.0.clone()))
+            data.map(|(key, value)| (key.as_str(), value.0.as_slice()))
                 .collect()
         });
         self.keys("secret", name, data, items, optional);
@@ -179,7 +185,7 @@ impl Files<'_> {
         &mut self,
         kind: &str,
         name: &str,
-        data: Option<BTreeMap<String, Vec<u8>>>,
+        data: Option<BTreeMap<&str, &[u8]>>,
         items: Option<&[core::KeyToPath]>,
         optional: Option<bool>,
     ) {
@@ -192,14 +198,14 @@ impl Files<'_> {
         };
         let Some(items) = items.filter(|items| !items.is_empty()) else {
             for (key, value) in data {
-                self.put(&key, value, None);
+                self.put(key, value, None);
             }
             return;
         };
         for item in items.iter().map(KeyToPath::from) {
             // One key may be written to several files.
-            match data.get(item.key) {
-                Some(value) => self.put(item.path, value.clone(), *item.mode),
+            match data.get(item.key.as_str()) {
+                Some(value) => self.put(item.path, value, *item.mode),
                 None if optional => {}
                 None => {
                     let key = item.key;
@@ -212,6 +218,9 @@ impl Files<'_> {
 
     fn downward<'i>(&mut self, items: impl Iterator<Item = &'i core::DownwardAPIVolumeFile>) {
         for item in items.map(DownwardApiFile::from) {
+            if self.size.is_too_much() {
+                return;
+            }
             let text = if let Some(reference) = item.field_ref.as_ref().map(FileFieldRef::from) {
                 available_field(self.pod, reference.field_path, self.missing)
             } else if let Some(selector) = item.resource_field_ref {
@@ -221,12 +230,15 @@ impl Files<'_> {
                 None
             };
             if let Some(text) = text {
-                self.put(item.path, text.into_bytes(), *item.mode);
+                self.put(item.path, text.as_bytes(), *item.mode);
             }
         }
     }
 
-    fn put(&mut self, path: &str, data: Vec<u8>, mode: Option<i32>) {
+    fn put(&mut self, path: &str, data: &[u8], mode: Option<i32>) {
+        if !self.size.add(path, data) {
+            return;
+        }
         let mode = u32::try_from(mode.unwrap_or(self.mode)).unwrap_or(0o644) & 0o777;
         let clean = match paths::of_file(path) {
             Ok(clean) => clean,
@@ -238,7 +250,7 @@ impl Files<'_> {
         };
         let file = pb::VolumeFile {
             path: clean.clone(),
-            data: data.into(),
+            data: data.to_vec().into(),
             mode,
         };
         self.by_path.insert(clean, file);

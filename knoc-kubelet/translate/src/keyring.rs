@@ -28,6 +28,9 @@ const LEGACY_KEY: &str = ".dockercfg";
 const HUB: &str = "index.docker.io";
 /// How many credentials are tried for one image at most.
 const MAX_TRIES: usize = 32;
+/// How many bytes the credentials for all images have together at most. They are sent with the rest of the pod, and the same ones may
+/// fit thousands of images.
+const MOST: usize = 2 << 20;
 
 /// A Secret that names credentials which cannot be read. The text contains nothing of its content.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -103,13 +106,29 @@ pub fn pull_credentials(
         }
     }
     let images: BTreeSet<_> = spec.all_images().into_iter().collect();
-    let of_image = |image: String| {
+    let mut left = MOST;
+    for image in images {
         let name = repository(&image);
         let logins = name.map_or_else(Vec::new, |name| keyring.look_up(&name));
-        (!logins.is_empty()).then_some(pb::ImageCredentials { image, logins })
-    };
-    found.credentials.images = images.into_iter().filter_map(of_image).collect();
+        if logins.is_empty() {
+            continue;
+        }
+        let Some(rest) = left.checked_sub(logins.iter().map(size).sum()) else {
+            let image = knoc_proto::text::quote(&image, 200);
+            found.unused.push(format!(
+                "The credentials for the images of the pod have more than 2 MiB together: there are none for {image} and those after it."
+            ));
+            break;
+        };
+        left = rest;
+        let of_image = pb::ImageCredentials { image, logins };
+        found.credentials.images.push(of_image);
+    }
     Ok(found)
+}
+
+fn size(login: &RegistryLogin) -> usize {
+    login.username.len() + login.password.len() + login.secret_uid.len()
 }
 
 /// A user name and a password, as a Secret has them.

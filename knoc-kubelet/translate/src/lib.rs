@@ -23,6 +23,7 @@ mod network;
 mod options;
 mod probe;
 pub mod quantity;
+mod size;
 mod trust;
 pub mod verdict;
 mod volume;
@@ -37,6 +38,7 @@ use knoc_proto::{
 };
 
 use carried::{Container, DnsConfig, DnsOption, HostAlias, PodSpec};
+use size::Size;
 use volume::Source;
 
 pub use claims::{FoundClaim, Unbound, bind_claims};
@@ -222,20 +224,25 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
     let Some(spec) = pod.spec.as_ref().map(PodSpec::from) else {
         return Ok(values);
     };
+    let mut size = Size::default();
     for container in spec.all_containers() {
-        let vars = env::variables(pod, container, resolved, &mut values.skipped, &mut missing);
+        let skipped = &mut values.skipped;
+        let vars = env::variables(pod, container, resolved, skipped, &mut missing, &mut size);
         missing.extend(env::bad_sub_paths(container, &vars));
         values.values.env.push(pb::ContainerEnv {
             container: container.name.clone(),
             vars,
         });
     }
-    ephemeral_values(pod, spec, resolved, &mut values);
+    ephemeral_values(pod, spec, resolved, &mut values, &mut size);
     let mut mounts = Vec::new();
     let volumes = spec.volumes.iter().flatten();
     values.values.files = volumes
-        .filter_map(|volume| volume_files(pod, volume, resolved, &mut mounts))
+        .filter_map(|volume| volume_files(pod, volume, resolved, &mut mounts, &mut size))
         .collect();
+    if size.is_too_much() {
+        return Err(Missing::Mounts(vec![size::TOO_MUCH.to_owned()]));
+    }
     let expiries = resolved
         .tokens
         .values()
@@ -250,11 +257,17 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
 }
 
 /// The environment of the ephemeral containers, and what it lacks.
-fn ephemeral_values(pod: &Pod, spec: PodSpec<'_>, resolved: &Resolved, values: &mut Values) {
+fn ephemeral_values(
+    pod: &Pod,
+    spec: PodSpec<'_>,
+    resolved: &Resolved,
+    values: &mut Values,
+    size: &mut Size,
+) {
     for one in ephemeral::containers(spec) {
         let (container, mut messages) = ((&one.container).into(), Vec::new());
         let skipped = &mut values.skipped;
-        let vars = env::variables(pod, container, resolved, skipped, &mut messages);
+        let vars = env::variables(pod, container, resolved, skipped, &mut messages, size);
         messages.extend(env::bad_sub_paths(container, &vars));
         if !messages.is_empty() {
             values.lacking.push(Lacking {
@@ -275,6 +288,7 @@ fn volume_files(
     volume: &core::Volume,
     resolved: &Resolved,
     mounts: &mut Vec<String>,
+    size: &mut Size,
 ) -> Option<pb::VolumeFiles> {
     let mut missing = Vec::new();
     let files = match volume::source(volume) {
@@ -285,7 +299,7 @@ fn volume_files(
             | Source::Nfs(_)
             | Source::Claim(_),
         ) => None,
-        Ok(Source::Files(source)) => Some(files::files(pod, source, resolved, &mut missing)),
+        Ok(Source::Files(source)) => Some(files::files(pod, source, resolved, &mut missing, size)),
         Err(unknown) => {
             missing.push(unknown.to_string());
             None

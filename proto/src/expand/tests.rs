@@ -173,8 +173,9 @@ fn a_sub_path_is_expanded_and_never_leads_out() {
         ("EMPTY", ""),
     ]
     .map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec()));
+    let known = Known::of(&env);
     let expanded =
-        |template: &str| sub_path(template, &env).map_err(|error| crate::error::chain(&error));
+        |template: &str| sub_path(template, &known).map_err(|error| crate::error::chain(&error));
     assert_eq!(expanded("$(NAME)"), Ok("foo".to_owned()));
     assert_eq!(
         expanded("a//$(NAME)/./$$(NAME)/"),
@@ -192,5 +193,54 @@ fn a_sub_path_is_expanded_and_never_leads_out() {
     refused("$(NAME)/$(UP)", "must not contain '..'");
     refused("$(ROOT)", "must be a relative path");
     let binary = [(b"NAME".to_vec(), b"\xff".to_vec())];
+    let binary = Known::of(&binary);
     assert_eq!(sub_path("$(NAME)", &binary), Err(SubPathError::Encoding));
+}
+
+#[test]
+fn variables_that_double_each_time_fill_no_memory() {
+    let mut vars = vec![template("V0", &"x".repeat(1000))];
+    // Thirty times the double of a thousand bytes would be a terabyte.
+    for n in 1..=30 {
+        let before = format!("$(V{})", n - 1);
+        vars.push(template(&format!("V{n}"), &before.repeat(2)));
+    }
+    let env = pod_environment(&vars, &RuntimeFields::default());
+    let total: usize = env.iter().map(|(_, value)| value.len()).sum();
+    assert!((6 << 20..=MOST_INSERTED + 2000).contains(&total), "{total}");
+    assert_eq!(env[1].1.len(), 2000);
+    assert_eq!(env[30].1, b"$(V29)$(V29)");
+    let words = argv(&vec!["$(V10)".to_owned(); 100], &env);
+    let total: usize = words.iter().map(Vec::len).sum();
+    assert!(total <= MOST_INSERTED + 600, "{total}");
+}
+
+#[test]
+fn a_sub_path_that_expands_to_too_much_is_rejected_in_few_words() {
+    let env = [
+        (b"NAME".to_vec(), vec![b'x'; 200]),
+        (b"NO".to_vec(), Vec::new()),
+    ];
+    let known = Known::of(&env);
+    let of = |template: &str| sub_path(template, &known);
+    assert_eq!(of(&"$(NAME)/".repeat(20)).map(|path| path.len()), Ok(4019));
+    let error = of(&"$(NAME)/".repeat(100_000)).unwrap_err();
+    let is_short = |path: &str| path.starts_with("$(NAME)/") && path.len() <= SHOWN;
+    assert!(
+        matches!(&error, SubPathError::Path { path, source: PathError::TooLong } if is_short(path)),
+        "{error}"
+    );
+    // A path of names that are too long is judged as any other.
+    let error = of("$(NAME)$(NAME)").unwrap_err();
+    assert!(matches!(error, SubPathError::Path { .. }), "{error}");
+    assert_eq!(of("$(NO)"), Err(SubPathError::Missing("NO".to_owned())));
+}
+
+#[test]
+fn references_that_nothing_closes_are_read_once() {
+    let open = "$(".repeat(1 << 20);
+    assert_eq!(one(&open), open);
+    // What is closed at the very end is one reference to a name that nobody has.
+    let closed = format!("{open})");
+    assert_eq!(one(&closed), closed);
 }

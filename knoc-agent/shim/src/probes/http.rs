@@ -38,6 +38,9 @@ const ESCAPED: &AsciiSet = &CONTROLS
     .add(b'|')
     .add(b'}');
 
+/// The same for a path that cannot be part of a URL.
+const ALL_ESCAPED: &AsciiSet = &ESCAPED.add(b'%').add(b'?').add(b'#');
+
 /// Where a request goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Url {
@@ -91,19 +94,19 @@ impl Url {
         (host == LOCALHOST).then(|| Self {
             https,
             port,
-            target: target(path),
+            target: target(&without_dots(path)),
         })
     }
 
     fn relative(&self, reference: &str) -> String {
         let path = self.target.split('?').next().unwrap_or_default();
         match reference.chars().next() {
-            Some('/') => target(reference),
+            Some('/') => target(&without_dots(reference)),
             Some('?') => target(&format!("{path}{reference}")),
             None | Some('#') => self.target.clone(),
             Some(_) => {
                 let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
-                target(&format!("{folder}/{reference}"))
+                target(&without_dots(&format!("{folder}/{reference}")))
             }
         }
     }
@@ -116,11 +119,47 @@ impl std::fmt::Display for Url {
     }
 }
 
-/// A path with its query as it stands in a request.
+/// A path with its query as it stands in a request. As in Kubernetes, all of a text that is no URL, because of a `%` without two
+/// digits, is a path.
 fn target(path: &str) -> String {
-    let path = path.split('#').next().unwrap_or_default();
+    let names = path.split(['?', '#']).next().unwrap_or_default();
+    let is_escape = |after: &str| {
+        let digits = after.as_bytes().get(..2);
+        digits.is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
+    };
+    let (path, escaped) = if names.split('%').skip(1).all(is_escape) {
+        (path.split('#').next().unwrap_or_default(), ESCAPED)
+    } else {
+        (path, ALL_ESCAPED)
+    };
     let slash = if path.starts_with('/') { "" } else { "/" };
-    format!("{slash}{}", utf8_percent_encode(path, ESCAPED))
+    format!("{slash}{}", utf8_percent_encode(path, escaped))
+}
+
+/// The address of a redirect with the `.` and `..` of its path resolved, as any client does it.
+fn without_dots(reference: &str) -> String {
+    let end = reference.find(['?', '#']).unwrap_or(reference.len());
+    let (path, query) = reference.split_at(end);
+    if !path.starts_with('/') {
+        return reference.to_owned();
+    }
+    let mut names = Vec::new();
+    for name in path.split('/').skip(1) {
+        match name {
+            "." => {}
+            ".." => {
+                names.pop();
+            }
+            name => names.push(name),
+        }
+    }
+    let ends_in_folder = path.ends_with("/.") || path.ends_with("/..");
+    let slash = if ends_in_folder && !names.is_empty() {
+        "/"
+    } else {
+        ""
+    };
+    format!("/{}{slash}{query}", names.join("/"))
 }
 
 /// The headers of the request. `Host` may be one of them. As in Kubernetes, the pod cannot say how long the body is, and of several
@@ -330,6 +369,10 @@ mod tests {
             ("x", "http://8080/a/x"),
             ("?q", "http://8080/a/b?q"),
             ("", "http://8080/a/b?c=d"),
+            ("../x?y=../z", "http://8080/x?y=../z"),
+            ("/a/./b/../c/..", "http://8080/a/"),
+            ("/../..", "http://8080/"),
+            ("http://127.0.0.1:81/a/../b/.", "http://81/b/"),
             ("http://127.0.0.1/x", "http://80/x"),
             ("HTTPS://127.0.0.1:9443", "https://9443/"),
             ("//127.0.0.1:81/p", "http://81/p"),
@@ -359,6 +402,10 @@ mod tests {
         assert_eq!(target("healthz"), "/healthz");
         assert_eq!(target("/a b\r\nX: y?q=ü#f"), "/a%20b%0D%0AX:%20y?q=%C3%BC");
         assert_eq!(target("/a%20b"), "/a%20b");
+        // In a query anything goes; in a path an escape that is none makes all of it a path.
+        assert_eq!(target("/a?b=100%"), "/a?b=100%");
+        assert_eq!(target("/100%?a#b"), "/100%25%3Fa%23b");
+        assert_eq!(target("/%2g%41"), "/%252g%2541");
     }
 
     #[test]

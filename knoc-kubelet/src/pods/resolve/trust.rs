@@ -12,7 +12,7 @@ use kube::{Api, Client, Resource};
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use serde::de::DeserializeOwned;
 
-use super::{DEADLINE, ResolveError};
+use super::{AT_ONCE, DEADLINE, ResolveError};
 use crate::pods::references::{Version, list_params, version_of_all};
 
 /// The characters of a line of PEM.
@@ -56,15 +56,19 @@ pub(super) async fn get_all(
     client: &Client,
     keys: &[TrustBundleKey],
 ) -> Result<AllFound, ResolveError> {
-    let gets = keys.iter().map(|key| async move {
-        let mut found = get::<v1::ClusterTrustBundle>(client, key).await?;
-        if found.is_none() {
-            found = get::<v1beta1::ClusterTrustBundle>(client, key).await?;
-        }
-        Ok(found.map(|found| (key.clone(), found)))
-    });
-    let found: Result<Vec<_>, ResolveError> = join_all(gets).await.into_iter().collect();
-    Ok(found?.into_iter().flatten().collect())
+    let mut all = AllFound::new();
+    for some in keys.chunks(AT_ONCE) {
+        let gets = some.iter().map(|key| async move {
+            let mut found = get::<v1::ClusterTrustBundle>(client, key).await?;
+            if found.is_none() {
+                found = get::<v1beta1::ClusterTrustBundle>(client, key).await?;
+            }
+            Ok(found.map(|found| (key.clone(), found)))
+        });
+        let found: Result<Vec<_>, ResolveError> = join_all(gets).await.into_iter().collect();
+        all.extend(found?.into_iter().flatten());
+    }
+    Ok(all)
 }
 
 /// What the key selects; None if that is nothing, or if the cluster does not have this version of the API.

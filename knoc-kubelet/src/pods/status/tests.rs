@@ -7,6 +7,7 @@ mod behind;
 mod ephemeral;
 mod gates;
 mod hooks;
+mod messages;
 mod restarts;
 mod sidecars;
 mod users;

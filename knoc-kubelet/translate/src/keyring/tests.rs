@@ -211,3 +211,26 @@ fn names_become_repositories() {
         assert_eq!(repository(image).as_deref(), expected, "{image}");
     }
 }
+
+#[test]
+fn credentials_that_fit_very_many_images_are_not_copied_for_all_of_them() {
+    let images: Vec<_> = (0..5000)
+        .map(|n| format!("registry.example/app{n:04}"))
+        .collect();
+    let images: Vec<_> = images.iter().map(String::as_str).collect();
+    let found = |password: &str| {
+        let auths = json!({"registry.example": {"username": "u", "password": password}});
+        let secrets = [("s".to_owned(), json_secret(&auths))].into();
+        pull_credentials(&pod(&images, &["s"]), &secrets).unwrap()
+    };
+    let usual = found("secret");
+    assert_eq!(usual.credentials.images.len(), images.len());
+    assert!(usual.unused.is_empty(), "{:?}", usual.unused);
+    let large = found(&"x".repeat(8000));
+    let count = large.credentials.images.len();
+    assert!((200..=MOST / 8000).contains(&count), "{count}");
+    let next = format!("none for \"{}\"", images[count]);
+    assert!(large.unused[0].contains(&next), "{:?}", large.unused);
+    // Nothing shows a password.
+    assert!(!large.unused[0].contains("xx"), "{:?}", large.unused);
+}

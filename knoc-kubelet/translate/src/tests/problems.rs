@@ -74,3 +74,87 @@ fn what_is_said_not_to_be_optional_is_used_if_it_is_there() {
     resolved.secrets.clear();
     assert!(matches!(super::values(&pod, &resolved), Err(Missing::Mounts(all)) if all.len() == 4));
 }
+
+/// A pod with this container and this volume, and a `ConfigMap` and a Secret that have a key of a megabyte.
+fn large(container: &Value, volume: &Value) -> Result<Values, Missing> {
+    let (mut container, mut volume) = (container.clone(), volume.clone());
+    container["name"] = json!("main");
+    volume["name"] = json!("v");
+    let pod: Pod = serde_json::from_value(json!({
+        "metadata": {"name": "p", "namespace": "ns", "uid": "u-1"},
+        "spec": {"containers": [container], "volumes": [volume]},
+    }))
+    .unwrap();
+    let mut resolved = resolved();
+    let text = "x".repeat(1 << 20);
+    let map = core::ConfigMap {
+        data: Some([("k".to_owned(), text.clone())].into()),
+        ..core::ConfigMap::default()
+    };
+    let bytes = k8s_openapi::ByteString(text.into_bytes());
+    let secret = core::Secret {
+        data: Some([("k".to_owned(), bytes)].into()),
+        ..core::Secret::default()
+    };
+    resolved.config_maps.insert("cm".to_owned(), map);
+    resolved.secrets.insert("sec".to_owned(), secret);
+    values(&pod, &resolved)
+}
+
+#[test]
+fn a_key_that_is_asked_for_many_times_is_sent_only_if_a_message_has_room() {
+    let files = |count: usize| {
+        let items: Vec<_> = (0..count)
+            .map(|n| json!({"key": "k", "path": format!("{n}")}))
+            .collect();
+        json!({"configMap": {"name": "cm", "items": items}})
+    };
+    let none = json!({"emptyDir": {}});
+    let few = large(&json!({}), &files(19)).unwrap().values.files;
+    assert_eq!(few[0].files.len(), 19);
+    let variables = |source: &str, count: usize| {
+        let name = if source == "secretKeyRef" {
+            "sec"
+        } else {
+            "cm"
+        };
+        let one = |n: usize| json!({"name": format!("V{n}"), "valueFrom": {source: {"name": name, "key": "k"}}});
+        json!({"env": (0..count).map(one).collect::<Vec<_>>()})
+    };
+    let from = vec![json!({"secretRef": {"name": "sec"}}); 5000];
+    let sources = vec![json!({"secret": {"name": "sec"}}); 5000];
+    for (container, volume) in [
+        (json!({}), files(5000)),
+        (variables("secretKeyRef", 5000), none.clone()),
+        (variables("configMapKeyRef", 5000), none.clone()),
+        (json!({"envFrom": from}), none),
+        (json!({}), json!({"projected": {"sources": sources}})),
+        // Together it is too much as well.
+        (variables("configMapKeyRef", 10), files(10)),
+    ] {
+        let Err(Missing::Mounts(why)) = large(&container, &volume) else {
+            panic!("all of it was sent");
+        };
+        assert_eq!(why, [size::TOO_MUCH]);
+    }
+}
+
+#[test]
+fn the_variables_of_very_many_services_are_not_sent_for_every_container() {
+    let mut resolved = resolved();
+    let service = |n: usize| (format!("S{n}_SERVICE_HOST"), "10.0.0.1".to_owned());
+    resolved.services = (0..100_000).map(service).collect();
+    let mut pod = pod();
+    let spec = pod.spec.as_mut().unwrap();
+    let names = (0..20).map(|n| format!("c{n}"));
+    let side = spec.containers[1].clone();
+    let side = |name| core::Container {
+        name,
+        ..side.clone()
+    };
+    spec.containers.extend(names.map(side));
+    let Err(Missing::Mounts(why)) = values(&pod, &resolved) else {
+        panic!("all were sent");
+    };
+    assert!(why[0].contains("enableServiceLinks"), "{why:?}");
+}

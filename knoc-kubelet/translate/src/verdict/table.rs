@@ -44,7 +44,7 @@ pub(super) const TABLE: &[Type] = &[
     of("Container", "A container: `spec.containers[]`, `spec.initContainers[]`", CONTAINER),
     of("EphemeralContainer", "An ephemeral container: `spec.ephemeralContainers[]`", EPHEMERAL),
     of("EnvVar", "Environment: `env[]`", &[
-        row("name value", Any, Honoured, "any printable ASCII name without `=`; `$(VAR)` is expanded"),
+        row("name value", Any, Honoured, "any printable ASCII name without `=`; `$(VAR)` is expanded, in all variables of a container by at most 8 MiB, more than Linux starts a program with"),
         row("valueFrom", Any, Inside("EnvVarSource"), ""),
     ]),
     of("EnvVarSource", "Environment: `env[].valueFrom`", &[
@@ -346,7 +346,7 @@ const CONTAINER: &[Row] = &[
     row("volumeDevices", Any, Rejected, "block devices cannot be given to a job; mount a file system (`volumeMounts`)"),
     row("ports", Any, Inside("ContainerPort"), ""),
     row("stdin stdinOnce tty", Any, Honoured, ""),
-    row("terminationMessagePath terminationMessagePolicy", Any, Honoured, ""),
+    row("terminationMessagePath terminationMessagePolicy", Any, Honoured, "at most 4 KiB of a container, and 12 KiB of a pod, which its containers share equally"),
     row("securityContext", Any, Inside("SecurityContext"), ""),
     row("livenessProbe readinessProbe startupProbe", Any, Inside("Probe"), ""),
     row("lifecycle", Any, Inside("Lifecycle"), ""),
@@ -364,7 +364,7 @@ const EPHEMERAL: &[Row] = &[
     row("envFrom", Any, Inside("EnvFromSource"), ""),
     row("volumeMounts", Any, Inside("VolumeMount"), ""),
     row("stdin stdinOnce tty", Any, Honoured, ""),
-    row("terminationMessagePath terminationMessagePolicy", Any, Honoured, ""),
+    row("terminationMessagePath terminationMessagePolicy", Any, Honoured, "at most 4 KiB of a container, and 12 KiB of a pod, which its containers share equally"),
     row("securityContext", Any, Inside("SecurityContext"), ""),
     row("resources ports volumeDevices resizePolicy restartPolicyRules", Empty, Satisfied, ""),
     row("resources ports volumeDevices resizePolicy restartPolicy restartPolicyRules livenessProbe readinessProbe startupProbe lifecycle", Any, Rejected, "an ephemeral container has none on any node; leave it out"),
