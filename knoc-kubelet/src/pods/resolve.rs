@@ -221,8 +221,8 @@ async fn issue_all(
             let kept = issue(client, pod, ask, now).await?;
             Ok((ask.clone(), kept))
         });
-        let issued: Result<Vec<_>, ResolveError> = join_all(issues).await.into_iter().collect();
-        all.extend(issued?);
+        let found: Result<Vec<_>, ResolveError> = join_all(issues).await.into_iter().collect();
+        all.extend(found?);
     }
     Ok(all)
 }

@@ -213,8 +213,8 @@ fn share_messages(status: &mut PodStatus) {
     let all: Vec<&mut ContainerStatus> = lists.into_iter().flatten().flatten().collect();
     let share = TERMINATION_MESSAGES / all.len().max(1);
     for one in all {
-        let states = [&mut one.state, &mut one.last_state];
-        let ended = states.into_iter().flatten();
+        let both = [&mut one.state, &mut one.last_state];
+        let ended = both.into_iter().flatten();
         let ended = ended.filter_map(|state| state.terminated.as_mut());
         for message in ended.filter_map(|ended| ended.message.as_mut()) {
             let end = message.floor_char_boundary(share);

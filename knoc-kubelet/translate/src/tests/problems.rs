@@ -75,16 +75,20 @@ fn what_is_said_not_to_be_optional_is_used_if_it_is_there() {
     assert!(matches!(super::values(&pod, &resolved), Err(Missing::Mounts(all)) if all.len() == 4));
 }
 
-/// A pod with this container and this volume, and a `ConfigMap` and a Secret that have a key of a megabyte.
+fn pod_of(container: &Value, volume: &Value) -> Pod {
+    serde_json::from_value(json!({
+        "metadata": {"name": "p", "namespace": "ns", "uid": "u-1"},
+        "spec": {"containers": [container], "volumes": [volume]},
+    }))
+    .unwrap()
+}
+
+/// The values of a pod with this container and this volume, and a `ConfigMap` and a Secret that have a key of a megabyte.
 fn large(container: &Value, volume: &Value) -> Result<Values, Missing> {
     let (mut container, mut volume) = (container.clone(), volume.clone());
     container["name"] = json!("main");
     volume["name"] = json!("v");
-    let pod: Pod = serde_json::from_value(json!({
-        "metadata": {"name": "p", "namespace": "ns", "uid": "u-1"},
-        "spec": {"containers": [container], "volumes": [volume]},
-    }))
-    .unwrap();
+    let pod = pod_of(&container, &volume);
     let mut resolved = resolved();
     let text = "x".repeat(1 << 20);
     let map = core::ConfigMap {
