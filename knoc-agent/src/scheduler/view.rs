@@ -343,7 +343,6 @@ const NEVER: &[&str] = &[
     "DependencyNeverSatisfied",
     "InvalidAccount",
     "InvalidQOS",
-    "JobHeldAdmin",
     "JobHoldMaxRequeue",
     "JobLaunchFailure",
     "PartitionConfig",
@@ -360,12 +359,16 @@ const NEVER: &[&str] = &[
     "ReservationDeleted",
 ];
 
+/// What stands in place of a reason once the prolog has failed; `scontrol` writes it with underscores.
+const LAUNCH_FAILED: &str = "launch failed requeued held";
+
 /// Whether this reason does not go away by waiting: a user must change the job, or the site its
-/// configuration.
+/// configuration. Whoever holds a job, an administrator too, means to release it.
 #[must_use]
 pub fn reason_never_ends(reason: &str) -> bool {
     let word = reason.split([' ', ',', ':']).next().unwrap_or_default();
     NEVER.contains(&word.trim_matches(['(', ')']))
+        || reason.replace('_', " ").contains(LAUNCH_FAILED)
 }
 
 /// Whether the accounting database answered in a round.
@@ -423,6 +426,8 @@ mod tests {
             "PartitionTimeLimit",
             "(DependencyNeverSatisfied)",
             "BadConstraints",
+            "(launch failed requeued held)",
+            "launch_failed_requeued_held",
         ] {
             assert!(reason_never_ends(reason), "{reason}");
         }
@@ -432,6 +437,8 @@ mod tests {
             "BeginTime",
             "",
             "QOSMaxJobsPerUserLimit",
+            "JobHeldUser",
+            "JobHeldAdmin",
         ] {
             assert!(!reason_never_ends(reason), "{reason}");
         }
