@@ -67,9 +67,6 @@ pub(super) const FAILED: u8 = 125;
 /// A larger specification is rejected: each mount takes a few hundred bytes.
 const MAX_SPEC: usize = 8 << 20;
 
-/// The shortest turn on a processor that the kernel gives, in nanoseconds.
-const SHORT_TURN: u64 = 100_000;
-
 /// The namespaces that it creates if it joins none.
 pub(super) const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER.union(CloneFlags::CLONE_NEWNS);
 
@@ -379,8 +376,6 @@ fn become_runtime(spec: &ContainSpec) -> Result<Infallible, ContainError> {
     };
     super::release_stdin();
     sys::close_on_exec();
-    // Its processes sleep until a program ends, and then each wakes the next one.
-    sys::run_for(SHORT_TURN).ok();
     sys::reset_signals();
     let error = Command::new(program).args(arguments).exec();
     let what = format!("execute {}", Path::new(program).display());

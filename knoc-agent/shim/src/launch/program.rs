@@ -134,8 +134,6 @@ fn start(
     // If the shim has ended, this process ends as well.
     fds::send(shim, &Reply::Ids(ids::seen()).encode(), &[]).ok();
     sys::close_on_exec();
-    // The runtime's short turns are not for the program.
-    sys::run_for(0).ok();
     if let Some(passed) = &passed {
         rustix::io::fcntl_setfd(&passed.fd, rustix::io::FdFlags::empty())
             .map_err(|errno| Failure::on("keep a descriptor open")(errno.into()))?;

@@ -1,5 +1,5 @@
 //! The audited unsafe calls of the launcher: `fork(2)`, resetting signal dispositions, marking inherited descriptors
-//! close-on-exec, the owner of a namespace, a TUN interface, and the length of the turns on a processor.
+//! close-on-exec, the owner of a namespace, and a TUN interface.
 #![expect(
     unsafe_code,
     reason = "these have no safe form; each states why it is sound"
@@ -84,58 +84,6 @@ pub(super) fn tun(name: &str) -> io::Result<OwnedFd> {
     };
     nix::errno::Errno::result(made)?;
     Ok(device)
-}
-
-/// `struct sched_attr` of `linux/sched/types.h`, as the first kernels with it knew it.
-#[repr(C)]
-#[derive(Default)]
-struct Scheduling {
-    size: u32,
-    policy: u32,
-    flags: u64,
-    nice: i32,
-    priority: u32,
-    runtime: u64,
-    deadline: u64,
-    period: u64,
-}
-
-/// How long this process, and what it starts, may run at a time while others wait for the processor; 0 is the kernel's own choice. It
-/// gets no larger share of the processor by this, but waits less for each turn. Kernels before 6.12 ignore it; errors are for the
-/// caller to ignore, too.
-pub(super) fn run_for(nanoseconds: u64) -> io::Result<()> {
-    let size = std::mem::size_of::<Scheduling>();
-    let mut scheduling = Scheduling::default();
-    // SAFETY: the kernel writes at most `size` bytes, the size of the structure, which lives until the call has returned.
-    let got = unsafe {
-        nix::libc::syscall(
-            nix::libc::SYS_sched_getattr,
-            0,
-            std::ptr::from_mut(&mut scheduling),
-            size,
-            0,
-        )
-    };
-    nix::errno::Errno::result(got)?;
-    // Of another policy it is not the length of a turn.
-    if !matches!(
-        i32::try_from(scheduling.policy),
-        Ok(nix::libc::SCHED_OTHER | nix::libc::SCHED_BATCH)
-    ) {
-        return Err(io::ErrorKind::Unsupported.into());
-    }
-    scheduling.runtime = nanoseconds;
-    // SAFETY: the kernel reads `scheduling.size` bytes, which it has set to the size of the structure.
-    let set = unsafe {
-        nix::libc::syscall(
-            nix::libc::SYS_sched_setattr,
-            0,
-            std::ptr::from_ref(&scheduling),
-            0,
-        )
-    };
-    nix::errno::Errno::result(set)?;
-    Ok(())
 }
 
 /// Forks the calling process.
