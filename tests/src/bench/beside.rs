@@ -35,7 +35,7 @@ pub(super) async fn measure(bed: &Bed, rounds: usize) -> anyhow::Result<Beside> 
         .memory("2Gi")
         .empty_dir("/data")
         .sh(&format!(
-            "head -c {BYTES} /dev/zero >/data/new; mv /data/new /data/large; exec sleep 36000"
+            "head -c {BYTES} /dev/zero >/data/new; sync; mv /data/new /data/large; exec sleep 36000"
         ));
     bed.world.create(&source).await?;
     bed.world.wait_phase("beside", "Running", READY).await?;
@@ -51,7 +51,9 @@ pub(super) async fn measure(bed: &Bed, rounds: usize) -> anyhow::Result<Beside> 
         Err(error) => Err(format!("{error:#}")),
     })
     .await?;
-    let folder = tempfile::tempdir()?;
+    // In memory: client and compute nodes share a disk here, and a container's end waits until it has written everything (Apptainer calls
+    // syncfs(2) for the file system of the overlay).
+    let folder = tempfile::tempdir_in("/dev/shm")?;
     let target = folder.path().join("large").display().to_string();
     let (mut alone, mut copying) = (Batch::new(PODS), Batch::new(PODS));
     let mut copies = 0;
