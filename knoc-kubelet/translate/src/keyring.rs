@@ -24,6 +24,8 @@ const JSON_TYPE: &str = "kubernetes.io/dockerconfigjson";
 const JSON_KEY: &str = ".dockerconfigjson";
 const LEGACY_TYPE: &str = "kubernetes.io/dockercfg";
 const LEGACY_KEY: &str = ".dockercfg";
+/// The keys of a Secret that are read.
+pub(crate) const KEYS: [&str; 2] = [JSON_KEY, LEGACY_KEY];
 /// The location that stands for Docker Hub, apart from `docker.io`.
 const HUB: &str = "index.docker.io";
 /// How many credentials are tried for one image at most.
