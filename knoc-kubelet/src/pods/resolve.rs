@@ -141,7 +141,7 @@ pub(crate) async fn resolve(
             async { Ok(services.variables(namespace, links).await) },
         ),
         issue_all(client, pod, &due, now),
-        trust::get_all(client, &needs.trust_bundles),
+        trust::get_all(client, &needs.trust_bundles, &keeping),
     )
     .await?;
     tokens.extend(issued);
@@ -227,6 +227,7 @@ pub(crate) async fn claims(
     let gets = claims.into_iter().map(|(name, claim)| {
         let volumes = volumes.clone();
         async move {
+            let _turn = room::turn().await;
             let spec = claim.spec.as_ref();
             let volume = spec.and_then(|spec| spec.volume_name.clone());
             let volume = match volume.filter(|volume| !volume.is_empty()) {
