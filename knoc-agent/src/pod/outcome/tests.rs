@@ -272,7 +272,7 @@ fn a_time_limit_is_the_pods_deadline_only_if_that_was_the_limit() {
 fn a_job_whose_reservation_ends_has_not_reached_the_deadline_of_its_pod() {
     let signal = report(pb::EndedBy::Signal, pb::OutcomeKind::Failed);
     let warned = report(pb::EndedBy::TimeLimit, pb::OutcomeKind::Failed);
-    let lasted = |seconds| JobView {
+    let lasted = |seconds: i64| JobView {
         ended_at: Some(1 + seconds),
         time_limit_minutes: Some(60),
         ..view(JobState::Timeout, None)
