@@ -17,6 +17,9 @@ use crate::scheduler::{JobPhase, JobState, JobView};
 /// slurmd's exit code (as a signal) if the script's output file cannot be opened.
 const SIGNAL_UNWRITABLE: i32 = 53;
 
+/// By how many seconds a job that reached its time limit may seem to have ended before it.
+const EARLY: i64 = 180;
+
 /// Kubernetes' message for a pod whose `activeDeadlineSeconds` have passed.
 pub const OVERDUE: &str = "Pod was active on the node longer than the specified deadline";
 
@@ -300,20 +303,40 @@ fn by_state(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     Some(outcome)
 }
 
-/// The job reached its time limit: the pod's own or the partition's.
+/// The job reached its time limit: the pod's own or the partition's. Slurm says the same of a job whose reservation has ended.
 fn time_limit(evidence: &Evidence<'_>, at: Timestamp) -> Outcome {
     let view = evidence.view;
-    if view.is_some_and(|view| deadline_was_the_limit(evidence, view)) {
-        return plain("DeadlineExceeded", OVERDUE, at);
-    }
     let limit = view
         .and_then(|view| view.time_limit_minutes)
         .map_or_else(String::new, |m| format!(" of {m} minutes"));
+    // The shim is warned ahead of the time limit, and never of the end of a reservation.
+    let warned = evidence
+        .report
+        .is_some_and(|report| report.ended_by() == pb::EndedBy::TimeLimit);
+    if !warned && view.is_some_and(ended_early) {
+        let message = format!(
+            "Slurm ended the job before its time limit{limit}, as it does if a reservation ends"
+        );
+        return plain("SlurmTimeLimit", &message, at);
+    }
+    if view.is_some_and(|view| deadline_was_the_limit(evidence, view)) {
+        return plain("DeadlineExceeded", OVERDUE, at);
+    }
     plain(
         "SlurmTimeLimit",
         &format!("the job reached its time limit{limit}"),
         at,
     )
+}
+
+/// Whether the job ended well before its time limit. If it was suspended it seems to have run for longer than it did.
+fn ended_early(view: &JobView) -> bool {
+    let (Some(limit), Some(start), Some(end)) =
+        (view.time_limit_minutes, view.started_at, view.ended_at)
+    else {
+        return false;
+    };
+    end.saturating_sub(start).saturating_add(EARLY) < limit.saturating_mul(60)
 }
 
 /// Whether the job's time limit was derived from the pod's own deadline (plus its grace period,

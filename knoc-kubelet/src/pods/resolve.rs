@@ -1,14 +1,18 @@
 //! Fetches what a pod refers to: ConfigMaps, Secrets, service account tokens, service variables and claims with their volumes.
 //!
-//! Sends one GET per object, up to [`AT_ONCE`] of a kind at once, each with a deadline: the kubelet needs only the right to `get`, and the
-//! start of a usual pod costs one round trip. A missing object is simply absent from the result; [`knoc_translate::values`]
-//! decides whether that matters. Secrets are not kept; tokens are, until they are due to be renewed.
+//! Sends one GET per object, up to [`AT_ONCE`] of a kind at once and a limited number for all pods (see [`room`]), each with a
+//! deadline: the kubelet needs only the right to `get`, and the start of a usual pod costs one round trip. A missing object is simply
+//! absent from the result; [`knoc_translate::values`] decides whether that matters. Of an object only the keys for which the pod asks
+//! are kept, until its values are sent; tokens are kept until they are due to be renewed.
 
+mod room;
 mod trust;
+
+pub(crate) use room::Room;
 
 use std::{collections::BTreeMap, time::Duration};
 
-use futures::future::{join_all, try_join3};
+use futures::future::{join_all, try_join_all, try_join3};
 use jiff::Timestamp;
 use k8s_openapi::{
     NamespaceResourceScope,
@@ -20,7 +24,7 @@ use k8s_openapi::{
     },
 };
 use knoc_proto::pb;
-use knoc_translate::{FoundClaim, Needs, Resolved, Token, TokenRequestKey};
+use knoc_translate::{FoundClaim, Keys, Needs, Resolved, Token, TokenRequestKey};
 use kube::{Api, Client, Resource, api::PostParams};
 use serde::de::DeserializeOwned;
 
@@ -32,8 +36,11 @@ use super::{
 /// The deadline of each request to the API server.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// How many objects of one kind are fetched at once: a pod may name thousands, whether they exist or not.
-const AT_ONCE: usize = 64;
+/// How many objects of one kind are fetched for one pod at once: it may name thousands, whether they exist or not.
+const AT_ONCE: usize = 16;
+/// The message for a pod with very many large pull secrets.
+const TOO_MANY_CREDENTIALS: &str =
+    "the image pull secrets of the pod have more than 24 MiB together";
 
 /// The share of a token's lifetime after which it is renewed.
 const TOKEN_LIFE: f64 = 0.8;
@@ -71,6 +78,14 @@ pub(crate) enum ResolveError {
         /// What was requested.
         what: String,
     },
+    /// No message has room for what the pod asks for.
+    #[error("{0}")]
+    TooMuch(&'static str),
+    /// It is tried again soon.
+    #[error(
+        "much is being read for other pods, so there is no room yet for the ConfigMaps and Secrets of this one"
+    )]
+    Busy,
 }
 
 /// A token and when it is due to be renewed.
@@ -83,16 +98,22 @@ pub(crate) struct CachedToken {
 /// The tokens that were issued for one pod.
 pub(crate) type Tokens = BTreeMap<TokenRequestKey, CachedToken>;
 
-/// Fetches Secrets of the pod's namespace. Those that do not exist are absent from the result.
-pub(crate) async fn secrets(
+/// Fetches the credentials of pull secrets. Secrets that do not exist are absent from the result.
+pub(crate) async fn pull_secrets(
     client: &Client,
     namespace: &str,
     names: &[String],
-) -> Result<BTreeMap<String, Secret>, ResolveError> {
-    get_all(client, "secret", namespace, names).await
+) -> Result<(BTreeMap<String, Secret>, Room), ResolveError> {
+    let (keys, keeping) = (Keys::of_pull_secrets(names), room::Keeping::new());
+    let secrets = get_all::<Secret>(client, "secret", namespace, names, |name, secret| {
+        keeping.add(keys.trim_secret(name, secret), TOO_MANY_CREDENTIALS)
+    });
+    let secrets = secrets.await?;
+    Ok((secrets, keeping.into_room()))
 }
 
-/// Fetches everything that `needs` names; the trust bundles once more with their versions, for [`versions`].
+/// Fetches everything that `needs` names, as far as the pod asks for it; the trust bundles once more with their versions, for
+/// [`versions`].
 pub(crate) async fn resolve(
     client: &Client,
     services: &Services,
@@ -101,9 +122,13 @@ pub(crate) async fn resolve(
     allocatable: &pb::Resources,
     tokens: &mut Tokens,
     now: Timestamp,
-) -> Result<(Resolved, trust::AllFound), ResolveError> {
+) -> Result<(Resolved, trust::AllFound, Room), ResolveError> {
     let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
     let due = due(needs, tokens, now);
+    let (keys, keeping) = (knoc_translate::keys(pod), room::Keeping::new());
+    let keep = |bytes| keeping.add(bytes, knoc_translate::TOO_MUCH);
+    let keep_map = |name: &str, map: &mut ConfigMap| keep(keys.trim_config_map(name, map));
+    let keep_secret = |name: &str, secret: &mut Secret| keep(keys.trim_secret(name, secret));
     let links = pod
         .spec
         .as_ref()
@@ -111,12 +136,12 @@ pub(crate) async fn resolve(
         .unwrap_or(true);
     let (objects, issued, trust) = try_join3(
         try_join3(
-            get_all::<ConfigMap>(client, "configmap", namespace, &needs.config_maps),
-            get_all::<Secret>(client, "secret", namespace, &needs.secrets),
+            get_all(client, "configmap", namespace, &needs.config_maps, keep_map),
+            get_all(client, "secret", namespace, &needs.secrets, keep_secret),
             async { Ok(services.variables(namespace, links).await) },
         ),
         issue_all(client, pod, &due, now),
-        trust::get_all(client, &needs.trust_bundles),
+        trust::get_all(client, &needs.trust_bundles, &keeping),
     )
     .await?;
     tokens.extend(issued);
@@ -134,14 +159,16 @@ pub(crate) async fn resolve(
         services,
         allocatable: allocatable.clone(),
     };
-    Ok((resolved, trust))
+    Ok((resolved, trust, keeping.into_room()))
 }
 
+/// Fetches objects. `keep` leaves of each what is needed, and decides whether it can be kept.
 async fn get_all<K>(
     client: &Client,
     kind: &'static str,
     namespace: &str,
     names: &[String],
+    keep: impl Fn(&str, &mut K) -> Result<(), ResolveError> + Send + Sync,
 ) -> Result<BTreeMap<String, K>, ResolveError>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
@@ -153,14 +180,18 @@ where
     let mut all = BTreeMap::new();
     for some in names.chunks(AT_ONCE) {
         let gets = some.iter().map(|name| {
-            let api = api.clone();
+            let (api, keep) = (api.clone(), &keep);
             async move {
-                let found = get(&api, kind, name).await?;
-                Ok(found.map(|object| (name.clone(), object)))
+                let _turn = room::turn().await;
+                let mut found = get(&api, kind, name).await?;
+                if let Some(object) = &mut found {
+                    keep(name, object)?;
+                }
+                Ok::<_, ResolveError>(found.map(|object| (name.clone(), object)))
             }
         });
-        let found: Result<Vec<_>, ResolveError> = join_all(gets).await.into_iter().collect();
-        all.extend(found?.into_iter().flatten());
+        let found = try_join_all(gets).await?;
+        all.extend(found.into_iter().flatten());
     }
     Ok(all)
 }
@@ -191,11 +222,12 @@ pub(crate) async fn claims(
     let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
     let kind = "persistentvolumeclaim";
     let claims: BTreeMap<_, PersistentVolumeClaim> =
-        get_all(client, kind, namespace, names).await?;
+        get_all(client, kind, namespace, names, |_, _| Ok(())).await?;
     let volumes: Api<PersistentVolume> = Api::all(client.clone());
     let gets = claims.into_iter().map(|(name, claim)| {
         let volumes = volumes.clone();
         async move {
+            let _turn = room::turn().await;
             let spec = claim.spec.as_ref();
             let volume = spec.and_then(|spec| spec.volume_name.clone());
             let volume = match volume.filter(|volume| !volume.is_empty()) {
@@ -469,7 +501,7 @@ mod tests {
         let (service, mut server) = tower_test::mock::pair::<Request<Body>, Response<Body>>();
         let client = Client::new(service, "default");
         let names: Vec<String> = (0..150).map(|n| format!("m{n}")).collect();
-        let found = get_all::<ConfigMap>(&client, "configmap", "ns", &names);
+        let found = get_all::<ConfigMap>(&client, "configmap", "ns", &names, |_, _| Ok(()));
         let (found, ()) = tokio::join!(found, deny(&mut server, names.len()));
         assert!(found.unwrap().is_empty());
     }

@@ -1,6 +1,6 @@
 //! PURE: translates the files of configMap, secret, downwardAPI and projected volumes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::{self as core, Pod};
 use knoc_proto::{paths, pb};
@@ -8,8 +8,9 @@ use knoc_proto::{paths, pb};
 use super::{
     Needs, Resolved, Size, TokenRequestKey, TrustBundleKey,
     carried::{
-        ConfigMapProjection, DownwardApiFile, DownwardApiProjection, FileFieldRef, KeyToPath,
-        PodSpec, ResourceFieldSelector, ResourceRequirements, SecretProjection, TokenProjection,
+        ConfigMapProjection, DownwardApiFile, DownwardApiProjection, EphemeralContainer,
+        FileFieldRef, KeyToPath, PodSecurityContext, PodSpec, ResourceFieldSelector,
+        ResourceRequirements, SecretProjection, SecurityContext, TokenProjection,
         TrustBundleProjection, VolumeProjection,
     },
     quantity,
@@ -18,6 +19,10 @@ use super::{
 
 /// The default mode of a file, as in the Kubernetes API.
 const DEFAULT_MODE: i32 = 0o644;
+/// What `fsGroup` adds to the mode of a file: its group reads it.
+const OF_GROUP: u32 = 0o440;
+/// The mode of what only the pod's programs may read, if it says as whom they run.
+const OF_OWNER: i32 = 0o600;
 /// The default lifetime of a token in seconds, as in the Kubernetes API.
 const DEFAULT_EXPIRATION: i64 = 3600;
 
@@ -78,6 +83,7 @@ pub(super) fn files(
         missing,
         size,
         mode: mode.unwrap_or(DEFAULT_MODE),
+        has_group: fs_group(pod).is_some(),
         by_path: BTreeMap::new(),
     };
     match source {
@@ -105,6 +111,8 @@ struct Files<'a> {
     missing: &'a mut Vec<String>,
     size: &'a mut Size,
     mode: i32,
+    /// Whether the pod has an `fsGroup`.
+    has_group: bool,
     /// The files by path: if sources of a projected volume have the same path, the last one wins.
     by_path: BTreeMap<String, pb::VolumeFile>,
 }
@@ -130,7 +138,7 @@ impl Files<'_> {
             .map(TokenProjection::from)
         {
             match self.resolved.tokens.get(&token_request(token)) {
-                Some(found) => self.put(token.path, found.token.as_bytes(), None),
+                Some(found) => self.put(token.path, found.token.as_bytes(), self.private_mode()),
                 None => self
                     .missing
                     .push("the service account token was not issued".to_owned()),
@@ -151,7 +159,7 @@ impl Files<'_> {
             return self.missing.push(format!("{key} not found"));
         }
         let certificates = found.map_or(&[][..], String::as_bytes);
-        self.put(trust.path, certificates, None);
+        self.put(trust.path, certificates, self.private_mode());
     }
 
     fn config_map(
@@ -240,6 +248,11 @@ impl Files<'_> {
             return;
         }
         let mode = u32::try_from(mode.unwrap_or(self.mode)).unwrap_or(0o644) & 0o777;
+        let mode = if self.has_group {
+            mode | OF_GROUP
+        } else {
+            mode
+        };
         let clean = match paths::of_file(path) {
             Ok(clean) => clean,
             Err(error) => {
@@ -256,6 +269,12 @@ impl Files<'_> {
         self.by_path.insert(clean, file);
     }
 
+    /// As in a kubelet, the `defaultMode` does not count for tokens and trust bundles if the pod says whose they are.
+    fn private_mode(&self) -> Option<i32> {
+        let known = self.has_group || has_one_user(self.pod);
+        known.then_some(OF_OWNER)
+    }
+
     /// Rejects paths of which one is a file and the other needs it as a folder.
     fn reject_files_as_folders(&mut self) {
         for path in self.by_path.keys() {
@@ -267,6 +286,33 @@ impl Files<'_> {
             }
         }
     }
+}
+
+fn fs_group(pod: &Pod) -> Option<i64> {
+    let spec = pod.spec.as_ref().map(PodSpec::from)?;
+    *PodSecurityContext::from(spec.security_context.as_ref()?).fs_group
+}
+
+/// Whether the pod names one user for all its containers (`FsUserFrom` of the kubelet).
+fn has_one_user(pod: &Pod) -> bool {
+    let Some(spec) = pod.spec.as_ref().map(PodSpec::from) else {
+        return false;
+    };
+    let of_pod = spec.security_context.as_ref().map(PodSecurityContext::from);
+    let of_pod = of_pod.and_then(|context| *context.run_as_user);
+    let own = |context: Option<&core::SecurityContext>| {
+        let own = context.map(SecurityContext::from);
+        own.and_then(|context| *context.run_as_user).or(of_pod)
+    };
+    let ephemeral = spec.ephemeral_containers.iter().flatten();
+    let ephemeral =
+        ephemeral.map(|one| own(EphemeralContainer::from(one).security_context.as_ref()));
+    let containers = spec.all_containers();
+    let users: BTreeSet<_> = containers
+        .map(|container| own(container.security_context.as_ref()))
+        .chain(ephemeral)
+        .collect();
+    users.len() == 1 && !users.contains(&None)
 }
 
 /// A field of the pod for the downward API; `None` if this field is not available to containers.
@@ -426,6 +472,54 @@ mod tests {
         ] {
             assert_eq!(quote(text), quoted, "{text:?}");
         }
+    }
+
+    /// The modes of a key, of a key with a mode of its own, and of a token, for the `securityContext` of the pod and of its second
+    /// container.
+    fn modes(of_pod: &serde_json::Value, of_container: &serde_json::Value) -> Vec<u32> {
+        let sources = json!([
+            {"secret": {"name": "s", "items": [{"key": "a", "path": "a"}, {"key": "a", "path": "b", "mode": 0o500}]}},
+            {"serviceAccountToken": {"path": "c"}},
+        ]);
+        let pod: Pod = serde_json::from_value(json!({"spec": {
+            "securityContext": of_pod,
+            "containers": [{"name": "one"}, {"name": "two", "securityContext": of_container}],
+            "volumes": [{"name": "v", "projected": {"defaultMode": 0o400, "sources": sources}}],
+        }}))
+        .unwrap();
+        let secret = json!({"metadata": {}, "data": {"a": "MQ=="}});
+        let token = crate::Token {
+            token: "t".to_owned(),
+            expires: jiff::Timestamp::MAX,
+        };
+        let ask = TokenRequestKey {
+            audience: String::new(),
+            expiration: DEFAULT_EXPIRATION,
+        };
+        let resolved = Resolved {
+            secrets: [("s".to_owned(), serde_json::from_value(secret).unwrap())].into(),
+            tokens: [(ask, token)].into(),
+            ..Resolved::default()
+        };
+        let values = crate::values(&pod, &resolved).unwrap().values;
+        let files = &values.files[0].files;
+        files.iter().map(|file| file.mode).collect()
+    }
+
+    #[test]
+    fn modes_are_those_of_a_kubelet_with_and_without_a_group_and_a_user() {
+        let (none, user) = (json!({}), json!({"runAsUser": 1000}));
+        let group = json!({"fsGroup": 2000});
+        assert_eq!(modes(&none, &none), [0o400, 0o500, 0o400]);
+        // The group may read what only the owner could.
+        assert_eq!(modes(&group, &none), [0o440, 0o540, 0o640]);
+        assert_eq!(modes(&user, &none), [0o400, 0o500, 0o600]);
+        let same = json!({"runAsUser": 1000});
+        assert_eq!(modes(&user, &same), [0o400, 0o500, 0o600]);
+        // Not all containers run as the same user.
+        let other = json!({"runAsUser": 1001});
+        assert_eq!(modes(&user, &other), [0o400, 0o500, 0o400]);
+        assert_eq!(modes(&none, &user), [0o400, 0o500, 0o400]);
     }
 
     #[test]

@@ -24,6 +24,8 @@ const JSON_TYPE: &str = "kubernetes.io/dockerconfigjson";
 const JSON_KEY: &str = ".dockerconfigjson";
 const LEGACY_TYPE: &str = "kubernetes.io/dockercfg";
 const LEGACY_KEY: &str = ".dockercfg";
+/// The keys of a Secret that are read.
+pub(crate) const KEYS: [&str; 2] = [JSON_KEY, LEGACY_KEY];
 /// The location that stands for Docker Hub, apart from `docker.io`.
 const HUB: &str = "index.docker.io";
 /// How many credentials are tried for one image at most.
@@ -31,6 +33,12 @@ const MAX_TRIES: usize = 32;
 /// How many bytes the credentials for all images have together at most. They are sent with the rest of the pod, and the same ones may
 /// fit thousands of images.
 const MOST: usize = 2 << 20;
+/// How many steps all searches of a pod take together at most: less than a second. Only very many patterns take so many.
+const STEPS: usize = 64 << 20;
+/// What a comparison with a pattern takes at least.
+const STEPS_LEAST: usize = 32;
+/// The longest repository of an image; registries take 255 characters.
+const LONGEST: usize = 1024;
 
 /// A Secret that names credentials which cannot be read. The text contains nothing of its content.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -106,10 +114,20 @@ pub fn pull_credentials(
         }
     }
     let images: BTreeSet<_> = spec.all_images().into_iter().collect();
+    let mut search = Search::new(&keyring);
     let mut left = MOST;
     for image in images {
-        let name = repository(&image);
-        let logins = name.map_or_else(Vec::new, |name| keyring.look_up(&name));
+        let Some(name) = repository(&image) else {
+            continue;
+        };
+        let Some(logins) = search.look_up(&name) else {
+            let image = knoc_proto::text::quote(&image, 200);
+            found.unused.push(format!(
+                "The image pull secrets have too many patterns for the images of the pod: there are no credentials for {image} and those \
+                 after it."
+            ));
+            break;
+        };
         if logins.is_empty() {
             continue;
         }
@@ -209,8 +227,10 @@ impl Entry {
 }
 
 /// Where credentials are valid: a host, which may contain wildcards, with or without a port, and the beginning of a path.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Location(String);
+struct Location {
+    host: String,
+    path: String,
+}
 
 impl Location {
     fn of(text: &str) -> Self {
@@ -228,23 +248,28 @@ impl Location {
             path
         };
         let path = if path == "/" { "" } else { path };
-        Self(format!("{}{path}", host.to_ascii_lowercase()))
+        Self {
+            host: host.to_ascii_lowercase(),
+            path: path.to_owned(),
+        }
     }
+}
 
-    fn fits(&self, image: &str) -> bool {
-        let ((host, path), (images_host, images_path)) = (split(&self.0), split(image));
-        let ((host, port), (images_host, images_port)) =
-            (split_port(host), split_port(images_host));
-        let parts: Vec<&str> = host.split('.').collect();
-        let images_parts: Vec<&str> = images_host.split('.').collect();
-        port == images_port
-            && parts.len() == images_parts.len()
-            && images_path.starts_with(path)
-            && parts
-                .iter()
-                .zip(images_parts)
-                .all(|(glob, part)| matches(glob, part))
-    }
+/// Whether a host fits only the host of the same text: it is neither a pattern nor an address that can be written in several ways.
+fn is_plain(host: &str) -> bool {
+    let usual = |c: char| c.is_alphanumeric() || ".-_:".contains(c);
+    host.chars().all(usual) && host.matches(':').count() < 2 && !host.ends_with(':')
+}
+
+/// Whether a host of a location fits that of an image.
+fn fits(host: &str, images_host: &str) -> bool {
+    let ((host, port), (images_host, images_port)) = (split_port(host), split_port(images_host));
+    let (parts, images_parts) = (host.split('.'), images_host.split('.'));
+    port == images_port
+        && parts.clone().count() == images_parts.clone().count()
+        && parts
+            .zip(images_parts)
+            .all(|(glob, part)| matches(glob, part))
 }
 
 fn is_web(scheme: &str) -> bool {
@@ -370,9 +395,17 @@ fn bound(chars: &mut impl Iterator<Item = char>) -> Option<char> {
     }
 }
 
+/// The credentials of a host by the beginning of a path.
+type Paths = BTreeMap<String, Vec<RegistryLogin>>;
+
 /// The credentials of all Secrets by location.
 #[derive(Default)]
-struct Keyring(BTreeMap<Location, Vec<RegistryLogin>>);
+struct Keyring {
+    /// Of hosts that are found by their text.
+    plain: BTreeMap<String, Paths>,
+    /// Of hosts with which that of an image is compared.
+    patterns: BTreeMap<String, Paths>,
+}
 
 impl Keyring {
     fn add(&mut self, secret: &Secret, auths: Pairs) {
@@ -383,29 +416,79 @@ impl Keyring {
                 password,
                 secret_uid: uid.clone(),
             };
-            self.0
-                .entry(Location::of(&location))
-                .or_default()
-                .push(login);
+            let Location { host, path } = Location::of(&location);
+            let hosts = if is_plain(&host) {
+                &mut self.plain
+            } else {
+                &mut self.patterns
+            };
+            let paths = hosts.entry(host).or_default();
+            paths.entry(path).or_default().push(login);
+        }
+    }
+}
+
+/// The searches for the images of a pod, one after the other. What they take is limited: a Secret may have tens of thousands of
+/// patterns, and a pod as many images.
+struct Search<'k> {
+    keyring: &'k Keyring,
+    /// How many steps are left.
+    steps: usize,
+    /// The host of the last image.
+    host: String,
+    /// The hosts that fit it.
+    fitting: Vec<(&'k str, &'k Paths)>,
+}
+
+impl<'k> Search<'k> {
+    fn new(keyring: &'k Keyring) -> Self {
+        Self {
+            keyring,
+            steps: STEPS,
+            host: String::new(),
+            fitting: Vec::new(),
         }
     }
 
-    /// The credentials for a repository, in the order in which they are tried.
-    fn look_up(&self, repository: &str) -> Vec<RegistryLogin> {
-        let mut fitting = self
-            .0
-            .iter()
-            .rev()
-            .filter(|(location, _)| location.fits(repository))
-            .peekable();
-        let hub = Location(HUB.to_owned());
-        let of_hub = if fitting.peek().is_none() && repository.starts_with("docker.io/") {
-            self.0.get(&hub)
-        } else {
-            None
-        };
-        let logins = fitting.map(|(_, logins)| logins).chain(of_hub);
-        logins.flatten().take(MAX_TRIES).cloned().collect()
+    /// The credentials for a repository, in the order in which they are tried; `None` if the search takes too long.
+    fn look_up(&mut self, repository: &str) -> Option<Vec<RegistryLogin>> {
+        let (host, path) = split(repository);
+        if host != self.host {
+            self.find_hosts(host)?;
+        }
+        let mut found = Vec::new();
+        for (host, paths) in &self.fitting {
+            self.steps = self.steps.checked_sub(path.len().max(STEPS_LEAST))?;
+            let beginnings = (0..=path.len()).filter_map(|end| path.get(..end));
+            found.extend(beginnings.filter_map(|beginning| {
+                let logins = paths.get(beginning)?;
+                Some((format!("{host}{beginning}"), logins))
+            }));
+        }
+        found.sort_by(|(one, _), (other, _)| other.cmp(one));
+        let hub = self.keyring.plain.get(HUB).and_then(|hub| hub.get(""));
+        let of_hub = hub.filter(|_| found.is_empty() && host == "docker.io");
+        let logins = found.into_iter().map(|(_, logins)| logins).chain(of_hub);
+        Some(logins.flatten().take(MAX_TRIES).cloned().collect())
+    }
+
+    /// Finds the hosts that fit that of an image.
+    fn find_hosts(&mut self, host: &str) -> Option<()> {
+        let keyring = self.keyring;
+        host.clone_into(&mut self.host);
+        let plain = keyring.plain.get_key_value(host);
+        self.fitting = plain
+            .map(|(host, paths)| (host.as_str(), paths))
+            .into_iter()
+            .collect();
+        for (pattern, paths) in &keyring.patterns {
+            let steps = pattern.len().saturating_mul(host.len()).max(STEPS_LEAST);
+            self.steps = self.steps.checked_sub(steps)?;
+            if fits(pattern, host) {
+                self.fitting.push((pattern.as_str(), paths));
+            }
+        }
+        Some(())
     }
 }
 
@@ -440,7 +523,8 @@ fn repository(image: &str) -> Option<String> {
     } else {
         ""
     };
-    (!path.is_empty()).then(|| format!("{host}/{library}{path}"))
+    let known = !path.is_empty() && name.len() <= LONGEST;
+    known.then(|| format!("{host}/{library}{path}"))
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod grace;
 mod image_root;
 mod job;
 mod keyring;
+mod keys;
 mod mpi;
 mod network;
 mod options;
@@ -46,6 +47,8 @@ pub use env::service_variables;
 pub use grace::Grace;
 pub use job::requested;
 pub use keyring::{BadSecret, PullCredentials, pull_credentials, pull_secrets};
+pub use keys::{Keys, keys};
+pub use size::TOO_MUCH;
 pub use trust::TrustBundleKey;
 
 /// The annotation in which the kubelet publishes the id of the pod's job.

@@ -4,10 +4,10 @@
 const MOST: usize = 20 << 20;
 
 /// What each of them takes besides its name and its contents.
-const EACH: usize = 16;
+pub(crate) const EACH: usize = 16;
 
 /// The message for a pod that has more.
-pub(crate) const TOO_MUCH: &str = "the files and variables of the pod, which come from ConfigMaps, Secrets, Services and its own fields, \
+pub const TOO_MUCH: &str = "the files and variables of the pod, which come from ConfigMaps, Secrets, Services and its own fields, \
     have more than 20 MiB together, and no more can be sent to the job: use less of them, another kind of volume, or `enableServiceLinks: false`";
 
 /// What was added so far. A pod may ask for the same key of a megabyte thousands of times, so nothing is copied any more once there

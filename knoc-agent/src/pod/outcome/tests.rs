@@ -269,6 +269,28 @@ fn a_time_limit_is_the_pods_deadline_only_if_that_was_the_limit() {
 }
 
 #[test]
+fn a_job_whose_reservation_ends_has_not_reached_the_deadline_of_its_pod() {
+    let signal = report(pb::EndedBy::Signal, pb::OutcomeKind::Failed);
+    let warned = report(pb::EndedBy::TimeLimit, pb::OutcomeKind::Failed);
+    let lasted = |seconds: i64| JobView {
+        ended_at: Some(1 + seconds),
+        time_limit_minutes: Some(60),
+        ..view(JobState::Timeout, None)
+    };
+    for (seconds, report, reason, early) in [
+        (1200, Some(&signal), "SlurmTimeLimit", true),
+        (1200, None, "SlurmTimeLimit", true),
+        (3590, Some(&signal), "DeadlineExceeded", false),
+        // Long grace periods begin long before the limit.
+        (1200, Some(&warned), "DeadlineExceeded", false),
+    ] {
+        let outcome = judge(Some(&lasted(seconds)), report, None, Some(3540));
+        assert_eq!(outcome.reason, reason, "{seconds}");
+        assert_eq!(outcome.message.contains("reservation"), early, "{seconds}");
+    }
+}
+
+#[test]
 fn the_warning_of_a_time_limit_says_why_whatever_slurm_says_then() {
     let ended = report(pb::EndedBy::TimeLimit, pb::OutcomeKind::Failed);
     // The shim's exit code makes the job FAILED.

@@ -23,6 +23,8 @@ use crate::{
 
 /// How long to wait before values are sent again that the agent asked for.
 const RESEND_PAUSE: SignedDuration = SignedDuration::from_secs(5);
+/// How long the refresh of a pod waits for room that other pods take.
+const BUSY_PAUSE: Duration = Duration::from_secs(2);
 /// How soon the values of a pod are resolved again at the earliest, however often its objects change.
 const SOONEST: Duration = Duration::from_secs(1);
 /// When to try again if a refresh is due that could not be done.
@@ -199,6 +201,15 @@ impl Worker<'_> {
             self.hold("", &message);
             return;
         }
+        if let NoValues::Resolve(ResolveError::TooMuch(why)) = error {
+            self.record_once(pod, "FailedMount", why);
+            self.hold("", why);
+            return;
+        }
+        if let NoValues::Resolve(ResolveError::Busy) = error {
+            self.hold("", &message);
+            return;
+        }
         if let NoValues::PullSecret(_) = error {
             self.record_once(pod, "FailedToRetrieveImagePullSecret", &message);
             self.hold("ErrImagePull", &message);
@@ -252,6 +263,10 @@ impl Worker<'_> {
     pub(super) async fn refresh(&mut self, pod: &Pod) {
         let (sent, lacking) = match self.values(pod).await {
             Ok(sent) => sent,
+            Err(NoValues::Resolve(ResolveError::Busy)) => {
+                self.refresh_later(BUSY_PAUSE.mul_f64(rand::random_range(0.5..1.5)));
+                return;
+            }
             Err(error) => {
                 self.record_stale(pod, &error);
                 self.refresh_later(Duration::from_mins(1));
@@ -303,6 +318,7 @@ impl Worker<'_> {
         let messages = match error {
             NoValues::Missing(Missing::Mounts(mounts)) => mounts.clone(),
             NoValues::Missing(Missing::Variables(variables)) => variables.clone(),
+            NoValues::Resolve(ResolveError::TooMuch(why)) => vec![(*why).to_owned()],
             NoValues::Resolve(_) | NoValues::PullSecret(_) => {
                 let error = knoc_proto::error::chain(error);
                 tracing::warn!(uid = %self.uid, %error, "could not refresh the values of a pod, its old ones stay");
@@ -321,7 +337,9 @@ impl Worker<'_> {
         let references = &self.context.api.references;
         self.memory.values.read = Some((now, references.level()));
         let allocatable = self.context.allocatable();
-        let (resolved, trust) = resolve::resolve(
+        // What an earlier answer took in this round.
+        self.room = None;
+        let (resolved, trust, room) = resolve::resolve(
             &self.context.api.client,
             &self.context.api.services,
             pod,
@@ -331,6 +349,7 @@ impl Worker<'_> {
             now,
         )
         .await?;
+        self.room = room;
         let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
         let made = knoc_translate::values(pod, &resolved);
         let complete = made.as_ref().is_ok_and(|it| it.lacking.is_empty());

@@ -31,7 +31,7 @@ impl Worker<'_> {
         }
         let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
         let client = &self.context.api.client;
-        let secrets = resolve::secrets(client, namespace, &names).await?;
+        let (secrets, _room) = resolve::pull_secrets(client, namespace, &names).await?;
         let found = knoc_translate::pull_credentials(pod, &secrets)?;
         if !found.missing.is_empty() {
             let text = format!(

@@ -16,6 +16,7 @@ use crate::{
         events::{Note, about_pod},
         publish::{self, PublishError},
         resize,
+        resolve::Room,
         status::{self, Hold, Rejection},
         store::PodView,
     },
@@ -45,9 +46,16 @@ pub(super) async fn reconcile(context: Arc<Context>, uid: PodUid, memory: Memory
         uid: &uid,
         memory,
         again: None,
+        room: None,
     };
     let kept = worker.round().await;
-    let Worker { memory, again, .. } = worker;
+    let Worker {
+        memory,
+        again,
+        room,
+        ..
+    } = worker;
+    drop(room);
     Round {
         memory: kept.then_some(memory),
         again,
@@ -59,6 +67,8 @@ pub(super) struct Worker<'a> {
     pub(super) uid: &'a PodUid,
     pub(super) memory: Memory,
     pub(super) again: Option<Duration>,
+    /// What the values of the pod take until they are sent.
+    pub(super) room: Room,
 }
 
 impl Worker<'_> {

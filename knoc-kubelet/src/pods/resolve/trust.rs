@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use futures::future::join_all;
+use futures::future::try_join_all;
 use k8s_openapi::{
     ClusterResourceScope,
     api::certificates::{v1, v1beta1},
@@ -12,7 +12,10 @@ use kube::{Api, Client, Resource};
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use serde::de::DeserializeOwned;
 
-use super::{AT_ONCE, DEADLINE, ResolveError};
+use super::{
+    AT_ONCE, DEADLINE, ResolveError,
+    room::{self, Keeping},
+};
 use crate::pods::references::{Version, list_params, version_of_all};
 
 /// The characters of a line of PEM.
@@ -55,18 +58,24 @@ impl Bundle for v1beta1::ClusterTrustBundle {
 pub(super) async fn get_all(
     client: &Client,
     keys: &[TrustBundleKey],
+    keeping: &Keeping,
 ) -> Result<AllFound, ResolveError> {
     let mut all = AllFound::new();
     for some in keys.chunks(AT_ONCE) {
         let gets = some.iter().map(|key| async move {
+            let _turn = room::turn().await;
             let mut found = get::<v1::ClusterTrustBundle>(client, key).await?;
             if found.is_none() {
                 found = get::<v1beta1::ClusterTrustBundle>(client, key).await?;
             }
-            Ok(found.map(|found| (key.clone(), found)))
+            // Many selections may have the same bundles.
+            if let Some(found) = &found {
+                keeping.add(found.certificates.len(), knoc_translate::TOO_MUCH)?;
+            }
+            Ok::<_, ResolveError>(found.map(|found| (key.clone(), found)))
         });
-        let found: Result<Vec<_>, ResolveError> = join_all(gets).await.into_iter().collect();
-        all.extend(found?.into_iter().flatten());
+        let found = try_join_all(gets).await?;
+        all.extend(found.into_iter().flatten());
     }
     Ok(all)
 }

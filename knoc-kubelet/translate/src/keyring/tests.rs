@@ -234,3 +234,43 @@ fn credentials_that_fit_very_many_images_are_not_copied_for_all_of_them() {
     // Nothing shows a password.
     assert!(!large.unused[0].contains("xx"), "{:?}", large.unused);
 }
+
+#[test]
+fn thousands_of_images_are_looked_up_in_thousands_of_locations_without_a_comparison_of_each_with_each()
+ {
+    let images: Vec<_> = (0..5000)
+        .map(|n| format!("r{n}.example/team/app:1"))
+        .collect();
+    let images: Vec<_> = images.iter().map(String::as_str).collect();
+    let login = json!({"username": "u", "password": "p"});
+    let of = |locations: &mut dyn Iterator<Item = String>| {
+        let auths: serde_json::Map<String, Value> = locations
+            .map(|location| (location, login.clone()))
+            .collect();
+        let secrets = [("s".to_owned(), json_secret(&Value::Object(auths)))].into();
+        pull_credentials(&pod(&images, &["s"]), &secrets).unwrap()
+    };
+    let plain = of(&mut (0..5000).map(|n| format!("r{n}.example/team")));
+    assert_eq!(plain.credentials.images.len(), images.len());
+    assert!(plain.unused.is_empty(), "{:?}", plain.unused);
+    // Some patterns are compared with all.
+    let few = of(&mut (0..20).map(|n| format!("*{n}.example")));
+    assert!(!few.credentials.images.is_empty());
+    assert!(few.unused.is_empty(), "{:?}", few.unused);
+    // Very many are not.
+    let many = of(&mut (0..5000).map(|n| format!("*{n}.example")));
+    assert!(many.credentials.images.len() < images.len());
+    assert!(
+        many.unused[0].contains("too many patterns"),
+        "{:?}",
+        many.unused
+    );
+}
+
+#[test]
+fn an_address_fits_however_it_is_written() {
+    let auths = json!({"::1:5000": {"username": "u", "password": "p"}});
+    assert_eq!(passwords(&auths, "[::1]:5000/a"), ["p"]);
+    let auths = json!({"quay.io:": {"username": "u", "password": "p"}});
+    assert_eq!(passwords(&auths, "quay.io/a"), ["p"]);
+}
