@@ -387,12 +387,9 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let over = CancellationToken::new();
     let pump = read_all(sources, log(pod, attempt, &live), over.clone(), &program);
     let ending = async {
-        let exit = up.runtime.ended(&attempt.abort, up.identity).await;
-        if !program.isolated {
-            signals::kill_left(up.identity.pid);
-        }
+        let exit = end(&mut up.runtime, attempt, up.identity, program.isolated).await;
         over.cancel();
-        with_signal(exit)
+        exit
     };
     let (losses, exit) = tokio::select! {
         biased;
@@ -406,6 +403,15 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let message = (up.runtime).message(message(folders, logs.then_some(live)).await);
     let used = used_since(pod, used_before, &up.runtime);
     Ok((exit, message, losses, killed, used))
+}
+
+/// Waits for the end of the container, and kills what is left of it. A PID namespace of its own leaves nothing.
+async fn end(runtime: &mut Runtime, attempt: &Attempt, program: Identity, isolated: bool) -> Exit {
+    let exit = runtime.ended(&attempt.abort, program).await;
+    if !isolated {
+        signals::kill_left(program.pid);
+    }
+    with_signal(exit)
 }
 
 /// Reads the output to its end. Nobody is there to write any more then, so the namespaces are let go, also if the log takes

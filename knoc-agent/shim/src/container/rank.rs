@@ -7,10 +7,10 @@ use knoc_contract::logs::writer::Losses;
 use tokio::sync::oneshot;
 
 use super::{
-    super::{attach::hub, environment, measure, pod::Pod, ranks::step, signals},
+    super::{attach::hub, environment, measure, pod::Pod, ranks::step},
     Attempt, AttemptError, Done, Ended, Program, by_kernel,
     complete::{complete, complete_inside},
-    ended, environment_of, launch, launched, message, prepare, up, used_since, with_signal,
+    end, ended, environment_of, launch, launched, message, prepare, up, used_since,
 };
 use crate::launch::kept::Kept;
 
@@ -84,11 +84,7 @@ async fn try_run(
     };
     // The helper waits for it as long as the rank runs.
     started.send(Arc::new(program)).ok();
-    let exit = up.runtime.ended(&attempt.abort, up.identity).await;
-    if !isolated {
-        signals::kill_left(up.identity.pid);
-    }
-    let exit = with_signal(exit);
+    let exit = end(&mut up.runtime, attempt, up.identity, isolated).await;
     keeper.end(exit);
     let by_us = attempt.abort.is_cancelled();
     let killed = by_kernel(exit, by_us, || pod.oom.claim(kills_before));
