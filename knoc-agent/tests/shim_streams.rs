@@ -370,6 +370,36 @@ fn children_of(pid: i32) -> Vec<String> {
     found
 }
 
+/// Whether a process whose command line contains `text` runs.
+fn runs(text: &str) -> bool {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let lines = processes.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+    lines
+        .into_iter()
+        .any(|line| String::from_utf8_lossy(&line).contains(text))
+}
+
+#[tokio::test]
+async fn an_exec_does_not_outlive_a_shim_that_is_killed() {
+    let (mut job, _agent, mut shim) = up(sh("a", harness::streams::SLEEPER)).await;
+    let mark = job.dir.path().join("exec").display().to_string();
+    let (input, inputs) = mpsc::channel(4);
+    let start = command(&["sh", "-c", "echo up; while :; do sleep 600; done", &mark]);
+    input.send(message(Input::Start(start))).await.unwrap();
+    let answer = shim.exec(ReceiverStream::new(inputs)).await.unwrap();
+    let mut output = answer.into_inner();
+    loop {
+        let item = output.message().await.unwrap().expect("it goes on");
+        if matches!(item.output, Some(Output::Stdout(_))) {
+            break;
+        }
+    }
+    assert!(runs(&mark));
+    job.signal(nix::sys::signal::Signal::SIGKILL);
+    until("the exec has ended", || !runs(&mark)).await;
+    job.wait().await;
+}
+
 #[tokio::test]
 async fn an_exec_ends_with_its_container() {
     let mut first = sh("a", "echo up; read line; exit 3");
