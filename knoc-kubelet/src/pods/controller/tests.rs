@@ -7,6 +7,7 @@ mod changes;
 mod cost;
 mod ephemeral;
 mod extended;
+mod large;
 mod live;
 mod predicates;
 mod pull_secrets;

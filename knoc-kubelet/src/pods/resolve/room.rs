@@ -8,7 +8,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use super::ResolveError;
 
 /// How many objects are read at once. An answer is in memory about three times until it is read.
-const READS: usize = 32;
+pub(super) const READS: usize = 32;
 /// What each pod keeps without taking room: enough for a usual pod, and little for all workers together.
 const FREE: usize = 256 << 10;
 /// The unit in which room is taken.
@@ -84,6 +84,13 @@ impl Keeping {
         let state = self.state.into_inner();
         state.unwrap_or_else(PoisonError::into_inner).room
     }
+}
+
+/// Takes all room that there is.
+#[cfg(test)]
+pub(crate) async fn take_all() -> Room {
+    let all = u32::try_from(MOST / UNIT).unwrap();
+    KEPT.acquire_many(all).await.ok()
 }
 
 #[cfg(test)]
