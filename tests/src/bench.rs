@@ -8,7 +8,8 @@
 //! | T3 | last line of the program → a watch shows the terminal phase | a watch's own delay |
 //! | T4 | `exec true` by a warm client | `apptainer exec instance://… true` on the compute node |
 //! | cost | status patches, Events and the API server's processor time for each pod | none |
-//! | status beside a cp | T3 while `kubectl cp` runs at full speed | T3 without it |
+//! | submitted | T1 of the last of many pods whose jobs wait | as many `sbatch` in a row |
+//! | status beside a cp | T3 while `kubectl cp` runs at full speed | T3 while relays pass as much on |
 //! | follow | the program writes a line → a client of the API server has it | none |
 //! | probes | the shim's processor time for a thousand http and tcp probes a minute | the same pod without probes |
 //! | exec probes | processor time of the shim and its children for each | `nsenter` into the container on the compute node |
@@ -38,6 +39,7 @@ mod relayed;
 mod report;
 mod stats;
 mod streams;
+mod submitted;
 
 use std::path::Path;
 use std::time::Duration;
@@ -61,7 +63,10 @@ const STREAMS: usize = 5;
 /// A short stream takes a third of a second, so it is measured this many times as often.
 const SHORT: usize = 3;
 
-/// Rounds of pods without and beside a copy.
+/// Pods at once whose jobs wait, and how many rounds of it.
+const SUBMITTED: (usize, usize) = (50, 10);
+
+/// Rounds of pods without and beside a copy, and beside the relays.
 const BESIDE: usize = 25;
 
 /// The number of lines in the log that is followed.
@@ -83,6 +88,7 @@ struct Figures {
     follow: Series,
     egress: egress::Egress,
     probes: probes::Probes,
+    submitted: submitted::Submitted,
     beside: beside::Beside,
     streams: Vec<streams::Stream>,
     load: load::Load,
@@ -111,6 +117,8 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
         say_batch(&batch)?;
         figures.batches.push(batch);
     }
+    say("pods that are only submitted");
+    figures.submitted = submitted_pods(&bed, quick).await?;
     say("memory and RPCs at 50 running pods");
     figures.load = load::measure(&bed, 50, if quick { 15 } else { 60 }).await?;
     let batch = many(&bed, quick).await?;
@@ -132,6 +140,21 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     let text = report::page(&figures, &bed, quick)?;
     #[expect(clippy::disallowed_methods, reason = "a page of the documentation")]
     std::fs::write(page, text).with_context(|| page.display().to_string())?;
+    bed.close().await
+}
+
+async fn submitted_pods(bed: &Bed, quick: bool) -> anyhow::Result<submitted::Submitted> {
+    let (pods, rounds) = SUBMITTED;
+    submitted::measure(bed, pods, if quick { 3 } else { rounds }).await
+}
+
+/// Measures only T1 of pods whose jobs wait; prints the table to standard output and does not change the page.
+pub async fn submitted(quick: bool) -> anyhow::Result<()> {
+    let bed = Bed::open().await?;
+    let measured = submitted_pods(&bed, quick).await?;
+    let mut table = String::new();
+    report::submitted(&mut table, &measured)?;
+    print(&table)?;
     bed.close().await
 }
 

@@ -1,13 +1,16 @@
-//! How long a status takes while `kubectl cp` runs at full speed, and without it, alternately. Control and bulk traffic use
-//! separate connections, so the copy should delay a status hardly more than its use of the processors does.
+//! How long a status takes while `kubectl cp` runs at full speed, while the same bytes go through as many bare relays, and without
+//! either, alternately. Control and bulk traffic use separate connections, so the copy should delay a status hardly more than its use of
+//! the processors does, which the relays show.
 
 use std::time::Duration;
 
 use anyhow::Context as _;
 
-use super::bed::Bed;
+use super::bed::{Bed, FOLDER};
 use super::kubernetes;
 use super::pods::Batch;
+use super::relay::Chain;
+use super::streams::ALL;
 use crate::{PodBuilder, wait_for};
 
 /// The time limit for the pod from which is copied.
@@ -19,17 +22,20 @@ const PODS: usize = 4;
 /// The size of the file that is copied over and over.
 const BYTES: u64 = 1 << 30;
 
-/// T3 of pods, without and beside a copy.
+/// T3 of pods, without and beside a copy, and beside the relays.
 #[derive(Debug, Default)]
 pub(super) struct Beside {
     pub(super) alone: Batch,
     pub(super) copying: Batch,
-    /// Files that were copied completely during the rounds.
+    /// Beside the floor of the copy.
+    pub(super) relaying: Batch,
+    /// Files that were copied completely during the rounds, and those that went through the relays.
     pub(super) copies: usize,
+    pub(super) relayed: usize,
 }
 
-/// Measures `rounds` rounds of each kind.
-pub(super) async fn measure(bed: &Bed, rounds: usize) -> anyhow::Result<Beside> {
+/// Creates the pod from which is copied, with its file.
+async fn source(bed: &Bed) -> anyhow::Result<()> {
     let source = PodBuilder::new("beside")
         .image(&Bed::image_path())
         .memory("2Gi")
@@ -50,33 +56,62 @@ pub(super) async fn measure(bed: &Bed, rounds: usize) -> anyhow::Result<Beside> 
         Ok(size) => Err(format!("{size} of {BYTES} bytes")),
         Err(error) => Err(format!("{error:#}")),
     })
-    .await?;
+    .await
+}
+
+/// Measures `rounds` rounds of each kind.
+pub(super) async fn measure(bed: &Bed, rounds: usize) -> anyhow::Result<Beside> {
+    source(bed).await?;
     // In memory: client and compute nodes share a disk here, and a container's end waits until it has written everything (Apptainer calls
     // syncfs(2) for the file system of the overlay).
     let folder = tempfile::tempdir_in("/dev/shm")?;
-    let target = folder.path().join("large").display().to_string();
-    let (mut alone, mut copying) = (Batch::new(PODS), Batch::new(PODS));
-    let mut copies = 0;
+    let local = folder.path().display().to_string();
+    let target = format!("{local}/large");
+    let produce = format!(
+        "mkdir -p {FOLDER} && cd {FOLDER} && head -c {BYTES} /dev/zero >large && sync large"
+    );
+    bed.shell("login", &produce).ok().await?;
+    let far = format!("program=tar -cf - -C {FOLDER} large");
+    let chain = Chain::start(bed, ALL, far).await?;
+    let near = ["tar", "-xf", "-", "-C", &local].map(str::to_owned);
+    let mut beside = Beside {
+        alone: Batch::new(PODS),
+        copying: Batch::new(PODS),
+        relaying: Batch::new(PODS),
+        ..Beside::default()
+    };
+    let Beside {
+        alone,
+        copying,
+        relaying,
+        copies,
+        relayed,
+    } = &mut beside;
     for round in 1..=rounds {
-        alone.measure(bed, round).await.context("without a copy")?;
-        let copy_again = async {
-            loop {
-                if let Err(error) = kubernetes::copy(bed, "beside:/data/large", &target).await {
-                    return error;
-                }
-                copies += 1;
-            }
-        };
+        let measured = alone.measure(bed, round).await;
+        measured.context("without a copy")?;
+        let copy = async || kubernetes::copy(bed, "beside:/data/large", &target).await;
         tokio::select! {
             measured = copying.measure(bed, round) => measured.context("beside a copy")?,
-            error = copy_again => return Err(error.context("the copy")),
+            error = again(copy, copies) => return Err(error.context("the copy")),
+        }
+        let relay = async || chain.run(&near).await.map(drop);
+        tokio::select! {
+            measured = relaying.measure(bed, round) => measured.context("beside the relays")?,
+            error = again(relay, relayed) => return Err(error.context("the relays")),
         }
     }
     bed.world.delete("beside", Some(0)).await?;
     bed.world.wait_gone("beside", READY).await?;
-    Ok(Beside {
-        alone,
-        copying,
-        copies,
-    })
+    Ok(beside)
+}
+
+/// Does this again and again, and counts; returns the first error.
+async fn again(work: impl AsyncFn() -> anyhow::Result<()>, count: &mut usize) -> anyhow::Error {
+    loop {
+        if let Err(error) = work().await {
+            return error;
+        }
+        *count += 1;
+    }
 }

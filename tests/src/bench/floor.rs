@@ -28,11 +28,16 @@ pub(super) struct Job {
     pub(super) program: i64,
 }
 
-/// Runs `sbatch` `count` times in a row.
-pub(super) async fn sbatch_row(bed: &Bed, count: usize) -> anyhow::Result<Vec<Submission>> {
+/// Runs `sbatch` `count` times in a row, for jobs of that partition or of the default one.
+pub(super) async fn sbatch_row(
+    bed: &Bed,
+    count: usize,
+    partition: Option<&str>,
+) -> anyhow::Result<Vec<Submission>> {
+    let partition = partition.map_or_else(String::new, |name| format!("-p {name} "));
     let text = format!(
         "for i in $(seq {count}); do b=$EPOCHREALTIME; \
-         sbatch --parsable -J knoc-floor -c 1 --mem 64 -t 1 -o /dev/null --wrap true >/dev/null || exit 1; \
+         sbatch --parsable -J knoc-floor {partition}-c 1 --mem 64 -t 1 -o /dev/null --wrap true >/dev/null || exit 1; \
          echo $b $EPOCHREALTIME; done"
     );
     let output = bed.shell("login", &text).ok().await?;

@@ -68,12 +68,12 @@ pub(super) struct Batch {
 
 /// The times at which a watch saw the states of one pod.
 #[derive(Debug, Clone, Copy, Default)]
-struct Seen {
-    bound: Option<i64>,
+pub(super) struct Seen {
+    pub(super) bound: Option<i64>,
     terminal: Option<i64>,
 }
 
-type Sightings = Arc<Mutex<BTreeMap<String, Seen>>>;
+pub(super) type Sightings = Arc<Mutex<BTreeMap<String, Seen>>>;
 
 impl Batch {
     pub(super) fn new(pods: usize) -> Self {
@@ -91,7 +91,7 @@ impl Batch {
     /// Measures one round: the pods, then their floors.
     pub(super) async fn round(&mut self, bed: &Bed, round: usize) -> anyhow::Result<()> {
         self.measure(bed, round).await?;
-        let row = floor::sbatch_row(bed, self.pods).await?;
+        let row = floor::sbatch_row(bed, self.pods, None).await?;
         if let (Some(first), Some(last)) = (row.first(), row.last()) {
             self.sbatch_row.push(span(first.began, last.ended));
         }
@@ -234,7 +234,7 @@ async fn create(bed: &Bed, name: &str) -> anyhow::Result<(String, i64)> {
 }
 
 /// The second client: records the time of each state that it sees.
-async fn watch(pods: Api<Pod>, mut version: String, sightings: Sightings) {
+pub(super) async fn watch(pods: Api<Pod>, mut version: String, sightings: Sightings) {
     loop {
         let events = pods.watch(&WatchParams::default(), &version).await;
         let Ok(events) = events else { continue };

@@ -9,6 +9,7 @@ use super::pods::Batch;
 use super::probes::Probes;
 use super::stats::Series;
 use super::streams::Stream;
+use super::submitted::Submitted;
 use super::{Figures, machine, peers};
 
 /// One target: the measured value and its upper bound, or its lower bound if `least` is set.
@@ -52,6 +53,7 @@ pub(super) fn page(figures: &Figures, bed: &Bed, quick: bool) -> anyhow::Result<
     for batch in &figures.batches {
         pods(&mut out, batch)?;
     }
+    submitted(&mut out, &figures.submitted)?;
     others(&mut out, figures)?;
     peers::section(&mut out, figures)?;
     Ok(out)
@@ -101,15 +103,6 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
             ));
             bounds.push(bound("KNoC's share of T2, 1 pod, p50", t2, 100.0, " ms"));
         }
-        if pods == 50 {
-            let ratio = batch.t1_last.median() / batch.sbatch_row.median();
-            bounds.push(bound(
-                "T1 of the last of 50 pods / 50 sbatch in a row",
-                ratio,
-                1.3,
-                " ×",
-            ));
-        }
         let at = format!("T3, {pods} at once");
         let (median, most) = if pods > 50 {
             (1000.0, 5000.0)
@@ -123,10 +116,20 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
         bounds.push(bound(&format!("status patches {at}"), patches, 4.0, ""));
         bounds.push(bound(&format!("Events {at}"), events, 4.0, ""));
     }
+    let submitted = &figures.submitted;
+    bounds.push(bound(
+        &format!(
+            "T1 of the last of {0} pods / {0} sbatch in a row, in a partition that is down",
+            submitted.pods
+        ),
+        submitted.last.median() / submitted.row.median(),
+        1.3,
+        " ×",
+    ));
     let beside = &figures.beside;
     bounds.push(bound(
-        "T3 beside a kubectl cp at full speed, p99, less that without",
-        beside.copying.t3.at(99) - beside.alone.t3.at(99),
+        "T3 beside a kubectl cp at full speed, p99, less that beside 4 bare relays at full speed",
+        beside.copying.t3.at(99) - beside.relaying.t3.at(99),
         20.0,
         " ms",
     ));
@@ -304,6 +307,28 @@ fn pod_rows(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// T1 of pods whose jobs wait.
+pub(super) fn submitted(out: &mut String, submitted: &Submitted) -> std::fmt::Result {
+    writeln!(
+        out,
+        "## {} pods at once, whose jobs wait\n\nThe partition is down, so that no container starts on these processors meanwhile.\n\n\
+         | | p50 | p99 | n |\n|---|---|---|---|",
+        submitted.pods
+    )?;
+    row(
+        out,
+        "T1 of the pod whose sbatch exited last",
+        &submitted.last,
+    )?;
+    row(
+        out,
+        "first nodeName seen → last sbatch exited, with the scheduler's own time",
+        &submitted.all,
+    )?;
+    row(out, "floor: as many sbatch in a row", &submitted.row)?;
+    writeln!(out)
+}
+
 fn row(out: &mut String, name: &str, series: &Series) -> std::fmt::Result {
     let (median, most) = (series.median(), series.at(99));
     writeln!(
@@ -319,6 +344,10 @@ pub(super) fn beside(out: &mut String, beside: &Beside) -> std::fmt::Result {
         (
             "T3 beside a kubectl cp at full speed, 4 pods at once",
             &beside.copying,
+        ),
+        (
+            "floor: the same beside 4 bare relays at full speed",
+            &beside.relaying,
         ),
         ("the same without the cp", &beside.alone),
     ] {
@@ -337,8 +366,8 @@ pub(super) fn beside(out: &mut String, beside: &Beside) -> std::fmt::Result {
     }
     writeln!(
         out,
-        "\nWhile these pods ran, kubectl cp copied 1 GiB completely {} times.",
-        beside.copies
+        "\nWhile these pods ran, kubectl cp copied 1 GiB completely {} times, and the relays {} times.",
+        beside.copies, beside.relayed
     )
 }
 

@@ -4,6 +4,7 @@
 //! `knoc-bench [--quick] egress` measures only what pods open to the cluster, and prints the results;
 //! `knoc-bench [--quick] probes` measures only what probes cost, and prints the results;
 //! `knoc-bench [--quick] beside` measures only T3 beside a copy, and prints the results;
+//! `knoc-bench [--quick] submitted` measures only T1 of pods whose jobs wait, and prints the results;
 //! `knoc-bench pods COUNT [ROUNDS]` measures T1 to T3 of that many pods at once, and prints the results;
 //! `knoc-bench [--quick] links FILE` measures what the way to the agent of the current profile costs, and adds a row to FILE;
 //! `knoc-bench links-page FILE` writes the table in docs/guide/links.md from these rows;
@@ -82,6 +83,7 @@ fn measure(runtime: &Runtime, arguments: &[String], quick: bool) -> anyhow::Resu
     match arguments.first().map_or("", String::as_str) {
         "beside" => runtime.block_on(bench::beside(quick)),
         "egress" => runtime.block_on(bench::egress(quick)),
+        "submitted" => runtime.block_on(bench::submitted(quick)),
         "probes" => runtime.block_on(bench::probes(quick)),
         "pods" => {
             let count = arguments
