@@ -49,6 +49,9 @@ fn a_deadline_that_was_lowered_while_the_pod_runs_ends_it() {
             Effect::PollSoon
         ]
     );
+    let told = pod.notes.iter();
+    let told = told.filter(|note| note.reason == "DeadlineExceeded" && !note.warning);
+    assert_eq!(told.count(), 1, "{:?}", pod.notes);
     // The containers get the whole grace period; then the job is cancelled.
     assert_eq!(pod.wake(), Some(due + grace + Duration::from_secs(15)));
     for outcome_of_containers in [pb::OutcomeKind::Failed, pb::OutcomeKind::Succeeded] {
