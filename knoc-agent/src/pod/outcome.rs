@@ -206,7 +206,8 @@ fn without_report(evidence: &Evidence<'_>, now: Timestamp) -> Outcome {
     // The shim's exit code comes before the state, which only repeats that the code was not zero.
     let decided = by_exit(evidence, view)
         .or_else(|| before_shim(evidence, view))
-        .or_else(|| by_state(evidence, view));
+        .or_else(|| by_state(evidence, view))
+        .or_else(|| requeued(evidence, view));
     let decided = decided.unwrap_or_else(|| {
         let how = view.exit.map_or_else(String::new, |exit| {
             format!(", exit code {}, signal {}", exit.code, exit.signal)
@@ -234,12 +235,17 @@ pub fn is_in_queue(view: &JobView) -> bool {
 fn requeued(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     let report = evidence.report?;
     let later_life = i64::from(view.restarts) > i64::from(report.restart);
-    (later_life || report.r#final && is_in_queue(view)).then(|| {
-        disrupted(
-            "SlurmJobRequeued",
-            "Slurm requeued the job, whose containers had begun: they are not started again",
-            Timestamp::UNIX_EPOCH,
-        )
+    let waits = is_in_queue(view);
+    (later_life || waits).then(|| {
+        let how = match (waits, view.reason.as_str()) {
+            (false, _) => String::new(),
+            (true, "") => format!(" ({})", view.state),
+            (true, reason) => format!(" ({}: {reason})", view.state),
+        };
+        let message = format!(
+            "Slurm requeued the job{how}, whose containers had begun: they are not started again"
+        );
+        disrupted("SlurmJobRequeued", &message, Timestamp::UNIX_EPOCH)
     })
 }
 

@@ -235,6 +235,7 @@ fn a_requeued_job_whose_containers_had_begun_is_named() {
     };
     for (view, report, reason) in [
         (&back, &ended, "SlurmJobRequeued"),
+        (&back, &begun, "SlurmJobRequeued"),
         (&second, &ended, "SlurmJobRequeued"),
         (&second, &begun, "SlurmJobRequeued"),
         (&first, &begun, "ContainerStatusUnknown"),
