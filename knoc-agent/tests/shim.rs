@@ -454,6 +454,28 @@ async fn the_last_words_of_a_failed_container() {
     }
 }
 
+/// A directory of the image, and a path below a file of it.
+#[tokio::test]
+async fn a_termination_message_that_can_be_nowhere_is_an_error_that_names_the_field() {
+    if !isolated() {
+        return;
+    }
+    for path in ["/etc", "/etc/passwd/message"] {
+        let mut container = sh("a", "true");
+        container.termination_message_path = path.to_owned();
+        let mut job = Job::new(vec![container]);
+        job.start();
+        assert_eq!(job.code().await, 64, "{path}: {}", job.state_words());
+        let report = job.report();
+        let ended = terminated(&report.containers[0]);
+        assert_ne!(ended.exit_code, 0, "{path}: {ended:?}");
+        assert!(
+            ended.message.contains("terminationMessagePath"),
+            "{path}: {ended:?}"
+        );
+    }
+}
+
 /// In a job with a memory limit of 200 MB.
 #[tokio::test]
 async fn an_oom_kill_is_named() {

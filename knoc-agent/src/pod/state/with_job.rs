@@ -172,8 +172,7 @@ fn went_back(pod: &Pod, before: Option<&JobView>) -> bool {
     let Some(view) = pod.view.as_ref().filter(waits) else {
         return false;
     };
-    before.is_some_and(|view| view.state.phase() == JobPhase::Running)
-        || submitted_again(pod, view)
+    before.is_some_and(|view| view.state.phase() == JobPhase::Running) || submitted_again(pod, view)
 }
 
 /// Whether the job was submitted after its shim had begun. An agent that was restarted may not have seen the job run.
