@@ -374,6 +374,26 @@ async fn the_deadline_kills_what_ignores_term() {
     assert_eq!((ended.exit_code, ended.signal), (137, 9));
 }
 
+/// A container that waits for its back-off, one that waits for its turn, and one whose init container runs.
+#[tokio::test]
+async fn the_deadline_ends_a_pod_in_whatever_it_is() {
+    for init in ["true", "sleep 600"] {
+        let mut job = Job::new(vec![sh("a", "exit 1"), sh("b", "sleep 600")]);
+        job.spec().init_containers = vec![sh("first", init)];
+        job.spec().restart_policy = pb::RestartPolicy::Always.into();
+        job.spec().active_deadline_seconds = 3;
+        job.spec().termination_grace_period_seconds = 1;
+        if let Some(settings) = &mut job.file.settings {
+            settings.backoff_initial_ms = 600_000;
+        }
+        job.start();
+        assert_eq!(job.code().await, 64, "{init}");
+        let report = job.report();
+        assert_eq!(report.ended_by(), EndedBy::Deadline, "{init}");
+        assert_eq!(report.reason, "DeadlineExceeded", "{init}");
+    }
+}
+
 #[tokio::test]
 async fn what_a_program_leaves_behind_dies_with_it() {
     let mut job = Job::new(vec![sh(
