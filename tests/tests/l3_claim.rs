@@ -274,10 +274,12 @@ async fn a_pod_whose_shim_was_killed_and_whose_job_is_held_does_not_stay_running
         .on(node.trim(), ["pkill", "-KILL", "-f", &shim])
         .ok()
         .await?;
-    world
-        .on("login", ["scontrol", "requeuehold", &job])
-        .ok()
-        .await?;
+    // Not while the job is completing.
+    wait_for("the job is held", SOON, async || {
+        let hold = ["scontrol", "requeuehold", &job];
+        world.on("login", hold).ok().await.map(drop)
+    })
+    .await?;
     let ended = world.wait_phase("held", "Failed", 2 * SOON).await?;
     let (reason, message) = why(&ended);
     ensure!(reason == "SlurmJobRequeued", "{reason}: {message}");

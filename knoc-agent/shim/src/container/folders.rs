@@ -152,7 +152,7 @@ impl Folders {
                 // By this name of the same file the launcher sees whether it is mounted.
                 fs::hard_link(&log, self.shared.join("message")).ok();
                 volumes.push(Mounted {
-                    what: format!("terminationMessagePath {target:?}"),
+                    what: format!("terminationMessagePath \"{}\"", target.display()),
                     ..own_file(log, target, false)
                 });
             }
@@ -289,8 +289,8 @@ fn pmix(pod: &Pod) -> Option<Mounted> {
 }
 
 /// If the container's root is read-only, adds a writable folder for each volume that the image declares and the pod does
-/// not mount, and returns them, and the paths of those that cannot be mounted, which nobody who runs the image can change. It gets a copy of what the image has there once the container is set up. A writable root has the
-/// image's own folders.
+/// not mount, and returns them, and the paths of those that cannot be mounted: nobody who runs the image can change these. The
+/// folder gets a copy of what the image has there once the container is set up. A writable root has the image's own folders.
 fn add_image_volumes(
     spec: &ContainerSpec,
     work: &Path,
