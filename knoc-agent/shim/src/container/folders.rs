@@ -288,6 +288,9 @@ fn pmix(pod: &Pod) -> Option<Mounted> {
     Some(own_file(path.clone(), &path, false))
 }
 
+/// The volumes of an image: where each is mounted, and the folder that is.
+type Added = Vec<(PathBuf, PathBuf)>;
+
 /// If the container's root is read-only, adds a writable folder for each volume that the image declares and the pod does
 /// not mount, and returns them, and the paths of those that cannot be mounted: nobody who runs the image can change these. The
 /// folder gets a copy of what the image has there once the container is set up. A writable root has the image's own folders.
@@ -295,7 +298,7 @@ fn add_image_volumes(
     spec: &ContainerSpec,
     work: &Path,
     volumes: &mut Vec<Mounted>,
-) -> Result<(Vec<(PathBuf, PathBuf)>, Vec<String>), PrepareError> {
+) -> Result<(Added, Vec<String>), PrepareError> {
     let (mut added, mut left_out) = (Vec::new(), Vec::new());
     if !spec.container.read_only_root {
         return Ok((added, left_out));
@@ -343,7 +346,7 @@ fn message_in_volume(
     termination: &TerminationLog,
     volumes: &[Mounted],
 ) -> Option<(PathBuf, PathBuf)> {
-    let TerminationLog::Mounted { mount, rest } = termination else {
+    let TerminationLog::Mounted { mount, rest, .. } = termination else {
         return None;
     };
     Some((volumes.get(*mount)?.target.clone(), rest.clone()))
