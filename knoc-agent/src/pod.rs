@@ -41,7 +41,8 @@
 //! is stopped if it has waited for `never_ends_after` for a reason that never ends ("waits forever"). Only the end of
 //! the job finishes a pod that the agent ends: one that is deleted, or overdue, which means that its deadline was
 //! lowered after its shim had read it. `Settling` is published as `Running`, or as `Stopping` if the pod is being
-//! deleted. A queued or running job that the scheduler does not know becomes `Lost`. `Finished` is final; it keeps the
+//! deleted. A running pod whose job is back in the queue, perhaps held there, is `Settling` if its shim had begun, since
+//! it never runs again, and `Queued` otherwise. A queued or running job that the scheduler does not know becomes `Lost`. `Finished` is final; it keeps the
 //! placement as `lingering` until its job has ended.
 //!
 //! Who may change what: the machine ([`state`]) decides, purely; the actor ([`actor`]) performs and persists; nobody

@@ -374,6 +374,26 @@ async fn the_deadline_kills_what_ignores_term() {
     assert_eq!((ended.exit_code, ended.signal), (137, 9));
 }
 
+/// A container that waits for its back-off, one that waits for its turn, and one whose init container runs.
+#[tokio::test]
+async fn the_deadline_ends_a_pod_in_whatever_it_is() {
+    for init in ["true", "sleep 600"] {
+        let mut job = Job::new(vec![sh("a", "exit 1"), sh("b", "sleep 600")]);
+        job.spec().init_containers = vec![sh("first", init)];
+        job.spec().restart_policy = pb::RestartPolicy::Always.into();
+        job.spec().active_deadline_seconds = 3;
+        job.spec().termination_grace_period_seconds = 1;
+        if let Some(settings) = &mut job.file.settings {
+            settings.backoff_initial_ms = 600_000;
+        }
+        job.start();
+        assert_eq!(job.code().await, 64, "{init}");
+        let report = job.report();
+        assert_eq!(report.ended_by(), EndedBy::Deadline, "{init}");
+        assert_eq!(report.reason, "DeadlineExceeded", "{init}");
+    }
+}
+
 #[tokio::test]
 async fn what_a_program_leaves_behind_dies_with_it() {
     let mut job = Job::new(vec![sh(
@@ -451,6 +471,28 @@ async fn the_last_words_of_a_failed_container() {
             .map(|c| terminated(c).message)
             .collect();
         assert_eq!(messages, ["hello", "there", "bound"]);
+    }
+}
+
+/// A directory of the image, and a path below a file of it.
+#[tokio::test]
+async fn a_termination_message_that_can_be_nowhere_is_an_error_that_names_the_field() {
+    if !isolated() {
+        return;
+    }
+    for path in ["/etc", "/etc/passwd/message"] {
+        let mut container = sh("a", "true");
+        container.termination_message_path = path.to_owned();
+        let mut job = Job::new(vec![container]);
+        job.start();
+        assert_eq!(job.code().await, 64, "{path}: {}", job.state_words());
+        let report = job.report();
+        let ended = terminated(&report.containers[0]);
+        assert_ne!(ended.exit_code, 0, "{path}: {ended:?}");
+        assert!(
+            ended.message.contains("terminationMessagePath"),
+            "{path}: {ended:?}"
+        );
     }
 }
 

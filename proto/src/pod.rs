@@ -21,7 +21,7 @@ mod restart;
 mod stop;
 mod volume;
 
-pub use devices::{AMD, NVIDIA, requests};
+pub use devices::{AMD, NVIDIA, device_problem, requests};
 pub use ephemeral::MAX_EPHEMERAL;
 pub use mpi::{MAX_RANKS, Ranks};
 pub use network::{Hostname, MAX_HOSTNAME};
@@ -373,7 +373,7 @@ fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Ve
                 "container {name:?} mounts twice at mountPath {path:?}"
             )),
             Ok(place) => problems.extend(
-                devices::problem(container, &place)
+                device_problem(container, &place)
                     .map(|why| format!("container {name:?}: mountPath {path:?} {why}")),
             ),
         }

@@ -255,3 +255,41 @@ async fn a_pod_whose_job_is_requeued_never_runs_again_and_says_why() -> anyhow::
 async fn a_pod_that_restarts_its_containers_never_runs_again_when_requeued() -> anyhow::Result<()> {
     requeued("requeue-always", "Always").await
 }
+
+/// Nobody releases the job, so that it would never come back to say that its containers are gone.
+#[tokio::test]
+async fn a_pod_whose_shim_was_killed_and_whose_job_is_held_does_not_stay_running()
+-> anyhow::Result<()> {
+    let world = World::new("requeue-hold").await?;
+    let pod = PodBuilder::new("held").sh("echo ran; exec sleep 600");
+    let uid = world.running(&pod).await?;
+    world.wait_log("held", "main", "ran\n").await?;
+    let job = world.wait_job(&uid).await?;
+    let node = world.compute_node(&uid).await?;
+    let of = format!("jobid={job}");
+    let allow = ["scontrol", "update", &of, "requeue=1"];
+    world.on("login", allow).ok().await?;
+    let shim = format!("knoc-agent shim .*/{uid}");
+    world
+        .on(node.trim(), ["pkill", "-KILL", "-f", &shim])
+        .ok()
+        .await?;
+    // Not while the job is completing.
+    wait_for("the job is held", SOON, async || {
+        let hold = ["scontrol", "requeuehold", &job];
+        world.on("login", hold).ok().await.map(drop)
+    })
+    .await?;
+    let ended = world.wait_phase("held", "Failed", 2 * SOON).await?;
+    let (reason, message) = why(&ended);
+    ensure!(reason == "SlurmJobRequeued", "{reason}: {message}");
+    ensure!(
+        exit_code(&ended, "main").is_some_and(|code| code != 0),
+        "{:?}",
+        ended.status
+    );
+    world.wait_no_job(&uid, SOON).await?;
+    world.delete("held", None).await?;
+    world.wait_gone("held", SOON).await?;
+    world.finish().await
+}

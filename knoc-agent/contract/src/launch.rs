@@ -12,6 +12,9 @@ const MAX_REPLY: usize = 64 << 10;
 /// Where the volumes are mounted that the pod mounts below `/dev`: here, mount points can be created.
 pub const VOLUMES: &str = "/.knoc/dev";
 
+/// A second name of the file that the shim mounts at the path of the termination message.
+pub const MESSAGE: &str = "/.knoc/message";
+
 /// The size of a terminal window, in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
@@ -35,7 +38,9 @@ pub struct LaunchSpec {
     /// Run the program on a terminal of this size instead of pipes, and send its master back.
     pub tty: Option<Window>,
     /// Symbolic links to create, as alternating names and targets. They are needed below `/dev`,
-    /// where nothing can be mounted. Only those to [`VOLUMES`] must be made.
+    /// where nothing can be mounted. Only that of the default termination message may be missing. For
+    /// [`MESSAGE`], and without a target, nothing is created: at the name the program must be able to
+    /// write its termination message.
     pub links: Vec<Vec<u8>>,
     /// Folders of the image that everybody may write to; they are created if they do not exist.
     pub temporary: Vec<Vec<u8>>,

@@ -356,6 +356,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     }
     let mut folders = prepare(pod, attempt, values).await?;
     complete(&mut spec, &folders);
+    ids::tell_left_out(attempt, &folders.left_out).await;
     let kills_before = pod.oom.unclaimed();
     let turn = turn_of(attempt).await?;
     let mut up = bring_up(pod, attempt, &folders, container).await?;

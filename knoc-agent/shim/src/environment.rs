@@ -209,6 +209,7 @@ pub(crate) fn hosts(node: &str, facts: &Facts, aliases: &[pb::HostAlias]) -> Str
 pub(crate) enum TerminationLog {
     /// Its path lies in a mount: the file is created and read there.
     Mounted {
+        path: PathBuf,
         /// The index of its mount.
         mount: usize,
         /// The path of the file in that mount.
@@ -220,8 +221,12 @@ pub(crate) enum TerminationLog {
     Bind(PathBuf),
 }
 
-/// Decides by the path of the message, and by what is mounted above it already.
-pub(crate) fn termination_log(container: &pb::Container, mounted: &[&Path]) -> TerminationLog {
+/// Decides by the path of the message, and by what is `mounted` above it already, which may be read-only: the file is then mounted
+/// over that.
+pub(crate) fn termination_log(
+    container: &pb::Container,
+    mounted: &[(&Path, bool)],
+) -> TerminationLog {
     // The path was checked when the agent accepted the pod.
     let path = paths::in_container(&container.termination_message_path)
         .unwrap_or_else(|_| TERMINATION_LOG.to_owned());
@@ -229,11 +234,14 @@ pub(crate) fn termination_log(container: &pb::Container, mounted: &[&Path]) -> T
     let longest = mounted
         .iter()
         .enumerate()
-        .filter_map(|(mount, target)| Some((mount, target, path.strip_prefix(target).ok()?)))
-        .max_by_key(|(_, target, _)| target.components().count());
-    if let Some((mount, _, rest)) = longest {
-        let rest = rest.to_owned();
-        return TerminationLog::Mounted { mount, rest };
+        .filter_map(|(mount, above)| Some((mount, above, path.strip_prefix(above.0).ok()?)))
+        .max_by_key(|(_, above, _)| above.0.components().count());
+    if let Some((mount, (_, read_only), rest)) = longest {
+        if *read_only && !rest.as_os_str().is_empty() {
+            return TerminationLog::Bind(path.to_owned());
+        }
+        let (path, rest) = (path.to_owned(), rest.to_owned());
+        return TerminationLog::Mounted { path, mount, rest };
     }
     if path.starts_with("/dev") && path != Path::new("/dev") {
         let name = path.to_string_lossy().into_owned();
@@ -482,7 +490,11 @@ mod tests {
 
     #[test]
     fn the_termination_message_is_found() {
-        let mounted = [Path::new("/tmp"), Path::new("/tmp/deep")];
+        let mounted = [
+            (Path::new("/tmp"), false),
+            (Path::new("/tmp/deep"), false),
+            (Path::new("/fixed"), true),
+        ];
         let at = |path: &str| {
             let container = pb::Container {
                 termination_message_path: path.to_owned(),
@@ -490,13 +502,16 @@ mod tests {
             };
             termination_log(&container, &mounted)
         };
-        let inside = |mount, rest: &str| TerminationLog::Mounted {
+        let inside = |path: &str, mount, rest: &str| TerminationLog::Mounted {
+            path: path.into(),
             mount,
             rest: rest.into(),
         };
-        assert_eq!(at("/tmp/deep/x"), inside(1, "x"));
-        assert_eq!(at("/tmp/deep"), inside(1, ""));
-        assert_eq!(at("/tmp/x"), inside(0, "x"));
+        assert_eq!(at("/tmp/deep/x"), inside("/tmp/deep/x", 1, "x"));
+        assert_eq!(at("/tmp/deep"), inside("/tmp/deep", 1, ""));
+        assert_eq!(at("/tmp/x"), inside("/tmp/x", 0, "x"));
+        assert_eq!(at("/fixed/x"), TerminationLog::Bind("/fixed/x".into()));
+        assert_eq!(at("/fixed"), inside("/fixed", 2, ""));
         assert_eq!(at("/other"), TerminationLog::Bind("/other".into()));
         assert_eq!(at("//srv/./x/"), TerminationLog::Bind("/srv/x".into()));
         let link = TerminationLog::Link {

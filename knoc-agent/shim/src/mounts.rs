@@ -249,7 +249,7 @@ impl Mounts {
             named.binds.push(bind(mounted, found.path.clone()));
             if let Some((_, rest)) = self.message.as_ref().filter(|(mount, _)| *mount == index) {
                 if !mounted.read_only {
-                    // If the folder is not writable, there is no termination message.
+                    // If the folder is not writable, the launcher says so.
                     nofollow::touch_in(&found.fd, rest).ok();
                 }
                 named.base = found.fd.try_clone().ok();

@@ -5,6 +5,9 @@
 //! although its containers succeeded. If a signal from outside ended the containers, the exit codes
 //! come from the report and the reason from Slurm, and so they do if a rank was lost. Without a report
 //! the pod never counts as succeeded.
+//!
+//! As with a kubelet, the pod's deadline counts until its last container has ended: it fails a pod whose sidecars were
+//! still stopping then, or one that was being deleted, however well its containers ended.
 
 use std::time::Duration;
 
@@ -20,7 +23,10 @@ const SIGNAL_UNWRITABLE: i32 = 53;
 /// By how many seconds a job that reached its time limit may seem to have ended before it.
 const EARLY: i64 = 180;
 
-/// Kubernetes' message for a pod whose `activeDeadlineSeconds` have passed.
+/// Kubernetes' reason for a pod whose `activeDeadlineSeconds` have passed …
+pub const DEADLINE_EXCEEDED: &str = "DeadlineExceeded";
+
+/// … and its message.
 pub const OVERDUE: &str = "Pod was active on the node longer than the specified deadline";
 
 /// How a pod ended.
@@ -86,6 +92,11 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
         finished_at: last_end(report).unwrap_or(now),
     };
     match report.ended_by() {
+        pb::EndedBy::Unspecified | pb::EndedBy::Themselves | pb::EndedBy::Stop
+            if outlived_deadline(evidence, report) =>
+        {
+            failed(&Cause::Deadline, own.finished_at)
+        }
         // As in Kubernetes, an eviction for the pod's own limits is no disruption: it would come again with the next pod.
         pb::EndedBy::Unspecified
         | pb::EndedBy::Themselves
@@ -99,7 +110,7 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
         },
         pb::EndedBy::Deadline => Outcome {
             succeeded: false,
-            reason: "DeadlineExceeded".to_owned(),
+            reason: DEADLINE_EXCEEDED.to_owned(),
             message: if own.message.is_empty() {
                 OVERDUE.to_owned()
             } else {
@@ -112,6 +123,16 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
         pb::EndedBy::LostNode => by_signal(evidence, node_lost(own.finished_at)),
         pb::EndedBy::TimeLimit => at_time_limit(evidence, own),
     }
+}
+
+/// Whether the last container ended after the pod's deadline, which counts from when the shim began.
+fn outlived_deadline(evidence: &Evidence<'_>, report: &pb::Report) -> bool {
+    let (Some(deadline), Some(end)) = (evidence.deadline, last_end(report)) else {
+        return false;
+    };
+    let began = Timestamp::from_nanosecond(report.started_at.into()).ok();
+    let limit = began.and_then(|began| began.checked_add(deadline).ok());
+    report.started_at > 0 && limit.is_some_and(|limit| end >= limit)
 }
 
 /// The shim ended the containers because the job's time limit was near. The job then ends by
@@ -162,7 +183,7 @@ fn failed(cause: &Cause, finished_at: Timestamp) -> Outcome {
             "SlurmJobNeverStarts",
             format!("the job would have waited forever: {reason}"),
         ),
-        Cause::Deadline => ("DeadlineExceeded", OVERDUE.to_owned()),
+        Cause::Deadline => (DEADLINE_EXCEEDED, OVERDUE.to_owned()),
     };
     plain(reason, &message, finished_at)
 }
@@ -185,7 +206,8 @@ fn without_report(evidence: &Evidence<'_>, now: Timestamp) -> Outcome {
     // The shim's exit code comes before the state, which only repeats that the code was not zero.
     let decided = by_exit(evidence, view)
         .or_else(|| before_shim(evidence, view))
-        .or_else(|| by_state(evidence, view));
+        .or_else(|| by_state(evidence, view))
+        .or_else(|| requeued(evidence, view));
     let decided = decided.unwrap_or_else(|| {
         let how = view.exit.map_or_else(String::new, |exit| {
             format!(", exit code {}, signal {}", exit.code, exit.signal)
@@ -213,12 +235,17 @@ pub fn is_in_queue(view: &JobView) -> bool {
 fn requeued(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     let report = evidence.report?;
     let later_life = i64::from(view.restarts) > i64::from(report.restart);
-    (later_life || report.r#final && is_in_queue(view)).then(|| {
-        disrupted(
-            "SlurmJobRequeued",
-            "Slurm requeued the job, whose containers had begun: they are not started again",
-            Timestamp::UNIX_EPOCH,
-        )
+    let waits = is_in_queue(view);
+    (later_life || waits).then(|| {
+        let how = match (waits, view.reason.as_str()) {
+            (false, _) => String::new(),
+            (true, "") => format!(" ({})", view.state),
+            (true, reason) => format!(" ({}: {reason})", view.state),
+        };
+        let message = format!(
+            "Slurm requeued the job{how}, whose containers had begun: they are not started again"
+        );
+        disrupted("SlurmJobRequeued", &message, Timestamp::UNIX_EPOCH)
     })
 }
 
@@ -320,7 +347,7 @@ fn time_limit(evidence: &Evidence<'_>, at: Timestamp) -> Outcome {
         return plain("SlurmTimeLimit", &message, at);
     }
     if view.is_some_and(|view| deadline_was_the_limit(evidence, view)) {
-        return plain("DeadlineExceeded", OVERDUE, at);
+        return plain(DEADLINE_EXCEEDED, OVERDUE, at);
     }
     plain(
         "SlurmTimeLimit",

@@ -284,7 +284,12 @@ elsewhere, and `/dev/x` is a symbolic link to it, except at `/dev/shm` and below
 has (`full`, `ptmx`, `random`, `tty`, `urandom`, `zero`, and the links `fd`, `stdin`, `stdout` and `stderr`) stay: a `mountPath` there is
 rejected. So is one on a device of the GPUs that the container requests (`nvidia*` with `nvidia.com/gpu`, `dri` and `kfd` with
 `amd.com/gpu`), and one below `/dev/pts` or `/dev/mqueue`, unless a volume is mounted at that directory. If a volume is mounted at `/dev`
-itself, all of this is possible. If the compute node has something else at `/dev/x`, the container ends with `StartError`.
+itself, all of this is possible. If the compute node has something else at `/dev/x`, the container ends with `StartError`. A volume that the
+image declares (`VOLUME`) at such a place is left out, with the Event `Mapped`.
+
+**Termination messages.** If `terminationMessagePath` is a directory, lies below a file, or cannot be written by the container, the container
+ends with an error that names the field. Without its default, `/dev/termination-log`, it runs all the same. In a read-only volume a file of the
+container's own is mounted there; in an image volume, or a read-only directory of the node, the file must exist.
 
 **Temporary directories.** `/tmp` and `/var/tmp` are the image's, with the files that the image has there, and everybody can write to
 them (mode 1777); files that are written go to the node's disk. If the site's runtime has no writable root directory (Singularity, no
@@ -353,7 +358,8 @@ hook has ended), or could not be started.
 **Sidecars** are init containers with `restartPolicy: Always`. They start in the order of the list; what comes after one starts once it
 has started (its `startupProbe` has passed, if it has one). They are restarted whenever they end, do not keep a pod from completing, and
 are stopped one after the other in reverse order, each with what is left of the grace period, after the containers have ended. Their
-readiness counts for the pod's. However little is left, also without a grace period, a program has two seconds between its stop signal and
+readiness counts for the pod's. As on any node, a pod whose `activeDeadlineSeconds` pass before they have stopped has failed with
+`DeadlineExceeded`, however well its containers ended. However little is left, also without a grace period, a program has two seconds between its stop signal and
 SIGKILL.
 
 **Restarts** happen in the running job, which keeps its allocation. The first restart comes at once, the next one after 10 s, then the wait

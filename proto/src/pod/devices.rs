@@ -24,7 +24,8 @@ pub fn requests(container: &pb::Container, resource: &str) -> bool {
 }
 
 /// Why nothing can be mounted at `place`, a clean path in the container, and what to do instead; `None` if something can.
-pub(super) fn problem(container: &pb::Container, place: &str) -> Option<&'static str> {
+#[must_use]
+pub fn device_problem(container: &pb::Container, place: &str) -> Option<&'static str> {
     let below = place.strip_prefix("/dev/")?;
     let first = below.split('/').next().unwrap_or_default();
     // In a `/dev` of the pod's own the runtime makes nothing.

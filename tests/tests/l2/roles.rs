@@ -147,6 +147,37 @@ async fn a_sidecar_does_not_keep_the_pod_from_completing_and_is_restarted_until_
     Ok(())
 }
 
+/// As on any node: only then is the pod over.
+#[tokio::test]
+async fn a_deadline_that_passes_while_only_sidecars_stop_fails_the_pod() -> anyhow::Result<()> {
+    let (site, _agent, client) = Site::start(Options::default()).await?;
+    let ready = site.path("ready");
+    let ready = ready.display();
+    // Its end takes longer than the deadline.
+    let side = format!("trap 'sleep 8; exit 0' TERM; touch {ready}; while :; do sleep 0.1; done");
+    let main = shell(
+        "main",
+        &format!("until test -e {ready}; do sleep 0.1; done"),
+    );
+    let mut pod = with_init("overtime", vec![sidecar(shell("side", &side))], vec![main]);
+    if let Some(spec) = &mut pod.request.spec {
+        spec.active_deadline_seconds = 6;
+        spec.termination_grace_period_seconds = 60;
+    }
+    pod.ensure(&client).await?;
+    let outcome = pod.finished(&client, SOON).await?;
+    ensure!(outcome.reason == "DeadlineExceeded", "{outcome:?}");
+    ensure!(pod.terminated(&client, "main").await?.exit_code == 0);
+    let seen = pod.state(&client).await?;
+    let mut notes = seen.notes.iter();
+    ensure!(
+        notes.any(|note| note.reason == "DeadlineExceeded" && !note.warning),
+        "{:?}",
+        seen.notes
+    );
+    Ok(())
+}
+
 #[tokio::test]
 async fn the_containers_own_policy_and_its_rules_decide_about_restarts() -> anyhow::Result<()> {
     let (site, _agent, client) = Site::start(Options::default()).await?;

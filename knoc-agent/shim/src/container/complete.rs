@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use knoc_contract::launch::LaunchSpec;
+use knoc_contract::launch::{LaunchSpec, MESSAGE};
 
 use super::{
     super::{
@@ -70,18 +70,19 @@ async fn work_inside(
     Ok(account.gid)
 }
 
-/// The links that the launcher creates: names and targets in turn.
+/// The links that the launcher creates, and the termination message that it looks for: names and targets in turn.
 fn links(folders: &Folders) -> Vec<Vec<u8>> {
     let bytes = |path: &Path| path.as_os_str().as_encoded_bytes().to_vec();
     let volumes = folders.links.iter();
     let mut links: Vec<_> = volumes
         .flat_map(|link| [bytes(&link.name), bytes(&link.target)])
         .collect();
-    match &folders.termination {
-        TerminationLog::Link { name, target } => {
-            links.extend([name.clone().into_bytes(), bytes(target)]);
-        }
-        TerminationLog::Mounted { .. } | TerminationLog::Bind(_) => {}
+    if folders.isolated {
+        links.extend(match &folders.termination {
+            TerminationLog::Link { name, target } => [name.clone().into_bytes(), bytes(target)],
+            TerminationLog::Mounted { path, .. } => [bytes(path), Vec::new()],
+            TerminationLog::Bind(path) => [bytes(path), MESSAGE.as_bytes().to_vec()],
+        });
     }
     links
 }

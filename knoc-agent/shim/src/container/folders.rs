@@ -8,7 +8,7 @@ use std::{
 };
 
 use knoc_contract::jobdir::atomic::FileError;
-use knoc_proto::{expand::SubPathError, pb};
+use knoc_proto::{expand::SubPathError, pb, pod};
 use tokio::net::UnixListener;
 
 use super::super::{
@@ -75,6 +75,10 @@ pub(super) struct Folders {
     pub(super) temporary: Vec<String>,
     /// The volumes of the image that are mounted, by their paths in the container, and the folders that are mounted there.
     pub(super) image_volumes: Vec<(PathBuf, PathBuf)>,
+    /// The volumes of the image that cannot be mounted.
+    pub(super) left_out: Vec<String>,
+    /// Whether anything is mounted.
+    pub(super) isolated: bool,
     /// Whether the container's `/etc/passwd` comes from the runtime, and not from a volume.
     pub(super) settle: bool,
     pub(super) termination: TerminationLog,
@@ -95,14 +99,17 @@ impl Folders {
         let (private, work) = (folder("p")?, folder("w")?);
         let mounts = environment::mounts(container, values, &pod.facts_now())?;
         let mut volumes = pod.volumes.mounts(&mounts)?;
-        let mut image_volumes = Vec::new();
+        let (mut image_volumes, mut left_out) = (Vec::new(), Vec::new());
         if pod.runtime.isolates() {
             volumes.extend(pod.volumes.of_site(&volumes));
             share_memory(pod, &mut volumes)?;
             volumes.extend(pmix(pod));
-            image_volumes = add_image_volumes(spec, &work, &mut volumes)?;
+            (image_volumes, left_out) = add_image_volumes(spec, &work, &mut volumes)?;
         }
-        let targets: Vec<&Path> = volumes.iter().map(|volume| &*volume.target).collect();
+        let targets: Vec<_> = volumes
+            .iter()
+            .map(|volume| (&*volume.target, volume.read_only))
+            .collect();
         let termination = environment::termination_log(container, &targets);
         let mut folders = Self {
             shared: folder("c")?,
@@ -113,7 +120,9 @@ impl Folders {
             links: Vec::new(),
             temporary: Vec::new(),
             image_volumes,
+            left_out,
             settle: false,
+            isolated: pod.runtime.isolates(),
             termination,
             message: None,
             trash: pod.scratch.trash(),
@@ -140,7 +149,12 @@ impl Folders {
             TerminationLog::Mounted { .. } => {}
             TerminationLog::Bind(target) => {
                 let log = touch(&self.private, "termination-log")?;
-                volumes.push(own_file(log, target, false));
+                // By this name of the same file the launcher sees whether it is mounted.
+                fs::hard_link(&log, self.shared.join("message")).ok();
+                volumes.push(Mounted {
+                    what: format!("terminationMessagePath \"{}\"", target.display()),
+                    ..own_file(log, target, false)
+                });
             }
             TerminationLog::Link { .. } => {
                 touch(&self.shared, "termination-log")?;
@@ -274,17 +288,20 @@ fn pmix(pod: &Pod) -> Option<Mounted> {
     Some(own_file(path.clone(), &path, false))
 }
 
+/// The volumes of an image: where each is mounted, and the folder that is.
+type Added = Vec<(PathBuf, PathBuf)>;
+
 /// If the container's root is read-only, adds a writable folder for each volume that the image declares and the pod does
-/// not mount, and returns them. It gets a copy of what the image has there once the container is set up. A writable root has the
-/// image's own folders.
+/// not mount, and returns them, and the paths of those that cannot be mounted: nobody who runs the image can change these. The
+/// folder gets a copy of what the image has there once the container is set up. A writable root has the image's own folders.
 fn add_image_volumes(
     spec: &ContainerSpec,
     work: &Path,
     volumes: &mut Vec<Mounted>,
-) -> Result<Vec<(PathBuf, PathBuf)>, PrepareError> {
-    let mut added = Vec::new();
+) -> Result<(Added, Vec<String>), PrepareError> {
+    let (mut added, mut left_out) = (Vec::new(), Vec::new());
     if !spec.container.read_only_root {
-        return Ok(added);
+        return Ok((added, left_out));
     }
     let declared = spec.image.config.iter().flat_map(|config| &config.volumes);
     for (number, path) in declared.enumerate() {
@@ -296,6 +313,10 @@ fn add_image_volumes(
         {
             continue;
         }
+        if pod::device_problem(&spec.container, path).is_some() {
+            left_out.push(path.clone());
+            continue;
+        }
         let source = work.join(format!("volume-{number}"));
         fs::create_dir(&source)
             .and_then(|()| fs::set_permissions(&source, fs::Permissions::from_mode(0o777)))
@@ -303,7 +324,7 @@ fn add_image_volumes(
         volumes.push(own_file(source.clone(), target, false));
         added.push((target.to_owned(), source));
     }
-    Ok(added)
+    Ok((added, left_out))
 }
 
 /// A file or folder of the shim, which no container can replace.
@@ -325,7 +346,7 @@ fn message_in_volume(
     termination: &TerminationLog,
     volumes: &[Mounted],
 ) -> Option<(PathBuf, PathBuf)> {
-    let TerminationLog::Mounted { mount, rest } = termination else {
+    let TerminationLog::Mounted { mount, rest, .. } = termination else {
         return None;
     };
     Some((volumes.get(*mount)?.target.clone(), rest.clone()))
@@ -364,6 +385,7 @@ mod tests {
                 target: "/.knoc/termination-log".into(),
             },
             _ => TerminationLog::Mounted {
+                path: "/data/dir/log".into(),
                 mount: 0,
                 rest: "dir/log".into(),
             },
@@ -375,7 +397,9 @@ mod tests {
     fn the_volumes_of_an_image_lie_in_the_work_folder() {
         let work = tempfile::tempdir().unwrap();
         let config = pb::ImageConfig {
-            volumes: vec!["/data".to_owned(), "/mine/sub".to_owned()],
+            volumes: ["/data", "/mine/sub", "/dev/nvidia0", "/dev/kfd"]
+                .map(str::to_owned)
+                .to_vec(),
             ..pb::ImageConfig::default()
         };
         let spec = ContainerSpec {
@@ -384,6 +408,10 @@ mod tests {
             restart: RestartRule::Never,
             container: pb::Container {
                 read_only_root: true,
+                limits: Some(pb::Resources {
+                    extended: [(pod::NVIDIA.to_owned(), 1)].into(),
+                    ..pb::Resources::default()
+                }),
                 ..pb::Container::default()
             },
             image: pb::ResolvedImage {
@@ -392,11 +420,16 @@ mod tests {
             },
         };
         let mut volumes = vec![own_file("/elsewhere".into(), Path::new("/mine"), false)];
-        let added = add_image_volumes(&spec, work.path(), &mut volumes).unwrap();
-        let folder = work.path().join("volume-0");
-        assert!(folder.is_dir());
-        assert_eq!(added, [(PathBuf::from("/data"), folder)]);
-        assert_eq!(volumes.len(), 2);
+        let (added, left_out) = add_image_volumes(&spec, work.path(), &mut volumes).unwrap();
+        let folder = |number: u8| work.path().join(format!("volume-{number}"));
+        assert!(folder(0).is_dir());
+        let expected = [("/data", 0), ("/dev/kfd", 3)];
+        assert_eq!(
+            added,
+            expected.map(|(at, number)| (PathBuf::from(at), folder(number)))
+        );
+        assert_eq!(left_out, ["/dev/nvidia0"], "a device of the GPUs");
+        assert_eq!(volumes.len(), 3);
     }
 
     /// The container can write to `/.knoc`: a link or a pipe that it puts there as its message is not read.
@@ -434,7 +467,9 @@ mod tests {
                 links: Vec::new(),
                 temporary: Vec::new(),
                 image_volumes: Vec::new(),
+                left_out: Vec::new(),
                 settle: false,
+                isolated: true,
                 termination,
                 message: None,
                 trash: trash.clone(),

@@ -44,10 +44,27 @@ pub(super) async fn tell_running(pod: &Pod, attempt: &Attempt, program: Program)
     if program.shown || !asks || pod.keeps_ids() {
         return program;
     }
+    tell_mapped(attempt, OWN_IDS.to_owned()).await;
+    program
+}
+
+/// Says which volumes of the image cannot be mounted.
+pub(super) async fn tell_left_out(attempt: &Attempt, volumes: &[String]) {
+    if !volumes.is_empty() {
+        let places = volumes.join(", ");
+        let message = format!(
+            "nothing can be mounted at {places}, which the image declares as a volume: left out"
+        );
+        tell_mapped(attempt, message).await;
+    }
+}
+
+/// Says what is another than the pod or its image asks for. Its Event counts the attempts.
+async fn tell_mapped(attempt: &Attempt, message: String) {
     let told = Told {
         warning: false,
         reason: "Mapped",
-        message: OWN_IDS.to_owned(),
+        message,
         count: i32::try_from(attempt.number.saturating_add(1)).unwrap_or(i32::MAX),
     };
     let event = Event {
@@ -56,7 +73,6 @@ pub(super) async fn tell_running(pod: &Pod, attempt: &Attempt, program: Program)
         news: News::Told(told),
     };
     attempt.events.send(event).await.ok();
-    program
 }
 
 pub(super) fn running(attempt: &Attempt, program: Arc<Program>) -> Event {

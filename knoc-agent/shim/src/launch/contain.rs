@@ -295,7 +295,7 @@ fn stage(shim: &UnixStream, spec: &MountSpec, opened: &[Found]) -> Result<Found,
     }
     if let Some(rest) = &spec.message {
         if !spec.read_only {
-            // If the folder is not writable, there is no termination message.
+            // If the folder is not writable, the launcher says so.
             nofollow::touch_in(&found.fd, rest).ok();
         }
         let sent = fds::send(shim, &Reply::Master.encode(), &[found.fd.as_fd()]);

@@ -9,7 +9,7 @@ use std::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::{
             ffi::{OsStrExt as _, OsStringExt as _},
-            fs::{DirBuilderExt as _, PermissionsExt as _},
+            fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
             net::UnixStream,
         },
     },
@@ -17,8 +17,9 @@ use std::{
     process::ExitCode,
 };
 
-use knoc_contract::launch::{LaunchSpec, MAX_SPEC, Reply, VOLUMES};
+use knoc_contract::launch::{LaunchSpec, MAX_SPEC, MESSAGE, Reply, VOLUMES};
 use rustix::{
+    fs::{Access, access},
     io::Errno,
     process::{ioctl_tiocsctty, setsid, umask},
     stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
@@ -29,6 +30,9 @@ use super::{account, fds, ids, limits, pty, sys};
 /// Exit codes as a shell uses them: the program cannot be executed, or was not found.
 const CANNOT_EXECUTE: u8 = 126;
 const NOT_FOUND: u8 = 127;
+
+/// Where the termination message is unless the pod says something else.
+const DEFAULT_MESSAGE: &str = "/dev/termination-log";
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -236,20 +240,47 @@ fn prepare_files(spec: &LaunchSpec, ids: Option<[u32; 2]>) -> Result<(), Failure
         open_to_all(path_from(folder));
     }
     for [name, target] in spec.links.as_chunks::<2>().0 {
-        let linked = link(path_from(name), path_from(target));
-        // Only the termination message may go without its link.
-        if path_from(target).starts_with(VOLUMES) {
-            let what = format!(
-                "mount a volume at {}, which the container runtime does not allow (choose another mountPath)",
-                quote(name)
-            );
-            linked.map_err(Failure::on(what))?;
-        }
+        prepare_link(path_from(name), path_from(target))?;
     }
     if let Some(user) = spec.user.as_ref().filter(|_| spec.settle) {
         account::settle(user, spec.passwd.as_deref(), ids);
     }
     Ok(())
+}
+
+/// Creates a link, or looks for the termination message, as the specification says.
+fn prepare_link(name: &Path, target: &Path) -> Result<(), Failure> {
+    let done = if target.as_os_str().is_empty() || target == Path::new(MESSAGE) {
+        check_message(name, target)
+    } else {
+        link(name, target)
+    };
+    let quoted = quote(name.as_os_str().as_bytes());
+    let what = if target.starts_with(VOLUMES) {
+        format!(
+            "mount a volume at {quoted}, which the container runtime does not allow (choose another mountPath)"
+        )
+    } else if name == Path::new(DEFAULT_MESSAGE) {
+        // Nobody asked for it.
+        return Ok(());
+    } else {
+        format!("use terminationMessagePath {quoted} (choose another path)")
+    };
+    done.map_err(Failure::on(what))
+}
+
+/// Checks that the program can write its termination message at `name`, and that it is the file `target`, if that is given: the
+/// runtime may have left out the mount.
+fn check_message(name: &Path, target: &Path) -> io::Result<()> {
+    let found = fs::metadata(name)?;
+    if found.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    let differs = |own: fs::Metadata| (own.dev(), own.ino()) != (found.dev(), found.ino());
+    if fs::metadata(target).is_ok_and(differs) {
+        return Err(io::Error::other("the container runtime has not mounted it"));
+    }
+    Ok(access(name, Access::WRITE_OK)?)
 }
 
 /// Creates a link. A file that exists already stays.
@@ -400,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn a_volume_without_its_link_is_an_error_and_a_termination_message_is_not() {
+    fn a_volume_and_a_termination_message_that_is_asked_for_need_their_links() {
         let folder = tempfile::tempdir().unwrap();
         let device = folder.path().join("device");
         fs::File::create(&device).unwrap();
@@ -418,12 +449,40 @@ mod tests {
         assert!(failure.what.contains("File exists"), "{failure:?}");
         let failure = prepare(&device.join("below"), b"/.knoc/dev/0").unwrap_err();
         assert!(failure.what.contains("Not a directory"), "{failure:?}");
-        prepare(&device, b"/.knoc/termination-log").unwrap();
+        let failure = prepare(&device, b"/.knoc/termination-log").unwrap_err();
+        assert!(
+            failure.what.contains("terminationMessagePath"),
+            "{failure:?}"
+        );
+        // The default one may be missing.
+        prepare(Path::new(DEFAULT_MESSAGE), b"").unwrap();
         let free = folder.path().join("a/b");
         for _ in 0..2 {
             prepare(&free, b"/.knoc/dev/1").unwrap();
         }
         assert_eq!(fs::read_link(&free).unwrap(), Path::new("/.knoc/dev/1"));
+    }
+
+    #[test]
+    fn a_termination_message_is_a_writable_file_which_the_shim_reads() {
+        let base = tempfile::tempdir().unwrap();
+        let at = |name: &str| base.path().join(name);
+        let (own, other) = (at("own"), at("other"));
+        fs::File::create(&own).unwrap();
+        fs::File::create(&other).unwrap();
+        fs::hard_link(&own, at("mounted")).unwrap();
+        let none = Path::new("");
+        check_message(&at("mounted"), &own).unwrap();
+        check_message(&other, none).unwrap();
+        for (name, target, expected) in [
+            (base.path().to_owned(), none, "is a directory"),
+            (own.join("below"), none, "Not a directory"),
+            (at("missing"), none, "No such file"),
+            (other, &*own, "has not mounted it"),
+        ] {
+            let error = check_message(&name, target).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 
     #[test]

@@ -235,6 +235,7 @@ fn a_requeued_job_whose_containers_had_begun_is_named() {
     };
     for (view, report, reason) in [
         (&back, &ended, "SlurmJobRequeued"),
+        (&back, &begun, "SlurmJobRequeued"),
         (&second, &ended, "SlurmJobRequeued"),
         (&second, &begun, "SlurmJobRequeued"),
         (&first, &begun, "ContainerStatusUnknown"),
@@ -367,4 +368,39 @@ fn jobs_that_the_agent_ended_say_so() {
     let outcome = judge(None, None, Some(&never), None);
     assert_eq!(outcome.reason, "SlurmJobNeverStarts");
     assert!(outcome.message.contains("PartitionTimeLimit"));
+}
+
+#[test]
+fn a_deadline_counts_until_the_last_container_has_ended() {
+    const SECOND: i64 = 1_000_000_000;
+    let ended_at = |seconds: i64| pb::ContainerStatus {
+        state: Some(pb::container_status::State::Terminated(pb::Terminated {
+            finished_at: seconds * SECOND,
+            ..pb::Terminated::default()
+        })),
+        ..pb::ContainerStatus::default()
+    };
+    let deleted = Cause::Deleted("by Kubernetes".to_owned());
+    for (by, cause) in [
+        (pb::EndedBy::Themselves, None),
+        (pb::EndedBy::Stop, Some(&deleted)),
+    ] {
+        for (sidecar, deadline, reason) in [
+            (109, Some(10), ""),
+            (110, Some(10), "DeadlineExceeded"),
+            (130, Some(10), "DeadlineExceeded"),
+            (130, Some(60), ""),
+            (130, None, ""),
+        ] {
+            let mut report = report(by, pb::OutcomeKind::Succeeded);
+            report.started_at = 100 * SECOND;
+            report.containers = vec![ended_at(105)];
+            report.init_containers = vec![ended_at(sidecar)];
+            let outcome = judge(None, Some(&report), cause, deadline);
+            assert_eq!(outcome.reason, reason, "{by:?} {sidecar} {deadline:?}");
+            assert_eq!(outcome.succeeded, reason.is_empty());
+            assert_eq!(outcome.message == OVERDUE, !reason.is_empty());
+            assert_eq!(outcome.finished_at.as_second(), sidecar);
+        }
+    }
 }

@@ -8,7 +8,7 @@ use super::{
     event::Effect,
     pod::{CANCEL_AGAIN, Deletion, ENDED_BY_US, LINGER, Pod},
     states::{BeforeJob, Ending, JobStage, State},
-    transition::{deleted_before_job, deletion_cause},
+    transition::{deleted_before_job, deletion_cause, note_deadline},
 };
 use crate::{
     pod::outcome::Cause,
@@ -166,6 +166,7 @@ pub(super) fn tell(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
 
 /// Tells the containers to end because the pod's own deadline is over.
 pub(super) fn overdue(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    note_deadline(pod, now);
     let grace = pod.facts.grace;
     stop(pod, Cause::Deadline, grace, now)
 }

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     pod::{
-        outcome::{Cause, Evidence, Outcome, decide},
+        outcome::{Cause, DEADLINE_EXCEEDED, Evidence, OVERDUE, Outcome, decide},
         placement::Placement,
     },
     scheduler::JobPhase,
@@ -92,9 +92,20 @@ pub(super) fn conclude(pod: &mut Pod, cause: Option<&Cause>, now: Timestamp) -> 
         },
         now,
     );
+    if outcome.reason == DEADLINE_EXCEEDED {
+        note_deadline(pod, now);
+    }
     let may_linger = !job_ended(pod) && cause.is_none();
     let lingering = pod.placement().filter(|_| may_linger).cloned();
     finish(pod, outcome, lingering, now)
+}
+
+/// Notes once that the pod's deadline is over: the shim may have done so.
+pub(super) fn note_deadline(pod: &mut Pod, now: Timestamp) {
+    let mut notes = pod.notes.iter();
+    if !notes.any(|note| note.reason == DEADLINE_EXCEEDED) {
+        pod.note(false, DEADLINE_EXCEEDED, OVERDUE, now);
+    }
 }
 
 /// Finishes a pod for which no job was ever accepted, because it was deleted.

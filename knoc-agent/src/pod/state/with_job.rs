@@ -110,6 +110,7 @@ fn seen_alive(
             let news = pending(pod, before, now) || before.is_none();
             news.then_some(Effect::Persist).into_iter().collect()
         }
+        JobStage::Running if went_back(pod, before) => back_in_queue(pod, before, now),
         JobStage::Running => {
             let news = running(pod, before, now);
             news.then_some(Effect::Persist).into_iter().collect()
@@ -167,8 +168,39 @@ fn out_of_date(pod: &Pod, view: &JobView) -> bool {
 
 /// Whether a job that ran is in the queue again.
 fn went_back(pod: &Pod, before: Option<&JobView>) -> bool {
-    pod.view.as_ref().is_some_and(is_in_queue)
-        && before.is_some_and(|view| view.state.phase() == JobPhase::Running)
+    let waits = |view: &&JobView| is_in_queue(view) && view.state != JobState::Configuring;
+    let Some(view) = pod.view.as_ref().filter(waits) else {
+        return false;
+    };
+    before.is_some_and(|view| view.state.phase() == JobPhase::Running) || submitted_again(pod, view)
+}
+
+/// Whether the job was submitted after its shim had begun. An agent that was restarted may not have seen the job run.
+fn submitted_again(pod: &Pod, view: &JobView) -> bool {
+    let (Some(report), Some(at)) = (&pod.report, view.submitted_at) else {
+        return false;
+    };
+    let began = report.started_at / NANOS_PER_SECOND;
+    report.job_id == view.id.as_str() && began > 0 && at > began.saturating_add(CLOCKS_APART)
+}
+
+/// The job went back into the queue without a final report: its shim was killed. Slurm may hold it there, so that it would never
+/// start again, and if it did its shim would find the claim taken. A job whose shim never reported waits as it did before its start:
+/// its launch may have failed.
+fn back_in_queue(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) -> Vec<Effect> {
+    running(pod, before, now);
+    if pod.report.is_some() {
+        let settling = JobStage::Settling {
+            cause: None,
+            until: now + ENDED_BY_US,
+            look_at: now + FILES_AGAIN,
+        };
+        pod.enter_stage(settling, now);
+    } else {
+        pod.enter_stage(JobStage::Queued { never: None }, now);
+        pending(pod, None, now);
+    }
+    vec![Effect::Persist, Effect::ReadFiles]
 }
 
 /// Ends a job that was requeued: it would start once more, only to find the claim taken.
@@ -224,7 +256,11 @@ fn running(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) -> bool {
     } else {
         return false;
     };
-    let text = format!("job {} is {}", view.id, view.state);
+    let mut text = format!("job {} is {}", view.id, view.state);
+    // Who holds it, for example.
+    if view.state.phase() == JobPhase::Queued && !view.reason.is_empty() {
+        text = format!("{text}: {}", view.reason);
+    }
     pod.note(warning, reason, text, now);
     true
 }
@@ -358,6 +394,9 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         }
         JobStage::Settling { until, cause, .. } if now >= *until => {
             let cause = cause.clone();
+            if cause.is_none() && pod.view.as_ref().is_some_and(is_in_queue) {
+                return end_requeued(pod, now);
+            }
             conclude(pod, cause.as_ref(), now)
         }
         // While its shim reports, the job lives, whatever the scheduler says.

@@ -203,7 +203,6 @@ fn what_webhooks_add_runs_or_is_rejected_by_name() {
             "spec.volumes[secrets].csi",
             json!({"volumes": [{"name": "secrets", "csi": {"driver": "secrets-store.csi.k8s.io", "readOnly": true}}]}),
         ),
-        ("spec.hostUsers", json!({"hostUsers": false})),
         (
             "spec.runtimeClassName",
             json!({"runtimeClassName": "gvisor"}),
@@ -212,6 +211,12 @@ fn what_webhooks_add_runs_or_is_rejected_by_name() {
         spec["containers"] = json!([main]);
         assert_eq!(judged(&spec), (vec![field.to_owned()], vec![]));
     }
+}
+
+#[test]
+fn a_pod_with_a_user_namespace_of_its_own_runs_and_is_told_what_it_has() {
+    let spec = json!({"hostUsers": false, "containers": [{"name": "main", "image": "busybox"}]});
+    assert_eq!(judged(&spec), (vec![], vec!["spec.hostUsers".to_owned()]));
 }
 
 #[test]

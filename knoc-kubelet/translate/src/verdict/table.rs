@@ -309,7 +309,7 @@ const POD: &[Row] = &[
     row("hostPID hostIPC", Is(&["false"]), Satisfied, ""),
     row("hostPID hostIPC", Any, Rejected, "namespaces of the compute node are not shared with pods; leave it out (`shareProcessNamespace` shares those of the pod)"),
     row("hostUsers", Is(&["true"]), Satisfied, ""),
-    row("hostUsers", Any, Rejected, LATER),
+    row("hostUsers", Any, Mapped, "as with user namespaces, root inside is an ordinary user to the node: the HPC user of the agent. But that one user is the same for all its pods, and a setuid runtime makes no user namespace: see [users](#users)"),
     row("shareProcessNamespace", Any, Honoured, "see [containers](#containers)"),
     row("imagePullSecrets", Empty, Satisfied, ""),
     row("imagePullSecrets", Any, Honoured, "also those of the ServiceAccount; the credentials are in the agent's memory only until the image is pulled"),

@@ -49,6 +49,9 @@ fn a_deadline_that_was_lowered_while_the_pod_runs_ends_it() {
             Effect::PollSoon
         ]
     );
+    let told = pod.notes.iter();
+    let told = told.filter(|note| note.reason == "DeadlineExceeded" && !note.warning);
+    assert_eq!(told.count(), 1, "{:?}", pod.notes);
     // The containers get the whole grace period; then the job is cancelled.
     assert_eq!(pod.wake(), Some(due + grace + Duration::from_secs(15)));
     for outcome_of_containers in [pb::OutcomeKind::Failed, pb::OutcomeKind::Succeeded] {
@@ -93,18 +96,9 @@ fn a_shim_that_ends_its_pod_is_not_told_of_the_deadline() {
 }
 
 #[test]
-fn a_job_that_waits_again_or_is_suspended_has_no_deadline() {
-    for state in [JobState::Pending, JobState::Suspended] {
-        let mut now = view("1", state);
-        // Slurm gives a requeued job a later submit time.
-        now.submitted_at = Some(19);
-        let round = Event::Round {
-            jobs: vec![now],
-            missing: false,
-        };
-        let (pod, _) = step(lowered(60), round, at(20));
-        assert_eq!(pod.wake(), None);
-    }
+fn a_job_that_starts_again_or_is_suspended_has_no_deadline() {
+    let (pod, _) = step(lowered(60), seen("1", JobState::Suspended), at(20));
+    assert_eq!(pod.wake(), None);
     let mut again = view("1", JobState::Running);
     again.restarts = 1;
     let again = Event::Round {
