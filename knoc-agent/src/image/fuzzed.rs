@@ -19,8 +19,7 @@ use super::{
     digest::Digest,
     file::ImageFile,
     guard::{self, Url, forbidden},
-    library,
-    local,
+    library, local,
     manifest::{self, MAX_LAYERS, Manifest, Packing},
     reference::{self, Reference},
     unpacked::{Budget, Tar},
@@ -163,7 +162,7 @@ pub fn pushed_sif(data: &[u8]) {
 /// If a name is another one when it is read again, or a registry can be written so that the site's policy or mirrors do not
 /// apply to it.
 pub fn image_names(data: &[u8]) {
-    let parse = |text| reference::parse(text, Some("library.example.org"));
+    let parse = |text: &str| reference::parse(text, Some("library.example.org"));
     let Ok(Ok(Reference::Registry(name))) = std::str::from_utf8(data).map(parse) else {
         return;
     };

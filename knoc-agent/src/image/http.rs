@@ -151,7 +151,10 @@ impl Client {
         Self {
             rules: Rules::new(
                 &settings.registries,
-                settings.library.as_ref().map(|library| library.address.as_str()),
+                settings
+                    .library
+                    .as_ref()
+                    .map(|library| library.address.as_str()),
             ),
             proxies: proxies.build(),
             tls: OnceLock::new(),

@@ -134,13 +134,21 @@ pub(super) fn image(body: &[u8]) -> Result<(Digest, Image), String> {
         .map_err(|error| format!("the library's answer cannot be read: {error}"))?;
     let about = answer.data.ok_or("the library's answer has no data")?;
     // A library of an early version does not know architectures, and has one image under each name.
-    let other = about.arch.filter(|arch| !["", ARCHITECTURE].contains(&arch.as_str()));
+    let other = about
+        .arch
+        .filter(|arch| !["", ARCHITECTURE].contains(&arch.as_str()));
     if let Some(arch) = other {
-        return Err(format!("the library has it for {arch} and not for {ARCHITECTURE}"));
+        return Err(format!(
+            "the library has it for {arch} and not for {ARCHITECTURE}"
+        ));
     }
     let digest: Result<Digest, _> = about.hash.replacen('.', ":", 1).parse();
-    let digest = digest
-        .map_err(|_| format!("the library names the hash {:?}, and not sha256.…", about.hash))?;
+    let digest = digest.map_err(|_| {
+        format!(
+            "the library names the hash {:?}, and not sha256.…",
+            about.hash
+        )
+    })?;
     let (file, none) = (digest.clone(), digest.clone());
     let descriptor = |digest, size| Descriptor { digest, size };
     let image = Image {
@@ -197,8 +205,14 @@ mod tests {
             ("<html>", "cannot be read"),
             (r#"{"data":{"size":5}}"#, "the hash \"\""),
             (r#"{"data":{"hash":"sif.1234","size":5}}"#, "sif.1234"),
-            (r#"{"data":{"hash":"sha256.1","size":-5}}"#, "cannot be read"),
-            (r#"{"data":{"hash":"","size":5,"arch":"riscv64"}}"#, "for riscv64"),
+            (
+                r#"{"data":{"hash":"sha256.1","size":-5}}"#,
+                "cannot be read",
+            ),
+            (
+                r#"{"data":{"hash":"","size":5,"arch":"riscv64"}}"#,
+                "for riscv64",
+            ),
         ] {
             let error = image(bad.as_bytes()).unwrap_err();
             assert!(error.contains(part), "{bad}: {error}");
@@ -219,7 +233,10 @@ mod tests {
         std::fs::write(&path, "s3cr3t\n").unwrap();
         mode(0o640);
         let error = library.authorization().await.unwrap_err();
-        assert!(error.contains("mode 0600") && !error.contains("s3cr3t"), "{error}");
+        assert!(
+            error.contains("mode 0600") && !error.contains("s3cr3t"),
+            "{error}"
+        );
         mode(0o600);
         let header = library.authorization().await.unwrap().unwrap();
         assert_eq!(header, "Bearer s3cr3t");

@@ -290,22 +290,10 @@ mod tests {
                 "Library.Example.org:8443/a/b/c:1",
                 format!("{host}/a/b/c:1"),
             ),
-            (
-                "library.example.org:8443/c:1",
-                format!("{host}/c:1"),
-            ),
-            (
-                hash.as_str(),
-                format!("{host}/a/b/c@sha256:{hex}"),
-            ),
-            (
-                digest.as_str(),
-                format!("{host}/a/b/c@sha256:{hex}"),
-            ),
-            (
-                both.as_str(),
-                format!("{host}/a/b/c:1@sha256:{hex}"),
-            ),
+            ("library.example.org:8443/c:1", format!("{host}/c:1")),
+            (hash.as_str(), format!("{host}/a/b/c@sha256:{hex}")),
+            (digest.as_str(), format!("{host}/a/b/c@sha256:{hex}")),
+            (both.as_str(), format!("{host}/a/b/c:1@sha256:{hex}")),
             // Not a digest, so it is a tag.
             ("c:sha256.abc", format!("{host}/c:sha256.abc")),
         ];
@@ -328,10 +316,7 @@ mod tests {
             ("library://a/../c", "lower-case letters"),
             ("library://other.example.org/a/b/c", "HOST that of"),
             ("library://library.example.org/a/b/c", "HOST that of"),
-            (
-                "library://library.example.org:8443/a/b/c/d",
-                "HOST that of",
-            ),
+            ("library://library.example.org:8443/a/b/c/d", "HOST that of"),
             ("library:/a/b", "two slashes"),
             ("docker://library://a", "two slashes"),
         ] {

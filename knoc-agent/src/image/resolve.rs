@@ -123,13 +123,13 @@ impl Images {
         }
     }
 
-    pub(super) fn parse(&self, image: &str) -> Result<Reference, ImageError> {
+    fn parse(&self, image: &str) -> Result<Reference, ImageError> {
         let library = self.settings.library.as_ref();
         reference::parse(image, library.map(|library| library.host.as_str()))
     }
 
     /// Where an image is fetched from, with these credentials.
-    pub(super) fn source(&self, name: &Name, login: Option<&Login>) -> Result<Source, String> {
+    fn source(&self, name: &Name, login: Option<&Login>) -> Result<Source, String> {
         let library = self.settings.library.as_ref();
         match library.filter(|_| name.in_library()) {
             Some(library) => Ok(library.source(name)),
