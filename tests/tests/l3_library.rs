@@ -83,7 +83,7 @@ async fn a_file_of_the_library_runs_and_is_the_one_that_apptainer_pulls() -> any
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("busybox.sif");
     let sif = world.on("login", ["cat", "/images/busybox.sif"]);
-    std::fs::write(&file, sif.ok().await?.stdout)?;
+    tokio::fs::write(&file, sif.ok().await?.stdout).await?;
     let port = free_port()?;
     let serve = Run::new("python3").args(["-c", LIBRARY, &port.to_string()]);
     let mut library = Background::start(serve.arg(&file))?;

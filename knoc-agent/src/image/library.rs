@@ -168,7 +168,7 @@ pub(super) fn reason(body: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
+    use knoc_contract::jobdir::atomic;
 
     use super::*;
 
@@ -227,22 +227,21 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");
         let library = Library::new("https://x", Some(path.clone()));
-        let mode = |mode| std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+        let write = |text: &str, mode| atomic::write(&path, text.as_bytes(), mode).unwrap();
         let error = library.authorization().await.unwrap_err();
         assert!(error.contains("images.library_token"), "{error}");
-        std::fs::write(&path, "s3cr3t\n").unwrap();
-        mode(0o640);
+        write("s3cr3t\n", 0o640);
         let error = library.authorization().await.unwrap_err();
         assert!(
             error.contains("mode 0600") && !error.contains("s3cr3t"),
             "{error}"
         );
-        mode(0o600);
+        write("s3cr3t\n", 0o600);
         let header = library.authorization().await.unwrap().unwrap();
         assert_eq!(header, "Bearer s3cr3t");
         assert!(header.is_sensitive());
         for bad in ["", "two\nlines"] {
-            std::fs::write(&path, bad).unwrap();
+            write(bad, 0o600);
             library.authorization().await.unwrap_err();
         }
         let none = Library::new("https://x", None);
