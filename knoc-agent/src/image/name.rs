@@ -78,12 +78,11 @@ pub enum NameError {
 impl Name {
     /// Parses `oras://…`, which is the name of a SIF file in a registry, `docker://…`, or a name without a scheme.
     pub fn of_pod(text: &str) -> Result<Self, NameError> {
-        let (text, kind) = match text.strip_prefix(ORAS) {
-            Some(text) => (text, Kind::Pushed),
-            None => {
-                let text = text.strip_prefix("docker://").unwrap_or(text);
-                (text, Kind::Layers)
-            }
+        let (text, kind) = if let Some(text) = text.strip_prefix(ORAS) {
+            (text, Kind::Pushed)
+        } else {
+            let text = text.strip_prefix("docker://").unwrap_or(text);
+            (text, Kind::Layers)
         };
         Ok(Self {
             kind,

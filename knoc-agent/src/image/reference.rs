@@ -260,6 +260,10 @@ mod tests {
                 whole(bad)
             );
         }
+    }
+
+    #[test]
+    fn without_the_setting_the_message_names_it() {
         let library = whole("library://a/b");
         for part in [
             "the source library: needs",

@@ -272,16 +272,16 @@ impl RegistryClient {
         authorization: Option<HeaderValue>,
     ) -> Result<Request<'a>, String> {
         let library = self.library.as_ref();
-        let url = match library.filter(|_| source.reference.in_library()) {
-            Some(library) => Url::parse(&library.url(&source.reference, path))?,
-            None => {
-                let base = guard::base(source.reference.registry(), source.insecure)?;
-                let path = match path {
-                    "" => base.path.clone(),
-                    path => format!("{}{}/{path}", base.path, source.reference.repository()),
-                };
-                Url { path, ..base }
-            }
+        let library = library.filter(|_| source.reference.in_library());
+        let url = if let Some(library) = library {
+            Url::parse(&library.url(&source.reference, path))?
+        } else {
+            let base = guard::base(source.reference.registry(), source.insecure)?;
+            let path = match path {
+                "" => base.path.clone(),
+                path => format!("{}{}/{path}", base.path, source.reference.repository()),
+            };
+            Url { path, ..base }
         };
         Ok(Request {
             method,
