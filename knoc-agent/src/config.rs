@@ -120,7 +120,7 @@ pub struct Config {
     /// The defaults for jobs whose pod requests nothing else.
     #[serde(default)]
     pub job: JobDefaults,
-    /// How images from registries are kept.
+    /// Where images of a library come from, and how images from registries are kept.
     #[serde(default)]
     pub images: ImageSettings,
     /// Rates, limits and timeouts.
@@ -541,6 +541,7 @@ impl Config {
             )
             .chain(self.binds.iter_mut().map(|entry| &mut entry.path))
             .chain(&mut self.listen.socket)
+            .chain(&mut self.images.library_token)
         {
             if let Ok(rest) = path.strip_prefix("~") {
                 *path = home.join(rest);

@@ -5,7 +5,8 @@
 //! name ──parse──► path under an allowed root ──────────────► config from the SIF itself
 //!        └──────► registry name ──tag→digest──► layers ──check──► convert ──► state_dir/images/sha256-….sif + .json
 //!                                (registry)    (by us)    │       (runtime)   (renamed into place)
-//!                                                         └ a SIF file that was pushed (oras://) is used as it is
+//!                                                         └ a SIF file that was pushed (oras://), or that is in the site's
+//!                                                           library (library://), is used as it is
 //! ```
 //!
 //! This runs on the login node before `sbatch`. Pulls are single-flight: if many pods need one
@@ -35,6 +36,7 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 use knoc_contract::jobdir::StateDir;
 use knoc_proto::pb;
 
+use self::library::Library;
 use crate::{
     command::{Command, CommandError, login_environment},
     config::{Compression, Config, Convert, Registry, RuntimeKind},
@@ -58,6 +60,7 @@ pub mod fuzzed;
 mod guard;
 mod http;
 mod in_use;
+mod library;
 mod local;
 mod login;
 mod manifest;
@@ -103,7 +106,7 @@ pub enum ImageErrorKind {
     /// The name is invalid, or names a file outside the site's image roots. Trying again does not
     /// help.
     InvalidName,
-    /// A source that is not supported, such as `library://`.
+    /// A source that is not supported, such as `shub://`, or `library://` where the site has no library.
     Unsupported,
     /// A registry that this site does not allow.
     Denied,
@@ -205,6 +208,8 @@ pub struct Settings {
     pub trust_shared_roots: bool,
     /// Mirrors; the first match wins.
     pub registries: Vec<Registry>,
+    /// The site's library, if it has one.
+    pub(crate) library: Option<Library>,
     /// The current policy, which says which images pods may name.
     pub policy: Live,
     /// How the files of new images are compressed.
@@ -249,6 +254,7 @@ impl Settings {
             roots: site.image_roots.clone(),
             trust_shared_roots: site.trust_shared_roots,
             registries: site.registries.clone(),
+            library: library(site),
             policy,
             compression: site.images.compression,
             jobs: jobs(site),
@@ -269,6 +275,12 @@ impl Settings {
         let command = Command::new(self.program.as_ref()?);
         Some(command.envs(&self.env).env("LC_ALL", "C"))
     }
+}
+
+/// The site's library.
+fn library(site: &Config) -> Option<Library> {
+    let address = site.images.library.as_deref()?;
+    Some(Library::new(address, site.images.library_token.clone()))
 }
 
 /// What submits the jobs that convert images, if the site wants jobs for that.

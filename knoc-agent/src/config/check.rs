@@ -56,6 +56,7 @@ impl Check<'_> {
         }
         self.paths();
         self.addresses();
+        self.library();
         self.dial_out();
         self.gres();
         self.limits();
@@ -185,6 +186,25 @@ impl Check<'_> {
             let what = format!("must be like `HOST[:PORT][/FOLDER]`, without a scheme: {wrong:?}");
             self.wrong("policy.registries", what);
         }
+    }
+
+    fn library(&mut self) {
+        let config = self.config;
+        let images = &config.images;
+        let address = images.library.as_deref();
+        let right = |address: &str| {
+            let plain = address.strip_prefix("http://");
+            let rest = address.strip_prefix("https://").or(plain);
+            rest.is_some_and(is_image_prefix)
+        };
+        if address.is_some_and(|address| !right(address)) {
+            let what = format!("must be like `https://HOST[:PORT][/FOLDER]`: {address:?}");
+            self.wrong("images.library", what);
+        }
+        if images.library_token.is_some() && address.is_none() {
+            self.wrong("images.library_token", "needs `images.library`");
+        }
+        self.absolute("images.library_token", &images.library_token);
     }
 
     fn dial_out(&mut self) {

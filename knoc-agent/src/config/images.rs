@@ -1,15 +1,19 @@
 //! PURE: the table `[images]` of the site file.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
 use super::text;
 
-/// How images from registries are kept.
+/// Where images of a library come from, and how images from registries are kept.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ImageSettings {
+    /// The address of the container library for names with `library://`. If unset, such names are rejected.
+    pub library: Option<String>,
+    /// A file with the site's token for it. If unset, it is asked without.
+    pub library_token: Option<PathBuf>,
     /// How their files are compressed.
     pub compression: Compression,
     /// Where they are converted.
@@ -29,6 +33,8 @@ pub struct ImageSettings {
 impl Default for ImageSettings {
     fn default() -> Self {
         Self {
+            library: None,
+            library_token: None,
             compression: Compression::Auto,
             convert: Convert::Login,
             convert_partition: None,

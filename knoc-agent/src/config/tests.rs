@@ -21,6 +21,15 @@ fn a_site_name_is_enough() {
     let config = parse("site = 'trixie'\n[images]\ncompression = 'lz4'").unwrap();
     assert_eq!(config.images.compression, Compression::Lz4);
     assert_eq!(config.images.convert, Convert::Login);
+    assert_eq!(config.images.library, None);
+    let library =
+        "site = 'trixie'\n[images]\nlibrary = 'http://ctl:8080/l'\nlibrary_token = '~/.token'";
+    let images = parse(library).unwrap().images;
+    assert_eq!(images.library.as_deref(), Some("http://ctl:8080/l"));
+    assert_eq!(
+        images.library_token.as_deref(),
+        Some(Path::new("/home/u/.token"))
+    );
     let config = parse(
         "site = 'trixie'\n[images]\nconvert = 'job'\nconvert_memory = '1GiB'\nconvert_time = '90s'",
     )
@@ -79,6 +88,25 @@ fn mistakes_name_line_and_allowed_values() {
                 "agent.toml:4: images.convert",
                 "`job` needs the scheduler slurm",
             ],
+        ),
+        (
+            "site = 'x'\n[images]\nlibrary = 'library.example.org'",
+            &[
+                "agent.toml:3: images.library",
+                "`https://HOST[:PORT][/FOLDER]`",
+            ],
+        ),
+        (
+            "site = 'x'\n[images]\nlibrary = 'https://library.example.org/?a=b'",
+            &["agent.toml:3: images.library", "HOST"],
+        ),
+        (
+            "site = 'x'\n[images]\nlibrary_token = '/t'",
+            &["agent.toml:3: images.library_token", "images.library"],
+        ),
+        (
+            "site = 'x'\n[images]\nlibrary = 'https://a.b'\nlibrary_token = 't'",
+            &["agent.toml:4: images.library_token", "must be absolute"],
         ),
         (
             "site = 'x'\n[images]\nconvert_cpus = 0",

@@ -101,6 +101,18 @@ pub(super) struct Token {
     pub(super) lifetime: Duration,
 }
 
+/// The header with a token.
+pub(super) fn bearer(token: &str) -> Result<HeaderValue, String> {
+    if token.len() > MAX_BEARER {
+        return Err(format!("its token is longer than {MAX_BEARER} bytes"));
+    }
+    let bearer = HeaderValue::try_from(format!("Bearer {token}"));
+    let mut bearer = bearer
+        .map_err(|_| "its token holds characters that a header may not contain".to_owned())?;
+    bearer.set_sensitive(true);
+    Ok(bearer)
+}
+
 /// Parses the answer of a realm.
 pub(super) fn token(body: &[u8]) -> Result<Token, String> {
     #[derive(Deserialize)]
@@ -113,14 +125,7 @@ pub(super) fn token(body: &[u8]) -> Result<Token, String> {
         .map_err(|error| format!("its answer is not a token: {error}"))?;
     let given = [answer.token, answer.access_token];
     let token = given.into_iter().flatten().find(|token| !token.is_empty());
-    let token = token.ok_or("its answer holds no token")?;
-    if token.len() > MAX_BEARER {
-        return Err(format!("its token is longer than {MAX_BEARER} bytes"));
-    }
-    let bearer = HeaderValue::try_from(format!("Bearer {token}"));
-    let mut bearer = bearer
-        .map_err(|_| "its token holds characters that a header may not contain".to_owned())?;
-    bearer.set_sensitive(true);
+    let bearer = bearer(&token.ok_or("its answer holds no token")?)?;
     let lifetime = answer.expires_in.map_or(LIFETIME, Duration::from_secs);
     let lifetime = lifetime.min(LONGEST).saturating_sub(MARGIN);
     Ok(Token { bearer, lifetime })

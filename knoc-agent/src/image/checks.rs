@@ -8,7 +8,7 @@ use knoc_contract::{
 };
 use knoc_proto::{error, pb};
 
-use super::{Images, Name, reference, runtime_version};
+use super::{Images, Name, library::Library, reference, runtime_version};
 
 impl Images {
     /// The findings, in the order in which an image is processed.
@@ -38,6 +38,9 @@ impl Images {
             .filter(|entry| entry.mirror.is_some())
         {
             all.push(self.mirror(&entry.prefix).await);
+        }
+        if let Some(library) = &settings.library {
+            all.push(self.library(library).await);
         }
         all
     }
@@ -73,6 +76,19 @@ impl Images {
                 finding("images: runtime", Err(error::chain(&err)), cure)
             }
         }
+    }
+
+    /// Checks that the site's library answers at all, and that the token for it can be read.
+    async fn library(&self, library: &Library) -> pb::Finding {
+        let asked = async {
+            library.authorization().await?;
+            let name = Name::of_library("knoc/doctor/none", &library.host);
+            let name = name.map_err(|error| error.to_string())?;
+            self.registry().answers(&library.source(&name)).await?;
+            Ok(format!("{} answers", library.address))
+        };
+        let cure = "check library and library_token under [images] of the site file";
+        finding("images: library", asked.await, cure)
     }
 
     /// Checks that a mirror answers at all: an answer that it does not have the image is enough.

@@ -19,7 +19,7 @@ use super::{
     digest::Digest,
     file::ImageFile,
     guard::{self, Url, forbidden},
-    local,
+    library, local,
     manifest::{self, MAX_LAYERS, Manifest, Packing},
     reference::{self, Reference},
     unpacked::{Budget, Tar},
@@ -52,6 +52,13 @@ pub fn manifests(data: &[u8]) {
         }
         Ok(Manifest::Index(digest)) => in_its_folder(&digest),
         Err(why) => assert!(!why.is_empty()),
+    }
+    if let Ok((digest, image)) = library::image(data) {
+        in_its_folder(&digest);
+        assert!(image.sif && image.layers.len() == 1);
+    }
+    if let Some(reason) = library::reason(data) {
+        assert!(!reason.is_empty());
     }
     if let Ok(file) = ImageFile::of_oci(data) {
         assert!(file.env.is_none_or(|env| env.len() <= 10_000));
@@ -155,10 +162,17 @@ pub fn pushed_sif(data: &[u8]) {
 /// If a name is another one when it is read again, or a registry can be written so that the site's policy or mirrors do not
 /// apply to it.
 pub fn image_names(data: &[u8]) {
-    let Ok(Ok(Reference::Registry(name))) = std::str::from_utf8(data).map(reference::parse) else {
+    let parse = |text: &str| reference::parse(text, Some("library.example.org"));
+    let Ok(Ok(Reference::Registry(name))) = std::str::from_utf8(data).map(parse) else {
         return;
     };
     let whole = name.whole();
+    let again = parse(&whole);
+    assert_eq!(again, Ok(Reference::Registry(name.clone())), "{whole}");
+    if name.in_library() {
+        assert_eq!(name.registry(), "library.example.org");
+        return;
+    }
     assert_eq!(Name::of_pod(&whole).as_ref(), Ok(&name), "{whole}");
     let registry = name.registry();
     assert!(!registry.bytes().any(|byte| byte.is_ascii_uppercase()));
@@ -219,7 +233,7 @@ mod tests {
 
         #[test]
         fn whatever_a_name_says(
-            host in "(oras://|docker://)?([A-Za-z0-9.-]{1,10}(:[0-9]{1,5})?|\\[[0-9A-F:]{2,9}\\](:5000)?)",
+            host in "(oras://|docker://|library://)?([A-Za-z0-9.-]{1,10}(:[0-9]{1,5})?|\\[[0-9A-F:]{2,9}\\](:5000)?)",
             rest in "(/[a-z0-9._-]{1,5}){1,3}(:[A-Za-z0-9]{1,3})?",
         ) {
             image_names(format!("{host}{rest}").as_bytes());

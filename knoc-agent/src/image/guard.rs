@@ -264,9 +264,10 @@ pub(super) struct Rules {
 }
 
 impl Rules {
-    /// Creates the rules. Hosts that a `[[registry]]` names are exempt: its prefix and its mirror.
+    /// Creates the rules. Hosts that a `[[registry]]` names are exempt: its prefix and its mirror; and that of the library at this address.
     #[must_use]
-    pub(super) fn new(registries: &[Registry]) -> Self {
+    pub(super) fn new(registries: &[Registry], library: Option<&str>) -> Self {
+        let library = library.and_then(|address| Named::of(address, false));
         let named = registries.iter().flat_map(|entry| {
             let mirror = entry.mirror.as_deref();
             let plain = entry.insecure;
@@ -276,7 +277,7 @@ impl Rules {
             ]
         });
         Self {
-            named: named.flatten().collect(),
+            named: named.flatten().chain(library).collect(),
         }
     }
 

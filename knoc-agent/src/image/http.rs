@@ -149,7 +149,13 @@ impl Client {
             .https(variable("HTTPS_PROXY"))
             .no(variable("NO_PROXY"));
         Self {
-            rules: Rules::new(&settings.registries),
+            rules: Rules::new(
+                &settings.registries,
+                settings
+                    .library
+                    .as_ref()
+                    .map(|library| library.address.as_str()),
+            ),
             proxies: proxies.build(),
             tls: OnceLock::new(),
         }

@@ -2,7 +2,7 @@
 //!
 //! `[HOST[:PORT]/]PATH[:TAG][@DIGEST]`. The first part is a host if it contains a dot or a colon or
 //! is `localhost`; otherwise the image is on Docker Hub. The case of a host means nothing, so that a name has it in
-//! lower case.
+//! lower case. Names in the site's library are read as Apptainer reads them.
 
 use std::{fmt, str::FromStr};
 
@@ -17,12 +17,26 @@ const MAX_HOST: usize = 255;
 
 /// What the name of an image begins with that was pushed as a SIF file.
 const ORAS: &str = "oras://";
+/// What the name of a SIF file in a container library begins with.
+pub(super) const LIBRARY: &str = "library://";
+/// What a tag in a library begins with that is the digest of a file; its hexadecimal digits follow.
+const HASH: &str = "sha256.";
 
-/// The name of an image in a registry.
+/// Where an image is and in which form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    /// A container image in a registry.
+    Layers,
+    /// A SIF file that was pushed to a registry.
+    Pushed,
+    /// A SIF file in the site's library.
+    Library,
+}
+
+/// The name of an image in a registry, or in the site's library, whose host is then the registry.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Name {
-    /// Whether the image is a SIF file that was pushed as it is.
-    sif: bool,
+    kind: Kind,
     registry: String,
     repository: String,
     tag: Option<String>,
@@ -54,29 +68,80 @@ pub enum NameError {
     /// The digest after the `@` is invalid.
     #[error("a digest must be sha256: or sha512: and lower-case hexadecimal digits")]
     Digest,
+    /// The name has more parts than one in the site's library has.
+    #[error(
+        "it must be library://[HOST/]ENTITY/COLLECTION/CONTAINER[:TAG], and HOST that of images.library of the site file"
+    )]
+    Library,
 }
 
 impl Name {
     /// Parses `oras://…`, which is the name of a SIF file in a registry, `docker://…`, or a name without a scheme.
     pub fn of_pod(text: &str) -> Result<Self, NameError> {
-        let (text, sif) = match text.strip_prefix(ORAS) {
-            Some(text) => (text, true),
-            None => (text.strip_prefix("docker://").unwrap_or(text), false),
+        let (text, kind) = if let Some(text) = text.strip_prefix(ORAS) {
+            (text, Kind::Pushed)
+        } else {
+            let text = text.strip_prefix("docker://").unwrap_or(text);
+            (text, Kind::Layers)
         };
         Ok(Self {
-            sif,
+            kind,
             ..text.parse()?
+        })
+    }
+
+    /// Parses what follows `library://`: `[HOST/][[ENTITY/]COLLECTION/]CONTAINER[:TAG]`. `host` is that of the site's library.
+    ///
+    /// As in Apptainer, a name with up to three parts names no host, and the library fills in what is missing. But one that begins
+    /// with the library's own host names it, so that a full name is never read as another one.
+    pub fn of_library(text: &str, host: &str) -> Result<Self, NameError> {
+        let (text, mut tag, mut digest) = split_version(text)?;
+        let hex = tag.as_deref().and_then(|tag| tag.strip_prefix(HASH));
+        let hash: Option<Digest> = hex.and_then(|hex| format!("sha256:{hex}").parse().ok());
+        if digest.is_none() && hash.is_some() {
+            (tag, digest) = (None, hash);
+        }
+        let named = text.split_once('/');
+        let named = named.filter(|(first, _)| first.eq_ignore_ascii_case(host));
+        let path = named.map_or(text, |(_, path)| path);
+        if path.matches('/').count() > 2 {
+            return Err(NameError::Library);
+        }
+        let place = (host.to_owned(), path.to_owned());
+        Self::checked(Kind::Library, place, tag, digest)
+    }
+
+    fn checked(
+        kind: Kind,
+        (registry, repository): (String, String),
+        tag: Option<String>,
+        digest: Option<Digest>,
+    ) -> Result<Self, NameError> {
+        if !repository.split('/').all(is_part) {
+            return Err(NameError::Repository);
+        }
+        if repository.len() > MAX_REPOSITORY {
+            return Err(NameError::TooLong);
+        }
+        let tag = tag.or_else(|| digest.is_none().then(|| "latest".to_owned()));
+        Ok(Self {
+            kind,
+            registry,
+            repository,
+            tag,
+            digest,
         })
     }
 
     /// Checks that the registry has what the name says.
     pub fn fits(&self, sif: bool) -> Result<(), String> {
-        match (self.sif, sif) {
-            (true, true) | (false, false) => Ok(()),
-            (true, false) => {
-                Err("this is a container image and not a SIF file: leave oras:// out".to_owned())
-            }
-            (false, true) => Err(format!(
+        match (self.kind, sif) {
+            (Kind::Pushed | Kind::Library, true) | (Kind::Layers, false) => Ok(()),
+            (Kind::Pushed | Kind::Library, false) => Err(format!(
+                "this is a container image and not a SIF file: leave {} out",
+                self.scheme()
+            )),
+            (Kind::Layers, true) => Err(format!(
                 "this was pushed as a SIF file: write {ORAS} before its name"
             )),
         }
@@ -85,7 +150,34 @@ impl Name {
     /// What its name begins with, if it is a SIF file.
     #[must_use]
     pub fn scheme(&self) -> &'static str {
-        if self.sif { ORAS } else { "" }
+        match self.kind {
+            Kind::Layers => "",
+            Kind::Pushed => ORAS,
+            Kind::Library => LIBRARY,
+        }
+    }
+
+    /// Whether it is in the site's library.
+    #[must_use]
+    pub fn in_library(&self) -> bool {
+        self.kind == Kind::Library
+    }
+
+    /// The repository for which access to an image is recorded. A library is not the registry on the same host.
+    #[must_use]
+    pub fn owner(&self) -> String {
+        let scheme = if self.in_library() { LIBRARY } else { "" };
+        format!("{scheme}{}", self.repository_path())
+    }
+
+    /// What the site's policy is compared with: `HOST/PATH`. Of a short name in a library only the host, because what the library puts
+    /// before it is not known here.
+    #[must_use]
+    pub fn policy_path(&self) -> String {
+        if self.in_library() && self.repository.matches('/').count() < 2 {
+            return self.registry.clone();
+        }
+        self.repository_path()
     }
 
     /// The host in lower case, with its port if the name has one.
@@ -159,41 +251,33 @@ impl FromStr for Name {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
-        let (text, digest) = match text.split_once('@') {
-            Some((rest, digest)) => {
-                let digest = digest.parse().map_err(|_| NameError::Digest)?;
-                (rest, Some(digest))
-            }
-            None => (text, None),
-        };
-        let last = text.rfind('/').map_or(0, |slash| slash + 1);
-        let (text, tag) = match text.get(last..).and_then(|part| part.split_once(':')) {
-            // A colon without a slash after it begins the tag.
-            Some((part, tag)) => (&text[..last + part.len()], Some(tag.to_owned())),
-            None => (text, None),
-        };
-        if tag.as_deref().is_some_and(|tag| !is_tag(tag)) {
-            return Err(NameError::Tag);
-        }
-        if text.is_empty() {
-            return Err(NameError::Empty);
-        }
-        let (registry, repository) = split_host(text)?;
-        if !repository.split('/').all(is_part) {
-            return Err(NameError::Repository);
-        }
-        if repository.len() > MAX_REPOSITORY {
-            return Err(NameError::TooLong);
-        }
-        let tag = tag.or_else(|| digest.is_none().then(|| "latest".to_owned()));
-        Ok(Self {
-            sif: false,
-            registry,
-            repository,
-            tag,
-            digest,
-        })
+        let (text, tag, digest) = split_version(text)?;
+        Self::checked(Kind::Layers, split_host(text)?, tag, digest)
     }
+}
+
+/// Splits the tag and the digest off.
+fn split_version(text: &str) -> Result<(&str, Option<String>, Option<Digest>), NameError> {
+    let (text, digest) = match text.split_once('@') {
+        Some((rest, digest)) => {
+            let digest = digest.parse().map_err(|_| NameError::Digest)?;
+            (rest, Some(digest))
+        }
+        None => (text, None),
+    };
+    let last = text.rfind('/').map_or(0, |slash| slash + 1);
+    let (text, tag) = match text.get(last..).and_then(|part| part.split_once(':')) {
+        // A colon without a slash after it begins the tag.
+        Some((part, tag)) => (&text[..last + part.len()], Some(tag.to_owned())),
+        None => (text, None),
+    };
+    if tag.as_deref().is_some_and(|tag| !is_tag(tag)) {
+        return Err(NameError::Tag);
+    }
+    if text.is_empty() {
+        return Err(NameError::Empty);
+    }
+    Ok((text, tag, digest))
 }
 
 fn split_host(text: &str) -> Result<(String, String), NameError> {

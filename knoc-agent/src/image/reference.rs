@@ -2,7 +2,12 @@
 
 use std::path::PathBuf;
 
-use super::{ImageError, ImageErrorKind, Name, digest::Digest, login::Login, name::prefix};
+use super::{
+    ImageError, ImageErrorKind, Name, NameError,
+    digest::Digest,
+    login::Login,
+    name::{LIBRARY, prefix},
+};
 use crate::config::Registry;
 
 /// A parsed image reference.
@@ -29,14 +34,28 @@ const UNSUPPORTED: &[&str] = &[
     "dhub",
 ];
 
-/// Parses what a pod names: `busybox`, `quay.io/a/b:tag`, `docker://…`, `oras://…`, an absolute path.
-pub fn parse(image: &str) -> Result<Reference, ImageError> {
+/// Parses what a pod names: `busybox`, `quay.io/a/b:tag`, `docker://…`, `oras://…`, an absolute path, or `library://…`, if the site
+/// has a library, whose host this is.
+pub fn parse(image: &str, library: Option<&str>) -> Result<Reference, ImageError> {
     let invalid = |message: String| ImageError::new(image, ImageErrorKind::InvalidName, message);
+    let unsupported = |why: String| ImageError::new(image, ImageErrorKind::Unsupported, why);
     if image.starts_with('/') {
         if image.contains('\0') {
             return Err(invalid("a path must not contain NUL".to_owned()));
         }
         return Ok(Reference::Path(PathBuf::from(image)));
+    }
+    if let (Some(host), Some(text)) = (library, image.strip_prefix(LIBRARY)) {
+        let name = Name::of_library(text, host);
+        return name.map(Reference::Registry).map_err(|error| match error {
+            NameError::Library => unsupported(error.to_string()),
+            NameError::Empty
+            | NameError::Registry
+            | NameError::Repository
+            | NameError::TooLong
+            | NameError::Tag
+            | NameError::Digest => invalid(error.to_string()),
+        });
     }
     let schemes = ["docker://", "oras://"];
     let name = schemes
@@ -46,13 +65,15 @@ pub fn parse(image: &str) -> Result<Reference, ImageError> {
         && (rest.starts_with("//")
             || (UNSUPPORTED.contains(&scheme) && rest.starts_with(['/', '.'])))
     {
-        let message = if UNSUPPORTED.contains(&scheme) {
+        let message = if scheme == "library" {
+            "needs the address of a library, images.library in the site file, and two slashes; or fetch it once with `apptainer pull`, \
+             and name the SIF file by its path under the site's image_roots"
+        } else if UNSUPPORTED.contains(&scheme) {
             "is not supported; fetch it once with `apptainer pull`, and name the SIF file by its path under the site's image_roots"
         } else {
             "is unknown; use docker://, oras://, or a path under the site's image_roots"
         };
-        let message = format!("the source {scheme}: {message}");
-        return Err(ImageError::new(image, ImageErrorKind::Unsupported, message));
+        return Err(unsupported(format!("the source {scheme}: {message}")));
     }
     Name::of_pod(image)
         .map(Reference::Registry)
@@ -83,7 +104,7 @@ impl Source {
 
 /// Checks whether `policy.registries` lets pods name this image.
 pub fn allowed(name: &Name, allowed: &[String]) -> Result<(), String> {
-    let path = name.repository_path();
+    let path = name.policy_path();
     let begins = |entry: &String| path.strip_prefix(&prefix(entry)).is_some_and(at_slash);
     if allowed.is_empty() || allowed.iter().any(begins) {
         return Ok(());
@@ -156,8 +177,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const LIBRARY_HOST: &str = "Library.example.org:8443";
+
     fn whole(image: &str) -> String {
-        match parse(image) {
+        shown(parse(image, None))
+    }
+
+    fn shown(parsed: Result<Reference, ImageError>) -> String {
+        match parsed {
             Ok(Reference::Registry(name)) => name.whole(),
             Ok(Reference::Path(path)) => format!("path {}", path.display()),
             Err(err) => format!("{}: {}", err.reason(), err.message),
@@ -233,8 +260,97 @@ mod tests {
                 whole(bad)
             );
         }
+    }
+
+    #[test]
+    fn without_the_setting_the_message_names_it() {
         let library = whole("library://a/b");
-        assert!(library.contains("library: is not supported; fetch it once with `apptainer pull`"));
+        for part in [
+            "the source library: needs",
+            "images.library",
+            "`apptainer pull`",
+        ] {
+            assert!(library.contains(part), "{library}");
+        }
+    }
+
+    fn in_library(image: &str) -> String {
+        shown(parse(image, Some("library.example.org:8443")))
+    }
+
+    #[test]
+    fn names_in_the_library_of_the_site() {
+        let hex = "a".repeat(64);
+        let host = "library://library.example.org:8443";
+        let hash = format!("a/b/c:sha256.{hex}");
+        let digest = format!("a/b/c@sha256:{hex}");
+        let both = format!("a/b/c:1@sha256:{hex}");
+        let cases = [
+            ("a/b/c:1", format!("{host}/a/b/c:1")),
+            ("a/b/c", format!("{host}/a/b/c:latest")),
+            ("b/c:V-1.2", format!("{host}/b/c:V-1.2")),
+            ("c", format!("{host}/c:latest")),
+            (
+                "Library.Example.org:8443/a/b/c:1",
+                format!("{host}/a/b/c:1"),
+            ),
+            ("library.example.org:8443/c:1", format!("{host}/c:1")),
+            (hash.as_str(), format!("{host}/a/b/c@sha256:{hex}")),
+            (digest.as_str(), format!("{host}/a/b/c@sha256:{hex}")),
+            (both.as_str(), format!("{host}/a/b/c:1@sha256:{hex}")),
+            // Not a digest, so it is a tag.
+            ("c:sha256.abc", format!("{host}/c:sha256.abc")),
+        ];
+        for (name, expected) in cases {
+            assert_eq!(in_library(&format!("library://{name}")), expected, "{name}");
+            assert_eq!(in_library(&expected), expected);
+        }
+        for (bad, part) in [
+            ("library://", "at least one component"),
+            ("library:///c", "lower-case letters"),
+            ("library://a//c", "lower-case letters"),
+            ("library://A/b/c", "lower-case letters"),
+            ("library://a/b/c:", "a tag"),
+            ("library://a/b/c:1,2", "a tag"),
+            ("library://a/b/c:1:2", "a tag"),
+            ("library://a/b/c@sha256:1", "a digest"),
+            ("library://user@a/b/c", "a digest"),
+            ("library://a/b/c?arch=x", "lower-case letters"),
+            ("library://a/b/c#x", "lower-case letters"),
+            ("library://a/../c", "lower-case letters"),
+            ("library://other.example.org/a/b/c", "HOST that of"),
+            ("library://library.example.org/a/b/c", "HOST that of"),
+            ("library://library.example.org:8443/a/b/c/d", "HOST that of"),
+            ("library:/a/b", "two slashes"),
+            ("docker://library://a", "two slashes"),
+        ] {
+            let error = in_library(bad);
+            assert!(error.starts_with("InvalidImageName: "), "{bad}: {error}");
+            assert!(error.contains(part), "{bad}: {error}");
+        }
+        // What is no name in a library is read as before.
+        assert_eq!(in_library("library:1"), "docker.io/library/library:1");
+    }
+
+    #[test]
+    fn the_policy_is_compared_with_full_names_in_a_library() {
+        let list = ["library.example.org:8443/a/b".to_owned()];
+        let all = [LIBRARY_HOST.to_owned()];
+        for (image, expected) in [
+            ("library://a/b/c", true),
+            ("library://a/bb/c", false),
+            ("library://b/c", false),
+            // The library puts its own entity before it.
+            ("library://a/b", false),
+            ("library://c", false),
+        ] {
+            let Ok(Reference::Registry(name)) = parse(image, Some("library.example.org:8443"))
+            else {
+                unreachable!("{image}")
+            };
+            assert_eq!(allowed(&name, &list).is_ok(), expected, "{image}");
+            assert!(allowed(&name, &all).is_ok(), "{image}");
+        }
     }
 
     fn registry(prefix: &str, mirror: Option<&str>, insecure: bool) -> Registry {
@@ -280,7 +396,7 @@ mod tests {
             ),
         ];
         for (image, expected, insecure) in cases {
-            let Ok(Reference::Registry(name)) = parse(image) else {
+            let Ok(Reference::Registry(name)) = parse(image, None) else {
                 unreachable!("{image}")
             };
             let source = source(&name, &registries, None).unwrap();
@@ -324,7 +440,7 @@ mod tests {
             ("ctl:50001/x", false),
             ("Ctl:5000/x", true),
         ] {
-            let Ok(Reference::Registry(name)) = parse(image) else {
+            let Ok(Reference::Registry(name)) = parse(image, None) else {
                 assert!(!expected, "{image}");
                 continue;
             };
@@ -336,7 +452,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_text_panics(image in ".*") {
-            if let Ok(Reference::Registry(name)) = parse(&image) {
+            if let Ok(Reference::Registry(name)) = parse(&image, Some("library.example.org")) {
                 let registries = [registry("docker.io", Some("ctl:5000"), true)];
                 source(&name, &registries, None).ok();
             }

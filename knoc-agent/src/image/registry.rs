@@ -3,7 +3,7 @@
 //! Everything is bounded: the time of a request, the sizes of answers, redirects, and the number of
 //! requests in flight, in total and per registry. Everything that has a digest is checked against
 //! it. A request carries the credentials of its [`Source`], or the token that the registry's own
-//! realm issued for them.
+//! realm issued for them. The site's library ([`Library`]) is asked by the same rules, with the token of the site.
 
 use std::{
     collections::HashMap,
@@ -21,6 +21,7 @@ use super::{
     file::ImageFile,
     guard::{self, Url},
     http::{Answer, Client, Request},
+    library::{self, Library},
     login::Login,
     manifest::{self, Descriptor, Image, MAX_CONFIG, MAX_MANIFEST, Manifest},
     reference::Source,
@@ -63,10 +64,11 @@ pub(super) struct Config {
 /// What a token is for: the origin, the repository, and whose it is.
 type TokenKey = (String, String, Option<Login>);
 
-/// The client of all registries.
+/// The client of all registries, and of the site's library.
 #[derive(Debug)]
 pub(super) struct RegistryClient {
     http: Client,
+    library: Option<Library>,
     questions: Arc<FairSlots>,
     /// What registries accept, and until when.
     tokens: Mutex<HashMap<TokenKey, (HeaderValue, Instant)>>,
@@ -77,6 +79,7 @@ impl RegistryClient {
     pub(super) fn new(settings: &Settings) -> Self {
         Self {
             http: Client::new(settings),
+            library: settings.library.clone(),
             questions: FairSlots::new(QUESTIONS, QUESTIONS_EACH),
             tokens: Mutex::default(),
             timeout: settings.registry_timeout,
@@ -87,10 +90,13 @@ impl RegistryClient {
     /// error.
     ///
     /// Registries that count pulls do not count this request. For a name with a digest no request
-    /// is made, because the digest cannot change.
+    /// is made, because the digest cannot change. A library says it with the rest ([`Self::resolve`]).
     pub(super) async fn digest(&self, source: &Source) -> Result<Option<Digest>, String> {
         if let Some(digest) = source.reference.digest() {
             return Ok(Some(digest.clone()));
+        }
+        if source.reference.in_library() {
+            return Ok(None);
         }
         let ask = async {
             let path = format!("manifests/{}", source.reference.version());
@@ -127,7 +133,11 @@ impl RegistryClient {
         layer: &Descriptor,
     ) -> Result<Answer, String> {
         let ask = async {
-            let path = format!("blobs/{}", layer.digest);
+            let path = if source.reference.in_library() {
+                "imagefile".to_owned()
+            } else {
+                format!("blobs/{}", layer.digest)
+            };
             let answer = self.ask(source, Method::GET, &path, "*/*").await?;
             let answer = accepted(answer).await?;
             match answer.length() {
@@ -145,13 +155,16 @@ impl RegistryClient {
     /// image is enough.
     pub(super) async fn answers(&self, source: &Source) -> Result<(), String> {
         let ask = async {
-            let request = Self::request(source, Method::GET, "", "*/*", None)?;
+            let request = self.request(source, Method::GET, "", "*/*", None)?;
             self.http.ask(request).await.map(drop)
         };
         self.question(source, ask).await
     }
 
     async fn image(&self, source: &Source) -> Result<(Digest, Image), String> {
+        if source.reference.in_library() {
+            return self.in_library(source).await;
+        }
         let mut version = source.reference.version();
         let mut named = source.reference.digest().cloned();
         for _ in 0..=MAX_INDEXES {
@@ -168,6 +181,23 @@ impl RegistryClient {
             }
         }
         Err(format!("more than {MAX_INDEXES} indexes lead to the image"))
+    }
+
+    /// The file that the library has under the name.
+    async fn in_library(&self, source: &Source) -> Result<(Digest, Image), String> {
+        let answer = self.ask(source, Method::GET, "images", "application/json");
+        let mut answer = answer.await?;
+        let body = answer.whole(library::MAX_ANSWER, "what the library says");
+        let body = body.await?;
+        if !answer.status.is_success() {
+            let said = library::reason(&body);
+            return Err(said.unwrap_or_else(|| format!("{} answers {}", answer.url, answer.status)));
+        }
+        let (digest, image) = library::image(&body)?;
+        if let Some(named) = source.reference.digest() {
+            named.check(&digest)?;
+        }
+        Ok((digest, image))
     }
 
     async fn manifest(
@@ -234,20 +264,28 @@ impl RegistryClient {
     }
 
     fn request<'a>(
+        &self,
         source: &Source,
         method: Method,
         path: &str,
         accept: &'a str,
         authorization: Option<HeaderValue>,
     ) -> Result<Request<'a>, String> {
-        let base = guard::base(source.reference.registry(), source.insecure)?;
-        let path = match path {
-            "" => base.path.clone(),
-            path => format!("{}{}/{path}", base.path, source.reference.repository()),
+        let library = self.library.as_ref();
+        let library = library.filter(|_| source.reference.in_library());
+        let url = if let Some(library) = library {
+            Url::parse(&library.url(&source.reference, path))?
+        } else {
+            let base = guard::base(source.reference.registry(), source.insecure)?;
+            let path = match path {
+                "" => base.path.clone(),
+                path => format!("{}{}/{path}", base.path, source.reference.repository()),
+            };
+            Url { path, ..base }
         };
         Ok(Request {
             method,
-            url: Url { path, ..base },
+            url,
             accept,
             authorization,
             plain: source.insecure,
@@ -262,17 +300,21 @@ impl RegistryClient {
         path: &str,
         accept: &str,
     ) -> Result<Answer, String> {
-        let known = self.token(source);
-        let first = Self::request(source, method.clone(), path, accept, known)?;
+        let of_library = source.reference.in_library();
+        let known = match &self.library {
+            Some(library) if of_library => library.authorization().await?,
+            Some(_) | None => self.token(source),
+        };
+        let first = self.request(source, method.clone(), path, accept, known)?;
         let answer = self.http.ask(first.clone()).await?;
         // Only the registry itself receives credentials, not a server that it redirects to.
         let demanded = answer.status == StatusCode::UNAUTHORIZED;
-        if !demanded || !answer.url.same_origin(&first.url) {
+        if !demanded || of_library || !answer.url.same_origin(&first.url) {
             return Ok(answer);
         }
         let authorization = self.authorize(source, &answer).await?;
         drop(answer);
-        let again = Self::request(source, method, path, accept, Some(authorization))?;
+        let again = self.request(source, method, path, accept, Some(authorization))?;
         self.http.ask(again).await
     }
 
@@ -373,7 +415,9 @@ pub(super) fn describe(source: &Source, text: &str) -> String {
     }
     // The error that rustls reports if the answer is not TLS.
     let plain = !source.insecure && text.contains("InvalidContentType");
-    let hint = if plain {
+    let hint = if plain && source.reference.in_library() {
+        " (plain HTTP needs http:// in images.library)"
+    } else if plain {
         " (plain HTTP needs insecure = true in [[registry]])"
     } else {
         ""

@@ -116,10 +116,24 @@ impl Images {
         if self.settings.program.is_none() {
             return Ok(());
         }
-        match reference::parse(image) {
+        match self.parse(image) {
             Err(error) if error.kind == ImageErrorKind::Unsupported => Err(error),
             Ok(Reference::Registry(name)) => self.allowed(image, &name),
             Ok(Reference::Path(_)) | Err(_) => Ok(()),
+        }
+    }
+
+    fn parse(&self, image: &str) -> Result<Reference, ImageError> {
+        let library = self.settings.library.as_ref();
+        reference::parse(image, library.map(|library| library.host.as_str()))
+    }
+
+    /// Where an image is fetched from, with these credentials.
+    fn source(&self, name: &Name, login: Option<&Login>) -> Result<Source, String> {
+        let library = self.settings.library.as_ref();
+        match library.filter(|_| name.in_library()) {
+            Some(library) => Ok(library.source(name)),
+            None => reference::source(name, &self.settings.registries, login),
         }
     }
 
@@ -161,7 +175,7 @@ impl Images {
                 file: None,
             });
         }
-        match reference::parse(image)? {
+        match self.parse(image)? {
             Reference::Path(path) => self.local(image, path).await,
             Reference::Registry(name) => {
                 let wanted = Wanted {
@@ -219,7 +233,7 @@ impl Images {
         } = wanted;
         // Checked again here, because the site's policy may have changed since admission.
         self.allowed(image, name)?;
-        let repository = name.repository_path();
+        let repository = name.owner();
         let cached = if policy == PullPolicy::Always {
             None
         } else {
@@ -245,8 +259,7 @@ impl Images {
         let mut asked: Vec<Source> = Vec::new();
         let mut errors: Vec<String> = Vec::new();
         for credential in tries {
-            let source =
-                reference::source(name, &self.settings.registries, credential.login.as_ref());
+            let source = self.source(name, credential.login.as_ref());
             let source = source.map_err(failed)?;
             if asked.contains(&source) {
                 continue;
@@ -269,7 +282,7 @@ impl Images {
         credential: &Credential,
         watch: &PullWatch,
     ) -> Result<Known, String> {
-        let repository = name.repository_path();
+        let repository = name.owner();
         // A mirror may not get the credentials.
         let credential = &Credential {
             login: source.login.clone(),

@@ -186,7 +186,10 @@ fn a_line_marked_default_changes_nothing_and_an_example_does() {
             .lines()
             .enumerate()
             .map(|(at, line)| {
-                if at == number {
+                // A token is for the library above it.
+                let needed =
+                    setting.starts_with("library_token") && line.starts_with("# library = ");
+                if at == number || needed {
                     line.trim_start_matches("# ")
                 } else {
                     line

@@ -276,8 +276,13 @@ registries = []
 # case. Programs that compare their own number with yours, such as srun in a container, need "own".
 # user_ids = "requested"  # default
 
-# How images from registries are kept.
+# Images of a container library, and how images from registries are kept.
 [images]
+# The container library for images named library://ENTITY/COLLECTION/CONTAINER:TAG, as `apptainer pull --library` has it; such images
+# are SIF files, and are used as they are. If unset, pods with such an image are rejected.
+# library = "https://library.example.org"  # example
+# A file of mode 0600 with your token for it. Every pod can then use what the library gives for that token.
+# library_token = "~/.config/knoc/library-token"  # example
 # How their files are compressed when they are converted to SIF files: gzip, which every runtime writes and reads; zstd, which is
 # written ten times as fast and from which programs start faster; lz4, from which they start fastest, in larger files; auto is zstd if
 # the runtime can write it (Apptainer from 1.4 on) and no compute node has been unable to read it, else gzip. Images that are in the

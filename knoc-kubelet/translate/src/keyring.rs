@@ -492,13 +492,13 @@ impl<'k> Search<'k> {
     }
 }
 
-/// The repository of an image with its registry, as keyrings know it: `docker.io/library/busybox`. `None` for a file, and
-/// for a name that has no repository.
+/// The repository of an image with its registry, as keyrings know it: `docker.io/library/busybox`. `None` for a file, for an
+/// image of a container library, which gets no credentials of pods, and for a name that has no repository.
 fn repository(image: &str) -> Option<String> {
     let mut schemes = ["docker://", "oras://"].into_iter();
     let name = schemes.find_map(|scheme| image.strip_prefix(scheme));
     let name = name.unwrap_or(image);
-    if name.starts_with('/') {
+    if name.starts_with('/') || name.starts_with("library://") {
         return None;
     }
     let name = name.split('@').next().unwrap_or_default();

@@ -155,11 +155,12 @@ fn locations_are_relative_to_the_url_of_the_answer() {
 
 #[test]
 fn what_the_site_names_is_exempt_and_nothing_beside_it() {
-    let rules = Rules::new(&[
+    let registries = [
         registry("LocalHost:5000", None, true),
         registry("docker.io", Some("127.0.0.1:7000/hub"), false),
         registry("Registry.Example.org", None, false),
-    ]);
+    ];
+    let rules = Rules::new(&registries, Some("http://127.0.0.1:7100/library"));
     let address = |text: &str, ip: &str| {
         rules
             .address(&Url::parse(text).unwrap(), ip.parse().unwrap(), false)
@@ -169,6 +170,8 @@ fn what_the_site_names_is_exempt_and_nothing_beside_it() {
     assert!(address("http://localhost:5000/x", "::1"));
     assert!(!address("http://localhost:5001/x", "127.0.0.1"));
     assert!(address("https://127.0.0.1:7000/x", "127.0.0.1"));
+    assert!(address("http://127.0.0.1:7100/v1/x", "127.0.0.1"));
+    assert!(!address("http://127.0.0.1:7101/v1/x", "127.0.0.1"));
     assert!(address("https://registry.example.org/x", "127.0.0.1"));
     assert!(!address("https://registry.example.org:6001/x", "127.0.0.1"));
     assert!(!address("https://evil.example.org/x", "127.0.0.1"));
@@ -181,13 +184,13 @@ fn what_the_site_names_is_exempt_and_nothing_beside_it() {
     assert!(!of_this_host("https://evil.example.org/x"));
     let scheme = |text: &str, plain| rules.scheme(&Url::parse(text).unwrap(), plain).is_ok();
     assert!(scheme("http://localhost:5000/x", false));
+    assert!(scheme("http://127.0.0.1:7100/v1/x", false));
     assert!(!scheme("http://127.0.0.1:7000/x", false));
     assert!(!scheme("http://a.b/x", false));
     assert!(scheme("https://a.b/x", false));
     // What an insecure registry names: its own host at any port, and no other host.
     assert!(scheme("http://localhost:5001/token", true));
     assert!(!scheme("http://localhost:5001/token", false));
-    assert!(!scheme("http://127.0.0.1:7000/x", true));
     assert!(!scheme("http://registry.example.org/x", true));
     assert!(!scheme("http://a.b/x", true));
     assert!(!scheme("http://registry-1.docker.io/x", true));

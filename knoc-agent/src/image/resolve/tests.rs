@@ -23,6 +23,7 @@ mod cached;
 mod compressed;
 mod fake;
 mod hostile;
+mod library;
 mod private;
 mod pushed;
 
@@ -122,6 +123,7 @@ fn settings(dir: &Path, registry: &str, program: PathBuf) -> Settings {
             insecure: true,
             credentials: false,
         }],
+        library: None,
         policy: Live::fixed(Policy::default()),
         compression: Compression::Gzip,
         jobs: None,

@@ -205,6 +205,7 @@ fn names_become_repositories() {
         ("LocalHost/x", Some("localhost/x")),
         ("INDEX.docker.io/x:T", Some("docker.io/library/x")),
         ("oras://ctl:5000/a/b:1", Some("ctl:5000/a/b")),
+        ("library://a/b/c:1", None),
         ("/x.sif", None),
         ("", None),
     ] {

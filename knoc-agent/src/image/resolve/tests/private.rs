@@ -4,14 +4,14 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 
 use super::{fake::Ask, *};
 
-fn credential(password: &str, secret: &str) -> Credential {
+pub(super) fn credential(password: &str, secret: &str) -> Credential {
     Credential {
         login: super::super::super::Login::new("ann", password),
         secret: secret.to_owned(),
     }
 }
 
-fn header<'a>(ask: &'a Ask, name: &str) -> &'a str {
+pub(super) fn header<'a>(ask: &'a Ask, name: &str) -> &'a str {
     let lines = ask.head.lines().filter_map(|line| line.split_once(": "));
     let mut named = lines.filter(|(found, _)| found.eq_ignore_ascii_case(name));
     named.next().map_or("", |(_, value)| value)

@@ -6,7 +6,7 @@ const SIF_TYPE: &str = "application/vnd.sylabs.sif.layer.v1.sif";
 const NAME: &str = "oras://sif:1";
 
 /// A SIF file of 200 bytes, 72 of them data; the fake runtime says its size as the command of its config.
-fn sif() -> Vec<u8> {
+pub(super) fn sif() -> Vec<u8> {
     let mut bytes = vec![0; 32];
     bytes.extend_from_slice(b"SIF_MAGIC");
     bytes.resize(112, 0);
