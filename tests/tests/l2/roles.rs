@@ -154,12 +154,12 @@ async fn a_deadline_that_passes_while_only_sidecars_stop_fails_the_pod() -> anyh
     let ready = site.path("ready");
     let ready = ready.display();
     // Its end takes longer than the deadline.
-    let side = format!("trap 'sleep 8; exit 0' TERM; touch {ready}; while :; do sleep 0.1; done");
+    let loops = format!("trap 'sleep 8; exit 0' TERM; touch {ready}; while :; do sleep 0.1; done");
     let main = shell(
         "main",
         &format!("until test -e {ready}; do sleep 0.1; done"),
     );
-    let mut pod = with_init("overtime", vec![sidecar(shell("side", &side))], vec![main]);
+    let mut pod = with_init("overtime", vec![sidecar(shell("side", &loops))], vec![main]);
     if let Some(spec) = &mut pod.request.spec {
         spec.active_deadline_seconds = 6;
         spec.termination_grace_period_seconds = 60;
