@@ -341,6 +341,7 @@ impl App {
             unit: Arc::clone(&context.node),
             agent: self.agent.clone(),
             store: self.store.clone(),
+            services: context.api.services.clone(),
             events: context.api.events.clone(),
             traffic: context.process.metrics.relay.clone(),
         };

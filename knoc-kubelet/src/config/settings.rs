@@ -214,8 +214,8 @@ pub struct Node {
     /// From which range pods get addresses of their own (`podIP: own`), such as `10.200.0.0/16`, if the Node has no
     /// `spec.podCIDR`.
     pub pod_range: Option<String>,
-    /// Whether the kubelet listens at the own addresses of pods (`podIP: own`), on the ports that they declare, so that the
-    /// cluster reaches them there.
+    /// Whether the kubelet listens at the own addresses of pods (`podIP: own`), on the TCP ports that they declare and those to
+    /// which Services lead, so that the cluster reaches them there.
     pub pod_listeners: bool,
 }
 

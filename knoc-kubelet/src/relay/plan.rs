@@ -2,7 +2,7 @@
 //! why a Service does not lead to a pod that it selects.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fmt,
     sync::Arc,
 };
@@ -153,7 +153,7 @@ pub(super) enum NoPort {
 }
 
 /// The Services that may lead to pods, found by the first label that they select.
-struct Services<'a>(HashMap<(&'a str, &'a str, &'a str), Vec<Selecting<'a>>>);
+pub(super) struct Services<'a>(HashMap<(&'a str, &'a str, &'a str), Vec<Selecting<'a>>>);
 
 struct Selecting<'a> {
     name: Name,
@@ -162,10 +162,14 @@ struct Selecting<'a> {
 }
 
 impl<'a> Services<'a> {
-    fn of(services: impl Iterator<Item = &'a Service>, allow: &AllowList) -> Self {
+    /// Those of which `permits` allows the namespace and the name.
+    pub(super) fn of(
+        services: impl Iterator<Item = &'a Service>,
+        permits: impl Fn(&str, &str) -> bool,
+    ) -> Self {
         let mut found: HashMap<_, Vec<_>> = HashMap::new();
         for service in services {
-            if let Some((first, selecting)) = selecting(service, allow) {
+            if let Some((first, selecting)) = selecting(service, &permits) {
                 found.entry(first).or_default().push(selecting);
             }
         }
@@ -188,10 +192,10 @@ impl<'a> Services<'a> {
     }
 }
 
-/// A Service that may be relayed, with its namespace and the first label that it selects.
+/// A Service that may lead to pods, with its namespace and the first label that it selects.
 fn selecting<'a>(
     service: &'a Service,
-    allow: &AllowList,
+    permits: impl Fn(&str, &str) -> bool,
 ) -> Option<((&'a str, &'a str, &'a str), Selecting<'a>)> {
     let meta = &service.metadata;
     let (namespace, name) = (meta.namespace.as_deref()?, meta.name.as_deref()?);
@@ -199,7 +203,7 @@ fn selecting<'a>(
     let selector = spec.selector.as_ref()?;
     let (label, value) = selector.first_key_value()?;
     let is_name = spec.type_.as_deref() == Some("ExternalName");
-    if is_name || !allow.permits(namespace, name) {
+    if is_name || !permits(namespace, name) {
         return None;
     }
     let selecting = Selecting {
@@ -217,7 +221,7 @@ pub(super) fn plan<'a>(
     (allow, family): (&AllowList, &'static str),
     policies: &Policies,
 ) -> Plan {
-    let services = Services::of(services, allow);
+    let services = Services::of(services, |namespace, name| allow.permits(namespace, name));
     let reached = pods.iter().filter(|view| is_reached(view));
     let mut selected: Vec<_> = reached
         .filter_map(|view| Selected::of(view, &services, policies))
@@ -370,6 +374,18 @@ pub(super) fn tcp_ports(spec: &PodSpec) -> impl Iterator<Item = &ContainerPort> 
     let ports = spec.containers.iter().chain(sidecars);
     let ports = ports.flat_map(|one| one.ports.iter().flatten());
     ports.filter(|port| port.protocol.as_deref().is_none_or(|it| it == "TCP"))
+}
+
+/// The TCP ports of the pod to which Services lead.
+pub(super) fn target_ports(services: &Services<'_>, pod: &Pod) -> BTreeSet<u16> {
+    let meta = &pod.metadata;
+    let Some((namespace, labels)) = meta.namespace.as_deref().zip(meta.labels.as_ref()) else {
+        return BTreeSet::new();
+    };
+    let services = services.of_pod(namespace, labels).take(SERVICES);
+    let ports = services.flat_map(|service| service.spec.ports.iter().flatten().take(PORTS));
+    let named = ports.filter_map(|port| named_port(port, pod).ok().flatten());
+    named.map(|port| port.number).collect()
 }
 
 /// The conditions as the endpoint controller sets them.

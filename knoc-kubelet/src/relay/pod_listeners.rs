@@ -1,8 +1,8 @@
-//! Task: listens at the own addresses of pods, on the ports that they declare, and forwards connections as the relay does. The host of
-//! the kubelet takes the whole range of these addresses for its own, and the cluster routes the range there (ADR 0139).
+//! Task: listens at the own addresses of pods, on the TCP ports that they declare and those to which Services lead, and forwards
+//! connections as the relay does. The host of the kubelet takes the whole range of these addresses for its own, and the cluster routes the range there (ADR 0139).
 //!
 //! ```text
-//! pods (Store), the range of the node ─┐
+//! pods (Store), Services, the range ───┐
 //! NetworkPolicies ──────────────watch─►│ round: wanted (pure) ─► listeners
 //!                                      │            └─► one Event for each pod and reason
 //!  a client in the cluster ══ POD:PORT ══► listener ══PortForward══► agent ══► shim ══► the pod's own listener
@@ -48,7 +48,7 @@ use crate::{
     metrics::traffic::Direction,
     node::unit::Unit,
     pods::{
-        Store,
+        Services, Store,
         events::{Events, Note, about_node, about_pod},
     },
 };
@@ -73,6 +73,8 @@ pub struct Setup {
     pub agent: Agent,
     /// The pods of the node.
     pub store: Store,
+    /// The Services of the cluster.
+    pub services: Services,
     /// Where refusals are told.
     pub events: Events,
     /// Counts the connections.
@@ -124,6 +126,7 @@ impl PodListeners {
 
     async fn rounds(&mut self) {
         let mut pods = self.setup.store.subscribe();
+        let mut services = self.setup.services.subscribe();
         let mut range = self.setup.unit.subscribe_range();
         let mut cluster = self.cluster.subscribe();
         let mut due = Some(Instant::now());
@@ -132,6 +135,7 @@ impl PodListeners {
             // The senders live as long as this task, so a change never fails.
             tokio::select! {
                 Ok(()) = pods.changed() => due = Some(earlier(due, gathered)),
+                Ok(()) = services.changed() => due = Some(earlier(due, gathered)),
                 Ok(()) = range.changed() => due = Some(earlier(due, gathered)),
                 Ok(()) = cluster.changed() => due = Some(earlier(due, gathered)),
                 Some((uid, why)) = self.refused.recv() => self.tell(&uid, REFUSED, &why, &why),
@@ -152,9 +156,10 @@ impl PodListeners {
     /// Where to listen now; `None` until the policies were read.
     fn wanted(&self) -> Option<Wanted> {
         let pods = self.setup.store.pods();
+        let services = self.setup.services.known();
         let is_own = |address| self.setup.unit.is_own_pod(IpAddr::V4(address));
         self.cluster
-            .look_at_policies(|policies| wanted::wanted(&pods, is_own, policies))
+            .look_at_policies(|policies| wanted::wanted(&pods, services.values(), is_own, policies))
     }
 
     /// Closes and opens listeners until they are those that are wanted. Returns when to try those again that could not be opened.

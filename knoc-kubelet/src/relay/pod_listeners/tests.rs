@@ -24,6 +24,7 @@ fn task() -> (PodListeners, Notes) {
         unit: Arc::new(Unit::fixture(PodIp::Own, Some("10.200.0.0/16"))),
         agent: Agent::new(channel.clone(), channel, "c"),
         store,
+        services: Services::default(),
         events,
         traffic: Direction::default(),
     };

@@ -7,10 +7,11 @@ use std::{
     sync::Arc,
 };
 
+use k8s_openapi::api::core::v1::{Pod, Service};
 use knoc_proto::{ids::PodUid, mesh::PodRange, pb};
 
 use super::super::{
-    plan::{OF_POD, PodPort, has_job, tcp_ports},
+    plan::{OF_POD, PodPort, Services, has_job, target_ports, tcp_ports},
     policies::Policies,
 };
 use crate::pods::PodView;
@@ -43,38 +44,40 @@ pub(super) enum Refusal {
     )]
     Policy { policy: String },
     #[error(
-        "the kubelet does not listen at the pod's own address on port {port}, and perhaps others: the pod declares more than {OF_POD} \
-         ports; declare only those that clients in the cluster use"
+        "the kubelet does not listen at the pod's own address on port {port}, and perhaps others: the pod and its Services name more than \
+         {OF_POD} ports; name only those that clients in the cluster use"
     )]
     TooManyPorts { port: u16 },
     #[error(
         "the kubelet does not listen at the pod's own address on port {port}, and perhaps others: all pods of the node together have \
-         {OF_NODE} such ports, which is the limit; declare only those that clients in the cluster use"
+         {OF_NODE} such ports, which is the limit; let pods and Services name only those that clients in the cluster use"
     )]
     NodeFull { port: u16 },
 }
 
-/// A pod that has an address of its own and declares ports.
-struct Declaring<'a> {
+/// A pod that has an address of its own, and ports that it declares or to which Services lead.
+struct Reached<'a> {
     view: &'a PodView,
     namespace: &'a str,
     address: Ipv4Addr,
     ports: Vec<u16>,
 }
 
-impl<'a> Declaring<'a> {
-    fn of(view: &'a PodView, is_own: impl Fn(Ipv4Addr) -> bool) -> Option<Self> {
+impl<'a> Reached<'a> {
+    fn of(
+        view: &'a PodView,
+        services: &Services<'_>,
+        is_own: impl Fn(Ipv4Addr) -> bool,
+    ) -> Option<Self> {
         // The range is compared because the address comes from the agent, which must not choose other addresses of this host.
         let address = own_address(view).filter(|address| is_own(*address))?;
         let namespace = view.pod.metadata.namespace.as_deref()?;
-        let ports = tcp_ports(view.pod.spec.as_ref()?);
-        let ports = ports.filter_map(|port| u16::try_from(port.container_port).ok());
-        let ports: BTreeSet<u16> = ports.filter(|port| *port > 0).collect();
-        (has_job(view) && !ports.is_empty()).then(|| Self {
+        let ports = ports(&view.pod, services);
+        (has_job(view) && !ports.is_empty()).then_some(Self {
             view,
             namespace,
             address,
-            ports: ports.into_iter().collect(),
+            ports,
         })
     }
 
@@ -86,6 +89,16 @@ impl<'a> Declaring<'a> {
     }
 }
 
+/// The TCP ports that the pod declares, and then those to which Services lead: a port needs no declaration for that.
+fn ports(pod: &Pod, services: &Services<'_>) -> Vec<u16> {
+    let declared = pod.spec.iter().flat_map(tcp_ports);
+    let declared = declared.filter_map(|port| u16::try_from(port.container_port).ok());
+    let declared: BTreeSet<u16> = declared.filter(|port| *port > 0).collect();
+    let others = target_ports(services, pod);
+    let others = others.difference(&declared).copied();
+    declared.iter().copied().chain(others).collect()
+}
+
 /// The address of the pod's own. A pod in the network of its node has none.
 fn own_address(view: &PodView) -> Option<Ipv4Addr> {
     let network = view.observed.as_ref()?.network.as_ref()?;
@@ -95,19 +108,21 @@ fn own_address(view: &PodView) -> Option<Ipv4Addr> {
     network.address.parse().ok()
 }
 
-/// Where to listen for these pods. `is_own`: whether an address is in the range of the node's pods.
+/// Where to listen for these pods, to which these Services lead. `is_own`: whether an address is in the range of the node's pods.
 ///
-/// The first port of each pod comes first, then the second one of each, and so on, and older pods come before younger ones: at the
-/// limit of the node no pod has all ports of others, and a new pod takes none of those that older ones have.
-pub(super) fn wanted(
+/// The first port of each pod comes first, then the second one of each, and so on, so that at the limit of the node no pod takes the
+/// ports of others by many of its own. Among them older pods come before younger ones.
+pub(super) fn wanted<'a>(
     pods: &[PodView],
+    services: impl Iterator<Item = &'a Service>,
     is_own: impl Fn(Ipv4Addr) -> bool,
     policies: &Policies,
 ) -> Wanted {
+    let services = Services::of(services, |_, _| true);
     let mut wanted = Wanted::default();
     let pods = pods.iter();
     let mut pods: Vec<_> = pods
-        .filter_map(|view| Declaring::of(view, &is_own))
+        .filter_map(|view| Reached::of(view, &services, &is_own))
         .collect();
     pods.sort_by_cached_key(|pod| {
         let created = pod.view.pod.metadata.creation_timestamp.as_ref();
@@ -132,7 +147,7 @@ pub(super) fn wanted(
 }
 
 /// Adds a listener for the port of this number in the pod's list. Whether the pod may have more of them.
-fn add(wanted: &mut Wanted, pod: &Declaring<'_>, count: usize) -> bool {
+fn add(wanted: &mut Wanted, pod: &Reached<'_>, count: usize) -> bool {
     let Some(port) = pod.ports.get(count).copied() else {
         return false;
     };

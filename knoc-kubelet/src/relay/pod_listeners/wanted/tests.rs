@@ -42,8 +42,13 @@ fn observed(phase: PodPhase, mode: NetworkMode, address: &str) -> pb::PodObserve
 
 /// The listeners for these pods, and what is refused.
 fn planned(pods: &[PodView], policies: &Policies) -> (Vec<String>, Vec<String>) {
+    with(pods, &[], policies)
+}
+
+fn with(pods: &[PodView], services: &[Service], policies: &Policies) -> (Vec<String>, Vec<String>) {
     let range: PodRange = "10.200.0.0/16".parse().unwrap();
-    let wanted = wanted(pods, |address| range.contains(address), policies);
+    let is_own = |address| range.contains(address);
+    let wanted = wanted(pods, services.iter(), is_own, policies);
     let listeners = wanted.listeners.iter();
     let listeners = listeners
         .map(|(key, one)| format!("{} {} {}", key.uid, key.number, one.at))
@@ -86,6 +91,43 @@ fn the_tcp_ports_that_containers_declare_are_listened_on() {
         ["a 80 10.200.0.2:80", "a 8080 10.200.0.2:8080"]
     );
     assert!(listeners(&[pod("a", "10.200.0.2", &json!([]))]).is_empty());
+}
+
+/// A port needs no declaration to be the target of a Service.
+#[test]
+fn the_ports_to_which_services_lead_are_listened_on() {
+    let service = |selector: &str, ports: &Value| -> Service {
+        let object = json!({"metadata": {"namespace": "team", "name": selector},
+            "spec": {"clusterIP": "None", "selector": {"app": selector}, "ports": ports}});
+        serde_json::from_value(object).unwrap()
+    };
+    let services = [
+        service(
+            "web",
+            &json!([{"port": 80, "targetPort": 8080}, {"port": 443, "targetPort": "https"}, {"port": 53, "protocol": "UDP"},
+            {"port": 1, "targetPort": "nobody"}, {"port": 9000}]),
+        ),
+        service("db", &json!([{"port": 5432}])),
+    ];
+    let ports = json!([{"name": "https", "containerPort": 9443}]);
+    let (open, refused) = with(
+        &[pod("a", "10.200.0.2", &ports)],
+        &services,
+        &Policies::default(),
+    );
+    assert!(refused.is_empty(), "{refused:?}");
+    let numbers: Vec<_> = open
+        .iter()
+        .filter_map(|one| one.rsplit_once(':'))
+        .map(|(_, port)| port)
+        .collect();
+    assert_eq!(numbers, ["8080", "9000", "9443"]);
+    let (open, _) = with(
+        &[pod("a", "10.200.0.2", &json!([]))],
+        &services[1..],
+        &Policies::default(),
+    );
+    assert!(open.is_empty(), "{open:?}");
 }
 
 #[test]
