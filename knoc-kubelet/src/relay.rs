@@ -134,7 +134,7 @@ impl Relay {
             refused,
             told: Told::default(),
             troubles: Troubles::default(),
-            retries: Retries::default(),
+            retries: Retries::new(),
         }
     }
 

@@ -12,9 +12,7 @@ use k8s_openapi::api::{
     discovery::v1::EndpointSlice,
     networking::v1::NetworkPolicy,
 };
-use knoc_tests::{
-    Output, PodBuilder, World, endpoint, own_addresses, wait_for, web, world::SOON,
-};
+use knoc_tests::{Output, PodBuilder, World, endpoint, own_addresses, wait_for, web, world::SOON};
 use kube::{
     Api,
     api::{DeleteParams, ListParams, PostParams},

@@ -110,7 +110,7 @@ impl PodListeners {
             refused,
             told: Told::default(),
             troubles: Troubles::default(),
-            retries: Retries::default(),
+            retries: Retries::new(),
         }
     }
 

@@ -18,12 +18,6 @@ const MOST: Duration = Duration::from_mins(2);
 #[derive(Debug)]
 pub(super) struct Retries<K>(HashMap<K, Retry>);
 
-impl<K> Default for Retries<K> {
-    fn default() -> Self {
-        Self(HashMap::new())
-    }
-}
-
 #[derive(Debug, Clone, Copy)]
 struct Retry {
     due: Instant,
@@ -31,6 +25,11 @@ struct Retry {
 }
 
 impl<K: Eq + Hash> Retries<K> {
+    /// Nothing has failed.
+    pub(super) fn new() -> Self {
+        Self(HashMap::new())
+    }
+
     /// Whether it may be tried now.
     pub(super) fn is_due(&self, key: &K, now: Instant) -> bool {
         self.0.get(key).is_none_or(|retry| retry.due <= now)
@@ -69,7 +68,7 @@ mod tests {
     fn a_slice_that_is_rejected_is_written_less_and_less_often_and_delays_no_other() {
         let now = Instant::now();
         let (bad, good) = (Name::new("team", "bad"), Name::new("team", "good"));
-        let mut retries = Retries::default();
+        let mut retries = Retries::new();
         assert_eq!(retries.next(), None);
         retries.failed(bad.clone(), now, 1.0);
         assert!(!retries.is_due(&bad, now) && retries.is_due(&good, now));

@@ -98,7 +98,7 @@ async fn an_address_that_is_taken_is_told_once_and_tried_again() {
         number: 80,
     };
     task.failed(&key, at, &io::ErrorKind::AddrInUse.into());
-    task.retries = Retries::default();
+    task.retries = Retries::new();
     assert_eq!(task.follow(&wanted(&[(80, at)])).await, None);
     drop(task);
     assert!(notes.recv().await.is_none(), "one Event only");
