@@ -39,7 +39,7 @@ use crate::{
         watch::PodWatch,
         watch_orphans,
     },
-    relay,
+    relay::{self, pod_listeners},
     server::{Server, ServerError},
     stats::Stats,
 };
@@ -258,6 +258,7 @@ impl App {
         let (missing_to, missing) = watch::channel(0);
         let pod_watch = PodWatch::new(context.clone(), listed_to, missing_to);
         self.relay(&context, own_account.clone(), tasks, shutdown);
+        self.listen_for_pods(&context, own_account.clone(), tasks, shutdown);
         self.follow_egress(&context, own_account, tasks, shutdown);
         let token = || shutdown.clone();
         tasks.spawn(services.run(client.clone(), token()));
@@ -323,6 +324,28 @@ impl App {
             traffic: context.process.metrics.relay.clone(),
         };
         relay::start(setup, client, tasks, shutdown);
+    }
+
+    /// Starts the tasks that listen at the own addresses of pods, if the configuration says so.
+    fn listen_for_pods(
+        &self,
+        context: &Context,
+        client: Client,
+        tasks: &mut JoinSet<()>,
+        shutdown: &CancellationToken,
+    ) {
+        if !self.config.node.pod_listeners {
+            return;
+        }
+        let setup = pod_listeners::Setup {
+            unit: Arc::clone(&context.node),
+            agent: self.agent.clone(),
+            store: self.store.clone(),
+            services: context.api.services.clone(),
+            events: context.api.events.clone(),
+            traffic: context.process.metrics.relay.clone(),
+        };
+        pod_listeners::start(setup, client, tasks, shutdown);
     }
 
     fn api_server(&self, client: Client, events: Events, services: Services) -> ApiServer {

@@ -194,6 +194,8 @@ pub struct NodeConfig {
     pub pod_ip: PodIpPolicy,
     /// From which range pods get addresses of their own, if the Node has no `spec.podCIDR`.
     pub pod_range: Option<PodRange>,
+    /// Whether the kubelet listens at these addresses.
+    pub pod_listeners: bool,
 }
 
 /// The kubelet's HTTPS API.

@@ -73,13 +73,13 @@ const CONNECTION_BYTES: Family = family(
     "knoc_connection_bytes_total",
     "counter",
     "direction,to",
-    "Bytes carried between pods and the cluster, by who opened the connection (egress: a pod, relay: a client of a Service) and by whom they were sent to (pod or cluster)",
+    "Bytes carried between pods and the cluster, by who opened the connection (egress: a pod, relay: a client in the cluster) and by whom they were sent to (pod or cluster)",
 );
 const CONNECTIONS_OPEN: Family = family(
     "knoc_connections_open",
     "gauge",
     "direction",
-    "Open connections and flows of datagrams between pods and the cluster, by who opened them (egress: a pod, relay: a client of a Service)",
+    "Open connections and flows of datagrams between pods and the cluster, by who opened them (egress: a pod, relay: a client in the cluster)",
 );
 const CONNECTIONS_REFUSED: Family = family(
     "knoc_connections_refused_total",

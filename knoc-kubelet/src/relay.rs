@@ -21,6 +21,7 @@ mod idle;
 mod listeners;
 mod places;
 mod plan;
+pub mod pod_listeners;
 mod policies;
 mod ports;
 mod retries;
@@ -56,7 +57,10 @@ use self::{
 use crate::{
     agent::Agent,
     config::RelayConfig,
-    egress::told::{Told, Troubles},
+    egress::{
+        table::Name,
+        told::{Told, Troubles},
+    },
     metrics::traffic::Direction,
     pods::{
         Services, Store,
@@ -115,7 +119,7 @@ struct Relay {
     refused: mpsc::Receiver<RefusedConnection>,
     told: Told,
     troubles: Troubles,
-    retries: Retries,
+    retries: Retries<Name>,
 }
 
 impl Relay {
@@ -130,7 +134,7 @@ impl Relay {
             refused,
             told: Told::default(),
             troubles: Troubles::default(),
-            retries: Retries::default(),
+            retries: Retries::new(),
         }
     }
 

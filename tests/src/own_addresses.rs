@@ -6,7 +6,7 @@ use crate::World;
 
 /// The time to start the kubelet.
 const SCRIPT: Duration = Duration::from_mins(5);
-/// The settings of such a kubelet. Services that lead to pods (relay) need pods without addresses.
+/// The settings of such a kubelet. The relay needs pods without addresses; kubelet.sh lets the kubelet listen at these instead.
 const OWN: [(&str, &str); 3] = [
     ("KNOC_NODE_POD_IP", "own"),
     ("KNOC_NODE_POD_RANGE", "10.200.0.0/16"),

@@ -2,7 +2,8 @@
 # The kubelet of the full stack, on the host, with the chart's ServiceAccount: kubelet.sh up | down | kill (-9) | running
 # KNOC_IDENTITY=node: runs as system:node:NAME, and this script approves the first certificate; KNOC_SERVING=csr: uses a serving
 # certificate of the cluster's signer. KNOC_NODE_TAINT=false: the node is without its taint. KNOC_NODE_QUEUE_FACTOR, KNOC_NODE_POD_IP,
-# KNOC_NODE_POD_RANGE, KNOC_RELAY_ALLOW, KNOC_EGRESS_ALLOW: the kubelet's settings of these names.
+# KNOC_NODE_POD_RANGE, KNOC_NODE_POD_LISTENERS, KNOC_RELAY_ALLOW, KNOC_EGRESS_ALLOW: the kubelet's settings of these names. If pods have
+# addresses of their own from KNOC_NODE_POD_RANGE, this host takes the range for its own, and the kubelet listens there by default.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 . "$testbed/profile.sh"
@@ -74,10 +75,26 @@ meet_the_cluster() {
     :* | *//localhost[:/]* | *//127.* | *//\[::1\]*) settings+=("KNOC_NODE_INTERNAL_IP=$address") ;;
     esac
 }
+# Lets this host answer at all addresses of the range, and of no range that an earlier kubelet had; without one it only removes that.
+pod_route() { # pod_route [RANGE]
+    local known
+    known=$(cat "$run/pod-route" 2>/dev/null || true)
+    [ "$known" != "${1:-}" ] || return 0
+    [ -z "$known" ] || ip route del local "$known" dev lo 2>/dev/null || true
+    rm -f "$run/pod-route"
+    [ -n "${1:-}" ] || return 0
+    ip route replace local "$1" dev lo
+    echo "$1" >"$run/pod-route"
+}
 # Starts the kubelet's process with what is in the cluster.
 launch() {
-    local server settings link_settings relay='*/*'
+    local server settings link_settings relay='*/*' listeners=false
     case ${KNOC_NODE_POD_IP:-none} in none) ;; *) relay=off ;; esac # relayed pods have no address
+    # A given cluster has its own routes.
+    if [ "${KNOC_NODE_POD_IP:-none}" = own ] && [ -n "${KNOC_NODE_POD_RANGE:-}" ] && [ -z "$given_kubeconfig" ]; then
+        listeners=${KNOC_NODE_POD_LISTENERS:-true}
+    fi
+    if [ "$listeners" = true ]; then pod_route "$KNOC_NODE_POD_RANGE"; else pod_route; fi
     server=$(kubectl config view --minify -o 'jsonpath={.clusters[0].cluster.server}')
     mount_bundle
     kubeconfig
@@ -89,6 +106,7 @@ launch() {
         KNOC_KUBERNETES_KUBECONFIG="$state/kubeconfig" KNOC_KUBERNETES_NAMESPACE=$namespace KNOC_KUBERNETES_IDENTITY=testbed \
         KNOC_NODE_NAME=$node KNOC_NODE_TAINT="${KNOC_NODE_TAINT:-true}" \
         KNOC_NODE_QUEUE_FACTOR="${KNOC_NODE_QUEUE_FACTOR:-}" KNOC_NODE_POD_IP="${KNOC_NODE_POD_IP:-}" KNOC_NODE_POD_RANGE="${KNOC_NODE_POD_RANGE:-}" \
+        KNOC_NODE_POD_LISTENERS=$listeners \
         KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys KNOC_RELAY_ALLOW="${KNOC_RELAY_ALLOW:-$relay}" \
         KNOC_EGRESS_ALLOW="${KNOC_EGRESS_ALLOW:-default/kubernetes,kube-system/kube-dns,knoc-redis/redis}" \
         KNOC_RELAY_ADDRESS=$address "${settings[@]}" \

@@ -56,6 +56,11 @@ async fn mistakes_in_values_are_named() -> anyhow::Result<()> {
         ("relay.ports=80-90", "/relay/ports"),
         ("relay.allow={web}", "/relay/allow"),
         (
+            "node.podListeners=true",
+            "node.podListeners needs node.podIP=own",
+        ),
+        ("hostNetwork=1", "/hostNetwork"),
+        (
             "relay.allow={team/web},node.podIP=node",
             "relay.allow needs node.podIP=none",
         ),
@@ -183,6 +188,33 @@ async fn what_relaying_needs_is_rendered_only_if_it_is_on() -> anyhow::Result<()
     }
     let own = rendered(",relay.allow={team/*},relay.networkPolicy.create=false").await?;
     ensure!(!own.text().contains("kind: NetworkPolicy"), "{own}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_listening_for_pods_needs_is_rendered_only_if_it_is_on() -> anyhow::Result<()> {
+    let rendered = |more: &str| {
+        let values = format!("agent.site=s,agent.address=a:1,node.podIP=own{more}");
+        helm(["template", "x", "--kube-version", "1.36.0", "--set"])
+            .arg(values)
+            .arg(deploy().join("chart/knoc"))
+            .ok()
+    };
+    let texts = [
+        "podListeners: true",
+        "resources: [networkpolicies]\n    verbs: [list, watch]",
+        "hostNetwork: true",
+        "dnsPolicy: ClusterFirstWithHostNet",
+    ];
+    let off = rendered("").await?;
+    let on = rendered(",node.podListeners=true,hostNetwork=true").await?;
+    for text in texts {
+        ensure!(!off.text().contains(text), "{text} in {off}");
+        ensure!(on.text().contains(text), "no {text} in {on}");
+    }
+    let slices = "verbs: [list, watch, create, patch, delete]";
+    ensure!(!on.text().contains(slices), "{on}");
+    ensure!(on.text().contains("capabilities: {drop: [ALL]}"), "{on}");
     Ok(())
 }
 

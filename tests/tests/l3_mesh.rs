@@ -1,17 +1,21 @@
 //! Pods that reach each other at addresses of their own, on the real stack. The kubelet gets another policy for it, and the agent another
 //! list, so all of it is one test; `sweep.sh` removes what an interrupted run leaves.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
 use anyhow::ensure;
 use k8s_openapi::api::{
     core::v1::{Pod, Service},
     discovery::v1::EndpointSlice,
+    networking::v1::NetworkPolicy,
 };
-use knoc_tests::{Output, PodBuilder, World, own_addresses, wait_for, world::SOON};
+use knoc_tests::{Output, PodBuilder, World, endpoint, own_addresses, wait_for, web, world::SOON};
 use kube::{
     Api,
-    api::{ListParams, PostParams},
+    api::{DeleteParams, ListParams, PostParams},
 };
 use serde_json::json;
 
@@ -137,12 +141,16 @@ async fn check(world: &World) -> anyhow::Result<()> {
     );
     ensure!(nodes.0 != nodes.1, "both are on {}", nodes.0);
     connections(world, (&served, there), (&client, here)).await?;
+    // Neither the pod nor a Service names a port.
+    endpoint::refuses((there, 80)).await?;
     endpoints(world, &client, there).await?;
+    from_the_cluster(world, there).await?;
     namespaces(world, there).await?;
     restarted_agent(world, &client, there).await?;
     // A pod that is gone does not leave its clients waiting.
     world.delete("server", Some(1)).await?;
     world.wait_gone("server", SOON).await?;
+    refuses(there).await?;
     wait_for("a refusal", SOON, async || {
         let began = std::time::Instant::now();
         let script = format!("wget -T 30 -qO- http://{there}/name");
@@ -240,6 +248,55 @@ async fn endpoints(world: &World, client: &str, there: Ipv4Addr) -> anyhow::Resu
     let own = self::address(world, "client").await?;
     ensure!(caller.contains(&own.to_string()), "{caller}");
     Ok(())
+}
+
+/// Clients in the cluster reach the pod at its own address, on the port to which Services lead, until a NetworkPolicy selects the pod.
+async fn from_the_cluster(world: &World, there: Ipv4Addr) -> anyhow::Result<()> {
+    let at = SocketAddr::from((there, 80));
+    answers(at).await?;
+    let large = web::page(at, "/large").await?;
+    ensure!(large.len() == usize::try_from(LARGE)?, "{}", large.len());
+    let namespace = &world.namespace;
+    for of in ["pods/server:80", "services/front:80"] {
+        let path = format!("/api/v1/namespaces/{namespace}/{of}/proxy/name");
+        let answer = world.kubectl(["get", "--raw", &path]).ok().await?;
+        ensure!(answer.text().trim() == "server", "{of}: {answer}");
+    }
+    endpoint::refuses((there, 79)).await?;
+    let policies: Api<NetworkPolicy> = world.api();
+    let policy = json!({"metadata": {"name": "deny"}, "spec": {"podSelector": {"matchLabels": {"app": "web"}}}});
+    let policy = serde_json::from_value(policy)?;
+    policies.create(&PostParams::default(), &policy).await?;
+    refuses(there).await?;
+    wait_for("the Event", SOON, async || {
+        let events = world.events("server").await?;
+        let told = events.iter().any(|event| {
+            event.starts_with("PodListenerRefused: ") && event.contains("NetworkPolicy deny")
+        });
+        ensure!(told, "{events:?}");
+        Ok(())
+    })
+    .await?;
+    policies.delete("deny", &DeleteParams::default()).await?;
+    answers(at).await
+}
+
+/// Waits until the server answers this host, as a client in the cluster.
+async fn answers(at: SocketAddr) -> anyhow::Result<()> {
+    wait_for("an answer at the pod's address", SOON, async || {
+        let name = web::name(at).await?;
+        ensure!(name == "server", "{name:?}");
+        Ok(())
+    })
+    .await
+}
+
+/// Waits until nothing listens for the server any more, so that clients are refused at once.
+async fn refuses(there: Ipv4Addr) -> anyhow::Result<()> {
+    wait_for("a refusal", SOON, async || {
+        endpoint::refuses((there, 80)).await
+    })
+    .await
 }
 
 /// Between namespaces the site decides.

@@ -320,7 +320,7 @@ impl Resolver<'_> {
         let address = relay.address;
         if self.settings.node.pod_ip != PodIpPolicy::None {
             let what = "needs `node.podIP: none`: otherwise Kubernetes' own controllers publish the pods' addresses as endpoints, too; set \
-                        node.podIP to `none`, or relay.allow to `off`";
+                        node.podIP to `none`, or relay.allow to `off` (with `own`, node.podListeners lets Services lead to pods)";
             self.wrong("relay.allow", what);
         }
         let listens = self.settings.server.listen.ip();
@@ -404,6 +404,10 @@ impl Resolver<'_> {
             self.wrong("node.clusterDomain", what);
         }
         let pod_range = self.pod_range();
+        if node.pod_listeners && node.pod_ip != PodIpPolicy::Own {
+            let what = "needs `node.podIP: own`: other pods have no address of their own";
+            self.wrong("node.podListeners", what);
+        }
         Some(NodeConfig {
             name: node.name.clone()?,
             internal_ip: node.internal_ip,
@@ -414,6 +418,7 @@ impl Resolver<'_> {
             cluster_domain: node.cluster_domain.clone(),
             pod_ip: node.pod_ip,
             pod_range,
+            pod_listeners: node.pod_listeners,
         })
     }
 

@@ -214,6 +214,9 @@ pub struct Node {
     /// From which range pods get addresses of their own (`podIP: own`), such as `10.200.0.0/16`, if the Node has no
     /// `spec.podCIDR`.
     pub pod_range: Option<String>,
+    /// Whether the kubelet listens at the own addresses of pods (`podIP: own`), on the TCP ports that they declare and those to
+    /// which Services lead, so that the cluster reaches them there.
+    pub pod_listeners: bool,
 }
 
 /// What pods have as `status.podIP`, which Kubernetes' controllers publish as the endpoint of Services.
@@ -241,6 +244,7 @@ impl Default for Node {
             cluster_domain: "cluster.local".to_owned(),
             pod_ip: PodIpPolicy::None,
             pod_range: None,
+            pod_listeners: false,
         }
     }
 }

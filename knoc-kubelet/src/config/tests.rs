@@ -131,6 +131,10 @@ fn what_contradicts_the_way_to_the_agent_is_named() {
             "node.podRange: is of use with `node.podIP: own` only",
         ),
         (
+            &[("KNOC_NODE_POD_LISTENERS", "true")],
+            "node.podListeners: needs `node.podIP: own`",
+        ),
+        (
             &[("KNOC_AGENT_PROXY_CREDENTIALS", "/p")],
             "agent.proxyCredentials: belongs to a proxy, and `proxy` names none",
         ),
@@ -159,7 +163,7 @@ fn all_mistakes_are_named_at_once_with_line_and_allowed_values() {
     for expected in [
         "$KNOC_NODE_NAEM: unknown variable; known: KNOC_AGENT_ADDRESS, ",
         "; did you mean KNOC_NODE_NAME?",
-        "kubelet.yaml:13: node.colour: unknown field `colour`, expected one of `name`, `internalIP`, `labels`, `pods`, `queueFactor`, `taint`, `clusterDomain`, `podIP`, `podRange`",
+        "kubelet.yaml:13: node.colour: unknown field `colour`, expected one of `name`, `internalIP`, `labels`, `pods`, `queueFactor`, `taint`, `clusterDomain`, `podIP`, `podRange`, `podListeners`",
         "kubelet.yaml:18: extra: unknown field `extra`, expected one of `agent`, `egress`, `identity`, `keys`, `kubernetes`, `log`, `node`, `relay`, `server`",
         "kubelet.yaml:17: log.format: unknown variant `xml`, expected `text` or `json`",
         "kubelet.yaml:12: node.queueFactor: invalid type: string \"lots\", expected a number from 1 to 10000",
@@ -303,6 +307,7 @@ fn the_charts_values_are_the_defaults() {
         "node.taint",
         "node.clusterDomain",
         "node.podIP",
+        "node.podListeners",
         "server.websockets",
         "identity.kind",
         "log.level",
@@ -334,6 +339,22 @@ fn the_charts_values_are_the_defaults() {
             "{key}"
         );
     }
+}
+
+#[test]
+fn the_kubelet_listens_for_pods_only_if_it_is_told_to() {
+    assert!(!load(GOOD, &[]).unwrap().node.pod_listeners);
+    let own = ("KNOC_NODE_POD_IP", "own");
+    assert!(!load(GOOD, &[own]).unwrap().node.pod_listeners);
+    let on = ("KNOC_NODE_POD_LISTENERS", "true");
+    assert!(load(GOOD, &[own, on]).unwrap().node.pod_listeners);
+    // Kubernetes publishes these addresses itself, so there is no relay beside it.
+    let relayed = load(GOOD, &[own, on, ("KNOC_RELAY_ALLOW", "team/*")]);
+    let error = relayed.unwrap_err();
+    assert!(
+        error.contains("relay.allow: needs `node.podIP: none`"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -111,7 +111,12 @@ impl Unit {
             .filter(|_| self.identity.pod_ip == PodIp::Own)
     }
 
-    /// Is this the address of a pod's own, at which nobody but pods of the node reach it?
+    /// The range of the Node in the cluster's plan of addresses, and its changes.
+    pub(crate) fn subscribe_range(&self) -> watch::Receiver<Option<PodRange>> {
+        self.range.subscribe()
+    }
+
+    /// Is this the address of a pod's own? Pods of the node reach it, and others only if the kubelet listens there.
     pub(crate) fn is_own_pod(&self, address: IpAddr) -> bool {
         match (self.own_range(), address) {
             (Some(range), IpAddr::V4(address)) => range.contains(address),

@@ -1,4 +1,4 @@
-//! Tasks: one for each relayed port, which accepts connections and owns those that it accepted.
+//! Tasks: one for each relayed port, and each port at a pod's own address, which accepts connections and owns those that it accepted.
 //!
 //! ```text
 //!   open ──► accepts ──close──► accepts no more, and ends with its last connection
@@ -76,7 +76,7 @@ pub(super) struct Listeners {
 /// A port that accepts. Dropping it closes the port.
 #[derive(Debug)]
 struct Open {
-    port: u16,
+    at: SocketAddr,
     _accepts: DropGuard,
 }
 
@@ -104,10 +104,17 @@ impl Listeners {
     /// The ports of the kubelet that accept connections.
     pub(super) fn ports(&self) -> HashMap<PodPort, u16> {
         let ports = self.open.iter();
-        ports.map(|(key, open)| (key.clone(), open.port)).collect()
+        let ports = ports.map(|(key, open)| (key.clone(), open.at.port()));
+        ports.collect()
     }
 
-    /// Opens a port for a port of a pod of the namespace.
+    /// Where connections for each port of a pod are accepted.
+    pub(super) fn addresses(&self) -> HashMap<PodPort, SocketAddr> {
+        let open = self.open.iter();
+        open.map(|(key, open)| (key.clone(), open.at)).collect()
+    }
+
+    /// Listens at an address for a port of a pod of the namespace.
     pub(super) async fn open(
         &mut self,
         key: PodPort,
@@ -115,7 +122,6 @@ impl Listeners {
         at: SocketAddr,
     ) -> io::Result<()> {
         let listener = TcpListener::bind(at).await?;
-        let port = at.port();
         let of_one = self.of_one.entry(key.uid.clone());
         let of_one = of_one.or_insert_with(|| Arc::new(Semaphore::new(OF_ONE)));
         let of_namespace = self.of_namespace.entry(Arc::clone(namespace));
@@ -127,10 +133,10 @@ impl Listeners {
             of_namespace: Arc::clone(of_namespace),
             to: key.clone(),
         };
-        tracing::debug!(%key, port, "relaying");
+        tracing::debug!(%key, %at, "relaying");
         self.tasks.spawn(relayed.serve(listener, accepts.clone()));
         let open = Open {
-            port,
+            at,
             _accepts: accepts.drop_guard(),
         };
         self.open.insert(key, open);

@@ -2,13 +2,13 @@
 //! why a Service does not lead to a pod that it selects.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fmt,
     sync::Arc,
 };
 
 use k8s_openapi::{
-    api::core::v1::{Pod, PodSpec, Service, ServicePort, ServiceSpec},
+    api::core::v1::{ContainerPort, Pod, PodSpec, Service, ServicePort, ServiceSpec},
     apimachinery::pkg::util::intstr::IntOrString,
 };
 use knoc_proto::{egress::AllowList, ids::PodUid, pb::PodPhase};
@@ -18,7 +18,7 @@ use crate::{egress::table::Name, pods::PodView};
 
 /// The most ports of one Service that are relayed.
 pub(super) const PORTS: usize = 100;
-/// The most ports of one pod that are relayed, so that a pod does not take those of all others.
+/// The most ports of one pod that are listened on for it, so that a pod does not take those of all others.
 pub(super) const OF_POD: usize = 32;
 /// The most Services that lead to one pod: each of them is a slice, and whoever may create Services may create many.
 const SERVICES: usize = 32;
@@ -153,7 +153,7 @@ pub(super) enum NoPort {
 }
 
 /// The Services that may lead to pods, found by the first label that they select.
-struct Services<'a>(HashMap<(&'a str, &'a str, &'a str), Vec<Selecting<'a>>>);
+pub(super) struct Services<'a>(HashMap<(&'a str, &'a str, &'a str), Vec<Selecting<'a>>>);
 
 struct Selecting<'a> {
     name: Name,
@@ -162,10 +162,14 @@ struct Selecting<'a> {
 }
 
 impl<'a> Services<'a> {
-    fn of(services: impl Iterator<Item = &'a Service>, allow: &AllowList) -> Self {
+    /// Those of which `permits` allows the namespace and the name.
+    pub(super) fn of(
+        services: impl Iterator<Item = &'a Service>,
+        permits: impl Fn(&str, &str) -> bool,
+    ) -> Self {
         let mut found: HashMap<_, Vec<_>> = HashMap::new();
         for service in services {
-            if let Some((first, selecting)) = selecting(service, allow) {
+            if let Some((first, selecting)) = selecting(service, &permits) {
                 found.entry(first).or_default().push(selecting);
             }
         }
@@ -188,10 +192,10 @@ impl<'a> Services<'a> {
     }
 }
 
-/// A Service that may be relayed, with its namespace and the first label that it selects.
+/// A Service that may lead to pods, with its namespace and the first label that it selects.
 fn selecting<'a>(
     service: &'a Service,
-    allow: &AllowList,
+    permits: impl Fn(&str, &str) -> bool,
 ) -> Option<((&'a str, &'a str, &'a str), Selecting<'a>)> {
     let meta = &service.metadata;
     let (namespace, name) = (meta.namespace.as_deref()?, meta.name.as_deref()?);
@@ -199,7 +203,7 @@ fn selecting<'a>(
     let selector = spec.selector.as_ref()?;
     let (label, value) = selector.first_key_value()?;
     let is_name = spec.type_.as_deref() == Some("ExternalName");
-    if is_name || !allow.permits(namespace, name) {
+    if is_name || !permits(namespace, name) {
         return None;
     }
     let selecting = Selecting {
@@ -217,7 +221,7 @@ pub(super) fn plan<'a>(
     (allow, family): (&AllowList, &'static str),
     policies: &Policies,
 ) -> Plan {
-    let services = Services::of(services, allow);
+    let services = Services::of(services, |namespace, name| allow.permits(namespace, name));
     let reached = pods.iter().filter(|view| is_reached(view));
     let mut selected: Vec<_> = reached
         .filter_map(|view| Selected::of(view, &services, policies))
@@ -267,18 +271,21 @@ impl<'a> Selected<'a> {
     }
 }
 
-/// Is there a job in which the containers of the pod run? A pod that waits, is requeued or has ended is not an endpoint.
+/// Is the pod an endpoint of the relay? Kubernetes' own controllers publish one that has an address; an address from an earlier
+/// `node.podIP` goes with the next status.
 fn is_reached(view: &PodView) -> bool {
     let status = view.pod.status.as_ref();
-    let ended = crate::pods::status::is_terminal(&view.pod);
-    // Kubernetes' own controllers publish a pod that has an address. An address from an earlier `node.podIP` goes with the next
-    // status.
     let has_address = status
         .and_then(|status| status.pod_ip.as_deref())
         .is_some_and(|address| !address.is_empty());
+    has_job(view) && !has_address
+}
+
+/// Is there a job that runs the containers of the pod? A pod that waits, was requeued or has ended has none, and nobody reaches it.
+pub(super) fn has_job(view: &PodView) -> bool {
     let phase = view.observed.as_ref().map(|observed| observed.phase());
     let runs = matches!(phase, Some(PodPhase::Running | PodPhase::Stopping));
-    runs && !ended && !has_address
+    runs && !crate::pods::status::is_terminal(&view.pod)
 }
 
 fn add(
@@ -355,15 +362,30 @@ fn named_port(port: &ServicePort, pod: &Pod) -> Result<Option<NamedPort>, String
 
 /// The port of this name of a container, or of a sidecar.
 fn port_of_name(spec: &PodSpec, name: &str) -> Option<i32> {
+    let mut ports = tcp_ports(spec);
+    let found = ports.find(|port| port.name.as_deref() == Some(name));
+    found.map(|port| port.container_port)
+}
+
+/// The TCP ports that the containers and the sidecars declare.
+pub(super) fn tcp_ports(spec: &PodSpec) -> impl Iterator<Item = &ContainerPort> {
     let sidecars = spec.init_containers.iter().flatten();
     let sidecars = sidecars.filter(|one| one.restart_policy.as_deref() == Some("Always"));
     let ports = spec.containers.iter().chain(sidecars);
-    let mut ports = ports.flat_map(|one| one.ports.iter().flatten());
-    let found = ports.find(|port| {
-        let is_tcp = port.protocol.as_deref().is_none_or(|it| it == "TCP");
-        is_tcp && port.name.as_deref() == Some(name)
-    });
-    found.map(|port| port.container_port)
+    let ports = ports.flat_map(|one| one.ports.iter().flatten());
+    ports.filter(|port| port.protocol.as_deref().is_none_or(|it| it == "TCP"))
+}
+
+/// The TCP ports of the pod to which Services lead.
+pub(super) fn target_ports(services: &Services<'_>, pod: &Pod) -> BTreeSet<u16> {
+    let meta = &pod.metadata;
+    let Some((namespace, labels)) = meta.namespace.as_deref().zip(meta.labels.as_ref()) else {
+        return BTreeSet::new();
+    };
+    let services = services.of_pod(namespace, labels).take(SERVICES);
+    let ports = services.flat_map(|service| service.spec.ports.iter().flatten().take(PORTS));
+    let named = ports.filter_map(|port| named_port(port, pod).ok().flatten());
+    named.map(|port| port.number).collect()
 }
 
 /// The conditions as the endpoint controller sets them.

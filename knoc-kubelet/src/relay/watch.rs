@@ -57,6 +57,18 @@ impl Cluster {
         Some(look(policies, slices))
     }
 
+    /// Looks at the policies alone; `None` until they were read once. Hold the lock for look-ups only.
+    pub(super) fn look_at_policies<T>(&self, look: impl FnOnce(&Policies) -> T) -> Option<T> {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        state.policies.as_ref().map(look)
+    }
+
+    /// Whether the API server did not let the kubelet read the policies when it was tried last.
+    pub(super) fn policies_denied(&self) -> bool {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        state.denied.contains(POLICIES)
+    }
+
     /// Changes from now on.
     pub(super) fn subscribe(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
@@ -109,6 +121,15 @@ impl Cluster {
             biased;
             () = shutdown.cancelled() => {}
             _ = both => {}
+        }
+    }
+
+    /// Watches the policies alone until `shutdown`.
+    pub(super) async fn run_policies(self, client: Client, shutdown: CancellationToken) {
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => {}
+            () = self.policies(Api::all(client)) => {}
         }
     }
 
@@ -179,8 +200,10 @@ mod tests {
             cluster.look(|_, _| ()).is_none(),
             "a policy may select any pod"
         );
+        assert!(cluster.look_at_policies(|_| ()).is_none());
         cluster.change(|state| state.policies = Some(Policies::default()));
         assert!(cluster.look(|_, _| ()).is_some());
+        assert!(cluster.look_at_policies(|_| ()).is_some());
     }
 
     #[test]
@@ -189,8 +212,10 @@ mod tests {
         let changes = cluster.subscribe();
         cluster.set_denied(SLICES, false);
         assert!(cluster.troubles().is_empty() && !changes.has_changed().unwrap());
+        assert!(!cluster.policies_denied());
         cluster.set_denied(POLICIES, true);
         cluster.set_denied(POLICIES, true);
+        assert!(cluster.policies_denied());
         let troubles = cluster.troubles();
         assert!(
             troubles.len() == 1 && troubles[0].contains("may not list and watch networkpolicies"),

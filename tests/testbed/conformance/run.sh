@@ -5,7 +5,8 @@
 # host port: the site allows those too. Some reach Services that they have made: cluster and site list all of them, and CoreDNS knows their
 # names. The Kubernetes node offers no more than the compute nodes have, and of these one takes jobs, or with NODES=exclusive each job gets
 # one (nodes.sh). Pods have the address of their compute node as status.podIP, unless KNOC_NODE_POD_IP says otherwise, so that Services have
-# endpoints; the relay, which needs pods without an address, is then off. KNOC_NODE_POD_IP=own also needs KNOC_NODE_POD_RANGE. With
+# endpoints; the relay, which needs pods without an address, is then off. KNOC_NODE_POD_IP=own also needs KNOC_NODE_POD_RANGE; the kubelet
+# then listens at the addresses of pods (kubelet.sh), so the API server reaches them. With
 # NETWORK=host pods are in the networks of the compute nodes. The API server does not reach them there either: the control plane of this bed
 # has no route to the compute nodes, and an ordinary user may not listen on the ports below 1024 there.
 . "$(dirname "$0")/../lib.sh"

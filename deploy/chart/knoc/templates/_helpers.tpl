@@ -103,3 +103,11 @@ yes
 yes
 {{- end -}}
 {{- end -}}
+
+{{- /* Non-empty if the kubelet listens at the own addresses of pods. */ -}}
+{{- define "knoc.podListeners" -}}
+{{- if .Values.node.podListeners -}}
+{{- if ne .Values.node.podIP "own" }}{{ fail "node.podListeners needs node.podIP=own: other pods have no address of their own" }}{{ end -}}
+yes
+{{- end -}}
+{{- end -}}
