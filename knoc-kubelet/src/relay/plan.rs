@@ -193,10 +193,10 @@ impl<'a> Services<'a> {
 }
 
 /// A Service that may lead to pods, with its namespace and the first label that it selects.
-fn selecting<'a>(
-    service: &'a Service,
+fn selecting(
+    service: &Service,
     permits: impl Fn(&str, &str) -> bool,
-) -> Option<((&'a str, &'a str, &'a str), Selecting<'a>)> {
+) -> Option<((&str, &str, &str), Selecting<'_>)> {
     let meta = &service.metadata;
     let (namespace, name) = (meta.namespace.as_deref()?, meta.name.as_deref()?);
     let spec = service.spec.as_ref()?;
