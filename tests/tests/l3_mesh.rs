@@ -135,6 +135,9 @@ async fn check(world: &World) -> anyhow::Result<()> {
     let there = address(world, "server").await?;
     let here = address(world, "client").await?;
     ensure!(there != here, "{there}");
+    // What a program that asks its connection to a Service for its own address tells others.
+    let route = inside(world, &client, "ip route get $KUBERNETES_SERVICE_HOST").await?;
+    ensure!(route.text().contains(&format!("src {here}")), "{route}");
     let nodes = (
         world.compute_node(&served).await?,
         world.compute_node(&client).await?,

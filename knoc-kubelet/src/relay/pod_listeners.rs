@@ -19,7 +19,7 @@ mod wanted;
 use std::{
     collections::HashSet,
     io,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     sync::Arc,
     time::Duration,
 };
@@ -34,7 +34,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::wanted::Wanted;
+use self::wanted::{Listener, Wanted};
 use super::{
     earlier,
     listeners::{Listeners, RefusedConnection},
@@ -189,17 +189,20 @@ impl PodListeners {
             let (namespace, at) = (&listener.namespace, listener.at);
             match self.listeners.open(key.clone(), namespace, at).await {
                 Ok(()) => self.retries.succeeded(key),
-                Err(error) => self.failed(key, at, &error),
+                Err(error) => self.failed(key, listener, &error),
             }
         }
         self.retries.next()
     }
 
-    /// Tells the pod, once for each kind of error, and lets the listener wait.
-    fn failed(&mut self, key: &PodPort, at: SocketAddr, error: &io::Error) {
+    /// Tells the pod, once for each kind of error, if it names the port, and lets the listener wait.
+    fn failed(&mut self, key: &PodPort, listener: &Listener, error: &io::Error) {
         let jitter = rand::random_range(0.5..1.5);
         self.retries.failed(key.clone(), Instant::now(), jitter);
-        let text = wanted::failure(at, self.setup.unit.own_range(), error);
+        if !listener.named {
+            return;
+        }
+        let text = wanted::failure(listener.at, self.setup.unit.own_range(), error);
         let cause = format!("cannot listen: {:?}", error.kind());
         self.tell(&key.uid, FAILED, &cause, &text);
     }

@@ -263,6 +263,9 @@ fn carry_out(request: Request, made: &mut Made) -> Result<(Answer, Vec<OwnedFd>)
             let packets = packets.map_err(NetworkError::on(
                 "create the interface that leads to other pods",
             ))?;
+            if let Some(edge) = &mut made.edge {
+                edge.prefer(address)?;
+            }
             Ok((Answer::Done, vec![packets]))
         }
         Request::MeshRoutes(ranges) => {

@@ -44,6 +44,7 @@ fn wanted(listeners: &[(u16, SocketAddr)]) -> Wanted {
         let listener = Listener {
             at: *at,
             namespace: "team".into(),
+            named: true,
         };
         (key, listener)
     });

@@ -19,12 +19,17 @@ use crate::pods::PodView;
 /// The most listeners of the node. Each of them is a file descriptor.
 const OF_NODE: usize = 4096;
 
+/// The port that the API server connects to for `pods/NAME/proxy` if the first container of the pod declares none.
+const UNNAMED: u16 = 80;
+
 /// Where to listen for a port of a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Listener {
     pub(super) at: SocketAddr,
     /// That of the pod.
     pub(super) namespace: Arc<str>,
+    /// Whether pod or Service name the port. If not, nobody is told that it cannot be had.
+    pub(super) named: bool,
 }
 
 /// Where to listen, and for which pods not.
@@ -55,12 +60,14 @@ pub(super) enum Refusal {
     NodeFull { port: u16 },
 }
 
-/// A pod that has an address of its own, and ports that it declares or to which Services lead.
+/// A pod that has an address of its own, and the ports that it declares or to which Services lead, or the one that clients take if
+/// nobody names any.
 struct Reached<'a> {
     view: &'a PodView,
     namespace: &'a str,
     address: Ipv4Addr,
     ports: Vec<u16>,
+    named: bool,
 }
 
 impl<'a> Reached<'a> {
@@ -72,12 +79,17 @@ impl<'a> Reached<'a> {
         // The range is compared because the address comes from the agent, which must not choose other addresses of this host.
         let address = own_address(view).filter(|address| is_own(*address))?;
         let namespace = view.pod.metadata.namespace.as_deref()?;
-        let ports = ports(&view.pod, services);
-        (has_job(view) && !ports.is_empty()).then_some(Self {
+        let mut ports = ports(&view.pod, services);
+        let named = !ports.is_empty();
+        if !named {
+            ports.push(UNNAMED);
+        }
+        has_job(view).then_some(Self {
             view,
             namespace,
             address,
             ports,
+            named,
         })
     }
 
@@ -124,9 +136,11 @@ pub(super) fn wanted<'a>(
     let mut pods: Vec<_> = pods
         .filter_map(|view| Reached::of(view, &services, &is_own))
         .collect();
+    // Those that name no port come last.
     pods.sort_by_cached_key(|pod| {
         let created = pod.view.pod.metadata.creation_timestamp.as_ref();
-        (created.map(|time| time.0), pod.view.uid.clone())
+        let created = created.map(|time| time.0);
+        (!pod.named, created, pod.view.uid.clone())
     });
     // No two pods have one address; if the agent says so, it is the older one's.
     let mut addresses = HashSet::new();
@@ -135,9 +149,11 @@ pub(super) fn wanted<'a>(
         let Some(policy) = pod.policy(policies) else {
             return true;
         };
-        let policy = policy.to_owned();
-        let refused = (pod.view.uid.clone(), Refusal::Policy { policy });
-        wanted.refused.push(refused);
+        if pod.named {
+            let policy = policy.to_owned();
+            let refused = (pod.view.uid.clone(), Refusal::Policy { policy });
+            wanted.refused.push(refused);
+        }
         false
     });
     for count in 0..=OF_POD {
@@ -157,12 +173,16 @@ fn add(wanted: &mut Wanted, pod: &Reached<'_>, count: usize) -> bool {
         return false;
     }
     if wanted.listeners.len() >= OF_NODE {
+        if !pod.named {
+            return false;
+        }
         wanted.refused.push((uid, Refusal::NodeFull { port }));
         return false;
     }
     let listener = Listener {
         at: SocketAddr::new(pod.address.into(), port),
         namespace: pod.namespace.into(),
+        named: pod.named,
     };
     wanted
         .listeners

@@ -68,7 +68,7 @@ pub(super) struct Edge {
     pod: File,
     /// The edge's own network namespace.
     namespace: File,
-    /// The pod's address.
+    /// The pod's address toward the cluster.
     address: Ipv4Addr,
     /// The index of the interface in the pod.
     device: u32,
@@ -148,6 +148,21 @@ impl Edge {
                 .map_err(failed())?;
             netlink::add_route(self.toward(range)).map_err(failed())?;
             self.ranges.insert(range);
+        }
+        Ok(())
+    }
+
+    /// Has what the pod sends to the ranges come from this address, at which other pods reach it: programs ask a connection for their
+    /// own address, and tell it to others.
+    pub(super) fn prefer(&mut self, address: Ipv4Addr) -> Result<(), EdgeError> {
+        let failed = || EdgeError::on("use the pod's own address toward the cluster");
+        netlink::add_address(self.device, address).map_err(failed())?;
+        let back = || netlink::add_route(neighbour(address, if_nametoindex(IN_EDGE)?));
+        self.inside(back)?.map_err(failed())?;
+        // The routes of connections that are open stay valid, for the former address is still there.
+        self.address = address;
+        for &range in &self.ranges {
+            netlink::add_route(self.toward(range)).map_err(failed())?;
         }
         Ok(())
     }

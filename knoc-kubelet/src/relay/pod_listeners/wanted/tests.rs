@@ -90,7 +90,15 @@ fn the_tcp_ports_that_containers_declare_are_listened_on() {
         listeners(&[one]),
         ["a 80 10.200.0.2:80", "a 8080 10.200.0.2:8080"]
     );
-    assert!(listeners(&[pod("a", "10.200.0.2", &json!([]))]).is_empty());
+}
+
+/// The API server takes port 80 if the pod declares none. Nobody asked for it, so nobody is told if it cannot be had.
+#[test]
+fn a_pod_that_names_no_port_has_the_one_that_clients_take() {
+    let none = [pod("a", "10.200.0.2", &json!([]))];
+    assert_eq!(listeners(&none), ["a 80 10.200.0.2:80"]);
+    let deny = policy(&json!({"podSelector": {}}));
+    assert_eq!(planned(&none, &deny), (Vec::new(), Vec::new()));
 }
 
 /// A port needs no declaration to be the target of a Service.
