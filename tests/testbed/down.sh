@@ -8,9 +8,7 @@ export PROFILE=direct # stops the processes however the agent was reached
 "$testbed/argo.sh" down
 [ "$STACK" != full ] || "$testbed/redis.sh" down
 "$testbed/kubelet.sh" down
-# What kubelet.sh has added for pods with addresses of their own.
-[ ! -s "$run/pod-route" ] || ip route del local "$(cat "$run/pod-route")" dev lo 2>/dev/null || true
-rm -f "$run/pod-route"
+forget_pod_route
 for STACK in full slurm local; do STACK=$STACK "$testbed/agent.sh" down; done
 stop_other_profiles
 for prefix in "$KNOC_BED"/kube*; do KUBE_PREFIX=$prefix "$testbed/kube/proxy.sh" down; KUBE_PREFIX=$prefix "$testbed/kube/stop.sh"; done

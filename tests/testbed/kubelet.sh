@@ -76,15 +76,14 @@ meet_the_cluster() {
     esac
 }
 # Lets this host answer at all addresses of the range, and of no range that an earlier kubelet had; without one it only removes that.
+# A route that somebody else has made, such as another bed of this host, is used as it is and left there (forget_pod_route in lib.sh).
 pod_route() { # pod_route [RANGE]
-    local known
-    known=$(cat "$run/pod-route" 2>/dev/null || true)
-    [ "$known" != "${1:-}" ] || return 0
-    [ -z "$known" ] || ip route del local "$known" dev lo 2>/dev/null || true
-    rm -f "$run/pod-route"
+    [ "$(cat "$run/pod-route" 2>/dev/null || true)" = "${1:-}" ] || forget_pod_route
     [ -n "${1:-}" ] || return 0
-    ip route replace local "$1" dev lo
+    [ -z "$(ip route show table local type local exact "$1" dev lo)" ] || return 0
+    # The note comes first: an interrupted script leaves no route that nobody removes.
     echo "$1" >"$run/pod-route"
+    ip route add local "$1" dev lo || { rm -f "$run/pod-route"; die "cannot make the route of the pods' addresses: ip route add local $1 dev lo"; }
 }
 # Starts the kubelet's process with what is in the cluster.
 launch() {

@@ -38,6 +38,12 @@ hpc() { "$HPC_PREFIX/bin/hpc" "$@"; }
 say() { echo "[$(date +%T)] $*" >&2; }
 die() { say "$*"; exit 1; }
 
+# Removes the route that kubelet.sh has made for pods with addresses of their own, and no other one.
+forget_pod_route() {
+    [ ! -s "$run/pod-route" ] || ip route del local "$(cat "$run/pod-route")" dev lo 2>/dev/null || true
+    rm -f "$run/pod-route"
+}
+
 # missing COMMAND HINT: ends with the name of a missing tool and the command that installs it.
 missing() { die "$1 is missing; install it with: $2"; }
 

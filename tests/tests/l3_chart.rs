@@ -61,6 +61,10 @@ async fn mistakes_in_values_are_named() -> anyhow::Result<()> {
         ),
         ("hostNetwork=1", "/hostNetwork"),
         (
+            "hostNetwork=true,relay.allow={team/web},relay.networkPolicy.from[0].podSelector.matchLabels.a=b",
+            "relay.networkPolicy.from is of no effect with hostNetwork",
+        ),
+        (
             "relay.allow={team/web},node.podIP=node",
             "relay.allow needs node.podIP=none",
         ),

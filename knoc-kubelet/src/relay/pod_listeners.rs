@@ -19,7 +19,7 @@ mod wanted;
 use std::{
     collections::HashSet,
     io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
@@ -162,7 +162,8 @@ impl PodListeners {
             .look_at_policies(|policies| wanted::wanted(&pods, services.values(), is_own, policies))
     }
 
-    /// Closes and opens listeners until they are those that are wanted. Returns when to try those again that could not be opened.
+    /// Closes and opens listeners until they are those that are wanted. Returns when to try those again that could not be opened, or not
+    /// yet.
     async fn follow(&mut self, wanted: &Wanted) -> Option<Instant> {
         for (uid, why) in &wanted.refused {
             let why = why.to_string();
@@ -170,10 +171,15 @@ impl PodListeners {
         }
         let open = self.listeners.addresses();
         // A pod that was requeued may have another address.
-        self.listeners.retain(|key| {
+        let closed = self.listeners.retain(|key| {
             let wanted = wanted.listeners.get(key);
             wanted.is_some_and(|listener| open.get(key) == Some(&listener.at))
         });
+        // The tasks of these drop their sockets only after this round. Another pod that has the address now waits for the next one.
+        let closing: HashSet<SocketAddr> = closed
+            .iter()
+            .filter_map(|key| open.get(key).copied())
+            .collect();
         let open = self.listeners.addresses();
         let missing = wanted.listeners.iter();
         let missing: Vec<_> = missing
@@ -182,17 +188,22 @@ impl PodListeners {
         let pending: HashSet<_> = missing.iter().map(|(key, _)| (*key).clone()).collect();
         self.retries.keep(&pending);
         let now = Instant::now();
+        let mut again = None;
         for (key, listener) in missing {
+            let (namespace, at) = (&listener.namespace, listener.at);
+            if closing.contains(&at) {
+                again = Some(now);
+                continue;
+            }
             if !self.retries.is_due(key, now) {
                 continue;
             }
-            let (namespace, at) = (&listener.namespace, listener.at);
             match self.listeners.open(key.clone(), namespace, at).await {
                 Ok(()) => self.retries.succeeded(key),
                 Err(error) => self.failed(key, listener, &error),
             }
         }
-        self.retries.next()
+        again.or_else(|| self.retries.next())
     }
 
     /// Tells the pod, once for each kind of error, if it names the port, and lets the listener wait.

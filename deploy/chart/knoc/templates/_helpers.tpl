@@ -104,6 +104,14 @@ yes
 {{- end -}}
 {{- end -}}
 
+{{- /* Non-empty if the kubelet's pod is in the network of its host, where no NetworkPolicy applies to it. */ -}}
+{{- define "knoc.hostNetwork" -}}
+{{- if .Values.hostNetwork -}}
+{{- if and (include "knoc.relay" .) .Values.relay.networkPolicy.from }}{{ fail "relay.networkPolicy.from is of no effect with hostNetwork: NetworkPolicies do not apply to pods in the network of their host" }}{{ end -}}
+yes
+{{- end -}}
+{{- end -}}
+
 {{- /* Non-empty if the kubelet listens at the own addresses of pods. */ -}}
 {{- define "knoc.podListeners" -}}
 {{- if .Values.node.podListeners -}}

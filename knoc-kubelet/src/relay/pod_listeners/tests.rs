@@ -79,6 +79,33 @@ async fn listeners_follow_what_is_wanted() {
     assert!(task.listeners.addresses().is_empty());
 }
 
+/// A pod is gone, and another one has its address before the next round.
+#[tokio::test]
+async fn an_address_that_another_pod_has_now_changes_hands_without_a_failure() {
+    let (mut task, _notes) = task();
+    let at = free().await;
+    let other = PodPort {
+        uid: "u-2".parse().unwrap(),
+        number: 80,
+    };
+    assert_eq!(task.follow(&wanted(&[(80, at)])).await, None);
+    let mut moved = wanted(&[(80, at)]);
+    let listener = moved.listeners.pop_first().unwrap().1;
+    moved.listeners.insert(other.clone(), listener);
+    let again = task.follow(&moved).await;
+    assert!(
+        again.is_some_and(|again| again <= Instant::now()),
+        "{again:?}"
+    );
+    assert!(
+        task.listeners.addresses().is_empty(),
+        "nobody reaches the first pod there"
+    );
+    task.listeners.joined().await;
+    assert_eq!(task.follow(&moved).await, None);
+    assert_eq!(task.listeners.addresses().get(&other), Some(&at));
+}
+
 #[tokio::test]
 async fn an_address_that_is_taken_is_told_once_and_tried_again() {
     let (mut task, mut notes) = task();
@@ -98,7 +125,9 @@ async fn an_address_that_is_taken_is_told_once_and_tried_again() {
         uid: uid(),
         number: 80,
     };
-    task.failed(&key, at, &io::ErrorKind::AddrInUse.into());
+    let again = wanted(&[(80, at)]);
+    let listener = &again.listeners[&key];
+    task.failed(&key, listener, &io::ErrorKind::AddrInUse.into());
     task.retries = Retries::new();
     assert_eq!(task.follow(&wanted(&[(80, at)])).await, None);
     drop(task);
