@@ -143,6 +143,12 @@ async fn a_library_says_why_and_no_answer_of_it_is_read_without_a_limit() {
     let world = world(|ask| {
         if ask.path.contains("endless") {
             Reply::Endless(String::new())
+        } else if ask.path.contains("/evil:") {
+            // It begins as the agent's own messages do.
+            let (host, more) = (header(ask, "host"), "x".repeat(5000));
+            let message = format!(r"library://{host}/evil:latest: \n\u001b[2J{more}");
+            let body = format!(r#"{{"error":{{"message":"{message}"}}}}"#);
+            Reply::Whole("403 Forbidden", String::new(), body.into())
         } else {
             not_found()
         }
@@ -151,10 +157,13 @@ async fn a_library_says_why_and_no_answer_of_it_is_read_without_a_limit() {
     for (name, expected) in [
         ("library://other", "image not found"),
         ("library://a/endless/b:1", "is longer than"),
+        ("library://evil", "\\u{a}\\u{1b}[2Jx"),
     ] {
         let error = world.images.resolve(name, PullPolicy::Always, &[]).await;
-        let error = error.unwrap_err();
-        assert!(error.message.contains(expected), "{name}: {error}");
+        let error = error.unwrap_err().message;
+        assert!(error.contains(expected), "{name}: {error}");
+        let control = error.chars().any(char::is_control);
+        assert!(error.len() < 1200 && !control, "{name}: {error}");
     }
 }
 
