@@ -195,10 +195,16 @@ impl Check<'_> {
         let right = |address: &str| {
             let plain = address.strip_prefix("http://");
             let rest = address.strip_prefix("https://").or(plain);
-            rest.is_some_and(is_image_prefix)
+            // Names may begin with the host, which must not be read as an entity.
+            rest.is_some_and(|rest| {
+                let host = rest.split('/').next().unwrap_or_default();
+                is_image_prefix(rest) && host.contains(['.', ':'])
+            })
         };
         if address.is_some_and(|address| !right(address)) {
-            let what = format!("must be like `https://HOST[:PORT][/FOLDER]`: {address:?}");
+            let what = format!(
+                "must be like `https://HOST[:PORT][/FOLDER]`, with a dot or a port: {address:?}"
+            );
             self.wrong("images.library", what);
         }
         if images.library_token.is_some() && address.is_none() {

@@ -72,6 +72,7 @@ impl Config {
                 .chain(shims)
                 .chain(keys)
                 .chain(credentials)
+                .chain(self.images.library_token.clone())
                 .chain(self.listen.socket.clone())
                 .chain(private)
                 .collect(),

@@ -100,6 +100,11 @@ fn mistakes_name_line_and_allowed_values() {
             "site = 'x'\n[images]\nlibrary = 'https://library.example.org/?a=b'",
             &["agent.toml:3: images.library", "HOST"],
         ),
+        // It is an entity, too.
+        (
+            "site = 'x'\n[images]\nlibrary = 'https://library/folder.d'",
+            &["agent.toml:3: images.library", "a dot or a port"],
+        ),
         (
             "site = 'x'\n[images]\nlibrary_token = '/t'",
             &["agent.toml:3: images.library_token", "images.library"],
@@ -277,7 +282,8 @@ fn without_shm_secrets_are_an_error_unless_the_site_allows_disk() {
 #[test]
 fn host_paths_leave_keys_and_what_a_login_executes_alone() {
     let config = parse(
-        "site = 'x'\n[policy]\nhost_paths = [{path = '/data'}, {path = '~/data', writable = true}, {path = '/home'}]",
+        "site = 'x'\n[policy]\nhost_paths = [{path = '/data'}, {path = '~/data', writable = true}, {path = '/home'}]\n\
+         [images]\nlibrary = 'https://a.b'\nlibrary_token = '/data/token'",
     )
     .unwrap();
     let paths = config.host_paths(&config.policy, &["/run/user/7/knoc/agent.sock".into()]);
@@ -285,6 +291,7 @@ fn host_paths_leave_keys_and_what_a_login_executes_alone() {
     assert!(paths.prefixes[1].writable && !paths.prefixes[0].writable);
     let guarded = |path: &str| paths.guarded.iter().any(|known| known == Path::new(path));
     assert!(guarded("/home/u/.local/state/knoc") && guarded("/run/user/7/knoc/agent.sock"));
+    assert!(guarded("/data/token"));
     // The shims' own folders lie in these.
     for folder in ["/tmp", "/dev/shm", "/dev"] {
         let config = parse(&format!(

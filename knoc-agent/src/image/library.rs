@@ -12,11 +12,12 @@
 use std::{
     fs::File,
     io::Read as _,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
 use http::HeaderValue;
+use nix::fcntl::OFlag;
 use serde::Deserialize;
 
 use super::{
@@ -24,6 +25,7 @@ use super::{
     auth::{self, MAX_TOKEN},
     digest::Digest,
     manifest::{ARCHITECTURE, Descriptor, Image},
+    pull::blocking,
     reference::Source,
 };
 
@@ -77,8 +79,7 @@ impl Library {
         let Some(path) = self.token.clone() else {
             return Ok(None);
         };
-        let read = tokio::task::spawn_blocking(move || token(&path)).await;
-        let read = read.map_err(|error| error.to_string()).flatten();
+        let read = blocking(move || token(&path)).await;
         read.map(Some)
             .map_err(|why| format!("images.library_token of the site file: {why}"))
     }
@@ -87,7 +88,12 @@ impl Library {
 /// Reads the token from a file that nobody else can read. Blocking. No message contains it.
 fn token(path: &Path) -> Result<HeaderValue, String> {
     let failed = |error: std::io::Error| format!("{}: {error}", path.display());
-    let file = File::open(path).map_err(failed)?;
+    // It may be a pipe, for which nobody waits.
+    let file = File::options()
+        .read(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(path)
+        .map_err(failed)?;
     let about = file.metadata().map_err(failed)?;
     let own = about.uid() == nix::unistd::geteuid().as_raw();
     if !own || about.mode() & 0o077 != 0 {
@@ -110,21 +116,16 @@ fn token(path: &Path) -> Result<HeaderValue, String> {
 #[derive(Deserialize)]
 struct Answer {
     data: Option<About>,
-    error: Option<Reason>,
+    error: Option<About>,
 }
 
-#[derive(Deserialize)]
+/// What is said of an image, and in an error only the message.
+#[derive(Default, Deserialize)]
+#[serde(default)]
 struct About {
-    #[serde(default)]
     hash: String,
-    #[serde(default)]
     size: u64,
     arch: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct Reason {
-    #[serde(default)]
     message: String,
 }
 
@@ -244,6 +245,12 @@ mod tests {
             write(bad, 0o600);
             library.authorization().await.unwrap_err();
         }
+        // Nobody writes into it.
+        let pipe = folder.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let piped = Library::new("https://x", Some(pipe));
+        let error = piped.authorization().await.unwrap_err();
+        assert!(error.contains("is empty"), "{error}");
         let none = Library::new("https://x", None);
         assert!(none.authorization().await.unwrap().is_none());
     }

@@ -47,14 +47,13 @@ pub fn parse(image: &str, library: Option<&str>) -> Result<Reference, ImageError
     }
     if let (Some(host), Some(text)) = (library, image.strip_prefix(LIBRARY)) {
         let name = Name::of_library(text, host);
-        return name.map(Reference::Registry).map_err(|error| match error {
-            NameError::Library => unsupported(error.to_string()),
-            NameError::Empty
-            | NameError::Registry
-            | NameError::Repository
-            | NameError::TooLong
-            | NameError::Tag
-            | NameError::Digest => invalid(error.to_string()),
+        return name.map(Reference::Registry).map_err(|error| {
+            let why = error.to_string();
+            if error == NameError::Library {
+                unsupported(why)
+            } else {
+                invalid(why)
+            }
         });
     }
     let schemes = ["docker://", "oras://"];
@@ -350,6 +349,9 @@ mod tests {
             };
             assert_eq!(allowed(&name, &list).is_ok(), expected, "{image}");
             assert!(allowed(&name, &all).is_ok(), "{image}");
+            // What it gives is not what the registry on the same host has for a pod's credentials.
+            let registry: Name = name.repository_path().parse().unwrap();
+            assert_ne!(name.owner(), registry.owner(), "{image}");
         }
     }
 

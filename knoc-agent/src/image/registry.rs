@@ -409,9 +409,10 @@ fn same(expected: &Digest, content: &[u8]) -> Result<(), String> {
 /// An error message that may contain a registry's text: made safe to show, and prefixed with what
 /// it is about.
 pub(super) fn describe(source: &Source, text: &str) -> String {
-    let name = source.reference.whole();
-    if text.starts_with(&name) {
-        return text.to_owned();
+    let (name, safe) = (source.reference.whole(), shown(text));
+    // It was described before; or a server knows how that begins, so that it is made safe in any case.
+    if safe.starts_with(&name) {
+        return safe;
     }
     // The error that rustls reports if the answer is not TLS.
     let plain = !source.insecure && text.contains("InvalidContentType");
@@ -422,5 +423,5 @@ pub(super) fn describe(source: &Source, text: &str) -> String {
     } else {
         ""
     };
-    format!("{name}: {}{hint}", shown(text))
+    format!("{name}: {safe}{hint}")
 }

@@ -311,7 +311,11 @@ impl Images {
         let digest = found.digest.to_string();
         let _hold = self.cache.hold(&digest);
         let cached = here(&self.cache, digest.clone()).await;
-        if cached.is_none_or(|known| verdict(&known) == Verdict::Prove) {
+        // A library may name the digest of an image that is no file of it.
+        let unproven = |known: Known| {
+            verdict(&known) == Verdict::Prove || name.fits(known.entry.pushed).is_err()
+        };
+        if cached.is_none_or(unproven) {
             self.pull(source.clone(), found, repository.clone(), watch)
                 .await?;
         }

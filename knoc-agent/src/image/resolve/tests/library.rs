@@ -139,10 +139,36 @@ async fn what_is_not_the_file_that_the_library_describes_is_rejected() {
 }
 
 #[tokio::test]
+async fn a_cached_container_image_is_no_file_of_a_library_that_names_its_digest() {
+    let (content, claimed) = (one(), digest(&manifest()).replace(':', "."));
+    let claimed = format!(r#"{{"data":{{"hash":"{claimed}","size":200}}}}"#);
+    let world = world(move |ask| {
+        if ask.path.starts_with("/v2/") {
+            content.answer(ask)
+        } else {
+            answer(ask, &claimed, &sif())
+        }
+    })
+    .await;
+    write_program(&world.dir.path().join("apptainer"), APPTAINER);
+    let image = world.images.resolve("one:v1", PullPolicy::Always, &[]);
+    image.await.unwrap();
+    let error = world.images.resolve(NAME, PullPolicy::Always, &[]).await;
+    let error = error.unwrap_err();
+    assert!(error.message.contains("instead of sha256:"), "{error}");
+}
+
+#[tokio::test]
 async fn a_library_says_why_and_no_answer_of_it_is_read_without_a_limit() {
     let world = world(|ask| {
         if ask.path.contains("endless") {
             Reply::Endless(String::new())
+        } else if ask.path.contains("/evil:") {
+            // It begins as the agent's own messages do.
+            let (host, more) = (header(ask, "host"), "x".repeat(5000));
+            let message = format!(r"library://{host}/evil:latest: \n\u001b[2J{more}");
+            let body = format!(r#"{{"error":{{"message":"{message}"}}}}"#);
+            Reply::Whole("403 Forbidden", String::new(), body.into())
         } else {
             not_found()
         }
@@ -151,10 +177,13 @@ async fn a_library_says_why_and_no_answer_of_it_is_read_without_a_limit() {
     for (name, expected) in [
         ("library://other", "image not found"),
         ("library://a/endless/b:1", "is longer than"),
+        ("library://evil", "\\u{a}\\u{1b}[2Jx"),
     ] {
         let error = world.images.resolve(name, PullPolicy::Always, &[]).await;
-        let error = error.unwrap_err();
-        assert!(error.message.contains(expected), "{name}: {error}");
+        let error = error.unwrap_err().message;
+        assert!(error.contains(expected), "{name}: {error}");
+        let control = error.chars().any(char::is_control);
+        assert!(error.len() < 1200 && !control, "{name}: {error}");
     }
 }
 
