@@ -46,6 +46,7 @@ use crate::{
 
 mod access;
 mod auth;
+mod blocking;
 mod cache;
 mod checks;
 mod claims;

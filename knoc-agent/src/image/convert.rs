@@ -10,11 +10,12 @@ use std::{
 };
 
 use super::{
+    blocking::blocking,
     compression::Method,
     download::LONGEST,
     local,
     progress::Step,
-    pull::{LAYOUT, Puller, SIF, blocking},
+    pull::{LAYOUT, Puller, SIF},
     slots::Slot,
     turn::Turn,
     untrusted::{fatal, shown, why},

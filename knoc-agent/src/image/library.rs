@@ -23,9 +23,9 @@ use serde::Deserialize;
 use super::{
     Name,
     auth::{self, MAX_TOKEN},
+    blocking::blocking,
     digest::Digest,
     manifest::{ARCHITECTURE, Descriptor, Image},
-    pull::blocking,
     reference::Source,
 };
 

@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Settings,
     access::Access,
+    blocking::blocking,
     cache::{Cache, Entry},
     compression::Compressor,
     download::{Download, Layout},
@@ -265,13 +266,6 @@ impl Puller {
 /// PURE: what an image takes on disk while it is converted.
 fn while_converted(size: u64, unpacked: u64) -> u64 {
     unpacked.saturating_add(size.saturating_mul(COPIES))
-}
-
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, String> + Send + 'static,
-) -> Result<T, String> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|error| chain(&error)).flatten()
 }
 
 /// The directory of one pull, which is removed on drop.

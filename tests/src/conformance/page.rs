@@ -46,22 +46,14 @@ and EndpointSlices need pods with different addresses: they run with `NODES=excl
 alone or take minutes.
 
 No single policy serves all of list B, so it runs twice: first with `KNOC_NODE_POD_IP=own KNOC_NODE_POD_RANGE=10.200.0.0/16`, where pods reach
-pods, and then what failed (`ONLY=failed`) with `KNOC_NODE_POD_IP=none`, where the API server reaches webhooks in pods through Services. What still
-failed ran a third time with `NETWORK=host`, in the networks of the compute nodes, and has `node` in the column podIP.
+pods, and the API server reaches pods at their own addresses, because the kubelet listens there (`node.podListeners`); and then what failed
+(`ONLY=failed`) with `KNOC_NODE_POD_IP=none`, where the API server reaches webhooks in pods through Services with the relay.
 
-Eleven tests of list B fail, for two causes, which the reasons in their rows do not name: ten rows are of that third run. The control plane of this
-test bed has no route to the compute nodes either (`no route to host` in the logs), and in their networks an ordinary user may not listen on port 80,
-nor two pods on one port, which is no obstacle in the pods' own networks. It was also interrupted by hand after two and a half minutes,
-before six of the tests were over: these have the reason \"An interrupt occurred\" or exit code 1. \"Pod didn't start\" is what the suite says of a
-request that had no answer for a minute.
+Two tests of list B fail:
 
-- In ten tests the API server itself connects to pods at their own addresses, for which the cluster would need a route to them;
-  `kubectl port-forward` and Services with the relay need none. Nine of them use `pods/NAME/proxy`: PreStop; ReplicaSet and
-  ReplicationController with a basic image; both of Update Demo; DNS with `/etc/hosts`, which fetches its results in this way; and the three of
-  Proxy version v1. The guestbook uses its Service (`services/NAME/proxy`), which leads the API server to the pods' addresses with `own` and `node`;
-  with `none` the relay answers there, but the guestbook's primary sends each new entry to its replicas at the addresses from which they
-  registered. ProxyWithPath waits a minute for each of its 14 requests and then does not look whether there was an answer, so a run that gives it
-  more than 14 minutes may call it passed, which would say nothing of KNoC.
+- \"Proxy version v1 should proxy through a service and a pod\" connects to ports of a pod that neither its containers declare nor Services name (443
+  and 1080, among others). The kubelet listens at the pod's address only on ports that somebody names
+  ([ADR 0139](adr/0139-the-kubelet-listens-at-the-addresses-of-pods.md)); other pods of the node reach all of them.
 - EmptyDir with a `subPath` and FSGroup wants a folder that belongs to user 0 while the program is user 1001, with the setgid and sticky bits of a
   tmpfs that root has mounted. An ordinary user has one user id in a pod, so the folder belongs to user 1001 there
   ([ADR 0135](adr/0135-programs-see-themselves-as-the-user-that-the-pod-asks-for.md)); its group is the wanted one, and its mode has neither bit.

@@ -2,14 +2,14 @@
 # Makes the images of the upstream end-to-end suite from Debian packages and from agnhost (kube/setup.sh conformance), and pushes them
 # to http://ctl:5000 under the names and tags of k8s.io/kubernetes/test/utils/image/manifest.go; does nothing if they are there.
 #
-# All images but pause have one layer in common: busybox, bash, curl, dig, hostname, nc and nginx; sh.c says which shell its `sh` is. It
+# All images but pause have one layer in common: busybox, bash, curl, dig, getent, hostname, nc and nginx; sh.c says which shell its `sh` is. It
 # calls itself Alpine Linux, as those of upstream do, because a test looks for that name. The agent forgets its images, as it
 # would keep older ones of the same names.
 . "$(dirname "$0")/../lib.sh"
 . "$testbed/stack.sh"
 images=$HPC_PREFIX/shared/images/conformance
 layout=/images/conformance/layout # as the nodes see it
-packages=bash-static,busybox-static,curl,bind9-dnsutils,hostname,netcat-openbsd,iproute2,nginx-light,ca-certificates
+packages=bash-static,busybox-static,curl,bind9-dnsutils,hostname,netcat-openbsd,iproute2,libc-bin,nginx-light,ca-certificates
 node() { hpc exec login "$@"; }
 
 base() {
@@ -35,6 +35,7 @@ base() {
         group-defined-in-image:x:50000:user-defined-in-image >"$tree/etc/group"
     printf '%s\n' 'NAME="Alpine Linux"' ID=alpine 'PRETTY_NAME="Alpine Linux (a stand-in of packages of Debian)"' >"$tree/etc/os-release"
     touch "$tree"/etc/{resolv.conf,hosts,localtime}
+    echo 'hosts: files dns' >"$tree/etc/nsswitch.conf"
     rm -rf "$tree"/etc/nginx/{sites-enabled,modules-enabled}
     printf '%s\n' 'pid /tmp/nginx.pid;' 'events {}' 'http { server { listen 80; root /usr/share/nginx/html; } }' >"$tree/etc/nginx/nginx.conf"
     chmod -R a+rX "$tree"
