@@ -144,8 +144,9 @@ async fn check(world: &World) -> anyhow::Result<()> {
     );
     ensure!(nodes.0 != nodes.1, "both are on {}", nodes.0);
     connections(world, (&served, there), (&client, here)).await?;
-    // Neither the pod nor a Service names a port.
-    endpoint::refuses((there, 80)).await?;
+    // Neither the pod nor a Service names a port, so there is only the one that the API server takes then.
+    answers(SocketAddr::from((there, 80))).await?;
+    endpoint::refuses((there, 79)).await?;
     endpoints(world, &client, there).await?;
     from_the_cluster(world, there).await?;
     namespaces(world, there).await?;
