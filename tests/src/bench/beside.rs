@@ -2,7 +2,7 @@
 //! either, alternately. Control and bulk traffic use separate connections, so the copy should delay a status hardly more than its use of
 //! the processors does, which the relays show.
 
-use std::time::Duration;
+use std::{cell::Cell, time::Duration};
 
 use anyhow::Context as _;
 
@@ -90,28 +90,35 @@ pub(super) async fn measure(bed: &Bed, rounds: usize) -> anyhow::Result<Beside> 
     for round in 1..=rounds {
         let measured = alone.measure(bed, round).await;
         measured.context("without a copy")?;
-        let copy = async || kubernetes::copy(bed, "beside:/data/large", &target).await;
+        let copy_again = async {
+            loop {
+                if let Err(error) = kubernetes::copy(bed, "beside:/data/large", &target).await {
+                    return error;
+                }
+                *copies += 1;
+            }
+        };
         tokio::select! {
             measured = copying.measure(bed, round) => measured.context("beside a copy")?,
-            error = again(copy, copies) => return Err(error.context("the copy")),
+            error = copy_again => return Err(error.context("the copy")),
         }
-        let relay = async || chain.run(&near).await.map(drop);
-        tokio::select! {
-            measured = relaying.measure(bed, round) => measured.context("beside the relays")?,
-            error = again(relay, relayed) => return Err(error.context("the relays")),
-        }
+        // A relay ends with a connection that breaks, so the last one is not dropped.
+        let over = Cell::new(false);
+        let pods = async {
+            let measured = relaying.measure(bed, round).await;
+            over.set(true);
+            measured.context("beside the relays")
+        };
+        let relays = async {
+            while !over.get() {
+                chain.run(&near).await.context("the relays")?;
+                *relayed += 1;
+            }
+            Ok(())
+        };
+        tokio::try_join!(pods, relays)?;
     }
     bed.world.delete("beside", Some(0)).await?;
     bed.world.wait_gone("beside", READY).await?;
     Ok(beside)
-}
-
-/// Does this again and again, and counts; returns the first error.
-async fn again(work: impl AsyncFn() -> anyhow::Result<()>, count: &mut usize) -> anyhow::Error {
-    loop {
-        if let Err(error) = work().await {
-            return error;
-        }
-        *count += 1;
-    }
 }
