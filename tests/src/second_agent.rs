@@ -141,6 +141,16 @@ grep -q '^apptainer = "{home}/apptainer"' .config/knoc/agent.toml
         Ok(log.text())
     }
 
+    /// Waits until the description of the pod has this text.
+    pub async fn described(&self, uid: &str, text: &str) -> anyhow::Result<()> {
+        wait_for(&format!("{uid}: {text}"), PULLED, async || {
+            let shown = self.knocctl(&format!("describe {uid}")).ok().await?.text();
+            ensure!(shown.contains(text), "{shown}");
+            Ok(())
+        })
+        .await
+    }
+
     /// Runs a pod with this image to its end; returns its uid and what it has written.
     pub async fn run(&self, name: &str, image: &str) -> anyhow::Result<(String, String)> {
         let uid = self.submit(name, image).await?;

@@ -1,8 +1,6 @@
 //! Images that are converted in Slurm jobs (`convert = "job"`), by separate agents on the login node: a job that runs, one that
 //! waits while its agent is killed, one whose pod is deleted, and one that Slurm refuses.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
     PodBuilder, World,
@@ -10,9 +8,6 @@ use knoc_tests::{
     wait_for,
     world::SOON,
 };
-
-/// The time until an Event says how far a pull has come.
-const TOLD: Duration = Duration::from_mins(5);
 
 /// The partition `short` has no longer jobs than those of two minutes.
 fn jobs_in(partition: &str) -> String {
@@ -45,16 +40,6 @@ async fn none_queued(world: &World, partition: &str) -> anyhow::Result<()> {
     wait_for("the job is cancelled", SOON, async || {
         let jobs = queued(world, partition).await?;
         ensure!(jobs.is_empty(), "{jobs:?}");
-        Ok(())
-    })
-    .await
-}
-
-/// Waits until the description of the pod has this text.
-async fn described(agent: &SecondAgent<'_>, uid: &str, text: &str) -> anyhow::Result<()> {
-    wait_for(&format!("{uid}: {text}"), TOLD, async || {
-        let shown = agent.knocctl(&format!("describe {uid}")).ok().await?.text();
-        ensure!(shown.contains(text), "{shown}");
         Ok(())
     })
     .await
@@ -96,13 +81,15 @@ async fn waits_in(world: &World, partition: &str) -> anyhow::Result<()> {
     let first = one_queued(world, partition, "").await?;
     let (_, name) = first.split_once(' ').context("no name")?;
     ensure!(name.starts_with("knoc_image_"), "{first}");
-    described(&agent, &uid, &format!("the Slurm job {name}")).await?;
+    agent
+        .described(&uid, &format!("the Slurm job {name}"))
+        .await?;
     // The next agent cancels the job of a pull that was left, and converts the image again.
     agent.kill_and_start().await?;
     let second = one_queued(world, partition, &first).await?;
     // Another pod with the same image waits for the same job, and its deletion cancels nothing.
     let also = agent.submit("also", &busybox).await?;
-    described(&agent, &also, "Pulling").await?;
+    agent.described(&also, "Pulling").await?;
     agent.knocctl(&format!("delete {also}")).ok().await?;
     ensure!(queued(world, partition).await? == [second]);
     // With the last pod that waits for it, the job goes.
@@ -113,7 +100,9 @@ async fn waits_in(world: &World, partition: &str) -> anyhow::Result<()> {
     let job = one_queued(world, partition, "").await?;
     let (id, _) = job.split_once(' ').context("no id")?;
     world.on_as_root("ctl", ["scancel", id]).ok().await?;
-    described(&agent, &cancelled, "it may have been cancelled").await?;
+    agent
+        .described(&cancelled, "it may have been cancelled")
+        .await?;
     agent.knocctl(&format!("delete {cancelled}")).ok().await?;
     none_queued(world, partition).await?;
     let last = agent.submit("last", &busybox).await?;
@@ -148,9 +137,7 @@ async fn a_job_that_slurm_refuses_is_named_by_the_pod() -> anyhow::Result<()> {
     let world = World::new("refused-job").await?;
     let agent = SecondAgent::start(&world, PLAIN, &jobs_in("nowhere")).await?;
     let uid = agent.submit("refused", &PodBuilder::image_name()).await?;
-    described(
-        &agent,
-        &uid,
+    agent.described(&uid,
         "the Slurm job that is to convert the image: sbatch: error: invalid partition specified: nowhere",
     )
     .await?;

@@ -9,12 +9,11 @@ use knoc_tests::{
     background::Background,
     ports::free_port,
     second_agent::{PLAIN, SecondAgent},
-    wait_for,
     world::SOON,
 };
 
-/// The time until a pod says why its image is not there.
-const TOLD: Duration = Duration::from_mins(5);
+/// The time for a pull by Apptainer.
+const PULLED: Duration = Duration::from_mins(5);
 
 /// The address of this host on the network of the login node.
 const HOST: &str = "10.77.0.1";
@@ -60,16 +59,6 @@ print("it listens", flush=True)
 server.serve_forever()
 "#;
 
-/// Waits until the description of the pod has this text.
-async fn described(agent: &SecondAgent<'_>, uid: &str, text: &str) -> anyhow::Result<()> {
-    wait_for(&format!("{uid}: {text}"), TOLD, async || {
-        let shown = agent.knocctl(&format!("describe {uid}")).ok().await?.text();
-        ensure!(shown.contains(text), "{shown}");
-        Ok(())
-    })
-    .await
-}
-
 /// Runs a pod with that image to its end.
 async fn runs(agent: &SecondAgent<'_>, name: &str, image: &str) -> anyhow::Result<()> {
     let (_, log) = agent.run(name, image).await?;
@@ -103,19 +92,19 @@ async fn a_file_of_the_library_runs_and_is_the_one_that_apptainer_pulls() -> any
          cmp pulled.sif .local/state/knoc/images/sha256-*.sif"
     );
     let pull = world.on("login", ["sh", "-c", &pull]);
-    pull.deadline(TOLD).ok().await?;
+    pull.deadline(PULLED).ok().await?;
     let full = format!("library://{HOST}:{port}/alice/private/one:1");
     runs(&agent, "private", &full).await?;
     let missing = agent
         .submit("missing", "library://alice/tools/two:1")
         .await?;
-    described(&agent, &missing, "no such image here").await?;
+    agent.described(&missing, "no such image here").await?;
     agent.knocctl(&format!("delete {missing}")).ok().await?;
     // Other users could read the token.
     let open = world.on("login", ["chmod", "644", &token]);
     open.deadline(SOON).ok().await?;
     let refused = agent.submit("open", "library://alice/tools/one:2").await?;
-    described(&agent, &refused, "mode 0600").await?;
+    agent.described(&refused, "mode 0600").await?;
     agent.knocctl(&format!("delete {refused}")).ok().await?;
     agent.stop().await?;
     library.kill().await?;

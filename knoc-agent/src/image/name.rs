@@ -137,9 +137,10 @@ impl Name {
     pub fn fits(&self, sif: bool) -> Result<(), String> {
         match (self.kind, sif) {
             (Kind::Pushed | Kind::Library, true) | (Kind::Layers, false) => Ok(()),
-            (Kind::Pushed | Kind::Library, false) => {
-                Err("this is a container image and not a SIF file: leave oras:// out".to_owned())
-            }
+            (Kind::Pushed | Kind::Library, false) => Err(format!(
+                "this is a container image and not a SIF file: leave {} out",
+                self.scheme()
+            )),
             (Kind::Layers, true) => Err(format!(
                 "this was pushed as a SIF file: write {ORAS} before its name"
             )),

@@ -215,7 +215,7 @@ pub struct Node {
     /// `spec.podCIDR`.
     pub pod_range: Option<String>,
     /// Whether the kubelet listens at the own addresses of pods (`podIP: own`), on the TCP ports that they declare and those to
-    /// which Services lead, so that the cluster reaches them there.
+    /// which Services lead, or on port 80 if nobody names any, so that the cluster reaches them there.
     pub pod_listeners: bool,
 }
 

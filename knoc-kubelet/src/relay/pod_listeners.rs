@@ -1,5 +1,6 @@
-//! Task: listens at the own addresses of pods, on the TCP ports that they declare and those to which Services lead, and forwards
-//! connections as the relay does. The host of the kubelet takes the whole range of these addresses for its own, and the cluster routes the range there (ADR 0139).
+//! Task: listens at the own addresses of pods, on the TCP ports that they declare and those to which Services lead, or on port 80 if
+//! nobody names any, and forwards connections as the relay does. The host of the kubelet takes the whole range of these addresses for
+//! its own, and the cluster routes the range there (ADR 0139).
 //!
 //! ```text
 //! pods (Store), Services, the range ───┐
