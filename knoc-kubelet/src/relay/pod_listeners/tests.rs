@@ -134,6 +134,20 @@ async fn an_address_that_is_taken_is_told_once_and_tried_again() {
     assert!(notes.recv().await.is_none(), "one Event only");
 }
 
+/// Clients take it by themselves: the pod asked for nothing.
+#[tokio::test]
+async fn a_port_that_nobody_names_is_tried_again_and_not_told() {
+    let (mut task, mut notes) = task();
+    let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut unnamed = wanted(&[(80, taken.local_addr().unwrap())]);
+    for listener in unnamed.listeners.values_mut() {
+        listener.named = false;
+    }
+    assert!(task.follow(&unnamed).await.is_some());
+    drop(task);
+    assert!(notes.recv().await.is_none(), "no Event");
+}
+
 #[tokio::test]
 async fn a_pod_for_which_nothing_may_listen_is_told_once() {
     let (mut task, mut notes) = task();
